@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Function qualifiers that let one header serve nvcc, the emulator and the CPU code.
+//
+//   HW_HOST_DEVICE   callable on both sides
+//   HW_DEVICE        device code; in the emulator build an ordinary host function
+//   HW_INLINE        forced inlining, for the innermost primitives
+#pragma once
+
+#if defined(__CUDACC__)
+#define HW_HOST_DEVICE __host__ __device__
+#define HW_DEVICE __device__
+#define HW_INLINE __forceinline__
+#else
+#define HW_HOST_DEVICE
+#define HW_DEVICE
+#define HW_INLINE inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDACC__)
+#define HW_UNROLL _Pragma("unroll")
+#else
+#define HW_UNROLL _Pragma("GCC unroll 32")
+#endif

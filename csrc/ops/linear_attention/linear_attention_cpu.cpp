@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear attention on the CPU: how a call is cut into tasks. The mathematics is in
+// linear_attention.h, the loop over chunks in linear_attention_cpu_scan.h.
+//
+//   direct      short sequences without states: one chunk holds the whole sequence, no state at all
+//   sequential  causal, enough (sequence, head) pairs: one task per pair walks its segments
+//   segmented   causal with few pairs, and every bidirectional call: (a) each segment sums its own
+//               total, (b) totals become prefixes in order, (c) each segment rescans its chunks
+// Sequential and segmented give the same bits (see linear_attention_cpu_scan.h), so the choice may
+// depend on the number of threads.
+#include "core/registry.h"
+#include "ops/linear_attention/linear_attention_cpu_scan.h"
+#include "ops/linear_attention/linear_attention_cpu_step.h"
+
+namespace hw::linear_attention {
+namespace {
+
+constexpr int kChunk = 64;
+constexpr int kSegmentChunks = 16;
+constexpr int kDirectTokens = 512;  // largest chunk of the direct form
+
+struct Plan {
+  bool direct, segmented;
+  int capacity;     // rows of a chunk
+  int64_t segment;  // rows of a segment
+};
+
+// Products per token: the direct form does (D + Dv) per visible key, the state form F * Dv to read
+// and as much to add, and the direct form inside its own chunk.
+Plan make_plan(const ForwardParams& p, bool with_states, int threads) {
+  int64_t longest = 0, total = 0;
+  for (int64_t n = 0; n < p.sequences(); ++n) {
+    const Sequence s = sequence(p, n);
+    longest = max_of(longest, s.end - s.begin);
+    total += s.end - s.begin;
+  }
+  const int64_t d = p.dim(), dv = p.value_dim(), f = p.features();
+  const int64_t seen = p.causal ? longest / 2 : longest;
+  const bool direct = !with_states && longest <= kDirectTokens &&
+                      (longest <= kChunk || (d + dv) * seen <= 2 * f * dv + kChunk * (d + dv));
+  Plan plan;
+  plan.direct = direct;
+  plan.capacity = direct ? static_cast<int>(round_up<int64_t>(max_of<int64_t>(longest, 1), 16))
+                         : kChunk;
+  plan.segment = direct ? kDirectTokens : kChunk * kSegmentChunks;
+  // Rows of the busiest thread; segments add the state update once more (about half the work).
+  const int64_t heads = p.key_heads();
+  const int64_t pairs = ceil_div<int64_t>(p.sequences() * heads, threads);
+  const int64_t sequential = max_of(longest, longest * pairs * total / max_of<int64_t>(
+                                                 longest * p.sequences(), 1));
+  const int64_t segmented = ceil_div<int64_t>(3 * total * heads, 2 * threads);
+  plan.segmented = !direct && (!p.causal || (longest > plan.segment && segmented < sequential));
+  return plan;
+}
+
+// One task: rows [begin, end) of a sequence, for one key head.
+struct Segment {
+  int64_t n, batch, begin, end;
+  int64_t index;  // of the segment in its sequence
+};
+
+// The segments of every sequence, in order; a sequence without rows has none.
+template <class F>
+void for_each_segment(const ForwardParams& p, int64_t length, const F& f) {
+  for (int64_t n = 0; n < p.sequences(); ++n) {
+    const Sequence s = sequence(p, n);
+    int64_t index = 0;
+    for (int64_t begin = s.begin; begin < s.end; begin += length)
+      f(Segment{n, s.batch, begin, min_of(s.end, begin + length), index++});
+  }
+}
+
+int64_t count_segments(const ForwardParams& p, int64_t length) {
+  int64_t count = 0;
+  for_each_segment(p, length, [&](const Segment&) { ++count; });
+  return count;
+}
+
+// ---- states between tensors [N, H, F, Dv], [N, H, F] and padded arrays ----
+
+template <class A>
+void load_state(const Shape<A>& s, Ref<const A, 4> kv, Ref<const A, 3> z, int64_t n, int h,
+                State<A>& to) {
+  to.zero = !kv;
+  if (to.zero) return;
+  for (int f = 0; f < s.features; ++f) {
+    widen(to.kv + f * s.dvp, kv.at(n, h, f), s.dv, kv.stride[3]);
+    clear_columns(to.kv + f * s.dvp, s.dvp, 1, s.dv, s.dvp);
+    to.z[f] = z(n, h, f);
+  }
+  clear_columns(to.z, 0, 1, s.features, round_up(s.features, kLanes<A>));
+}
+
+template <class A>
+void store_state(const Shape<A>& s, const State<A>& from, Ref<A, 4> kv, Ref<A, 3> z, int64_t n,
+                 int h) {
+  if (!kv) return;
+  for (int f = 0; f < s.features; ++f) {
+    for (int j = 0; j < s.dv; ++j) kv(n, h, f, j) = from.zero ? A(0) : from.kv[f * s.dvp + j];
+    z(n, h, f) = from.zero ? A(0) : from.z[f];
+  }
+}
+
+// States of a whole call, one array each: `count` of them.
+template <class A>
+class StateArray {
+ public:
+  StateArray(const Shape<A>& s, int64_t count)
+      : shape_(s), memory_(count * State<A>::count(s)), zero_(count) {}
+  State<A> get(int64_t i) const {
+    State<A> state = State<A>::at(shape_, memory_.data + i * State<A>::count(shape_));
+    state.zero = zero_.data[i];
+    return state;
+  }
+  void set_zero(int64_t i, bool zero) { zero_.data[i] = zero; }
+  void copy(int64_t i, const State<A>& from) {
+    State<A> to = State<A>::at(shape_, memory_.data + i * State<A>::count(shape_));
+    accumulate(shape_, from, to);
+    zero_.data[i] = to.zero;
+  }
+
+ private:
+  template <class U>
+  struct Array {
+    U* data;
+    explicit Array(int64_t n)
+        : data(static_cast<U*>(std::aligned_alloc(
+              64, static_cast<size_t>(max_of<int64_t>(Scratch::bytes_of<U>(n), 64))))) {
+      if (data == nullptr) throw std::bad_alloc();
+    }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    ~Array() { std::free(data); }
+  };
+  const Shape<A> shape_;
+  Array<A> memory_;
+  Array<bool> zero_;
+};
+
+// ---- one direction over all sequences and heads ----
+
+// The starting state of a direction and the place of its end: the forward direction starts from the
+// initial state and ends in the final one, the reverse direction starts from the final state's
+// gradient and ends in the initial state's.
+template <class A>
+struct Ends {
+  Ref<const A, 4> kv_start;
+  Ref<const A, 3> z_start;
+  Ref<A, 4> kv_end;
+  Ref<A, 3> z_end;
+};
+
+template <class T, bool kApply, bool kGrad, bool kReverse>
+class Sweep {
+ public:
+  using A = Accum<T>;
+  using Scanner = Scan<T, kApply, kGrad, kReverse>;
+
+  Sweep(const BackwardParams& p, const Shape<A>& shape, const Plan& plan, const Ends<A>& ends,
+        int threads)
+      : p_(p), shape_(shape), plan_(plan), ends_(ends), threads_(threads), heads_(p.key_heads()) {}
+
+  void run() {
+    if (plan_.segmented)
+      segmented();
+    else
+      sequential();
+  }
+
+ private:
+  Visible visible() const {
+    return !p_.causal ? Visible::all : kReverse ? Visible::from : Visible::upto;
+  }
+
+  // One task per (sequence, head): the segments one after another, prefix += local in between.
+  void sequential() {
+    const StateArray<A> prefixes(shape_, plan_.direct ? 0 : p_.sequences() * heads_);
+    parallel_tasks(p_.sequences() * heads_, threads_, [&](int64_t task) {
+      const int64_t n = task / heads_;
+      const int h = static_cast<int>(task % heads_);
+      const Sequence rows = sequence(p_, n);
+      State<A> prefix;
+      if (!plan_.direct) {
+        prefix = prefixes.get(task);
+        load_state(shape_, ends_.kv_start, ends_.z_start, n, h, prefix);
+      }
+      Scanner scan(shape_, p_, p_.group());
+      const int64_t count = ceil_div(rows.end - rows.begin, plan_.segment);
+      for (int64_t i = 0; i < count; ++i) {
+        const bool last = i + 1 == count;
+        const int64_t begin = rows.begin + (kReverse ? count - 1 - i : i) * plan_.segment;
+        scan.run(rows.batch, h, begin, min_of(rows.end, begin + plan_.segment), prefix, visible(),
+                 true, !last || ends_.kv_end);
+        if (!last || ends_.kv_end) accumulate(shape_, scan.local(), prefix);
+      }
+      store_state(shape_, prefix, ends_.kv_end, ends_.z_end, n, h);
+    });
+  }
+
+  // (a) totals of the segments, (b) prefixes in order, (c) every segment again with its prefix.
+  // Bidirectional: the sum over all segments takes the place of the prefix.
+  void segmented() {
+    const int64_t segments = count_segments(p_, plan_.segment);
+    StateArray<A> totals(shape_, segments * heads_), wholes(shape_, p_.sequences() * heads_);
+    for_each_task(segments, [&](const Segment& s, int64_t slot, int h) {
+      Scan<T, false, kReverse, kReverse> scan(shape_, p_, p_.group());
+      scan.total(s.batch, h, s.begin, s.end);
+      totals.set_zero(slot, true);
+      totals.copy(slot, scan.local());
+    });
+    prefix(totals, wholes);
+    for_each_task(segments, [&](const Segment& s, int64_t slot, int h) {
+      Scanner scan(shape_, p_, p_.group());
+      const State<A> state = p_.causal ? totals.get(slot) : wholes.get(s.n * heads_ + h);
+      scan.run(s.batch, h, s.begin, s.end, state, visible(), p_.causal, false);
+    });
+  }
+
+  // totals[segment] becomes the state before the segment; wholes[sequence] the state after all.
+  void prefix(StateArray<A>& totals, StateArray<A>& wholes) {
+    parallel_tasks(p_.sequences() * heads_, threads_, [&](int64_t task) {
+      const int64_t n = task / heads_;
+      const int h = static_cast<int>(task % heads_);
+      State<A> sum = wholes.get(task);
+      load_state(shape_, ends_.kv_start, ends_.z_start, n, h, sum);
+      Scratch& scratch = Scratch::of_thread();
+      scratch.reset(Scratch::bytes_of<A>(State<A>::count(shape_)));
+      State<A> own = State<A>::at(shape_, scratch.take<A>(State<A>::count(shape_)));
+      const int64_t first = first_segment(n), count = first_segment(n + 1) - first;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t slot = (first + (kReverse ? count - 1 - i : i)) * heads_ + h;
+        own.zero = true;
+        accumulate(shape_, totals.get(slot), own);
+        totals.set_zero(slot, true);
+        totals.copy(slot, sum);
+        accumulate(shape_, own, sum);
+      }
+      wholes.set_zero(task, sum.zero);
+      store_state(shape_, sum, ends_.kv_end, ends_.z_end, n, h);
+    });
+  }
+
+  int64_t first_segment(int64_t n) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Sequence s = sequence(p_, i);
+      count += ceil_div(s.end - s.begin, plan_.segment);
+    }
+    return count;
+  }
+
+  // f(segment, slot, head) for every segment and head, in parallel.
+  template <class F>
+  void for_each_task(int64_t segments, const F& f) {
+    parallel_tasks(segments * heads_, threads_, [&](int64_t task) {
+      f(find_segment(task / heads_), task, static_cast<int>(task % heads_));
+    });
+  }
+
+  Segment find_segment(int64_t index) const {
+    for (int64_t n = 0; n < p_.sequences(); ++n) {
+      const Sequence s = sequence(p_, n);
+      const int64_t count = ceil_div(s.end - s.begin, plan_.segment);
+      if (index < count) {
+        const int64_t begin = s.begin + index * plan_.segment;
+        return {n, s.batch, begin, min_of(s.end, begin + plan_.segment), index};
+      }
+      index -= count;
+    }
+    return {};
+  }
+
+  const BackwardParams& p_;
+  const Shape<A> shape_;
+  const Plan plan_;
+  const Ends<A> ends_;
+  const int threads_;
+  const int heads_;
+};
+
+// ---- entry points ----
+
+template <class T>
+void forward(const Call& call) {
+  using A = Accum<T>;
+  BackwardParams p;
+  static_cast<ForwardParams&>(p) = forward_params(call);
+  const int threads = call.context.num_threads;
+  const Plan plan = make_plan(p, p.kv0 || p.kv1, threads);
+  const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
+  const Ends<A> ends{p.kv0.as<const A>(), p.z0.as<const A>(), p.kv1.as<A>(), p.z1.as<A>()};
+  Sweep<T, true, false, false>(p, shape, plan, ends, threads).run();
+}
+
+template <class T>
+void backward(const Call& call) {
+  using A = Accum<T>;
+  const BackwardParams p = backward_params(call);
+  const int threads = call.context.num_threads;
+  const Plan plan = make_plan(p, p.kv0 || p.d_kv1 || p.d_kv0, threads);
+  const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
+  const Ends<A> earlier{p.kv0.as<const A>(), p.z0.as<const A>(), {}, {}};
+  const Ends<A> later{p.d_kv1.as<const A>(), p.d_z1.as<const A>(), p.d_kv0.as<A>(),
+                      p.d_z0.as<A>()};
+  Sweep<T, false, true, false>(p, shape, plan, earlier, threads).run();
+  Sweep<T, true, true, true>(p, shape, plan, later, threads).run();
+}
+
+}  // namespace
+}  // namespace hw::linear_attention
+
+namespace hw {
+extern const FunctionTable HW_INSTANCE;
+const FunctionTable HW_INSTANCE = {{&linear_attention::forward<HW_ELEMENT>,
+                                    &linear_attention::backward<HW_ELEMENT>,
+                                    &linear_attention::step<HW_ELEMENT>}};
+}  // namespace hw
