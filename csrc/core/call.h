@@ -69,10 +69,10 @@ struct Tensor {
 };
 
 struct Context {
-  void* stream = nullptr;      // cudaStream_t; null on the CPU
-  int32_t device_index = 0;    // CUDA device of the call
-  int32_t num_threads = 1;     // CPU threads the call may use
-  int32_t multiprocessors = 0; // of the CUDA device; a fixed small number when emulated
+  void* stream = nullptr;       // cudaStream_t; null on the CPU
+  int32_t device_index = 0;     // CUDA device of the call
+  int32_t num_threads = 1;      // CPU threads the call may use
+  int32_t multiprocessors = 0;  // of the CUDA device; a fixed small number when emulated
 };
 
 struct Call {

@@ -13,10 +13,10 @@ namespace hw {
 
 enum class ErrorKind : int {
   none = 0,
-  value = 1,           // ValueError: shapes, ranges
-  type = 2,            // TypeError: dtypes
-  not_implemented = 3, // NotImplementedError: feature x backend
-  runtime = 4,         // RuntimeError: devices, launches
+  value = 1,            // ValueError: shapes, ranges
+  type = 2,             // TypeError: dtypes
+  not_implemented = 3,  // NotImplementedError: feature x backend
+  runtime = 4,          // RuntimeError: devices, launches
 };
 
 class Error : public std::runtime_error {

@@ -8,13 +8,13 @@
 // tasks are made afterwards in index order. An exception in a task is rethrown by the caller.
 #pragma once
 
-#include <omp.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
 #include <new>
+
+#include <omp.h>
 
 namespace hw {
 namespace {

@@ -27,8 +27,8 @@ struct FunctionTable {
 };
 
 struct Operator {
-  const char* name;                          // "linear_attention"
-  std::span<const char* const> functions;    // {"forward", "backward", "step"}
+  const char* name;                        // "linear_attention"
+  std::span<const char* const> functions;  // {"forward", "backward", "step"}
   // Shape, dtype and device checks common to all backends; throws Error.
   void (*check)(int function, const Call&);
   // Limits of a backend beyond dtype, dim and device; empty when it can.

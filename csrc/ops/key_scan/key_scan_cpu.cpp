@@ -5,19 +5,20 @@
 // task; with few, time is cut into segments: (a) each segment scans from an empty state, (b) the
 // segments' ends are combined in order, (c) each segment scans again from its true start. The choice
 // depends on the shape alone, never on the number of threads, so neither do the results.
+#include "ops/key_scan/key_scan.h"
+
 #include <cmath>
 #include <limits>
 
 #include "core/parallel.h"
 #include "core/registry.h"
 #include "core/simd.h"
-#include "ops/key_scan/key_scan.h"
 
 namespace hw::key_scan {
 namespace {
 
-constexpr int64_t kSegment = 1024;     // tokens
-constexpr int64_t kManyPairs = 8;      // pairs from which time is not cut
+constexpr int64_t kSegment = 1024;  // tokens
+constexpr int64_t kManyPairs = 8;   // pairs from which time is not cut
 template <class A>
 constexpr A kNone = -std::numeric_limits<A>::infinity();  // the log-sum of no keys
 
@@ -252,8 +253,7 @@ class Backward {
     const A* segment = own.row(pair, i);
     A* leaving = later.row(pair, i - 1);
     for (int64_t j = 0; j < width_; ++j) leaving[j] = out * (segment[j] + inside * entering[j]);
-    later.number(pair, i - 1) =
-        out * (own.number(pair, i) + inside * later.number(pair, i));
+    later.number(pair, i - 1) = out * (own.number(pair, i) + inside * later.number(pair, i));
   }
 
   // Factor from what entered at row `last` to row `first`.

@@ -25,8 +25,8 @@ void check_features(const Params& p) {
         "linear_attention: q has ", p.query_heads(), " heads, not a multiple of the ",
         p.key_heads(), " heads of k");
   check(p.map != FeatureMap::taylor2 || p.dim() <= kMaxTaylorDim, ErrorKind::value,
-        "linear_attention: feature_map='taylor2' takes D <= ", kMaxTaylorDim, ", got D = ",
-        p.dim());
+        "linear_attention: feature_map='taylor2' takes D <= ", kMaxTaylorDim,
+        ", got D = ", p.dim());
 }
 
 void check_call(int function, const Call& call) {

@@ -55,11 +55,11 @@ HW_HOST_DEVICE constexpr int quadratic_feature(int d, int a, int b) {
 
 // Arguments of "linear_attention.forward". Absent: Ref without data.
 struct ForwardParams {
-  Ref<const void, 4> q;  // [B, S, Hq, D]
-  Ref<const void, 4> k;  // [B, S, H, D]
-  Ref<const void, 4> v;  // [B, S, H, Dv]
-  Ref<void, 4> o;        // [B, S, Hq, Dv]   out
-  Ref<void, 3> z;        // [B, S, Hq]       out, accumulation type; absent unless normalize
+  Ref<const void, 4> q;    // [B, S, Hq, D]
+  Ref<const void, 4> k;    // [B, S, H, D]
+  Ref<const void, 4> v;    // [B, S, H, Dv]
+  Ref<void, 4> o;          // [B, S, Hq, Dv]   out
+  Ref<void, 3> z;          // [B, S, Hq]       out, accumulation type; absent unless normalize
   Ref<const void, 4> kv0;  // [N, H, F, Dv]  initial state, accumulation type, or absent
   Ref<const void, 3> z0;   // [N, H, F]
   Ref<void, 4> kv1;        // [N, H, F, Dv]  out: final state, or absent
@@ -71,7 +71,9 @@ struct ForwardParams {
 
   HW_HOST_DEVICE int64_t batch() const { return q.size[0]; }
   HW_HOST_DEVICE int64_t tokens() const { return q.size[1]; }
-  HW_HOST_DEVICE int64_t sequences() const { return cu_seqlens ? cu_seqlens.size[0] - 1 : q.size[0]; }
+  HW_HOST_DEVICE int64_t sequences() const {
+    return cu_seqlens ? cu_seqlens.size[0] - 1 : q.size[0];
+  }
   HW_HOST_DEVICE int query_heads() const { return static_cast<int>(q.size[2]); }
   HW_HOST_DEVICE int key_heads() const { return static_cast<int>(k.size[2]); }
   HW_HOST_DEVICE int group() const { return key_heads() ? query_heads() / key_heads() : 0; }

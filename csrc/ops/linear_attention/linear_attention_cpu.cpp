@@ -8,9 +8,10 @@
 //               total, (b) totals become prefixes in order, (c) each segment rescans its chunks
 // Sequential and segmented give the same bits (see linear_attention_cpu_scan.h), so the choice may
 // depend on the number of threads.
-#include "core/registry.h"
 #include "ops/linear_attention/linear_attention_cpu_scan.h"
 #include "ops/linear_attention/linear_attention_cpu_step.h"
+
+#include "core/registry.h"
 
 namespace hw::linear_attention {
 namespace {
@@ -40,14 +41,14 @@ Plan make_plan(const ForwardParams& p, bool with_states, int threads) {
                       (longest <= kChunk || (d + dv) * seen <= 2 * f * dv + kChunk * (d + dv));
   Plan plan;
   plan.direct = direct;
-  plan.capacity = direct ? static_cast<int>(round_up<int64_t>(max_of<int64_t>(longest, 1), 16))
-                         : kChunk;
+  plan.capacity =
+      direct ? static_cast<int>(round_up<int64_t>(max_of<int64_t>(longest, 1), 16)) : kChunk;
   plan.segment = direct ? kDirectTokens : kChunk * kSegmentChunks;
   // Rows of the busiest thread; segments add the state update once more (about half the work).
   const int64_t heads = p.key_heads();
   const int64_t pairs = ceil_div<int64_t>(p.sequences() * heads, threads);
-  const int64_t sequential = max_of(longest, longest * pairs * total / max_of<int64_t>(
-                                                 longest * p.sequences(), 1));
+  const int64_t sequential =
+      max_of(longest, longest * pairs * total / max_of<int64_t>(longest * p.sequences(), 1));
   const int64_t segmented = ceil_div<int64_t>(3 * total * heads, 2 * threads);
   plan.segmented = !direct && (!p.causal || (longest > plan.segment && segmented < sequential));
   return plan;
@@ -300,8 +301,7 @@ void backward(const Call& call) {
   const Plan plan = make_plan(p, p.kv0 || p.d_kv1 || p.d_kv0, threads);
   const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
   const Ends<A> earlier{p.kv0.as<const A>(), p.z0.as<const A>(), {}, {}};
-  const Ends<A> later{p.d_kv1.as<const A>(), p.d_z1.as<const A>(), p.d_kv0.as<A>(),
-                      p.d_z0.as<A>()};
+  const Ends<A> later{p.d_kv1.as<const A>(), p.d_z1.as<const A>(), p.d_kv0.as<A>(), p.d_z0.as<A>()};
   Sweep<T, false, true, false>(p, shape, plan, earlier, threads).run();
   Sweep<T, true, true, true>(p, shape, plan, later, threads).run();
 }

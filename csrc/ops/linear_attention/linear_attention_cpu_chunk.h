@@ -11,9 +11,10 @@
 // are zero or finite, and sums over rows stop at n.
 #pragma once
 
+#include "ops/linear_attention/linear_attention.h"
+
 #include "core/matmul.h"
 #include "core/parallel.h"
-#include "ops/linear_attention/linear_attention.h"
 
 namespace hw::linear_attention {
 namespace {
@@ -113,8 +114,7 @@ void clear_columns(A* m, int64_t ld, int rows, int from, int to) {
 // row that is read asks for the row `ahead` rows on, which the next chunk will want.
 template <bool kWrite = false, class T>
 HW_INLINE void prefetch_row(const Ref<T, 2>& x, int64_t row) {
-  if (x.stride[1] == 1)
-    prefetch<kWrite>(x.at(row), x.size[1] * static_cast<int64_t>(sizeof(T)));
+  if (x.stride[1] == 1) prefetch<kWrite>(x.at(row), x.size[1] * static_cast<int64_t>(sizeof(T)));
 }
 
 // Rows [begin, begin + n) of x [S, D] into side.x and side.xt, mapped by pre().
@@ -264,8 +264,8 @@ template <class A>
 void mask(Visible visible, int row_begin, int row_end, Range columns, A* tile, int64_t ld) {
   for (int a = row_begin; a < row_end && visible != Visible::all; ++a) {
     A* row = tile + (a - row_begin) * ld;
-    const Range hidden = visible == Visible::upto ? Range{a + 1, columns.end}
-                                                  : Range{columns.begin, a};
+    const Range hidden =
+        visible == Visible::upto ? Range{a + 1, columns.end} : Range{columns.begin, a};
     for (int b = hidden.begin; b < hidden.end; ++b) row[b - columns.begin] = 0;
   }
 }

@@ -52,7 +52,8 @@ class Scan {
  public:
   using A = Accum<T>;
 
-  Scan(const Shape<A>& shape, const BackwardParams& p, int group) : s_(shape), p_(p), group_(group) {
+  Scan(const Shape<A>& shape, const BackwardParams& p, int group)
+      : s_(shape), p_(p), group_(group) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(bytes());
     key_.take(scratch, s_);
@@ -183,8 +184,8 @@ class Scan {
       scores_to_weights(rows, columns);
       mask(visible, r0, r1, seen, weight_, s_.ld);
       if constexpr (!kReverse) add_denominators(r0, rows, count);
-      multiply<true>(rows, s_.dvp, count, row_major(weight_, s_.ld),
-                     b.value + seen.begin * s_.dvp, s_.dvp, out_ + r0 * s_.dvp, s_.dvp);
+      multiply<true>(rows, s_.dvp, count, row_major(weight_, s_.ld), b.value + seen.begin * s_.dvp,
+                     s_.dvp, out_ + r0 * s_.dvp, s_.dvp);
     }
   }
 
