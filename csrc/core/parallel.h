@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU threads: independent tasks on OpenMP, and scratch memory per thread.
 //
-//   parallel_tasks(count, threads, f)   f(i) for i in [0, count), in any order, on at most `threads`
+//   parallel_tasks(count, threads, f)   f(i) for i in [0, count), in any order
 //   Scratch                             a bump allocator that each thread keeps between calls
 //
 // Results never depend on which thread runs a task: tasks write disjoint outputs, and sums over

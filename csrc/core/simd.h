@@ -90,7 +90,7 @@ struct LaneIndexOf<double> {
   using type [[gnu::vector_size(kVectorBytes)]] = int64_t;
 };
 
-// One round of a transpose: rows a and b, `kStep` apart, exchange the lanes that have the bit kStep.
+// One round of a transpose: rows a and b, `kStep` apart, exchange the lanes with the bit kStep.
 template <int kStep, class T>
 HW_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
   using Index = typename LaneIndexOf<T>::type;

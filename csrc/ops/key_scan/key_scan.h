@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Key-only softmax scan ("non-approximate" attention of Deconstructing Attention, arXiv 2510.11602):
-// the mathematics and the parameters.
+// Key-only softmax scan ("non-approximate" attention, Deconstructing Attention, arXiv 2510.11602):
+// mathematics and parameters.
 //
 //   o_i = sum_{j <= i} e^{s_j} v_j / sum_{j <= i} e^{s_j}         per head
 // computed without a global maximum, with the running log-sum L_i = log sum_{j <= i} e^{s_j}:

@@ -3,8 +3,8 @@
 //
 // A head is a chain over time, vectorised over Dv. With many (batch, head) pairs each pair is one
 // task; with few, time is cut into segments: (a) each segment scans from an empty state, (b) the
-// segments' ends are combined in order, (c) each segment scans again from its true start. The choice
-// depends on the shape alone, never on the number of threads, so neither do the results.
+// segments' ends are combined in order, (c) each segment scans again from its true start. The
+// choice depends on the shape alone, never on the number of threads, so neither do the results.
 #include "ops/key_scan/key_scan.h"
 
 #include <cmath>
@@ -186,8 +186,8 @@ class Forward {
   const Segments segments_;
 };
 
-// The reverse chain carries (R, T). What segment i hands to the one before it is (R, T) of its first
-// row; e^{L_i - L_j} of rows i < j telescopes, so the link between two segments is one factor.
+// The reverse chain carries (R, T). What segment i hands to the one before it is (R, T) of its
+// first row; e^{L_i - L_j} of rows i < j telescopes: the link between two segments is one factor.
 template <class T>
 class Backward {
  public:
@@ -244,10 +244,10 @@ class Backward {
     if (p_.d_lse1) t -= p_.d_lse1.as<const A>()(b, h);
   }
 
-  // later[i - 1] = own[i] + e^{L_first(i) - L_last(i)} later[i], handed on to the last row of i - 1.
+  // later[i - 1] = e^{L_last(i - 1) - L_first(i)} (own[i] + e^{L_first(i) - L_last(i)} later[i])
   void combine(int64_t pair, int64_t i, Boundaries<A>& later, Boundaries<A>& own) {
     const int64_t first = segments_.begin(i), last = segments_.end(i) - 1;
-    const A inside = link(pair, i, first, last);
+    const A inside = link(pair, first, last);
     const A out = decay(lse_of(pair, first - 1), lse_of(pair, first));
     const A* entering = later.row(pair, i);
     const A* segment = own.row(pair, i);
@@ -257,7 +257,7 @@ class Backward {
   }
 
   // Factor from what entered at row `last` to row `first`.
-  A link(int64_t pair, int64_t, int64_t first, int64_t last) const {
+  A link(int64_t pair, int64_t first, int64_t last) const {
     return decay(lse_of(pair, first), lse_of(pair, last));
   }
 

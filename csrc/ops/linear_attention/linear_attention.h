@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear attention (BASED, Arora et al. 2024, arXiv 2402.18668): the mathematics and the parameters.
+// Linear attention (BASED, Arora et al. 2024, arXiv 2402.18668): mathematics and parameters.
 //
 //   x' = pre(x)                    elementwise map of q and k
 //   s_ij = scale * <q'_i, k'_j>
@@ -24,7 +24,7 @@
 //   dw_ij = <g_i, v_j> + dz_i       ds_ij = dw_ij * w'(s_ij)
 //   dq'_i = scale * sum_j ds_ij k'_j     dk'_j = scale * sum_i ds_ij q'_i     dv_j = sum_i w_ij g_i
 // i.e. two loops in two directions: "apply" (sum_j w_ij x_j) and "grad" (sum_j <y_i, x_j> w' b_j).
-// With the state S = (kv, z) over earlier keys: dm(q'_i) = kv g_i + z dz_i, chained through c and m;
+// With the state S = (kv, z) over earlier keys dm(q'_i) = kv g_i + z dz_i, chained through c, m;
 // with the reverse state R = (sum_i c m(q'_i) g_i, sum_i c m(q'_i) dz_i) over later queries (which
 // starts from the gradient of the final state): dm(k'_j) = R_kv v_j + R_z, dv_j = R_kv^T m(k'_j).
 // R after the first token is the gradient of the initial state.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CPU loops of linear attention do with one chunk of rows of one head.
 //
-// A chunk has n <= capacity rows. `Side` is such a chunk of the query or of the key side, widened to
-// the accumulation type A and laid out twice, because the products want both:
+// A chunk has n <= capacity rows. `Side` is such a chunk of the query or of the key side, widened
+// to the accumulation type A and laid out twice, because the products want both:
 //   query side   x = pre(q)   value = g = do / z   extra = dz = -<do, o> / z
 //   key side     x = pre(k)   value = v            extra = 1
 // In every pass one side reads (a: rows of the output) and the other is summed over (b).

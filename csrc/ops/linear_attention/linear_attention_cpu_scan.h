@@ -6,14 +6,14 @@
 //   reverse  a = keys, b = queries: the same from the last chunk to the first
 //
 // Per chunk and head of the a side, with the state S = (kv [F, Dv], z [F]) of the b side so far:
-//   apply   out_a = S_kv^T phi(x_a) + sum_b w_ab value_b     [+ denominators S_z . phi + sum_b w_ab]
+//   apply   out_a = S_kv^T phi(x_a) + sum_b w_ab value_b     [z_a = S_z . phi(x_a) + sum_b w_ab]
 //   grad    dphi_a = S_kv value_a + S_z extra_a,  dx_a = contract(dphi_a)
 //           + scale * sum_b (<value_a, value_b> + extra_a extra_b) w'(s_ab) x_b
 // where sum_b runs over the visible rows of the same chunk.
 //
 // The state is kept as prefix + local: `prefix` is what segments before this one left, `local` what
-// this segment added, from zero. So a segment's total is the same sum whether segments run one after
-// another or side by side, and results do not depend on the number of threads.
+// this segment added, from zero. So a segment's total is the same sum whether segments run one
+// after another or side by side, and results do not depend on the number of threads.
 #pragma once
 
 #include "ops/linear_attention/linear_attention_cpu_chunk.h"
@@ -83,22 +83,26 @@ class Scan {
     local_.zero = true;
     const int64_t chunks = ceil_div<int64_t>(end - begin, s_.capacity);
     for (int64_t i = 0; i < chunks; ++i) {
-      const int64_t first = begin + (kReverse ? chunks - 1 - i : i) * s_.capacity;
-      const int n = static_cast<int>(min_of<int64_t>(s_.capacity, end - first));
+      const Range rows = chunk(begin, end, i, chunks);
+      const int n = rows.end - rows.begin;
       const State<A> state = current(prefix);
       for (int g = 0; g < (kReverse ? 1 : group_); ++g)
-        output_rows(g, first, n, state, visible, within_chunk);
-      if (want_local || (i + 1 < chunks && within_chunk)) add_chunk(first, n);
+        output_rows(g, begin + rows.begin, n, state, visible, within_chunk);
+      if (want_local || (i + 1 < chunks && within_chunk)) add_chunk(begin + rows.begin, n);
     }
   }
 
-  // Only the sum over the b side: local() becomes the segment's total.
+  // Only the sum over the b side, chunk by chunk in the order of run(): local() becomes the
+  // segment's total.
   void total(int64_t batch, int head, int64_t begin, int64_t end) {
     batch_ = batch;
     head_ = head;
     local_.zero = true;
-    for (int64_t first = begin; first < end; first += s_.capacity)
-      add_chunk(first, static_cast<int>(min_of<int64_t>(s_.capacity, end - first)));
+    const int64_t chunks = ceil_div<int64_t>(end - begin, s_.capacity);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const Range rows = chunk(begin, end, i, chunks);
+      add_chunk(begin + rows.begin, rows.end - rows.begin);
+    }
   }
 
   const State<A>& local() const { return local_; }
@@ -110,6 +114,12 @@ class Scan {
                            2 * kRowBlock * s_.ld + 2 * State<A>::count(s_) + s_.dvp;
     constexpr int64_t kRounding = 16 * 64;  // each array starts on a 64-byte line
     return 2 * Side<A>::bytes(s_) + arrays * static_cast<int64_t>(sizeof(A)) + kRounding;
+  }
+
+  // Rows of the i-th chunk that the scan meets in [begin, end), counted from begin.
+  Range chunk(int64_t begin, int64_t end, int64_t i, int64_t chunks) const {
+    const int64_t first = (kReverse ? chunks - 1 - i : i) * s_.capacity;
+    return {static_cast<int>(first), static_cast<int>(min_of(first + s_.capacity, end - begin))};
   }
 
   // prefix + local, without a copy while one of them is empty.

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the CUDA kernels cut a call of linear attention into work: from shapes only, never from data,
+// so that the workspace is known before anything runs and no call waits for the device.
+//
+// Three schedules:
+//   direct  every block of rows meets its keys tile by tile; quadratic, no state, no workspace.
+//           For short sequences, where S (D + Dv) / 2 < 2 F Dv multiplications per token, and only
+//           if no state is passed in or out.
+//   single  one segment per sequence: its states are carried from chunk to chunk in one block.
+//   split   sequences are cut into segments of `segment_tokens` so that the device fills:
+//             (a) every segment reduces its own keys to a state     (totals)
+//             (b) exclusive prefix over the segments of a sequence  (in fixed order; this pass also
+//                 writes the final state, backward: the gradient of the initial one)
+//             (c) every segment walks its chunks from its state
+// A call that is not causal and not direct runs (a) and (b) too: each row applies the total.
+//
+// Packed sequences: where sequence n starts is known on the device only, so segments have slots:
+//   segment k of sequence n has slot  floor(cu[n] / L) + n + k       (unpacked: n * per_sequence + k)
+// Slots of one sequence never reach those of the next, because
+//   floor((c + len) / L) - floor(c / L) + 1 >= ceil(len / L).
+// There are floor(S / L) + N of them, some stay empty, and a slot's sequence is found by bisection.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "core/call.h"
+#include "core/macros.h"
+#include "core/math.h"
+#include "ops/linear_attention/linear_attention.h"
+
+namespace hw::linear_attention {
+
+inline constexpr int64_t kChunk = 64;         // segments are multiples of this
+inline constexpr int64_t kDirectTokens = 512; // longest sequence for the direct schedule
+
+enum class Schedule : int { direct = 0, single = 1, split = 2 };
+
+// The shapes that decide, taken from a call that may have no data yet.
+struct Shape {
+  int64_t batch = 0, tokens = 0, sequences = 0;
+  int query_heads = 0, key_heads = 0, dim = 0, value_dim = 0, features = 0;
+  bool packed = false, causal = false, normalize = false, any_state = false;
+  int multiprocessors = 1;
+
+  HW_HOST_DEVICE int group() const { return key_heads ? query_heads / key_heads : 0; }
+};
+
+struct Plan {
+  Schedule schedule = Schedule::single;
+  bool packed = false;
+  bool causal = false;
+  int64_t tokens = 0;          // S: of one sequence, or of all packed ones
+  int64_t sequences = 0;       // N
+  int64_t segment_tokens = 0;  // L; single: S
+  int64_t per_sequence = 1;    // slots of one sequence; packed and not single: unused
+  int64_t num_slots = 0;       // slots of all sequences, empty ones included
+
+  // Phases (a) and (b) run, and their results live in the workspace.
+  HW_HOST_DEVICE bool has_totals() const {
+    return schedule == Schedule::split || (schedule == Schedule::single && !causal);
+  }
+};
+
+// One segment: rows [begin, end) of batch entry `batch`, which belong to sequence `sequence`.
+struct Segment {
+  int64_t sequence = 0, batch = 0;
+  int64_t begin = 0, end = 0;                    // rows of the segment
+  int64_t sequence_begin = 0, sequence_end = 0;  // rows of its sequence
+  int64_t index = 0;                             // position within its sequence
+  bool used = false;                             // false: an empty slot, nothing to do
+};
+
+// `cu`: position of cu_seqlens among the tensors; `states`: those of all states, in and out.
+inline Shape shape_of(const Call& call, int cu, std::initializer_list<int> states) {
+  const Tensor &q = call.tensor(0), &k = call.tensor(1), &v = call.tensor(2);
+  Shape s;
+  s.batch = q.size[0];
+  s.tokens = q.size[1];
+  s.packed = call.tensor(cu).present();
+  s.sequences = s.packed ? call.tensor(cu).size[0] - 1 : q.size[0];
+  s.query_heads = static_cast<int>(q.size[2]);
+  s.key_heads = static_cast<int>(k.size[2]);
+  s.dim = static_cast<int>(q.size[3]);
+  s.value_dim = static_cast<int>(v.size[3]);
+  s.features = num_features(static_cast<FeatureMap>(call.integer(0)), s.dim);
+  s.causal = call.flag(1);
+  s.normalize = call.flag(2);
+  for (const int state : states) s.any_state |= call.tensor(state).present();
+  s.multiprocessors = max_of<int>(call.context.multiprocessors, 1);
+  return s;
+}
+
+inline Shape forward_shape(const Call& call) { return shape_of(call, 9, {5, 6, 7, 8}); }
+inline Shape backward_shape(const Call& call) {
+  return shape_of(call, 7, {5, 6, 9, 10, 14, 15});
+}
+
+// Longest sequence for which tiles cost less than states: (D + Dv) S / 2 < 2 F Dv (causal).
+HW_HOST_DEVICE inline int64_t direct_limit(const Shape& s) {
+  const int64_t states = (s.causal ? 4 : 2) * static_cast<int64_t>(s.features) * s.value_dim;
+  const int64_t limit = states / max_of<int64_t>(s.dim + s.value_dim, 1);
+  return min_of(max_of(limit, kChunk), kDirectTokens);
+}
+
+// `slices`: blocks that share one segment of one key head. `direct_rows`: rows of one block in the
+// direct schedule.
+inline Plan make_plan(const Shape& s, int64_t slices, int64_t direct_rows) {
+  Plan p;
+  p.packed = s.packed;
+  p.causal = s.causal;
+  p.tokens = s.tokens;
+  p.sequences = s.sequences;
+  if (!s.any_state && s.tokens <= direct_limit(s)) {
+    p.schedule = Schedule::direct;
+    p.segment_tokens = direct_rows;
+  } else {
+    const int64_t wanted = 2 * static_cast<int64_t>(s.multiprocessors);
+    const int64_t per_sequence = max_of<int64_t>(s.key_heads * slices, 1);
+    const int64_t have = max_of<int64_t>(s.sequences, 1) * per_sequence;
+    const int64_t cuts = ceil_div(wanted, s.packed ? per_sequence : have);
+    const int64_t length = round_up(ceil_div(max_of<int64_t>(s.tokens, 1), cuts), kChunk);
+    p.schedule = have < wanted && length < s.tokens ? Schedule::split : Schedule::single;
+    p.segment_tokens = p.schedule == Schedule::split ? length : max_of<int64_t>(s.tokens, 1);
+  }
+  if (p.schedule == Schedule::single) {
+    p.num_slots = s.sequences;
+  } else if (p.packed) {
+    p.num_slots = s.tokens / p.segment_tokens + s.sequences;
+  } else {
+    p.per_sequence = ceil_div(s.tokens, p.segment_tokens);
+    p.num_slots = s.sequences * p.per_sequence;
+  }
+  return p;
+}
+
+// First slot of sequence n.
+HW_HOST_DEVICE inline int64_t first_slot(const Plan& p, const int64_t* cu_seqlens, int64_t stride,
+                                         int64_t n) {
+  if (!p.packed || p.schedule == Schedule::single) return n * p.per_sequence;
+  return cu_seqlens[n * stride] / p.segment_tokens + n;
+}
+
+// Segments of sequence n that have rows; one, even without rows, in the single schedule.
+HW_HOST_DEVICE inline int64_t segment_count(const Plan& p, int64_t rows) {
+  return p.schedule == Schedule::single ? 1 : ceil_div(rows, p.segment_tokens);
+}
+
+// The segment at a slot. Sequence by bisection: the last n whose first slot is <= `slot`.
+template <class Params>
+HW_HOST_DEVICE Segment locate(const Plan& p, const Params& params, int64_t slot) {
+  const int64_t* cu = params.cu_seqlens.data;
+  const int64_t stride = params.cu_seqlens.stride[0];
+  int64_t n = slot / p.per_sequence;
+  if (p.packed && p.schedule != Schedule::single) {
+    int64_t low = 0, high = p.sequences;  // first_slot(low) <= slot < first_slot(high)
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (first_slot(p, cu, stride, middle) <= slot ? low : high) = middle;
+    }
+    n = low;
+  }
+  const Sequence rows = sequence(params, n);
+  Segment s;
+  s.sequence = n;
+  s.batch = rows.batch;
+  s.sequence_begin = rows.begin;
+  s.sequence_end = rows.end;
+  s.index = slot - first_slot(p, cu, stride, n);
+  s.used = s.index < segment_count(p, rows.end - rows.begin);
+  s.begin = min_of(rows.begin + s.index * p.segment_tokens, rows.end);
+  s.end = min_of(s.begin + p.segment_tokens, rows.end);
+  return s;
+}
+
+// States of the segments of one direction: kv [slots, H, F, Dv] and z [slots, H, F], accumulation
+// type, one behind the other.
+struct StateLayout {
+  int64_t slots = 0, heads = 0, features = 0, value_dim = 0;
+
+  HW_HOST_DEVICE int64_t kv(int64_t slot, int64_t head, int64_t feature) const {
+    return ((slot * heads + head) * features + feature) * value_dim;
+  }
+  HW_HOST_DEVICE int64_t z(int64_t slot, int64_t head) const {
+    return slots * heads * features * value_dim + (slot * heads + head) * features;
+  }
+  HW_HOST_DEVICE int64_t size() const { return slots * heads * features * (value_dim + 1); }
+};
+
+inline StateLayout state_layout(const Shape& s, const Plan& p) {
+  return {p.num_slots, s.key_heads, s.features, s.value_dim};
+}
+
+// Pieces of a workspace, each at a multiple of 256 bytes.
+struct Carver {
+  int64_t bytes = 0;
+  int64_t take(int64_t count, int64_t element_size) {
+    const int64_t at = bytes;
+    bytes += round_up<int64_t>(count * element_size, 256);
+    return at;
+  }
+};
+
+}  // namespace hw::linear_attention

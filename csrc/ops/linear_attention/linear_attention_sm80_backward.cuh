@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear attention on tensor cores: the loop that differentiates the scores,
+//
+//   y_i = scale sum_j (<u_i, x_j> + dz) w'(s_ij) b_j
+//
+//   over keys      y = dq   u = do, x = v    (<do_i, v_j> + delta_i) / z_i, the division at the end
+//   over queries   y = dk   u = v,  x = do   (<v_i, do_j> + delta_j) / z_j
+// with delta = -<do, o> of the query, and dz = delta / z. (dv is ApplyKernel over queries.)
+//
+// A block owns all columns of v and one segment of one head; its warps share the columns, 16 each,
+// and every warp has the state of its columns in registers, as in forward.cuh but with the slots as
+// rows, because now the columns of v are summed over:
+//
+//   earlier chunks   D [64, 160] = U [64, 16] S^T [16, 160] (+ n delta, by one warp per strip)
+//                    is the gradient of Phi(a); it is chained to a block by block in registers,
+//                    for the products x_c x_{c + r}:
+//                      y_c += D_c x_{c + r}           elementwise with the rotated fragment
+//                      y_{c + r} += D_c x_c           a product with the permutation c -> c + r,
+//                                                     which an mma does without leaving the warp
+//   this chunk       ((U X^T + delta) w'(s)) b        strips of 16 rows, one per warp
+//   state            S [160, 16] += Phi(b)^T [160, 64] x [64, 16]
+//   sum over warps   [64, 16] each, through shared memory, in the order of the warps
+//
+// The factor 2 of the squares' derivative is in their coefficient. Traffic per token and head:
+// 2 (3 16 + 2 Dv) bytes each for dq and dk, 2 (2 16 + 2 Dv) for dv.
+#pragma once
+
+#include "ops/linear_attention/linear_attention_sm80_loop.cuh"
+
+namespace hw::linear_attention::sm80 {
+
+// factor = 1 / z (0 where z is) and delta = -<do, o> of every query. 8 lanes per row.
+template <class Element>
+struct RowsKernel {
+  struct Params {
+    Input<Element> o, d_o;           // [B, S, Hq, Dv]
+    Ref<const float, 3> z;           // [B, S, Hq]
+    float *factor, *delta;           // [B, S, Hq] out
+    int64_t rows;
+  };
+  static constexpr int kLanes = 8, kThreads = 256, kRowsOfBlock = kThreads / kLanes;
+
+  HW_DEVICE static void main(const Params& p) {
+    const int64_t row = static_cast<int64_t>(dev::block_index_x()) * kRowsOfBlock +
+                        dev::thread_index() / kLanes;
+    const int64_t at = min_of(row, p.rows - 1), heads = p.z.size[2], tokens = p.z.size[1];
+    const int64_t h = at % heads, s = at / heads % tokens, b = at / heads / tokens;
+    const Ref<const Element, 1> o = p.o.ref.slice(b).slice(s).slice(h);
+    const Ref<const Element, 1> d_o = p.d_o.ref.slice(b).slice(s).slice(h);
+    const bool aligned = p.o.aligned && p.d_o.aligned;
+    const int64_t columns = o.size[0];
+    float sum = 0.0f;
+    for (int64_t c = dev::lane() % kLanes * 8; c < columns; c += kLanes * 8) {
+      if (aligned && c + 8 <= columns) {
+        sum += dot8(o.at(c), d_o.at(c));
+      } else {
+        for (int64_t e = c; e < min_of(c + 8, columns); ++e)
+          sum += static_cast<float>(o(e)) * static_cast<float>(d_o(e));
+      }
+    }
+    sum = dev::warp_sum<kLanes>(sum);
+    if (dev::lane() % kLanes != 0 || row >= p.rows) return;
+    const float z = p.z(b, s, h);
+    p.factor[row] = z == 0.0f ? 0.0f : 1.0f / z;
+    p.delta[row] = -sum;
+  }
+
+  struct alignas(16) Eight {
+    uint32_t word[4];
+  };
+  HW_DEVICE static HW_INLINE float dot8(const Element* x, const Element* y) {
+    Eight a, b;
+    memcpy(&a, __builtin_assume_aligned(x, sizeof(Eight)), sizeof(Eight));
+    memcpy(&b, __builtin_assume_aligned(y, sizeof(Eight)), sizeof(Eight));
+    float sum = 0.0f;
+    HW_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Two u = dev::unpack<Element>(a.word[i]), v = dev::unpack<Element>(b.word[i]);
+      sum += u.lo * v.lo + u.hi * v.hi;
+    }
+    return sum;
+  }
+};
+
+template <class Element, int kDim, bool kQueries>
+struct GradientKernel {
+  using Params = LoopParams<Element>;
+  using Stream = Chunks<Element, kDim, Loop::gradient, kQueries>;
+  using P = Pairs<Element>;
+  static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
+  static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
+  static constexpr int kParts = kWarps / kStrips;  // warps that share the columns of a strip
+
+  struct Smem {
+    static constexpr int kPitch = kPadded + 4;
+    ChunkSmem<Element, kDim, Loop::gradient, kQueries> chunks;
+    float n[kSlots];                                // c n
+    alignas(16) float y[kWarps][kTile][kPitch];     // each warp's part of y
+  };
+  static_assert(kWarps % kStrips == 0, "every strip has the same number of warps");
+  static_assert(sizeof(Smem) * kMinBlocks <= 160 * 1024, "shared memory of sm_80");
+
+  struct Block {
+    const Params& p;
+    Smem& smem;
+    Stream stream;
+    Coefficients c;  // of the derivative: squares count twice
+    int column, strip, part;
+    State<Element, kWarps> state;
+    float chunk_y[2][4];  // this chunk's part of strip `strip`, columns 0 .. 7 and 8 .. 15
+
+    HW_DEVICE Block(const Params& params, Smem& s, const Walk& w)
+        : p(params), smem(s), stream{params, s.chunks, w, 0}, c(coefficients(params.scale)), column(dev::warp() * 16), strip(dev::warp() % kStrips),
+          part(dev::warp() / kStrips) {
+      c.square = c.product;
+    }
+
+    HW_DEVICE HW_INLINE void start() {
+      const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
+      state.template load<false>(p.before, index, stream.walk.state_head, column, p.dim(),
+                                 coefficients(p.scale), kQueries);
+      publish_sums();
+    }
+
+    HW_DEVICE HW_INLINE void publish_sums() {
+      state.visit_sums(c, [&](float& upper, float& lower, int slot, float coefficient) {
+        if (dev::lane() % 4 == 0) smem.n[slot] = (upper + lower) * coefficient;
+      });
+    }
+
+    // Parts of y from earlier chunks, into shared memory.
+    template <class S>
+    HW_DEVICE HW_INLINE void read_state(const S& s, bool empty) {
+      float y[kStrips][2][4];
+      clear(y);
+      if (!empty) {
+        uint32_t own[kStrips][4], u[kStrips][4];
+        HW_UNROLL
+        for (int i = 0; i < kStrips; ++i) {
+          tokens_by_columns(own[i], smem.chunks.a, i, 0);
+          tokens_by_values(u[i], s.u, i, column);
+        }
+        for_each_block([&](auto block) {
+          constexpr int r = block;
+          Pair<Element> operand[2][2], turn[2];
+          state_operand<r>(operand);
+          permutation<r>(turn);
+          HW_UNROLL
+          for (int i = 0; i < kStrips; ++i) {
+            float d[2][4];
+            feature_gradient<r>(d, u[i], operand, i, s.scalars.delta + i * kRows);
+            chain<r>(y[i], d, own[i], turn, i);
+          }
+        });
+      }
+      store_parts(y);
+    }
+
+    HW_DEVICE HW_INLINE void clear(float y[kStrips][2][4]) {
+      HW_UNROLL
+      for (int i = 0; i < kStrips * 8; ++i) y[i / 8][i / 4 % 2][i % 4] = 0.0f;
+      for (int k = 0; k < 8; ++k) chunk_y[k / 4][k % 4] = 0.0f;
+    }
+
+    // c S of block r as B: s[h] = (columns 2t, 2t+1 | + 8; slot 8 h + g).
+    template <int r>
+    HW_DEVICE HW_INLINE void state_operand(Pair<Element> s[2][2]) {
+      HW_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const float factor = c.template at<r>(h);
+        HW_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          const float* tile = &state.s[r][j][2 * h];
+          s[h][j] = P::round(tile[0] * factor, tile[1] * factor);
+        }
+      }
+    }
+
+    // The permutation c -> c + r as B: of columns 0 .. 7; those of columns 8 .. 15 are swapped.
+    template <int r>
+    HW_DEVICE HW_INLINE void permutation(Pair<Element> turn[2]) {
+      const int source = (dev::lane() / 4 - r + 16) % 16 - 2 * (dev::lane() % 4);
+      HW_UNROLL
+      for (int i = 0; i < 2; ++i)
+        turn[i] = P::round(source == 8 * i ? 1.0f : 0.0f, source == 8 * i + 1 ? 1.0f : 0.0f);
+    }
+
+    // d = u S^T + e n: the gradient of the features of block r, of one strip; e = delta, over
+    // queries 1. n takes part once, in the warp that has the strip's first columns.
+    template <int r>
+    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const uint32_t u[4],
+                                              const Pair<Element> s[2][2], int i,
+                                              const float* delta) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      Pair<Element> a[4];
+      for (int k = 0; k < 4; ++k) a[k] = P::exact(u[k]);
+      for (int k = 0; k < 8; ++k) d[k / 4][k % 4] = 0.0f;
+      if (i == dev::warp()) {
+        const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];
+        HW_UNROLL
+        for (int k = 0; k < 8; ++k) {
+          const float n = smem.n[16 * r + k / 4 * 8 + 2 * t + (k & 1)];
+          d[k / 4][k % 4] = n * (k & 2 ? high : low);
+        }
+      }
+      P::mma(d[0], a, s[0]);
+      if constexpr (r != kProducts) P::mma(d[1], a, s[1]);
+    }
+
+    // y += d chained through block r.
+    template <int r>
+    HW_DEVICE HW_INLINE void chain(float y[2][4], const float d[2][4], const uint32_t own[4],
+                                   const Pair<Element> turn[2], int i) {
+      if constexpr (r == kLinear) {
+        for (int k = 0; k < 8; ++k) y[k / 4][k % 4] += d[k / 4][k % 4];
+        return;
+      }
+      constexpr int kHalves = r == kProducts ? 1 : 2;  // slots 8 .. 15 of the products are constant
+      uint32_t other[4] = {own[0], own[1], own[2], own[3]};
+      if constexpr (r == kProducts) other[0] = own[2], other[1] = own[3];
+      if constexpr (r > 0 && r < kProducts) tokens_by_columns(other, smem.chunks.a, i, r);
+      Pair<Element> moved[4] = {P::zero(), P::zero(), P::zero(), P::zero()};
+      HW_UNROLL
+      for (int k = 0; k < 2 * kHalves; ++k) {  // word k: half k / 2, row g + 8 (k mod 2)
+        const float *from = &d[k / 2][k % 2 * 2], lo = from[0], hi = from[1];
+        const Two x = dev::unpack<Element>(other[k]), z = dev::unpack<Element>(own[k]);
+        y[k / 2][k % 2 * 2] += lo * x.lo;
+        y[k / 2][k % 2 * 2 + 1] += hi * x.hi;
+        if constexpr (r > 0) moved[k] = P::round(lo * z.lo, hi * z.hi);
+      }
+      if constexpr (r > 0) {
+        const Pair<Element> swapped[2] = {turn[1], turn[0]};
+        P::mma(y[0], moved, turn);
+        P::mma(y[1], moved, swapped);
+      }
+    }
+
+    HW_DEVICE HW_INLINE void store_parts(const float y[kStrips][2][4]) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      HW_UNROLL
+      for (int i = 0; i < kStrips * 8; ++i) {
+        const int row = i / 8 * kRows + g + (i & 2) * 4, at = i / 4 % 2 * 8 + 2 * t + (i & 1);
+        smem.y[dev::warp()][row][at] = y[i / 8][i / 4 % 2][i % 4];
+      }
+    }
+
+    // chunk_y += ((U X^T + dz) w'(s)) b over the keys of this item, for the warp's strip and its
+    // part of the columns.
+    HW_DEVICE HW_INLINE void read_chunk(int64_t item) {
+      const auto& s = stream.stage(item);
+      const int count = stream.walk.count(stream.chunk(item));
+      if (strip * kRows >= count) return;
+      uint32_t a[4];
+      tokens_by_columns(a, smem.chunks.a, strip, 0);
+      for (int keys = 0; keys <= strip; ++keys) {
+        float ds[2][4];
+        score_gradients(ds, s, a, keys);
+        uint32_t word[4];
+        columns_by_tokens(word, smem.chunks.b, keys, 0);
+        const Pair<Element> left[2] = {P::exact(word[0]), P::exact(word[2])};
+        const Pair<Element> right[2] = {P::exact(word[1]), P::exact(word[3])};
+        Pair<Element> operand[4];
+        for (int k = 0; k < 4; ++k)
+          operand[k] = P::round(ds[k / 2][k % 2 * 2], ds[k / 2][k % 2 * 2 + 1]);
+        P::mma(chunk_y[0], operand, left);
+        P::mma(chunk_y[1], operand, right);
+      }
+    }
+
+    // ds[h]: rows of the strip x keys 8 h .. 8 h + 7 of strip `keys`.
+    template <class S>
+    HW_DEVICE HW_INLINE void score_gradients(float ds[2][4], const S& s, const uint32_t a[4],
+                                             int keys) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      uint32_t b[4];
+      keys_of_scores(b, smem.chunks.b, keys);
+      float score[2][4];
+      for (int k = 0; k < 8; ++k) ds[k / 4][k % 4] = score[k / 4][k % 4] = 0.0f;
+      for (int h = 0; h < 2; ++h) dev::mma_16x8x16<Element>(score[h], a, b + 2 * h);
+      HW_UNROLL
+      for (int columns = 0; columns < kDim / kParts; columns += 16) {
+        uint32_t u[4], x[4];
+        tokens_by_values(u, s.u, strip, part * (kDim / kParts) + columns);
+        keys_by_values(x, s.x, keys, part * (kDim / kParts) + columns);
+        for (int h = 0; h < 2; ++h) dev::mma_16x8x16<Element>(ds[h], u, x + 2 * h);
+      }
+      HW_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        const int row = strip * kRows + g + (k & 2) * 4;
+        const int key = keys * kRows + k / 4 * 8 + 2 * t + (k & 1);
+        float value = ds[k / 4][k % 4];
+        if (part == 0) value += s.scalars.delta[kQueries ? key : row];
+        if constexpr (kQueries) value *= s.scalars.factor[key];
+        value *= p.scale * weight_derivative(FeatureMap::taylor2, score[k / 4][k % 4] * p.scale);
+        ds[k / 4][k % 4] = key > row ? 0.0f : value;
+      }
+    }
+
+    // Adds this chunk's part, sums over the warps and stores the rows.
+    HW_DEVICE HW_INLINE void store(int64_t item) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      HW_UNROLL
+      for (int k = 0; k < 8; ++k)
+        smem.y[dev::warp()][strip * kRows + g + (k & 2) * 4][k / 4 * 8 + 2 * t + (k & 1)] +=
+            chunk_y[k / 4][k % 4];
+      dev::sync_block();
+      constexpr int kPairs = kTile * kPadded / 2;
+      const int64_t chunk = stream.chunk(item);
+      for (int i = dev::thread_index(); i < kPairs; i += kThreads) {
+        const int row = i / (kPadded / 2), at = i % (kPadded / 2) * 2;
+        if (row >= stream.walk.count(chunk)) continue;
+        float lo = 0.0f, hi = 0.0f;
+        HW_UNROLL
+        for (int w = 0; w < kWarps; ++w) lo += smem.y[w][row][at], hi += smem.y[w][row][at + 1];
+        const float factor = kQueries ? 1.0f : stream.stage(item).scalars.factor[row];
+        const int64_t token = stream.walk.token(chunk) + row * stream.walk.step;
+        store_pair(p.y.slice(stream.walk.segment.batch).slice(token).slice(stream.walk.head), at, p.y_paired,
+                   lo * factor, hi * factor);
+      }
+    }
+  };
+
+  HW_DEVICE static void main(const Params& p) {
+    const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
+    if (!segment.used) return;
+    Block block(p, *dev::shared<Smem>(),
+                walk_of<kQueries>(segment, dev::block_index_y(), p.group));
+    const Stream& stream = block.stream;
+    const int64_t items = stream.walk.items();
+    const bool reads_start = p.before.kv || p.before.z;
+    stream.prefetch(0);
+    block.start();
+    for (int64_t item = 0; item < items; ++item) {
+      const bool first_head = stream.turn_of(item) == 0;
+      const bool last_head = stream.turn_of(item) == stream.walk.heads - 1;
+      stream.await();
+      stream.prefetch(item + 1);
+      stream.turn(item);
+      if (first_head) block.read_state(stream.stage(item), stream.chunk(item) == 0 && !reads_start);
+      if (p.causal) block.read_chunk(item);
+      if (last_head) block.store(item);
+      if (p.causal && item + 1 < items) {
+        stream.template add<false>(block.state, item);
+        if (last_head) block.publish_sums();  // behind the barrier of store()
+      }
+    }
+  }
+};
+
+}  // namespace hw::linear_attention::sm80

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear attention on tensor cores: totals of segments, and the loop that applies the weights,
+//
+//   y_i = sum_j w(s_ij) x_j  [/ z_i]          s_ij = scale <a_i, b_j>
+//
+// which is the forward pass (over keys) and the gradient of v (over queries). A block of kWarps =
+// kDim / 16 warps owns kDim columns of one segment and head; each warp 16 columns of all 64 tokens
+// of a chunk, so that a warp's state stays in its registers and never meets shared memory:
+//
+//   earlier chunks   Phi(a) [64, 160]  S [160, 16]            A from a tile by ldmatrix and products,
+//                                                             B = the accumulators of S^T, rounded
+//   this chunk       w(a b^T) [64, 64] x [64, 16]             scores as in flash attention
+//   state            S^T [16, 160] += x^T [16, 64] Phi(b) [64, 160]
+//   denominator      n in its accumulators; B of  Phi(a) n  is n split into three parts, so z has
+//                    fp32 accuracy with respect to n, and the rounding of Phi(a) and of w cancels in
+//                    the quotient: where v is constant, o is that constant
+//
+// Rounding: S is rounded once per chunk for the read (never what is accumulated), Phi(a), Phi(b) and
+// w once per element. One rounding of S costs what one rounding of o costs, because the 153 terms
+// err independently; only the constant feature, which grows with the number of keys, is read in two
+// parts (tile.cuh).
+//
+// Per block: 2 stages of tiles by cp.async, three barriers a chunk. Traffic per token and head:
+// 2 (16 + 16 + Dv + Dv) bytes in this loop and 2 (16 + Dv) in the totals, of which there are none
+// where sequences and heads fill the device alone.
+#pragma once
+
+#include "ops/linear_attention/linear_attention_sm80_loop.cuh"
+
+namespace hw::linear_attention::sm80 {
+
+template <class Element, int kDim, bool kQueries>
+struct ApplyKernel {
+  using Params = LoopParams<Element>;
+  using Stream = Chunks<Element, kDim, Loop::apply, kQueries>;
+  using P = Pairs<Element>;
+  static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
+  static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
+
+  struct Smem {
+    static constexpr int kPieces = 8, kPitch = kSlots / 2 + 4;
+    ChunkSmem<Element, kDim, Loop::apply, kQueries> chunks;
+    If<!kQueries, Pair<Element>[kPieces][kPitch]> n;  // c n in parts 0 .. 2; other rows are zero
+    If<!kQueries, float[kTile]> inverse;              // 1 / z
+  };
+  static_assert(kWarps % kStrips == 0, "strips of the denominator belong to the first warps");
+  static_assert(sizeof(Smem) * kMinBlocks <= 160 * 1024, "shared memory of sm_80");
+
+  struct Block {
+    const Params& p;
+    Smem& smem;
+    Stream stream;
+    Coefficients c;
+    int column;  // first column of the warp, within the block
+    State<Element, kWarps> state;
+    float y[kStrips][2][4];  // tokens of a strip x columns 8 j .. 8 j + 7 of the warp
+    float z[4];              // strip `warp`: its row sums are spread over the columns
+
+    HW_DEVICE Block(const Params& params, Smem& s, const Walk& w, int64_t first)
+        : p(params), smem(s), stream{params, s.chunks, w, first}, c(coefficients(params.scale)), column(dev::warp() * 16) {}
+
+    HW_DEVICE HW_INLINE void clear() {
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip)
+        for (int j = 0; j < 2; ++j)
+          for (int i = 0; i < 4; ++i) y[strip][j][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) z[i] = 0.0f;
+    }
+
+    // y += Phi(a) S,  z += Phi(a) n.
+    HW_DEVICE HW_INLINE void read_state() {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      Pair<Element> own[kStrips][4];
+      load_own(own);
+      for_each_block([&](auto block) {
+        constexpr int r = block;
+        Pair<Element> b[2][2];
+        state_operand<r>(b);
+        HW_UNROLL
+        for (int strip = 0; strip < kStrips; ++strip) {
+          Pair<Element> phi[4];
+          features_of_tokens<Element, r>(phi, own[strip], smem.chunks.a, strip);
+          P::mma(y[strip][0], phi, b[0]);
+          P::mma(y[strip][1], phi, b[1]);
+          if constexpr (!kQueries) {
+            if (strip != dev::warp()) continue;
+            const Pair<Element> n[2] = {smem.n[g][8 * r + t], smem.n[g][8 * r + 4 + t]};
+            P::mma(z, phi, n);
+          }
+        }
+      });
+    }
+
+    HW_DEVICE HW_INLINE void load_own(Pair<Element> own[kStrips][4]) {
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        uint32_t word[4];
+        tokens_by_columns(word, smem.chunks.a, strip, 0);
+        for (int i = 0; i < 4; ++i) own[strip][i] = P::exact(word[i]);
+      }
+    }
+
+    // c S of block r as B: (slots 2t, 2t+1 | + 8; column 8 j + g).
+    template <int r>
+    HW_DEVICE HW_INLINE void state_operand(Pair<Element> b[2][2]) {
+      const float low = c.template at<r>(0), high = c.template at<r>(1);
+      HW_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float* s0 = &state.s[r][0][2 * j];
+        const float* s1 = &state.s[r][1][2 * j];
+        b[j][0] = P::round(s0[0] * low, s0[1] * low);
+        float second = s1[1] * high;
+        if constexpr (r == kProducts) second = s1[0] - P::widen(P::round(s1[0], 0.0f)).lo;
+        b[j][1] = P::round(s1[0] * high, second);
+      }
+    }
+
+    // y += w(a b^T) x and z += its row sums, over the keys of this chunk that each row sees.
+    HW_DEVICE HW_INLINE void read_chunk(int64_t item) {
+      const auto& s = stream.stage(item);
+      const int count = stream.walk.count(stream.chunk(item));
+      HW_UNROLL
+      for (int keys = 0; keys < kStrips; ++keys) {
+        if (keys * kRows >= count) continue;
+        uint32_t b[4], word[4];
+        Pair<Element> x[4];
+        keys_of_scores(b, smem.chunks.b, keys);
+        values_by_tokens(word, s.x, keys, column);
+        for (int i = 0; i < 4; ++i) x[i] = P::exact(word[i]);
+        const Pair<Element> left[2] = {x[0], x[2]}, right[2] = {x[1], x[3]};
+        HW_UNROLL
+        for (int rows = keys; rows < kStrips; ++rows) {
+          uint32_t a[4];
+          tokens_by_columns(a, smem.chunks.a, rows, 0);
+          float w[2][4];
+          weights(w, a, b, rows == keys);
+          if constexpr (kQueries) scale_columns(w, s.scalars.factor + keys * kRows);
+          Pair<Element> operand[4];
+          for (int i = 0; i < 4; ++i)
+            operand[i] = P::round(w[i / 2][i % 2 * 2], w[i / 2][i % 2 * 2 + 1]);
+          P::mma(y[rows][0], operand, left);
+          P::mma(y[rows][1], operand, right);
+          if (!kQueries && rows == dev::warp()) add_row_sums(operand);
+        }
+      }
+    }
+
+    // w of 16 rows and 16 keys: w[h] rows x keys 8 h .. 8 h + 7.
+    HW_DEVICE HW_INLINE void weights(float w[2][4], const uint32_t a[4], const uint32_t b[4],
+                                     bool diagonal) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      HW_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        for (int i = 0; i < 4; ++i) w[h][i] = 0.0f;
+        dev::mma_16x8x16<Element>(w[h], a, b + 2 * h);
+        HW_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = g + (i & 2) * 4, key = 8 * h + 2 * t + (i & 1);
+          w[h][i] = weight(FeatureMap::taylor2, w[h][i] * p.scale);
+          if (diagonal && key > row) w[h][i] = 0.0f;
+        }
+      }
+    }
+
+    HW_DEVICE HW_INLINE void scale_columns(float w[2][4], const float* factor) {
+      HW_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        w[i / 4][i % 4] *= factor[i / 4 * 8 + 2 * (dev::lane() % 4) + (i & 1)];
+      }
+    }
+
+    HW_DEVICE HW_INLINE void add_row_sums(const Pair<Element> w[4]) {
+      const float one = dev::lane() / 4 == 0 ? 1.0f : 0.0f;
+      const Pair<Element> ones[2] = {P::round(one, one), P::round(one, one)};
+      P::mma(z, w, ones);
+    }
+
+    // 1 / z of all rows, for every warp. The barrier also lets n be replaced.
+    HW_DEVICE HW_INLINE void share_denominators(int64_t chunk) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4, strip = dev::warp();
+      HW_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float sum = dev::warp_sum<4>(z[2 * i] + z[2 * i + 1]) + p.eps;
+        const int row = strip * kRows + g + 8 * i;
+        if (strip >= kStrips || t != 0) continue;
+        smem.inverse[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        if (p.z && stream.first == 0 && row < stream.walk.count(chunk))
+          p.z(stream.walk.segment.batch, stream.walk.token(chunk) + row * stream.walk.step, stream.walk.head) = sum;
+      }
+      dev::sync_block();
+    }
+
+    HW_DEVICE HW_INLINE void store(int64_t chunk) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4, count = stream.walk.count(chunk);
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        HW_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int row = strip * kRows + g + 8 * i;
+          if (row >= count) continue;
+          float factor = 1.0f;
+          if constexpr (!kQueries) factor = p.normalize ? smem.inverse[row] : 1.0f;
+          const int64_t token = stream.walk.token(chunk) + row * stream.walk.step;
+          const Ref<Element, 1> to = p.y.slice(stream.walk.segment.batch).slice(token).slice(stream.walk.head);
+          HW_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            store_pair(to, stream.first + column + 8 * j + 2 * t, p.y_paired, y[strip][j][2 * i] * factor,
+                       y[strip][j][2 * i + 1] * factor);
+          }
+        }
+      }
+    }
+
+    // c n in three parts: B of  Phi(a) n.
+    HW_DEVICE HW_INLINE void publish_sums() {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      for_each_block([&](auto block) {
+        constexpr int r = block;
+        if (r % kWarps != dev::warp()) return;
+        HW_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const float* n = &state.n[r / kWarps][2 * h];
+          float here = (n[0] + n[1]) * c.template at<r>(h);
+          if (r == kProducts && h == 1 && g != 0) here = 0.0f;
+          float next = dev::shuffle_down(here, 4);
+          if (t != 0 || g % 2 != 0) continue;
+          HW_UNROLL
+          for (int part = 0; part < 3; ++part) {
+            const Pair<Element> rounded = P::round(here, next);
+            smem.n[part][8 * r + 4 * h + g / 2] = rounded;
+            here -= P::widen(rounded).lo;
+            next -= P::widen(rounded).hi;
+          }
+        }
+      });
+    }
+
+    HW_DEVICE HW_INLINE void start() {
+      const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
+      state.template load<true>(p.before, index, stream.walk.state_head, stream.first + column, p.dim(), c,
+                                kQueries);
+      if constexpr (!kQueries) {
+        for (int i = dev::thread_index(); i < Smem::kPieces * Smem::kPitch; i += kThreads)
+          smem.n[i / Smem::kPitch][i % Smem::kPitch] = P::zero();
+        dev::sync_block();
+        publish_sums();
+      }
+    }
+
+    // The final state; of the query heads that share a key head the first one stores it.
+    HW_DEVICE HW_INLINE void finish() {
+      if (!kQueries && stream.walk.head % p.group != 0) return;
+      state.template store<true>(p.after, stream.walk.segment.sequence, stream.walk.state_head,
+                                 stream.first + column, p.dim(), c, kQueries, stream.first == 0);
+    }
+  };
+
+  HW_DEVICE static void main(const Params& p) {
+    const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
+    if (!segment.used) return;
+    Block block(p, *dev::shared<Smem>(),
+                walk_of<kQueries>(segment, dev::block_index_y(), p.group),
+                static_cast<int64_t>(dev::block_index_z()) * kDim);
+    const Stream& stream = block.stream;
+    const int64_t items = stream.walk.items();
+    const bool reads_start = p.before.kv || p.before.z, stores_end = p.after.kv || p.after.z;
+    stream.prefetch(0);
+    block.start();
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t chunk = stream.chunk(item);
+      stream.await();
+      stream.prefetch(item + 1);
+      stream.turn(item);
+      if (stream.turn_of(item) == 0) {
+        block.clear();
+        if (chunk > 0 || reads_start) block.read_state();
+      }
+      if (p.causal) block.read_chunk(item);
+      if constexpr (!kQueries) block.share_denominators(chunk);
+      if (stream.turn_of(item) == stream.walk.heads - 1) block.store(chunk);
+      if (p.causal && (item + 1 < items || stores_end)) {
+        stream.template add<true>(block.state, item);
+        if constexpr (!kQueries) block.publish_sums();
+      }
+    }
+    if (p.causal) block.finish();
+  }
+};
+
+// Phase (a): the state of a segment's own keys (queries), stored in its slot.
+template <class Element, int kDim, bool kQueries>
+struct TotalsKernel {
+  using Params = LoopParams<Element>;
+  using Stream = Chunks<Element, kDim, Loop::totals, kQueries>;
+  using Smem = ChunkSmem<Element, kDim, Loop::totals, kQueries>;
+  static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
+  static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
+
+  HW_DEVICE static void main(const Params& p) {
+    const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
+    if (!segment.used) return;
+    // Blocks are per key head: a walk over keys of one head, or over the queries of its group.
+    const Walk walk = walk_of<kQueries>(segment, dev::block_index_y(), kQueries ? p.group : 1);
+    const Stream stream{p, *dev::shared<Smem>(), walk,
+                        static_cast<int64_t>(dev::block_index_z()) * kDim};
+    State<Element, kWarps> state;
+    state.clear();
+    stream.prefetch(0);
+    for (int64_t item = 0; item < walk.items(); ++item) {
+      stream.await();
+      stream.prefetch(item + 1);
+      stream.turn(item);
+      stream.template add<true>(state, item);
+    }
+    state.template store<true>(p.after, dev::block_index_x(), walk.state_head,
+                               stream.first + dev::warp() * 16, p.dim(), coefficients(p.scale),
+                               kQueries, stream.first == 0);
+  }
+};
+
+}  // namespace hw::linear_attention::sm80

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and
+// scalars only. No device code here: the host side asks `sm80::why_not`, `dim`, `workspace_bytes`.
+#pragma once
+
+#include <cmath>
+#include <string>
+
+#include "ops/linear_attention/linear_attention_plan.h"
+
+namespace hw::linear_attention::sm80 {
+
+inline constexpr int kMaxDim = 16;          // columns of q and k
+inline constexpr int kMaxValueTile = 128;   // columns of v in a block
+
+enum class Pass : int { forward = 0, backward = 1 };
+
+inline Shape shape_of_pass(Pass pass, const Call& call) {
+  return pass == Pass::backward ? backward_shape(call) : forward_shape(call);
+}
+
+// The value tile wanted: dv columns; of more than the largest tile, slices of it.
+inline int dim(const Call& call) {
+  return min_of(static_cast<int>(call.tensor(2).size[3]), kMaxValueTile);
+}
+
+// Why a forward or backward call cannot run here; empty if it can.
+inline std::string why_not(Pass pass, const Call& call) {
+  const Shape s = shape_of_pass(pass, call);
+  const int first = static_cast<int>(call.scalars.size()) - 5;
+  const auto map = static_cast<FeatureMap>(call.integer(first));
+  const double scale = std::abs(call.scalar(first + 3));
+  if (map != FeatureMap::taylor2) return "the tensor-core kernels have feature_map='taylor2' only";
+  if (s.dim > kMaxDim) return concat("D = ", s.dim, " is above ", kMaxDim);
+  // States over queries are kept without their coefficients: see state.cuh.
+  const bool given = pass == Pass::backward && (call.tensor(9).present() || call.tensor(10).present());
+  if (pass == Pass::backward && !(scale >= 1e-6 && scale <= 1e6) && (scale != 0 || given))
+    return concat("|scale| = ", scale, " is not in 1e-6 .. 1e6 in the backward pass");
+  if (pass == Pass::backward && s.value_dim > kMaxValueTile)
+    return concat("Dv = ", s.value_dim, " is above ", kMaxValueTile, " in the backward pass");
+  return {};
+}
+
+// Segments of at least one chunk per block; a short sequence is one segment, whose first chunk
+// meets its keys directly.
+inline Plan plan_of(Shape s, int tile) {
+  s.any_state = true;  // no direct schedule
+  return make_plan(s, max_of(ceil_div(s.value_dim, tile), 1), kChunk);
+}
+
+// Byte offsets in the workspace; forward has only `keys`.
+struct Workspace {
+  StateLayout states;
+  int64_t keys = 0;     // states over keys, fp32
+  int64_t queries = 0;  // states over queries
+  int64_t factor = 0;   // [B, S, Hq] 1 / z_i, 0 where z_i is
+  int64_t delta = 0;    // [B, S, Hq] -<do_i, o_i>
+  int64_t bytes = 0;
+};
+
+inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan) {
+  const bool backward = pass == Pass::backward;
+  Carver carver;
+  Workspace w;
+  w.states = state_layout(s, plan);
+  const int64_t states = plan.has_totals() ? w.states.size() : 0;
+  const int64_t rows = backward && s.normalize ? s.batch * s.tokens * s.query_heads : 0;
+  w.keys = carver.take(states, sizeof(float));
+  w.queries = carver.take(backward ? states : 0, sizeof(float));
+  w.factor = carver.take(rows, sizeof(float));
+  w.delta = carver.take(rows, sizeof(float));
+  w.bytes = carver.bytes;
+  return w;
+}
+
+// The tile of the instance that a call runs with.
+inline int tile_of(const Call& call) { return dim(call) <= 64 ? 64 : kMaxValueTile; }
+
+inline int64_t workspace_bytes(Pass pass, const Call& call) {
+  const Shape s = shape_of_pass(pass, call);
+  return make_workspace(pass, s, plan_of(s, tile_of(call))).bytes;
+}
+
+}  // namespace hw::linear_attention::sm80

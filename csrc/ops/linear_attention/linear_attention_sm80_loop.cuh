@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the loops of linear attention on tensor cores share: the roles of the tensors, the walk of a
+// block through the chunks of its segment, and the stream of tiles that it brings.
+//
+// A loop computes a row for every token i of tensor a from the tokens j of tensor b that it sees:
+//
+//   over keys       a = q, b = k, x = v:    j <= i          y per query head
+//   over queries    a = k, b = q, x = do:   i <= j          y per key head, summed over its G heads;
+//                   x_j counts as g_j = factor_j do_j, factor = 1 / z
+// The second is the first with the tokens of a segment numbered from its end: chunks are loaded with
+// negative row strides, and nothing else changes.
+#pragma once
+
+#include "ops/linear_attention/linear_attention_sm80_state.cuh"
+
+namespace hw::linear_attention::sm80 {
+
+// What locate() and sequence() need.
+struct Tokens {
+  Ref<const int64_t, 1> cu_seqlens;
+  int64_t count = 0;
+  HW_HOST_DEVICE int64_t tokens() const { return count; }
+};
+
+template <class Element>
+struct Input {
+  Ref<const Element, 4> ref;  // [B, S, heads, columns]
+  bool aligned = false;       // rows in 16-byte units
+};
+
+template <class Element>
+Input<Element> input_of(const Ref<const void, 4>& x) {
+  const Ref<const Element, 4> ref = x.template as<const Element>();
+  return {ref, rows_aligned(ref, 16)};
+}
+
+template <class Element>
+struct LoopParams {
+  Plan plan;
+  Tokens tokens;
+  Input<Element> a, b, x, u;        // u, of gradients only: do or v, per token i
+  Ref<Element, 4> y;                // out
+  bool y_paired = false;            // y may be stored in words of two elements
+  Ref<float, 3> z;                  // [B, S, Hq] out, or absent
+  Ref<const float, 3> factor, delta;  // [B, S, Hq] 1 / z and -<do, o>, or absent: 1 and 0
+  StatePlace before, after;         // state ahead of the segment; behind it (out); or absent
+  bool by_slot = false;             // indexed by slot instead of by sequence
+  int group = 1;                    // query heads per key head
+  bool causal = false, normalize = false;
+  float scale = 1, eps = 0;
+
+  HW_HOST_DEVICE int dim() const { return static_cast<int>(a.ref.size[3]); }
+};
+
+// The chunks of a block's segment; an item is one chunk with one head of b.
+struct Walk {
+  Segment segment;
+  int64_t chunks = 0;
+  int head = 0;                    // of a and y
+  int state_head = 0;              // key head
+  int first_b_head = 0, heads = 1; // heads of b that meet `head`
+  int64_t first = 0, step = 1;     // token of row i of chunk c: first + (c kTile + i) step
+
+  HW_DEVICE HW_INLINE int64_t items() const { return chunks * heads; }
+  HW_DEVICE HW_INLINE int64_t token(int64_t chunk) const { return first + chunk * kTile * step; }
+  HW_DEVICE HW_INLINE int count(int64_t chunk) const {
+    return static_cast<int>(
+        min_of<int64_t>(segment.end - segment.begin - chunk * kTile, kTile));
+  }
+};
+
+// Where the state ahead of a segment is: at its sequence, at its slot, or, if not causal, at the
+// first slot of its sequence, where the prefix pass leaves the total.
+template <class Element>
+HW_DEVICE HW_INLINE int64_t state_index(const LoopParams<Element>& p, const Segment& s,
+                                        int64_t slot) {
+  if (!p.by_slot) return s.sequence;
+  return p.causal ? slot : slot - s.index;
+}
+
+template <bool kQueries>
+HW_DEVICE inline Walk walk_of(const Segment& segment, int head, int group) {
+  Walk w;
+  w.segment = segment;
+  w.chunks = ceil_div<int64_t>(segment.end - segment.begin, kTile);
+  w.head = head;
+  w.state_head = kQueries ? head : head / group;
+  w.first_b_head = kQueries ? head * group : head / group;
+  w.heads = kQueries ? group : 1;
+  w.first = kQueries ? segment.end - 1 : segment.begin;
+  w.step = kQueries ? -1 : 1;
+  return w;
+}
+
+// Rows of a chunk: `columns` columns from `column` on.
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk& w, int64_t chunk,
+                                             int head, int64_t column) {
+  Rows<Element> rows;
+  rows.origin = x.ref.at(w.segment.batch, w.token(chunk), head, column);
+  rows.row = x.ref.stride[1] * w.step;
+  rows.column = x.ref.stride[3];
+  rows.count = w.count(chunk);
+  rows.columns = static_cast<int>(min_of<int64_t>(x.ref.size[3] - column, 1 << 20));
+  rows.aligned = x.aligned;
+  return rows;
+}
+
+// 1 / z and -<do, o> of the queries of a chunk; 0 beyond its end.
+template <class Element>
+HW_DEVICE HW_INLINE void load_scalars(float* factor, float* delta, const LoopParams<Element>& p,
+                                      const Walk& w, int64_t chunk, int head) {
+  const int i = dev::thread_index();
+  if (i >= kTile) return;
+  const bool valid = i < w.count(chunk);
+  const int64_t token = w.token(chunk) + i * w.step;
+  factor[i] = valid ? (p.factor ? p.factor(w.segment.batch, token, head) : 1.0f) : 0.0f;
+  delta[i] = valid && p.delta ? p.delta(w.segment.batch, token, head) : 0.0f;
+}
+
+// ---- The stream of chunks -----------------------------------------------------------------------
+
+enum class Loop { totals, apply, gradient };
+
+struct Nothing {};
+template <bool kPresent, class T>
+using If = std::conditional_t<kPresent, T, Nothing>;
+
+struct Scalars {
+  float factor[kTile], delta[kTile];
+};
+
+template <class Element, int kDim, Loop kLoop, bool kQueries>
+struct Stage {
+  Narrow<Element> b;
+  Wide<Element, kDim> x;
+  If<kLoop != Loop::totals, Narrow<Element>> a;
+  If<kLoop == Loop::gradient, Wide<Element, kDim>> u;
+  If<kQueries || kLoop == Loop::gradient, Scalars> scalars;  // of the side that is the queries
+};
+
+// Two stages of tiles, and q and k of the current item transposed. The protocol of an item is
+//   await(item)        its stage has landed; everyone is done with the item before
+//   prefetch(item + 1) into the other stage
+//   turn(item)         transposes, ends with a barrier
+template <class Element, int kDim, Loop kLoop, bool kQueries>
+struct ChunkSmem {
+  Stage<Element, kDim, kLoop, kQueries> stage[2];
+  Turned<Element> b;
+  If<kLoop != Loop::totals, Turned<Element>> a;
+};
+
+template <class Element, int kDim, Loop kLoop, bool kQueries>
+struct Chunks {
+  static constexpr int kWarps = kDim / 16, kThreads = kWarps * dev::kWarp;
+
+  const LoopParams<Element>& p;
+  ChunkSmem<Element, kDim, kLoop, kQueries>& smem;
+  Walk walk;
+  int64_t first;  // first column of the block
+
+  HW_DEVICE HW_INLINE int64_t chunk(int64_t item) const { return item / walk.heads; }
+  HW_DEVICE HW_INLINE int turn_of(int64_t item) const {
+    return static_cast<int>(item % walk.heads);
+  }
+  HW_DEVICE HW_INLINE auto& stage(int64_t item) const { return smem.stage[item % 2]; }
+
+  HW_DEVICE HW_INLINE void prefetch(int64_t item) const {
+    if (item >= walk.items()) return;
+    auto& s = stage(item);
+    const int64_t c = chunk(item);
+    const int b_head = walk.first_b_head + turn_of(item);
+    if (kLoop == Loop::totals || p.causal) {
+      load_rows<kPadded, kThreads>(s.b.at[0], s.b.kPitch, chunk_rows(p.b, walk, c, b_head, 0));
+      load_rows<kDim, kThreads>(s.x.at[0], s.x.kPitch, chunk_rows(p.x, walk, c, b_head, first));
+    }
+    if constexpr (kLoop != Loop::totals) {
+      if (turn_of(item) == 0)
+        load_rows<kPadded, kThreads>(s.a.at[0], s.a.kPitch, chunk_rows(p.a, walk, c, walk.head, 0));
+    }
+    if constexpr (kLoop == Loop::gradient)  // for every head: a stage keeps it for one item only
+      load_rows<kDim, kThreads>(s.u.at[0], s.u.kPitch, chunk_rows(p.u, walk, c, walk.head, first));
+    if constexpr (kQueries || kLoop == Loop::gradient)
+      load_scalars(s.scalars.factor, s.scalars.delta, p, walk, c, kQueries ? b_head : walk.head);
+    dev::copy_async_commit();
+  }
+
+  HW_DEVICE HW_INLINE void await() const {
+    dev::copy_async_wait<0>();
+    dev::sync_block();
+  }
+
+  HW_DEVICE HW_INLINE void turn(int64_t item) const {
+    const auto& s = stage(item);
+    for (int strip = dev::warp(); strip < 2 * kStrips; strip += kWarps) {
+      if (strip < kStrips) {
+        if (kLoop == Loop::totals || p.causal) turn_strip(smem.b, s.b, strip);
+      } else if constexpr (kLoop != Loop::totals) {
+        if (turn_of(item) == 0) turn_strip(smem.a, s.a, strip - kStrips);
+      }
+    }
+    dev::sync_block();
+  }
+
+  // Adds the item's keys (queries) to the state.
+  template <bool kByColumn, class State>
+  HW_DEVICE HW_INLINE void add(State& state, int64_t item) const {
+    const auto& s = stage(item);
+    const int count = walk.count(chunk(item)), column = dev::warp() * 16;
+    const float *factor = nullptr, *delta = nullptr;
+    if constexpr (kQueries) factor = s.scalars.factor, delta = s.scalars.delta;
+    state.template add<kByColumn, kQueries>(smem.b, s.x, column, factor, delta, count);
+  }
+};
+
+// Stores two columns of a row, one word where the row allows it; columns beyond its end are dropped.
+template <class Element>
+HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, bool paired,
+                                    float lo, float hi) {
+  const uint32_t word = dev::pack<Element>(lo, hi);
+  if (paired && column + 1 < row.size[0]) {
+    *reinterpret_cast<Word*>(row.at(column)) = word;
+    return;
+  }
+  if (column < row.size[0]) row(column) = std::bit_cast<Element>(static_cast<uint16_t>(word));
+  if (column + 1 < row.size[0])
+    row(column + 1) = std::bit_cast<Element>(static_cast<uint16_t>(word >> 16));
+}
+
+}  // namespace hw::linear_attention::sm80
