@@ -21,3 +21,11 @@
 #else
 #define HW_UNROLL _Pragma("GCC unroll 32")
 #endif
+
+// Unrolls the following loop of a kernel n times; ordinary compilers decide for themselves.
+#if defined(__CUDA_ARCH__)
+#define HW_PRAGMA(text) _Pragma(#text)
+#define HW_UNROLL_BY(n) HW_PRAGMA(unroll n)
+#else
+#define HW_UNROLL_BY(n)
+#endif

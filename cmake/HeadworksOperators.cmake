@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# How one line becomes translation units and the dispatch table.
+#
+#   hw_add_operator(name FUNCTIONS f...  CPU t...  SIMT t...  SM80 t... SM80_DIMS d...  SM90 ...)
+#
+# One instance is one translation unit of a few lines, written under the build folder:
+#   cpu          per (dtype, instruction set), around csrc/ops/<name>/<name>_cpu.cpp
+#   simt, sm80   per (dtype, dim), around csrc/ops/<name>/<name>_<backend>.cuh; a .cu for nvcc and,
+#                for the emulator, the same text as .cpp
+# Files that would not change are not rewritten, so a second configure compiles nothing.
+include_guard()
+include(${CMAKE_CURRENT_LIST_DIR}/HeadworksStop.cmake)
+
+set(HW_SOURCES_HOST "")      # csrc/ops/<name>/<name>.cpp
+foreach(hw_backend SIMT SM80 SM90)
+  set(HW_SOURCES_CUDA_${hw_backend} "")  # generated .cu
+endforeach()
+set(HW_SOURCES_EMULATED "")  # generated .cpp
+foreach(isa IN LISTS HW_ISAS)
+  set(HW_SOURCES_CPU_${isa} "")
+endforeach()
+set(HW_DECLARATIONS "")
+set(HW_OPERATOR_ROWS "")
+set(HW_ROWS_NATIVE "")
+set(HW_ROWS_EMULATED "")
+
+set(hw_templates ${CMAKE_CURRENT_LIST_DIR}/templates)
+set(hw_generated ${CMAKE_BINARY_DIR}/generated)
+set(HW_TYPE_f64 double)
+set(HW_TYPE_f32 float)
+set(HW_TYPE_bf16 hw::bf16)
+set(HW_TYPE_f16 hw::f16)
+
+macro(hw_add_operator name)
+  set(HW_OP ${name})
+  cmake_parse_arguments(hw "" ""
+    "FUNCTIONS;CPU;SIMT;SIMT_DIMS;SM80;SM80_DIMS;SM90;SM90_DIMS" ${ARGN})
+  if(NOT hw_FUNCTIONS OR hw_UNPARSED_ARGUMENTS)
+    hw_stop("hw_add_operator(${HW_OP}): FUNCTIONS is missing, or these are unknown: "
+      "${hw_UNPARSED_ARGUMENTS}")
+  endif()
+  set(hw_folder ${CMAKE_CURRENT_SOURCE_DIR}/csrc/ops/${HW_OP})
+  hw_add_host()
+  hw_add_cpu()
+  foreach(hw_backend SIMT SM80 SM90)
+    hw_add_gpu(${hw_backend})
+  endforeach()
+endmacro()
+
+macro(hw_require file)
+  if(NOT EXISTS ${file})
+    hw_stop("hw_add_operator(${HW_OP}): ${file} is declared in CMakeLists.txt, but the "
+      "file is not there.")
+  endif()
+endmacro()
+
+# f32 where it is declared (else the first), in the minimal preset; all otherwise.
+macro(hw_dtypes declared out)
+  set(${out} ${declared})
+  if(HW_MINIMAL AND ${out})
+    if(f32 IN_LIST ${out})
+      set(${out} f32)
+    else()
+      list(GET ${out} 0 ${out})
+    endif()
+  endif()
+endmacro()
+
+macro(hw_add_host)
+  hw_require(${hw_folder}/${HW_OP}.cpp)
+  list(APPEND HW_SOURCES_HOST ${hw_folder}/${HW_OP}.cpp)
+  string(APPEND HW_DECLARATIONS "namespace ${HW_OP} { extern const Operator kOperator; }\n")
+  string(APPEND HW_OPERATOR_ROWS "    &${HW_OP}::kOperator,\n")
+endmacro()
+
+macro(hw_add_cpu)
+  hw_dtypes("${hw_CPU}" hw_list)
+  if(hw_list)
+    hw_require(${hw_folder}/${HW_OP}_cpu.cpp)
+  endif()
+  foreach(HW_ISA IN LISTS HW_ISAS)
+    foreach(HW_DTYPE IN LISTS hw_list)
+      set(HW_TYPE ${HW_TYPE_${HW_DTYPE}})
+      set(HW_INSTANCE ${HW_OP}_cpu_${HW_DTYPE}_${HW_ISA})
+      set(hw_out ${hw_generated}/${HW_INSTANCE}.cpp)
+      configure_file(${hw_templates}/instance_cpu.cpp.in ${hw_out} @ONLY)
+      set_source_files_properties(${hw_out} PROPERTIES
+        COMPILE_OPTIONS "${HW_CPU_FLAGS};${HW_ISA_FLAGS_${HW_ISA}}")
+      list(APPEND HW_SOURCES_CPU_${HW_ISA} ${hw_out})
+      string(APPEND HW_DECLARATIONS "extern const FunctionTable ${HW_INSTANCE};\n")
+      string(APPEND HW_ROWS_NATIVE "    {&${HW_OP}::kOperator, Backend::cpu, DType::${HW_DTYPE}, "
+        "0, Isa::${HW_ISA}, &${HW_INSTANCE}},\n")
+    endforeach()
+  endforeach()
+endmacro()
+
+macro(hw_add_gpu backend)
+  set(hw_upper ${backend})
+  string(TOLOWER ${backend} HW_BACKEND)
+  string(SUBSTRING ${hw_upper} 0 1 hw_initial)
+  string(SUBSTRING ${HW_BACKEND} 1 -1 HW_STRUCT)
+  string(PREPEND HW_STRUCT ${hw_initial})
+  hw_dtypes("${hw_${backend}}" hw_list)
+  set(hw_dims ${hw_${backend}_DIMS})
+  if(NOT hw_dims)
+    set(hw_dims 0)
+  endif()
+  if(HW_MINIMAL)
+    list(GET hw_dims 0 hw_dims)
+  endif()
+  set(HW_KERNEL_HEADER ops/${HW_OP}/${HW_OP}_${HW_BACKEND}.cuh)
+  if(hw_list)
+    hw_require(${CMAKE_CURRENT_SOURCE_DIR}/csrc/${HW_KERNEL_HEADER})
+  endif()
+  foreach(HW_DTYPE IN LISTS hw_list)
+    foreach(HW_DIM IN LISTS hw_dims)
+      hw_add_gpu_instance()
+    endforeach()
+  endforeach()
+endmacro()
+
+macro(hw_add_gpu_instance)
+  set(HW_TYPE ${HW_TYPE_${HW_DTYPE}})
+  set(HW_INSTANCE ${HW_OP}_${HW_BACKEND}_${HW_DTYPE}_${HW_DIM})
+  string(APPEND HW_DECLARATIONS "extern const FunctionTable ${HW_INSTANCE};\n")
+  set(HW_ENTRIES "")
+  set(HW_FINDERS "")
+  foreach(function IN LISTS hw_FUNCTIONS)
+    string(APPEND HW_FINDERS "HW_FUNCTION_OF(${function})\n")
+    string(APPEND HW_ENTRIES "    ${function}_of<Kernel>(),\n")
+  endforeach()
+  string(CONCAT hw_row "    {&${HW_OP}::kOperator, Backend::${HW_BACKEND}, DType::${HW_DTYPE}, "
+    "${HW_DIM}, Isa::none, &${HW_INSTANCE}},\n")
+  if(HW_CUDA_FOUND AND HW_CUDA_ARCHS_${hw_upper})
+    set(hw_out ${hw_generated}/${HW_INSTANCE}.cu)
+    configure_file(${hw_templates}/instance_gpu.in ${hw_out} @ONLY)
+    list(APPEND HW_SOURCES_CUDA_${hw_upper} ${hw_out})
+    string(APPEND HW_ROWS_NATIVE "${hw_row}")
+  endif()
+  if(HW_EMULATOR AND NOT HW_BACKEND STREQUAL "sm90")
+    set(hw_out ${hw_generated}/${HW_INSTANCE}.cpp)
+    configure_file(${hw_templates}/instance_gpu.in ${hw_out} @ONLY)
+    list(APPEND HW_SOURCES_EMULATED ${hw_out})
+    string(APPEND HW_ROWS_EMULATED "${hw_row}")
+  endif()
+endmacro()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# The options that presets set, and the compiler flags common to all targets.
+include_guard()
+include(${CMAKE_CURRENT_LIST_DIR}/HeadworksStop.cmake)
+
+set(HW_PRESET "" CACHE STRING "Name of the preset, for `headworks info`")
+set(HW_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (when nvcc is found)")
+option(HW_EMULATOR "Also build the CUDA kernels for the emulator" OFF)
+option(HW_MINIMAL "One dtype, one dim and two CPU instruction sets per operator (preset dev)" OFF)
+option(HW_SANITIZE "AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
+option(HW_TESTS "C++ tests (core_tests, emu_tests)" OFF)
+option(HW_PYTHON "The Python module _C" ON)
+set(HW_PYTHON_EXECUTABLE "" CACHE STRING "Python to build _C for; default: python3 on PATH")
+
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/lib)
+set(CMAKE_BUILD_RPATH_USE_ORIGIN ON)
+
+find_package(OpenMP COMPONENTS CXX)
+if(NOT OpenMP_CXX_FOUND)
+  hw_stop("${CMAKE_CXX_COMPILER_ID} has no OpenMP here. Install libgomp for g++ or libomp for "
+    "clang++.")
+endif()
+
+# Every target of the project links this. The language standard is a plain flag, because older
+# CMakes do not know that nvcc has C++20.
+add_library(hw_flags INTERFACE)
+target_include_directories(hw_flags INTERFACE
+  ${CMAKE_CURRENT_SOURCE_DIR}/csrc ${CMAKE_BINARY_DIR}/generated)
+target_compile_options(hw_flags INTERFACE
+  -std=c++20
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffunction-sections>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all;-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr>)
+target_link_libraries(hw_flags INTERFACE OpenMP::OpenMP_CXX)
+if(HW_SANITIZE)
+  target_compile_options(hw_flags INTERFACE
+    -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+  target_link_options(hw_flags INTERFACE -fsanitize=address,undefined)
+endif()
+
+# CPU instruction sets, weakest first, and the flags that select them.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(HW_ISAS baseline avx2 avx512)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(HW_ISAS neon)
+else()
+  set(HW_ISAS baseline)
+endif()
+if(HW_MINIMAL)
+  list(REMOVE_ITEM HW_ISAS avx512)
+endif()
+set(HW_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(HW_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+set(HW_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
+if(HW_SANITIZE)
+  list(REMOVE_ITEM HW_CPU_FLAGS -O3)
+endif()

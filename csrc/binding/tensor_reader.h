@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch tensors as hw::Tensor, without torch's headers.
+//
+//   by the DLPack C exchange API   where the tensor's type offers it (torch 2.10 and later)
+//   by attributes                  data_ptr(), shape, stride(), dtype, device otherwise
+//
+// Both give the same. What is read is borrowed: the caller keeps the tensors alive. All functions
+// need the GIL and throw PythonError with a Python exception set.
+#pragma once
+
+#include <Python.h>
+
+#include "core/call.h"
+
+namespace hw {
+
+struct PythonError {};
+
+// None gives an absent tensor. `position` is for messages.
+Tensor read_tensor(PyObject* object, Py_ssize_t position);
+
+// The current CUDA stream of torch on that device.
+void* current_stream(PyObject* tensor, int device_index);
+
+// For tests: read by attributes even where the exchange API is there.
+void use_exchange_api(bool use);
+
+}  // namespace hw

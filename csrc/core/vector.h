@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Several neighbouring elements moved at once, for kernels.
+//
+//   Vec<T, N>            N elements, aligned as a whole
+//   load_vector<N>(p)    p[0 .. N-1] in one load (p aligned to N elements)
+//   store_vector(p, x)
+//   has_vectors(ref)     host: every row of `ref` can be moved 16 bytes at a time
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/ref.h"
+
+namespace hw {
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T v[N];
+};
+
+// Elements of 16 bits are moved as words: as structs of their own they would be moved one by one.
+template <class T, int N>
+inline constexpr bool kMovesAsWords = sizeof(T) == 2 && N % 2 == 0;
+
+template <int N, class T>
+HW_HOST_DEVICE HW_INLINE Vec<T, N> load_vector(const T* from) {
+  if constexpr (kMovesAsWords<T, N>) {
+    const auto words = *reinterpret_cast<const Vec<uint32_t, N / 2>*>(from);
+    return std::bit_cast<Vec<T, N>>(words);
+  } else {
+    return *reinterpret_cast<const Vec<T, N>*>(from);
+  }
+}
+
+template <class T, int N>
+HW_HOST_DEVICE HW_INLINE void store_vector(T* to, const Vec<T, N>& x) {
+  if constexpr (kMovesAsWords<T, N>) {
+    *reinterpret_cast<Vec<uint32_t, N / 2>*>(to) = std::bit_cast<Vec<uint32_t, N / 2>>(x);
+  } else {
+    *reinterpret_cast<Vec<T, N>*>(to) = x;
+  }
+}
+
+template <class T, int N>
+bool has_vectors(const Ref<T, N>& r) {
+  constexpr int64_t kVector = 16 / static_cast<int64_t>(sizeof(T));
+  bool yes = reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.stride[N - 1] == 1 &&
+             r.size[N - 1] % kVector == 0;
+  for (int d = 0; d < N - 1; ++d) yes = yes && r.stride[d] % kVector == 0;
+  return yes;
+}
+
+}  // namespace hw
