@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Repeating a test under every thread order and landing of copies; on a device it runs once.
+#pragma once
+
+#include "core/device.h"
+
+namespace hw::test {
+
+#if defined(HW_EMULATE)
+
+// The configurations that the tests go through; shuffled orders with a few seeds.
+inline std::vector<emu::Config> all_configurations() {
+  using emu::Copies;
+  using emu::Order;
+  std::vector<emu::Config> list;
+  for (Copies copies : {Copies::late, Copies::early, Copies::mixed}) {
+    list.push_back({0, Order::forward, copies});
+    list.push_back({0, Order::reverse, copies});
+    for (uint64_t seed : {1, 2, 3}) list.push_back({seed, Order::shuffled, copies});
+  }
+  return list;
+}
+
+template <class Body>
+void for_all_orders(const Body& body) {
+  for (const emu::Config& config : all_configurations()) {
+    const emu::ScopedConfig scope(config);
+    body();
+  }
+}
+
+#else
+
+template <class Body>
+void for_all_orders(const Body& body) {
+  body();
+}
+
+#endif
+
+}  // namespace hw::test
