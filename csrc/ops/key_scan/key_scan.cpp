@@ -4,6 +4,7 @@
 
 #include "core/arguments.h"
 #include "core/registry.h"
+#include "ops/key_scan/key_scan_simt_layout.cuh"
 
 namespace hw::key_scan {
 namespace {
@@ -25,7 +26,10 @@ std::string why_not(int, Backend backend, const Call&) {
 
 int any_dim(int, Backend, const Call&) { return 0; }
 
-int64_t workspace(int, Backend, const Call&) { return 0; }
+int64_t workspace(int function, Backend backend, const Call& call) {
+  return backend == Backend::simt ? simt::workspace_bytes(static_cast<simt::Pass>(function), call)
+                                  : 0;
+}
 
 }  // namespace
 

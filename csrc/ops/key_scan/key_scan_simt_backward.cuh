@@ -144,11 +144,11 @@ struct GradKernel {
   HW_DEVICE HW_INLINE void store_start() {
     if (!p.d_o0 && !p.d_lse0) return;
     const bool first = u.used && u.segment == 0;
-    Acc weight = 1;
-    if (g.tokens > 0) weight = decay(p.lse0(u.batch, u.head), p.lse(u.batch, 0, u.head));
+    const Acc lse0 = p.lse0(u.batch, u.head);
+    const Acc weight = decay(lse0, g.tokens > 0 ? p.lse(u.batch, 0, u.head) : lse0);
     Acc sum = -t;
     for_own<kColumns>(columns, [&](int i, int64_t c) {
-      sum += p.o0(u.batch, u.head, c) * r[i];
+      if (weight != Acc(0)) sum += p.o0(u.batch, u.head, c) * r[i];
       if (first && p.d_o0) p.d_o0(u.batch, u.head, c) = weight * r[i];
     });
     sum = unit_sum(sum, g.lanes);

@@ -36,6 +36,14 @@ HW_DEVICE HW_INLINE LogSum<Accum<Element>> initial_sum(const ScanParams<Element>
   return one_score(p.lse0 ? p.lse0(b, h) : nothing<Accum<Element>>());
 }
 
+// A state that nothing was summed into has o = 0, whatever the call holds there.
+template <class Element>
+HW_DEVICE HW_INLINE Accum<Element> initial_row(const ScanParams<Element>& p,
+                                               const LogSum<Accum<Element>>& sum, int64_t b,
+                                               int64_t h, int64_t c) {
+  return p.o0 && sum.a != Accum<Element>(0) ? p.o0(b, h, c) : Accum<Element>(0);
+}
+
 // Phase (a): kWrite = false, from nothing, leaves the segment's state.
 // Phase (c): kWrite = true, from the true start, writes o, lse and the final state.
 template <class Element, bool kVectors, bool kWrite>
@@ -73,7 +81,8 @@ struct ScanKernel {
       return;
     }
     sum = initial_sum(p, u.batch, u.head);
-    if (p.o0) for_own<kColumns>(columns, [&](int i, int64_t c) { o[i] = p.o0(u.batch, u.head, c); });
+    for_own<kColumns>(columns,
+                      [&](int i, int64_t c) { o[i] = initial_row(p, sum, u.batch, u.head, c); });
   }
 
   // Rows row .. row + lanes - 1; a row that does not exist has score -inf and changes nothing.
@@ -169,7 +178,7 @@ struct ScanPrefixKernel {
     const int64_t b = pair / g.heads, h = pair % g.heads;
     const bool real = c < g.value_dim;
     LogSum<Acc> sum = initial_sum(p, b, h);
-    Acc o = real && p.o0 ? p.o0(b, h, c) : Acc(0);
+    Acc o = real ? initial_row(p, sum, b, h, c) : Acc(0);
     for (int64_t k = 0; k < g.segments; ++k) {
       const int64_t entry = k * g.pairs() + pair;
       const LogSum<Acc> own = {p.own[entry * 2], p.own[entry * 2 + 1]};

@@ -4,6 +4,8 @@
 
 #include "core/arguments.h"
 #include "core/registry.h"
+#include "ops/linear_attention/linear_attention_simt_layout.cuh"
+#include "ops/linear_attention/linear_attention_sm80_layout.cuh"
 
 namespace hw::linear_attention {
 namespace {
@@ -35,15 +37,23 @@ void check_call(int function, const Call& call) {
   if (function == kStep) check_features(step_params(call));
 }
 
-std::string why_not(int, Backend, const Call&) { return {}; }
-
-// Dv: the last size of v.
-int value_dim(int, Backend, const Call& call) {
-  const Tensor& v = call.tensor(2);
-  return static_cast<int>(v.size[v.ndim - 1]);
+std::string why_not(int function, Backend backend, const Call& call) {
+  if (backend != Backend::sm80) return {};
+  if (function == kStep) return "a decode step has no matrix product; simt is its CUDA backend";
+  return sm80::why_not(static_cast<sm80::Pass>(function), call);
 }
 
-int64_t workspace(int, Backend, const Call&) { return 0; }
+// Compared with the value tiles of the tensor-core instances; the other backends take any Dv.
+int value_tile(int, Backend backend, const Call& call) {
+  return backend == Backend::sm80 ? sm80::dim(call) : 0;
+}
+
+int64_t workspace(int function, Backend backend, const Call& call) {
+  if (function == kStep || backend == Backend::cpu) return 0;
+  if (backend == Backend::sm80)
+    return sm80::workspace_bytes(static_cast<sm80::Pass>(function), call);
+  return simt::workspace_bytes(static_cast<simt::Pass>(function), call);
+}
 
 }  // namespace
 
@@ -89,6 +99,6 @@ StepParams step_params(const Call& call) {
 
 extern const Operator kOperator;
 const Operator kOperator = {"linear_attention", kFunctions, &check_call,
-                            &why_not,           &value_dim, &workspace};
+                            &why_not,           &value_tile, &workspace};
 
 }  // namespace hw::linear_attention

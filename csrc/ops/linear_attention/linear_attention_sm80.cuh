@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16, taylor2 with D <= 16, any
-// strides, any Dv forward and Dv <= 128 backward.
+// strides, any Dv.
 //
 //   _sm80_layout.cuh     what it takes, plan and workspace
 //   _sm80_tile.cuh       tiles, fragments, features in slots
@@ -171,11 +171,20 @@ void find_row_scalars(LoopParams<Element>& p, const Work<BackwardParams>& w) {
   p.delta = w.per_query(w.at.delta);
 }
 
+// dq (over keys) or dk (over queries); slices of v's columns one after another.
 template <class Element, int kDim, bool kQueries>
-void gradient(const LoopParams<Element>& p, const Work<BackwardParams>& w) {
+void gradient(LoopParams<Element>& p, const Work<BackwardParams>& w) {
   using Kernel = GradientKernel<Element, kDim, kQueries>;
-  const Grid grid{w.plan.num_slots, kQueries ? w.shape.key_heads : w.shape.query_heads, 1};
-  launch<Kernel>(grid, sizeof(typename Kernel::Smem), w.context, p);
+  const int64_t heads = kQueries ? w.shape.key_heads : w.shape.query_heads;
+  if (w.slices(kDim) > 1) {
+    p.sum = {w.floats(w.at.sum),
+             {w.shape.batch, w.shape.tokens, heads, kPadded},
+             {w.shape.tokens * heads * kPadded, heads * kPadded, kPadded, 1}};
+  }
+  for (int64_t slice = 0; slice < w.slices(kDim); ++slice) {
+    p.first = slice * kDim;
+    launch<Kernel>({w.plan.num_slots, heads, 1}, sizeof(typename Kernel::Smem), w.context, p);
+  }
 }
 
 template <class Element, int kDim>

@@ -21,7 +21,8 @@
 //   state            S [160, 16] += Phi(b)^T [160, 64] x [64, 16]
 //   sum over warps   [64, 16] each, through shared memory, in the order of the warps
 //
-// The factor 2 of the squares' derivative is in their coefficient. Traffic per token and head:
+// The factor 2 of the squares' derivative is in their coefficient. More than kDim columns are done
+// in slices, one launch after another, that add to sums in the workspace. Traffic per token and head:
 // 2 (3 16 + 2 Dv) bytes each for dq and dk, 2 (2 16 + 2 Dv) for dv.
 #pragma once
 
@@ -110,14 +111,14 @@ struct GradientKernel {
     float chunk_y[2][4];  // this chunk's part of strip `strip`, columns 0 .. 7 and 8 .. 15
 
     HW_DEVICE Block(const Params& params, Smem& s, const Walk& w)
-        : p(params), smem(s), stream{params, s.chunks, w, 0}, c(coefficients(params.scale)), column(dev::warp() * 16), strip(dev::warp() % kStrips),
+        : p(params), smem(s), stream{params, s.chunks, w, params.first}, c(coefficients(params.scale)), column(dev::warp() * 16), strip(dev::warp() % kStrips),
           part(dev::warp() / kStrips) {
       c.square = c.product;
     }
 
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
-      state.template load<false>(p.before, index, stream.walk.state_head, column, p.dim(),
+      state.template load<false>(p.before, index, stream.walk.state_head, p.first + column, p.dim(),
                                  coefficients(p.scale), kQueries);
       publish_sums();
     }
@@ -186,7 +187,7 @@ struct GradientKernel {
     }
 
     // d = u S^T + e n: the gradient of the features of block r, of one strip; e = delta, over
-    // queries 1. n takes part once, in the warp that has the strip's first columns.
+    // queries 1. n takes part once, in the first slice and the warp of the strip's number.
     template <int r>
     HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const uint32_t u[4],
                                               const Pair<Element> s[2][2], int i,
@@ -195,7 +196,7 @@ struct GradientKernel {
       Pair<Element> a[4];
       for (int k = 0; k < 4; ++k) a[k] = P::exact(u[k]);
       for (int k = 0; k < 8; ++k) d[k / 4][k % 4] = 0.0f;
-      if (i == dev::warp()) {
+      if (i == dev::warp() && p.first == 0) {
         const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];
         HW_UNROLL
         for (int k = 0; k < 8; ++k) {
@@ -289,7 +290,7 @@ struct GradientKernel {
         const int row = strip * kRows + g + (k & 2) * 4;
         const int key = keys * kRows + k / 4 * 8 + 2 * t + (k & 1);
         float value = ds[k / 4][k % 4];
-        if (part == 0) value += s.scalars.delta[kQueries ? key : row];
+        if (part == 0 && p.first == 0) value += s.scalars.delta[kQueries ? key : row];
         if constexpr (kQueries) value *= s.scalars.factor[key];
         value *= p.scale * weight_derivative(FeatureMap::taylor2, score[k / 4][k % 4] * p.scale);
         ds[k / 4][k % 4] = key > row ? 0.0f : value;
@@ -304,19 +305,31 @@ struct GradientKernel {
         smem.y[dev::warp()][strip * kRows + g + (k & 2) * 4][k / 4 * 8 + 2 * t + (k & 1)] +=
             chunk_y[k / 4][k % 4];
       dev::sync_block();
-      constexpr int kPairs = kTile * kPadded / 2;
       const int64_t chunk = stream.chunk(item);
-      for (int i = dev::thread_index(); i < kPairs; i += kThreads) {
+      for (int i = dev::thread_index(); i < kTile * kPadded / 2; i += kThreads) {
         const int row = i / (kPadded / 2), at = i % (kPadded / 2) * 2;
-        if (row >= stream.walk.count(chunk)) continue;
+        if (row >= stream.walk.count(chunk) || at >= p.dim()) continue;
         float lo = 0.0f, hi = 0.0f;
         HW_UNROLL
         for (int w = 0; w < kWarps; ++w) lo += smem.y[w][row][at], hi += smem.y[w][row][at + 1];
         const float factor = kQueries ? 1.0f : stream.stage(item).scalars.factor[row];
-        const int64_t token = stream.walk.token(chunk) + row * stream.walk.step;
-        store_pair(p.y.slice(stream.walk.segment.batch).slice(token).slice(stream.walk.head), at, p.y_paired,
-                   lo * factor, hi * factor);
+        store_sum(stream.walk.token(chunk) + row * stream.walk.step, at, lo, hi, factor);
       }
+    }
+
+    // Columns at, at + 1 of a row of y; with more slices to come, of the sum over slices.
+    HW_DEVICE HW_INLINE void store_sum(int64_t token, int at, float lo, float hi, float factor) {
+      const int64_t batch = stream.walk.segment.batch;
+      const int head = stream.walk.head;
+      if (p.sum) {
+        float* sum = p.sum.at(batch, token, head, at);
+        if (p.first > 0) lo += sum[0], hi += sum[1];
+        sum[0] = lo;
+        sum[1] = hi;
+        if (p.first + kDim < p.x.ref.size[3]) return;
+      }
+      store_pair(p.y.slice(batch).slice(token).slice(head), at, p.y_paired, lo * factor,
+                 hi * factor);
     }
   };
 

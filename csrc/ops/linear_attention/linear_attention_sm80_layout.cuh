@@ -10,8 +10,8 @@
 
 namespace hw::linear_attention::sm80 {
 
-inline constexpr int kMaxDim = 16;          // columns of q and k
-inline constexpr int kMaxValueTile = 128;   // columns of v in a block
+inline constexpr int kMaxDim = 16;         // columns of q and k
+inline constexpr int kMaxValueTile = 128;  // columns of v in a block
 
 enum class Pass : int { forward = 0, backward = 1 };
 
@@ -36,8 +36,6 @@ inline std::string why_not(Pass pass, const Call& call) {
   const bool given = pass == Pass::backward && (call.tensor(9).present() || call.tensor(10).present());
   if (pass == Pass::backward && !(scale >= 1e-6 && scale <= 1e6) && (scale != 0 || given))
     return concat("|scale| = ", scale, " is not in 1e-6 .. 1e6 in the backward pass");
-  if (pass == Pass::backward && s.value_dim > kMaxValueTile)
-    return concat("Dv = ", s.value_dim, " is above ", kMaxValueTile, " in the backward pass");
   return {};
 }
 
@@ -55,6 +53,7 @@ struct Workspace {
   int64_t queries = 0;  // states over queries
   int64_t factor = 0;   // [B, S, Hq] 1 / z_i, 0 where z_i is
   int64_t delta = 0;    // [B, S, Hq] -<do_i, o_i>
+  int64_t sum = 0;      // [B, S, Hq, kMaxDim] dq, then dk, while slices of v are added up
   int64_t bytes = 0;
 };
 
@@ -64,11 +63,13 @@ inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan) {
   Workspace w;
   w.states = state_layout(s, plan);
   const int64_t states = plan.has_totals() ? w.states.size() : 0;
-  const int64_t rows = backward && s.normalize ? s.batch * s.tokens * s.query_heads : 0;
+  const int64_t queries = backward ? s.batch * s.tokens * s.query_heads : 0;
+  const int64_t rows = s.normalize ? queries : 0;
   w.keys = carver.take(states, sizeof(float));
   w.queries = carver.take(backward ? states : 0, sizeof(float));
   w.factor = carver.take(rows, sizeof(float));
   w.delta = carver.take(rows, sizeof(float));
+  w.sum = carver.take(s.value_dim > kMaxValueTile ? queries * kMaxDim : 0, sizeof(float));
   w.bytes = carver.bytes;
   return w;
 }
