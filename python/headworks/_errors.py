@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors in one form: the operator, the argument, what came, what was expected, the remedy."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+
+def fail(
+    kind: type[Exception], op: str, argument: str, got: object, expected: str, remedy: str
+) -> NoReturn:
+    raise kind(f"{op}: {argument} is {got}; expected {expected}. {remedy}")
+
+
+def describe(x: object) -> str:
+    """A tensor as dtype, shape and device; anything else by its type."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    return f"a {type(x).__name__}"
+
+
+def require_tensors(op: str, **tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            fail(TypeError, op, name, describe(x), "a torch.Tensor", "Convert it first.")
+
+
+def require_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.dim() != rank:
+            fail(
+                ValueError, op, name, f"of shape {list(x.shape)}", f"{rank} dimensions {layout}",
+                "Add or move dimensions with unsqueeze() or transpose(); strides are free.",
+            )
+
+
+def require_sizes(op: str, expected: str, name: str, x: Tensor, sizes: tuple[int, ...]) -> None:
+    if tuple(x.shape) != tuple(sizes):
+        fail(
+            ValueError, op, name, f"of shape {list(x.shape)}", f"{expected} = {list(sizes)}",
+            "Check the order of the dimensions.",
+        )
+
+
+def require_same_device(op: str, first: str, x: Tensor, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            fail(
+                RuntimeError, op, name, f"on {t.device}", f"{x.device}, where {first} is",
+                f"Move it with {name}.to({first}.device).",
+            )
+
+
+def require_one_dtype(op: str, allowed: object, **tensors: Tensor) -> None:
+    """All floating tensors share one of the supported dtypes."""
+    (first, x), *rest = tensors.items()
+    if x.dtype not in allowed:
+        fail(
+            TypeError, op, first, x.dtype, "float64, float32, bfloat16 or float16",
+            f"Cast it, for example {first}.float().",
+        )
+    for name, t in rest:
+        if t.dtype != x.dtype:
+            fail(
+                TypeError, op, name, t.dtype, f"{x.dtype}, the dtype of {first}",
+                "Cast them to one dtype, or call under torch.autocast, which casts them for you.",
+            )

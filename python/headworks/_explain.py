@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hw.explain: which backend a call would use, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import _library
+from ._native import DEFAULT_BACKEND
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of hw.explain.
+
+    function  the native function, for example "linear_attention.forward"
+    backend   the backend that the call uses; None if the one asked for (or every one) cannot
+    reasons   for each compiled backend why it cannot take the call, "" where it can
+    """
+
+    function: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __repr__(self) -> str:
+        lines = [f"{self.function}: {self.backend or 'no backend can take this call'}"]
+        for name, reason in {"reference": "", **self.reasons}.items():
+            if name == self.backend:
+                verdict = "chosen"
+            elif reason:
+                verdict = f"cannot: {reason}"
+            elif name == "reference":
+                verdict = "can, when asked for by name"
+            else:
+                verdict = "can"
+            lines.append(f"  {name:<14}{verdict}")
+        return "\n".join(lines)
+
+
+def explain(function: Callable, *args: object, **kwargs: object) -> Explanation:
+    """Which backend `function(*args, **kwargs)` would use, and why the others would not do.
+
+    The arguments are validated as in the call itself; nothing is computed.
+
+    Example:
+        >>> import torch, headworks as hw
+        >>> q = torch.randn(1, 8, 2, 16)
+        >>> hw.explain(hw.linear_attention, q, q, q).backend
+        'cpu'
+    """
+    native_call = getattr(function, "native_call", None)
+    if native_call is None:
+        raise TypeError(
+            f"explain: function is {function!r}; expected a function of headworks that has "
+            "backends, such as hw.linear_attention. Pass the function itself, then its arguments."
+        )
+    name, asked, tensors, scalars = native_call(*args, **kwargs)
+    number = _library.function(name)
+    reasons = dict(_library.reasons(number, tensors, scalars))
+    if asked == "reference":
+        return Explanation(name, "reference", reasons)
+    if asked == "auto":
+        able = [backend for backend, reason in reasons.items() if not reason]
+        return Explanation(name, able[0] if able else None, reasons)
+    return Explanation(name, asked if not reasons.get(asked, "not built") else None, reasons)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native library as Python functions.
+
+`_C` (and libheadworks beside it) is loaded at the first use, from this package or from the folder
+named by HEADWORKS_LIBRARY_DIR. Nothing here touches CUDA. A call passes tensors and numbers in the
+order that the operator's header names (csrc/ops/<op>/<op>.h); None stands for an absent tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, get_num_threads
+
+# In the order of preference; of those that can take a call, "auto" is the first.
+BACKENDS = ("cpu", "sm90", "sm80", "simt", "emulate:sm80", "emulate:simt")
+
+Tensors = Sequence[Tensor | None]
+Scalars = Sequence[float]
+
+_native: Any = None
+_numbers: dict[str, int] = {}
+
+
+def function(name: str) -> int:
+    """The number of a function such as "linear_attention.forward"."""
+    if not _numbers:
+        _numbers.update({n: i for i, n in enumerate((_native or _load()).functions())})
+    if name not in _numbers:
+        raise ValueError(f"no native function '{name}'; this build has {', '.join(_numbers)}")
+    return _numbers[name]
+
+
+def call(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> None:
+    """Run function number `fn`. CUDA work goes to torch's current stream of the tensors' device."""
+    (_native or _load()).call(fn, backend, tensors, scalars, get_num_threads())
+
+
+def choose(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> str:
+    """The backend that `call` would use; tensors may be without data."""
+    chosen: str = (_native or _load()).choose(fn, backend, tensors, scalars)
+    return chosen
+
+
+def reasons(fn: int, tensors: Tensors, scalars: Scalars = ()) -> dict[str, str]:
+    """For each backend why it cannot take the call; an empty text where it can."""
+    native = _native or _load()
+    return {name: native.why_not(fn, name, tensors, scalars) for name in BACKENDS}
+
+
+def workspace(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> int:
+    """Bytes of workspace that the call needs on this backend, from shapes alone."""
+    size: int = (_native or _load()).workspace(fn, backend, tensors, scalars, get_num_threads())
+    return size
+
+
+def info() -> dict[str, Any]:
+    """What the native library contains; "emulator" is that of the emulator, or None without it."""
+    native = _native or _load()
+    result: dict[str, Any] = json.loads(native.info(False))
+    try:
+        result["emulator"] = json.loads(native.info(True))
+    except NotImplementedError:
+        result["emulator"] = None
+    return result
+
+
+def set_cpu_isa(name: str | None = None) -> None:
+    """Choose the CPU instruction set ("baseline", "avx2", ...); None: the best of this machine."""
+    (_native or _load()).configure(False, "cpu_isa", name or "")
+
+
+def configure_emulator(seed: int = 0, order: str = "forward", copies: str = "late") -> None:
+    """How the emulator runs threads ("forward", "reverse", "shuffled") and lands async copies
+    ("late", "early", "mixed"). Process-wide, from the next call on."""
+    native = _native or _load()
+    for key, value in (("seed", str(seed)), ("order", order), ("copies", copies)):
+        native.configure(True, key, value)
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("HEADWORKS_LIBRARY_DIR")
+    return Path(chosen) if chosen else Path(__file__).parent
+
+
+def _find(folder: Path) -> Path | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (file := folder / f"_C{suffix}").is_file():
+            return file
+    return None
+
+
+def _load() -> ModuleType:
+    global _native
+    folder = _folder()
+    file = _find(folder)
+    if file is None:
+        raise ImportError(_not_found(folder))
+    spec = importlib.util.spec_from_file_location(f"{__package__}._C", file)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"headworks: {file} cannot be loaded ({error}). The usual cause is that it was built "
+            "for another Python or machine. Reinstall headworks: pip install --force-reinstall ."
+        ) from error
+    _native = module
+    return module
+
+
+def _not_found(folder: Path) -> str:
+    source = "HEADWORKS_LIBRARY_DIR" if os.environ.get("HEADWORKS_LIBRARY_DIR") else "the package"
+    others = sorted(p.name for p in folder.glob("_C*")) if folder.is_dir() else []
+    found = f"it has only {', '.join(others)}, for another Python" if others else "nothing is there"
+    if not folder.is_dir():
+        found = "that folder does not exist"
+    return (
+        f"headworks: the native module _C for Python {platform.python_version()} "
+        f"({sys.implementation.cache_tag}) is not in {folder} ({source}): {found}. Build it with "
+        "'pip install .' (or 'pip install -e .') in the source folder, or let "
+        "HEADWORKS_LIBRARY_DIR name the folder that holds _C and libheadworks."
+    )

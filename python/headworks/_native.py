@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a torch operator to native code: backend names, routes, workspace, registration."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _library
+from ._errors import fail
+
+BACKENDS = ("auto", "reference", *_library.BACKENDS)
+
+# What backend="auto" means, read once at import.
+DEFAULT_BACKEND = os.environ.get("HEADWORKS_BACKEND") or "auto"
+
+# The dtype of statistics, denominators and states, by the dtype of the inputs.
+ACCUMULATION = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+LIBRARY = torch.library.Library("headworks", "DEF")
+
+_numbers: dict[str, int] = {}
+
+
+def backend_for(op: str, backend: str, x: Tensor) -> str:
+    """The backend asked for, with "auto" resolved as far as the device of `x` decides it."""
+    if backend == "auto":
+        backend = DEFAULT_BACKEND
+    if x.is_cpu and (backend == "auto" or backend == "cpu"):
+        return "cpu"
+    return _other_backend(op, backend, x)
+
+
+def _other_backend(op: str, backend: str, x: Tensor) -> str:
+    if backend not in BACKENDS:
+        source = "HEADWORKS_BACKEND" if backend == DEFAULT_BACKEND else "backend"
+        fail(ValueError, op, source, repr(backend), f"one of {', '.join(BACKENDS)}", "Choose one.")
+    if backend == "reference" or x.is_meta:
+        return backend
+    wants = "cpu" if backend == "cpu" or backend.startswith("emulate:") else "cuda"
+    if x.device.type != wants:
+        if x.device.type == "cpu":
+            remedy = f'Use backend="emulate:{backend}" to run it on the CPU, or backend="auto".'
+        else:
+            remedy = 'Use backend="auto", or "reference", which runs on every device.'
+        fail(RuntimeError, op, f'device (backend="{backend}")', x.device, wants, remedy)
+    return backend
+
+
+def route(op: str, tensors: Sequence[Tensor | None]) -> str:
+    """How a validated call is made:
+
+    direct      plain tensors, no gradient wanted: the native call and nothing else
+    operator    tracing, fake and other special tensors: through the dispatcher
+    autograd    a gradient is wanted: through the autograd.Function
+    """
+    wants_gradient = False
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                wants_gradient = True
+    if torch.compiler.is_compiling():
+        return "autograd" if wants_gradient else "operator"
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        _refuse_transforms(op, tensors)
+    if wants_gradient:
+        return "autograd"
+    if tensors[0].is_meta or torch._C._len_torch_dispatch_stack():
+        return "operator"
+    for x in tensors:
+        if x is not None and (type(x) is not Tensor or x.is_neg()):
+            return "operator"
+    return "direct"
+
+
+def _refuse_transforms(op: str, tensors: Sequence[Tensor | None]) -> None:
+    """Forward-mode tangents and functorch wrappers would be dropped silently: refuse them."""
+    for x in tensors:
+        if x is None:
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            got = "inside torch.func.vmap, grad or jvp"
+        elif forward_ad.unpack_dual(x).tangent is not None:
+            got = "a dual tensor of forward-mode differentiation"
+        else:
+            continue
+        fail(
+            NotImplementedError, op, "an input", got, "an ordinary tensor for a compiled backend",
+            'Use backend="reference", which composes with every transform.',
+        )
+
+
+def run(
+    function: str,
+    backend: str,
+    tensors: list[Tensor | None],
+    scalars: tuple[float, ...],
+    workspace: bool = True,
+) -> None:
+    """Call native `function`. The workspace it may want is appended as the last tensor."""
+    number = _numbers[function] if function in _numbers else _number(function)
+    if workspace:
+        scratch = None
+        if backend != "cpu":
+            if backend == "auto":
+                backend = _library.choose(number, backend, tensors + [None], scalars)
+            size = _library.workspace(number, backend, tensors + [None], scalars)
+            if size:
+                scratch = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+        tensors.append(scratch)
+    _library.call(number, backend, tensors, scalars)
+
+
+def _number(function: str) -> int:
+    _numbers[function] = _library.function(function)
+    return _numbers[function]
+
+
+def define(schema: str, body: Callable, fake: Callable) -> None:
+    """Register headworks::<schema> with its body for CPU and CUDA tensors and its shapes."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, body, key)
+    torch.library.register_fake(f"headworks::{name}", fake, lib=LIBRARY)
+
+
+def empties(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Unfilled contiguous tensors of the same shapes and dtypes; None for None."""
+    return tuple(
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in tensors
+    )
+
+
+def fixed_arity(outputs: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors only: an empty one stands for an absent one."""
+    dtype = ACCUMULATION[like.dtype]
+    return tuple(
+        torch.empty(0, dtype=dtype, device=like.device) if x is None else x for x in outputs
+    )
+
+
+def widen(x: Tensor | None) -> Tensor | None:
+    """[..., 0] as [..., 1] of zeros. To native code a tensor without memory is an absent one, so
+    values of width 0, whose state still counts keys, are taken as values of width 1."""
+    return None if x is None else torch.nn.functional.pad(x, (0, 1))
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of `x`."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype; fp64 is left alone, as torch does."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
+
+
+def as_written(x: Tensor) -> contextlib.AbstractContextManager:
+    """For the references: no autocast, which has been applied to the inputs already."""
+    if autocasts(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

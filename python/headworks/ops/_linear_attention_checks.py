@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation shared by linear_attention and linear_attention_step. Nothing is allocated here."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .._errors import (
+    describe,
+    fail,
+    require_one_dtype,
+    require_rank,
+    require_same_device,
+    require_sizes,
+    require_tensors,
+)
+from .._native import ACCUMULATION
+
+# Numbers as in csrc/ops/linear_attention/linear_attention.h.
+FEATURE_MAPS = {"taylor2": 0, "identity": 1, "elu1": 2, "relu": 3}
+MAX_TAYLOR_DIM = 32
+
+
+def num_features(feature_map: str | int, d: int) -> int:
+    """F, the rows of a state, for a map or its number: 1 + D + D (D + 1) / 2 for taylor2, else D."""
+    return 1 + d + d * (d + 1) // 2 if feature_map in ("taylor2", 0) else d
+
+
+def check_options(op: str, feature_map: object, scale: object, eps: object, d: int):
+    """(number of the map, scale as a float)."""
+    number = FEATURE_MAPS.get(feature_map) if isinstance(feature_map, str) else None
+    if number is None:
+        fail(
+            ValueError, op, "feature_map", repr(feature_map),
+            f"one of {', '.join(FEATURE_MAPS)}, or a callable", "Choose one.",
+        )
+    if number == 0 and d > MAX_TAYLOR_DIM:
+        fail(
+            ValueError, op, "the head dimension D of q and k", d,
+            f'at most {MAX_TAYLOR_DIM} with feature_map="taylor2"',
+            "Project q and k to fewer features (the paper uses 16), or choose another feature_map.",
+        )
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
+        eps = _number(op, "eps", eps)
+        if eps < 0:
+            fail(ValueError, op, "eps", eps, "a number >= 0", "Use 0.0 for none.")
+    if scale is None:
+        return number, d**-0.5
+    if type(scale) is not float or not math.isfinite(scale):
+        scale = _number(op, "scale", scale)
+    return number, scale
+
+
+def _number(op: str, name: str, x: object) -> float:
+    if isinstance(x, (Tensor, str)) or not hasattr(x, "__float__"):
+        fail(
+            TypeError, op, name, describe(x), "a Python number",
+            "Pass a float; a tensor of scales belongs into q.",
+        )
+    x = float(x)
+    if not math.isfinite(x):
+        fail(ValueError, op, name, x, "a finite number", "Check how it was computed.")
+    return x
+
+
+def reject_inputs(op: str, layout: str, q: object, k: object, v: object) -> NoReturn:
+    """Say what is wrong with q, k, v of [B, S, H, D] or, in a step, [B, H, D]."""
+    require_tensors(op, q=q, k=k, v=v)
+    require_rank(op, layout.count(",") + 1, layout, q=q, k=k, v=v)
+    require_one_dtype(op, ACCUMULATION, q=q, k=k, v=v)
+    require_same_device(op, "q", q, k=k, v=v)
+    hq, h, d = q.shape[-2], k.shape[-2], q.shape[-1]
+    if d == 0:
+        fail(ValueError, op, "the head dimension D of q", 0, "at least 1", "Check the last axis.")
+    lead = tuple(q.shape[:-2])
+    require_sizes(op, layout.replace("H", "Hkv"), "k", k, (*lead, h, d))
+    require_sizes(op, layout.replace("H", "Hkv").replace("D]", "Dv]"), "v", v,
+                  (*lead, h, v.shape[-1]))
+    fail(
+        ValueError, op, "the number of heads of q", hq, f"a positive multiple of k's {h}",
+        "Each key head serves Hq / Hkv query heads.",
+    )
+
+
+def heads_match(hq: int, h: int) -> bool:
+    return hq == h or (h > 0 and hq > 0 and hq % h == 0)
+
+
+def check_state(
+    op: str,
+    name: str,
+    state: object,
+    q: Tensor,
+    feature_map: str,
+    sizes: tuple[int, int, int, int],  # N, H, F, Dv
+) -> tuple[Tensor, Tensor]:
+    """The two tensors of a state, found to belong to this call."""
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        fail(TypeError, op, name, describe(state), "LinearState(kv, z)",
+             "Pass the state that output_final_state=True returned, or hw.LinearState.initial().")
+    kv, z = state
+    dtype = ACCUMULATION[q.dtype]
+    if (
+        not isinstance(kv, Tensor)
+        or not isinstance(z, Tensor)
+        or kv.shape != sizes
+        or z.shape != sizes[:3]
+        or kv.dtype != dtype
+        or z.dtype != dtype
+        or kv.device != q.device
+        or z.device != q.device
+    ):
+        _reject_state(op, name, kv, z, q, feature_map, sizes)
+    return kv, z
+
+
+def _reject_state(op, name, kv, z, q, feature_map, sizes) -> NoReturn:
+    names = (f"{name}.kv", f"{name}.z")
+    require_tensors(op, **dict(zip(names, (kv, z), strict=True)))
+    for part, x, want, layout in zip(
+        names, (kv, z), (sizes, sizes[:3]), ("[N, H, F, Dv]", "[N, H, F]"), strict=True
+    ):
+        if x.shape != want:
+            fail(
+                ValueError, op, part, f"of shape {list(x.shape)}", f"{layout} = {list(want)}",
+                f'F is {sizes[2]} for feature_map="{feature_map}" at D = {q.shape[-1]}, H counts '
+                "key heads and N sequences: was the state made with other arguments?",
+            )
+        if x.dtype != ACCUMULATION[q.dtype]:
+            fail(
+                TypeError, op, part, x.dtype, f"{ACCUMULATION[q.dtype]} for {q.dtype} inputs",
+                "States stay in fp32 (fp64 for fp64 inputs); do not cast them with the model.",
+            )
+        require_same_device(op, "q", q, **{part: x})
+    raise AssertionError("a state was rejected without a reason")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: object, q: Tensor) -> Tensor:
+    """cu_seqlens [N + 1] as int64. The values are looked at by check_cu_seqlens_values."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        fail(TypeError, op, "cu_seqlens", describe(cu_seqlens), "an int32 or int64 tensor [N + 1]",
+             "Pass the running sum of the sequence lengths, from 0 to the total.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        fail(ValueError, op, "cu_seqlens", f"of shape {list(cu_seqlens.shape)}", "[N + 1]",
+             "Pass the running sum of the sequence lengths, from 0 to the total.")
+    if q.shape[0] != 1:
+        fail(ValueError, op, "the batch size B with cu_seqlens", q.shape[0], "1",
+             "Pack the sequences one after the other into [1, total, H, D].")
+    require_same_device(op, "q", q, cu_seqlens=cu_seqlens)
+    return cu_seqlens.to(torch.int64)
+
+
+def check_cu_seqlens_values(op: str, cu_seqlens: Tensor, total: int) -> None:
+    """From 0 to the total, never decreasing. On a GPU this would wait for the device: not done."""
+    if not cu_seqlens.is_cpu:
+        return
+    bounds = cu_seqlens.tolist()
+    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < begin:
+            fail(ValueError, op, f"cu_seqlens[{n + 1}]", end,
+                 f"at least cu_seqlens[{n}] = {begin}", "Pass a running sum of lengths.")
+    if bounds[0] != 0 or bounds[-1] != total:
+        fail(ValueError, op, "cu_seqlens", f"from {bounds[0]} to {bounds[-1]}",
+             f"from 0 to the number of packed tokens, {total}", "Pass a running sum of lengths.")

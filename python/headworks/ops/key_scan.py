@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hw.key_scan: attention whose scores depend on the key alone, as one scan."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _native
+from .._errors import (
+    describe,
+    fail,
+    require_one_dtype,
+    require_rank,
+    require_same_device,
+    require_sizes,
+    require_tensors,
+)
+from .._native import ACCUMULATION, as_written, autocasts, backend_for, empties, fixed_arity, route, run, widen
+from ..reference import key_scan as reference
+
+_OP = "key_scan"
+
+
+class KeyScanState(NamedTuple):
+    """What key_scan keeps of the tokens it has seen: their average and its weight.
+
+    o    [B, H, Dv]   sum_j e^{s_j} v_j / sum_j e^{s_j}, 0 before any token
+    lse  [B, H]       log sum_j e^{s_j}, -inf before any token
+
+    float32, or float64 for float64 inputs.
+    """
+
+    o: Tensor
+    lse: Tensor
+
+    @classmethod
+    def initial(
+        cls,
+        batch: int,
+        heads: int,
+        value_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> KeyScanState:
+        """The state before any token."""
+        o = torch.zeros(batch, heads, value_dim, dtype=dtype, device=device)
+        return cls(o, torch.full((batch, heads), -torch.inf, dtype=dtype, device=device))
+
+
+def key_scan(
+    s: Tensor,
+    v: Tensor,
+    *,
+    initial_state: KeyScanState | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, KeyScanState]:
+    r"""A running softmax average, with scores that depend on the key alone.
+
+    .. math::
+        o_i = \frac{\sum_{j \le i} e^{s_j} v_j}{\sum_{j \le i} e^{s_j}}
+
+    computed as :math:`o_i = e^{L_{i-1} - L_i} o_{i-1} + e^{s_i - L_i} v_i` with the running
+    log-sum L: no exponent is positive, so scores of any size are safe. Where L_i is -inf (every
+    score so far is -inf), o_i is 0 with zero gradients.
+
+    Args:
+        s: [B, S, H], the scores. float64, float32, bfloat16 or float16; any strides.
+        v: [B, S, H, Dv], of the same dtype.
+        initial_state: KeyScanState(o [B, H, Dv], lse [B, H]) over earlier tokens; it acts as one
+            more key with score lse and value o. Differentiable.
+        output_final_state: also return the state after the last token. Differentiable.
+        backend: "auto", "reference", "cpu", "simt" or "emulate:simt"; see hw.explain.
+
+    Returns:
+        o [B, S, H, Dv] in the dtype of the inputs, or (o, KeyScanState). Feeding a sequence in
+        pieces through the state gives what feeding it whole gives; one token at a time decodes.
+
+    Under ``torch.autocast`` s and v are cast to the autocast dtype. Gradients flow to s, v and the
+    initial state, once (the reference backend: any number of times).
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: as hw.linear_attention.
+
+    Source: "Deconstructing Attention", arXiv 2510.11602, its "non-approximate" operator.
+
+    Example:
+        >>> import torch, headworks as hw
+        >>> s, v = torch.randn(1, 100, 4), torch.randn(1, 100, 4, 64)
+        >>> o, state = hw.key_scan(s, v, output_final_state=True)
+        >>> o.shape, state.lse.shape
+        (torch.Size([1, 100, 4, 64]), torch.Size([1, 4]))
+    """
+    s, v, o0, lse0 = _checked(s, v, initial_state)
+    backend = backend_for(_OP, backend, s)
+    if not v.shape[3]:
+        start = None if o0 is None else (widen(o0), lse0)
+        o, state = key_scan(
+            s, widen(v), initial_state=start, output_final_state=True, backend=backend
+        )
+        o, state = o[..., :0], KeyScanState(state.o[..., :0], state.lse)
+        return (o, state) if output_final_state else o
+    if backend == "reference":
+        with as_written(s):
+            o, state = reference.key_scan(s, v, initial_state=initial_state)
+        return (o, KeyScanState(*state)) if output_final_state else o
+
+    inputs = (s, v, o0, lse0)
+    way = route(_OP, inputs)
+    if way == "direct":
+        o, _, o1, lse1 = _forward(*inputs, output_final_state, backend)
+    elif way == "operator":
+        o, _, o1, lse1 = torch.ops.headworks.key_scan_fwd(*inputs, output_final_state, backend)
+    else:
+        o, o1, lse1 = _KeyScan.apply(*inputs, output_final_state, backend)
+    return (o, KeyScanState(o1, lse1)) if output_final_state else o
+
+
+def _checked(s, v, initial_state):
+    """The arguments cast and validated: s v o0 lse0. Nothing is allocated before."""
+    if not (isinstance(s, Tensor) and isinstance(v, Tensor)):
+        _reject(s, v)
+    if autocasts(s):
+        s, v = _native.autocast(s, v)
+    dtype, device = s.dtype, s.device
+    if not (
+        s.dim() == 3
+        and v.dim() == 4
+        and v.shape[:3] == s.shape
+        and dtype == v.dtype
+        and dtype in ACCUMULATION
+        and device == v.device
+    ):
+        _reject(s, v)
+    if initial_state is None:
+        return s, v, None, None
+    return s, v, *_checked_state(initial_state, s, v)
+
+
+def _reject(s, v) -> NoReturn:
+    require_tensors(_OP, s=s, v=v)
+    require_rank(_OP, 3, "[B, S, H]", s=s)
+    require_rank(_OP, 4, "[B, S, H, Dv]", v=v)
+    require_one_dtype(_OP, ACCUMULATION, s=s, v=v)
+    require_same_device(_OP, "s", s, v=v)
+    require_sizes(_OP, "[B, S, H, Dv]", "v", v, (*s.shape, v.shape[-1]))
+    raise AssertionError("inputs were rejected without a reason")
+
+
+def _checked_state(state, s, v):
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        fail(TypeError, _OP, "initial_state", describe(state), "KeyScanState(o, lse)",
+             "Pass the state that output_final_state=True returned.")
+    names = ("initial_state.o", "initial_state.lse")
+    batch, _, heads, value_dim = v.shape
+    sizes, layouts = ((batch, heads, value_dim), (batch, heads)), ("[B, H, Dv]", "[B, H]")
+    require_tensors(_OP, **dict(zip(names, state, strict=True)))
+    for name, x, want, layout in zip(names, state, sizes, layouts, strict=True):
+        require_sizes(_OP, layout, name, x, want)
+        if x.dtype != ACCUMULATION[s.dtype]:
+            fail(
+                TypeError, _OP, name, x.dtype, f"{ACCUMULATION[s.dtype]} for {s.dtype} inputs",
+                "States stay in fp32 (fp64 for fp64 inputs); do not cast them with the model.",
+            )
+        require_same_device(_OP, "s", s, **{name: x})
+    return state
+
+
+# The native calls. Tensor order: csrc/ops/key_scan/key_scan.h.
+
+
+def _outputs(s, v, final_state):
+    """o, lse, o1, lse1 unfilled; None for the state where it is not asked for."""
+    dtype, device = ACCUMULATION[s.dtype], s.device
+    o = torch.empty(v.shape, dtype=v.dtype, device=device)
+    lse = torch.empty(s.shape, dtype=dtype, device=device)
+    if not final_state:
+        return o, lse, None, None
+    batch, _, heads, value_dim = v.shape
+    o1 = torch.empty((batch, heads, value_dim), dtype=dtype, device=device)
+    return o, lse, o1, torch.empty((batch, heads), dtype=dtype, device=device)
+
+
+def _forward(s, v, o0, lse0, final_state, backend):
+    o, lse, o1, lse1 = _outputs(s, v, final_state)
+    run("key_scan.forward", backend, [s, v, o, lse, o0, lse0, o1, lse1], ())
+    return o, lse, o1, lse1
+
+
+def _forward_op(s, v, o0, lse0, final_state, backend):
+    return fixed_arity(_forward(s, v, o0, lse0, final_state, backend), s)
+
+
+def _forward_fake(s, v, o0, lse0, final_state, backend):
+    return fixed_arity(_outputs(s, v, final_state), s)
+
+
+def _gradients(s, v, o0, lse0, state_grad):
+    return empties(s, v, *((o0, lse0) if state_grad else (None, None)))
+
+
+def _backward_op(d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1, state_grad, backend):
+    d_s, d_v, d_o0, d_lse0 = _gradients(s, v, o0, lse0, state_grad)
+    run(
+        "key_scan.backward",
+        backend,
+        [s, v, o, lse, o0, lse0, o1, d_o, d_o1, d_lse1, d_s, d_v, d_o0, d_lse0],
+        (),
+    )
+    return fixed_arity((d_s, d_v, d_o0, d_lse0), s)
+
+
+def _backward_fake(d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1, state_grad, backend):
+    return fixed_arity(_gradients(s, v, o0, lse0, state_grad), s)
+
+
+_native.define(
+    "key_scan_fwd(Tensor s, Tensor v, Tensor? o0, Tensor? lse0, bool final_state, str backend)"
+    " -> (Tensor o, Tensor lse, Tensor o1, Tensor lse1)",
+    _forward_op,
+    _forward_fake,
+)
+_native.define(
+    "key_scan_bwd(Tensor d_o, Tensor? d_o1, Tensor? d_lse1, Tensor s, Tensor v, Tensor o,"
+    " Tensor lse, Tensor? o0, Tensor? lse0, Tensor? o1, bool state_grad, str backend)"
+    " -> (Tensor d_s, Tensor d_v, Tensor d_o0, Tensor d_lse0)",
+    _backward_op,
+    _backward_fake,
+)
+
+
+class _KeyScan(torch.autograd.Function):
+    """Saves the inputs, o, the running log-sum and the final state."""
+
+    @staticmethod
+    def forward(ctx, s, v, o0, lse0, final_state, backend):
+        o, lse, o1, lse1 = torch.ops.headworks.key_scan_fwd(s, v, o0, lse0, final_state, backend)
+        ctx.save_for_backward(s, v, o, lse, o0, lse0, o1 if final_state else None)
+        ctx.final_state, ctx.backend = final_state, backend
+        ctx.set_materialize_grads(False)
+        if not final_state:
+            ctx.mark_non_differentiable(o1, lse1)
+        return o, o1, lse1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_o, d_o1, d_lse1):
+        s, v, o, lse, o0, lse0, o1 = ctx.saved_tensors
+        state_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        if d_o is None:
+            d_o = o.new_zeros(()).expand(o.shape)
+        if not ctx.final_state:
+            d_o1 = d_lse1 = None
+        elif d_o1 is not None or d_lse1 is not None:
+            zero = lse.new_zeros(())
+            d_o1 = zero.expand(o1.shape) if d_o1 is None else d_o1
+            d_lse1 = zero.expand(o1.shape[:2]) if d_lse1 is None else d_lse1
+        d_s, d_v, d_o0, d_lse0 = torch.ops.headworks.key_scan_bwd(
+            d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1, state_grad, ctx.backend
+        )
+        if not state_grad:
+            d_o0 = d_lse0 = None
+        return d_s, d_v, d_o0, d_lse0, None, None
+
+
+def _native_call(s, v, *, initial_state=None, output_final_state=False, backend="auto"):
+    """For hw.explain: function, backend, tensors and scalars of the call that would be made."""
+    s, v, o0, lse0 = _checked(s, v, initial_state)
+    o, lse, o1, lse1 = _outputs(s, v, output_final_state)
+    tensors = [s, v, o, lse, o0, lse0, o1, lse1, None]
+    return "key_scan.forward", backend_for(_OP, backend, s), tensors, ()
+
+
+key_scan.native_call = _native_call

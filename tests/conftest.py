@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test: a fixed seed, torch.empty filled with NaN, two threads. A test marked `operator` that
+compared nothing (headworks.testing.compare and friends) fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headworks import testing
+
+THREADS = 2
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "operator: compares results of an operator; fails when it compared nothing"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_start():
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    torch._dynamo.reset()
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    with testing.poison_empty():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = testing.comparisons()
+    result = yield
+    if item.get_closest_marker("operator") and testing.comparisons() == before:
+        pytest.fail("this operator test compared nothing", pytrace=False)
+    return result

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of hw.key_scan. Sizes: B, S, H, Dv."""
+
+from __future__ import annotations
+
+import torch
+
+import headworks as hw
+from headworks.testing import EVERY_DTYPE, Case, Spec
+
+
+def case(S=65, Dv=32, B=2, H=2, *, state_in=False, state_out=False, spread=1.0, masked=0, label=""):
+    """`spread` multiplies the scores; the first `masked` of them are -inf."""
+    sizes = {"B": B, "S": S, "H": H, "Dv": Dv, "state_in": state_in, "spread": spread,
+             "masked": masked}  # fmt: skip
+    words = [f"S{S}", f"Dv{Dv}", f"B{B}", f"H{H}"]
+    words += ["in"] if state_in else []
+    words += ["out"] if state_out else []
+    words += [f"spread{spread:g}"] if spread != 1.0 else []
+    words += [f"masked{masked}"] if masked else []
+    words += [label] if label else []
+    # Where one key outweighs all later ones, the rounding of o adds up in ds over all later rows.
+    floor = 2.0 if spread == 1.0 else 16.0
+    return Case("-".join(words), sizes, {"output_final_state": state_out}, floor)
+
+
+def make(case, dtype, device="cpu", seed=0):
+    """s v, and o0 lse0 as the case has them."""
+    n = case.sizes
+    generator = torch.Generator().manual_seed(seed)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    s = n["spread"] * draw(n["B"], n["S"], n["H"])
+    s[:, : n["masked"]] = -torch.inf
+    tensors = {"s": s.to(device, dtype)}
+    tensors["v"] = draw(n["B"], n["S"], n["H"], n["Dv"]).to(device, dtype)
+    if n["state_in"]:
+        tensors["o0"] = draw(n["B"], n["H"], n["Dv"]).to(device, accumulation)
+        tensors["lse0"] = draw(n["B"], n["H"]).to(device, accumulation)
+    return tensors
+
+
+def run(tensors, case, backend):
+    state = hw.KeyScanState(tensors["o0"], tensors["lse0"]) if "o0" in tensors else None
+    result = hw.key_scan(
+        tensors["s"], tensors["v"], initial_state=state, backend=backend, **case.options
+    )
+    if not case.options["output_final_state"]:
+        return {"o": result}
+    o, state = result
+    return {"o": o, "o1": state.o, "lse1": state.lse}
+
+
+def operators(tensors, case):
+    s, v, o0, lse0 = (tensors.get(n) for n in ("s", "v", "o0", "lse0"))
+    forward = torch.ops.headworks.key_scan_fwd.default
+    backward = torch.ops.headworks.key_scan_bwd.default
+    arguments = (s, v, o0, lse0, True, "auto")
+    o, lse, o1, lse1 = forward(*arguments)
+    grads = [torch.randn_like(x) for x in (o, o1, lse1)]
+    saved = (s, v, o, lse, o0, lse0, o1, o0 is not None, "auto")
+    return [(forward, arguments), (backward, (*grads, *saved))]
+
+
+CASES = (
+    *(case(S=s, state_out=True) for s in (0, 1, 2, 63, 64, 65, 111, 128, 130)),
+    *(case(S=s, B=1, H=1, state_in=True, state_out=True) for s in (0, 1, 600, 1100)),
+    *(case(S=70, Dv=dv, state_in=True) for dv in (1, 60, 64, 100, 112, 128, 130, 256)),
+    case(S=300, Dv=16, spread=50.0, state_out=True),
+    case(S=40, Dv=16, masked=7, state_out=True),
+    case(S=40, Dv=16, masked=7, state_in=True, state_out=True),
+    case(S=9, Dv=16, masked=9, state_out=True, label="all"),
+    case(S=65, B=0, state_in=True, state_out=True),
+    case(S=65, H=0, state_out=True),
+    case(S=65, Dv=0, state_in=True, state_out=True),
+    case(S=65, H=5, B=3),
+)
+
+EMULATOR_CASES = (
+    case(S=1, B=1, H=1, Dv=8, state_out=True),
+    case(S=65, B=1, H=2, Dv=20, state_in=True, state_out=True),
+    case(S=130, B=2, H=1, Dv=8, state_out=True),
+    case(S=33, B=1, H=1, Dv=70),
+    case(S=40, B=1, H=1, Dv=8, masked=7, state_out=True),
+    case(S=0, B=1, H=1, Dv=8, state_in=True, state_out=True),
+)
+
+BENCHMARK_CASES = tuple(case(S=s, B=1, H=8, Dv=64) for s in (1024, 4096, 16384, 65536))
+
+SPEC = Spec(
+    name="key_scan",
+    function=hw.key_scan,
+    make=make,
+    run=run,
+    differentiable=("s", "v", "o0", "lse0"),
+    cases=CASES,
+    emulator_cases=EMULATOR_CASES,
+    benchmark_cases=BENCHMARK_CASES,
+    sample_cases=(
+        case(S=130, B=3, Dv=24, state_in=True, state_out=True),
+        case(S=700, B=2, H=1, Dv=16, state_out=True),
+    ),
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
+    operators=operators,
+)
