@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a suite consists of: cases that are timed, results, and targets that are judged.
+
+A suite is a module `bench/<operator>.py` with
+    cases(device, quick)      the list of Case
+    targets(results, device)  the list of Target, from results by case name
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+from bench import machine, peers, timing
+from headworks.cost import Cost
+
+SUITES = ("linear_attention", "key_scan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: contenders on the same inputs, made when the case is run.
+
+    `cost` is that of one call of the contender called "headworks"; with it the result knows the
+    least time at each ceiling. `memory` asks for peak memory too.
+    """
+
+    name: str
+    shape: Mapping[str, Any]
+    contenders: Callable[[], Mapping[str, timing.Call]]
+    cost: Cost | None = None
+    memory: bool = False
+
+
+@dataclass
+class Result:
+    """Times of one case, and what follows from them."""
+
+    case: str
+    shape: dict[str, Any]
+    seconds: dict[str, timing.Times]
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    ceiling: dict[str, float] = field(default_factory=dict)  # "gemm" FLOP/s, "copy" bytes/s
+    least: dict[str, float] = field(default_factory=dict)  # seconds at each ceiling
+
+    @property
+    def roof(self) -> str | None:
+        """The ceiling that binds, "gemm" or "copy"."""
+        return max(self.least, key=lambda name: self.least[name], default=None)
+
+    def fraction(self, roof: str) -> float | None:
+        """Least time at a ceiling over the time headworks took, as a share of 1."""
+        return self.least[roof] / self.median("headworks") if roof in self.least else None
+
+    def median(self, name: str) -> float:
+        """Seconds of one contender."""
+        return self.seconds[name].median
+
+    def best(self, *names: str) -> float | None:
+        """Seconds of the fastest of those contenders that were timed."""
+        times = [self.seconds[name].median for name in names if name in self.seconds]
+        return min(times, default=None)
+
+    def speedup(self, *names: str) -> float | None:
+        """How many times faster headworks is than the best of those contenders."""
+        best = self.best(*names)
+        return None if best is None else best / self.median("headworks")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that must be at least (or at most) a threshold; None: not measured here."""
+
+    name: str
+    figure: float | None
+    threshold: float
+    unit: str = "x"
+    at_most: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """One of pass, miss, not measured."""
+        if self.figure is None:
+            return "not measured"
+        met = self.figure <= self.threshold if self.at_most else self.figure >= self.threshold
+        return "pass" if met else "miss"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def load(name: str) -> ModuleType:
+    """The suite of an operator."""
+    if name not in SUITES:
+        raise ValueError(f"bench: suite is {name!r}, expected one of {list(SUITES)}")
+    return importlib.import_module(f"bench.{name}")
+
+
+def run_case(case: Case, *, device: str, quick: bool) -> Result:
+    """Times the contenders side by side; with them the yardsticks, where the case has a cost."""
+    peers.forget_compiled()
+    contenders = dict(case.contenders())
+    rulers = machine.yardsticks(device) if case.cost else {}
+    budget, rounds = (0.5, (3, 15)) if quick else (4.0, (5, 40))
+    times = timing.interleave({**contenders, **rulers}, device=device, budget=budget, rounds=rounds)
+    result = Result(case.name, dict(case.shape), {name: times[name] for name in contenders})
+    if case.cost:
+        ceiling = machine.ceiling(device, times)
+        result.ceiling = asdict(ceiling)
+        result.least = {
+            "gemm": case.cost.flops / ceiling.gemm,
+            "copy": case.cost.bytes / ceiling.copy,
+        }
+    if case.memory:
+        peaks = {n: timing.peak_bytes(call, device=device) for n, call in contenders.items()}
+        result.peak_bytes = {name: peak for name, peak in peaks.items() if peak is not None}
+    return result

@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that keep the layers apart, checked on the text of csrc/.
+
+    torch       no torch, ATen or c10 header anywhere in csrc/
+    python      Python and pybind11 headers only in csrc/binding/
+    hardware    csrc/ops/ reaches the GPU only through the seam: no coordinates, barriers, shuffles,
+                inline assembly or launches spelled out
+    exit        native code throws; it never exits, aborts or prints
+    atomics     no floating-point atomics: their order, and so the result, would vary
+
+Comments and (but for assembly) string literals do not count.
+
+Usage: check_boundaries.py [CSRC_FOLDER]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = {".h", ".cpp", ".cuh", ".cu", ".in", ".inl"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pattern that must not occur in files under `where`, except under `allowed`."""
+
+    name: str
+    pattern: re.Pattern[str]
+    remedy: str
+    where: str = ""
+    allowed: tuple[str, ...] = ()
+    literals: bool = False  # look into string literals too: inline assembly is one
+
+
+HARDWARE = (
+    r"\b(threadIdx|blockIdx|blockDim|gridDim|warpSize)\b"
+    r"|\b__sync(threads|warp)\w*|\b__shfl\w*|\b__(ballot|any|all|activemask)(_sync)?\s*\("
+    r"|\b(asm|__asm__?)\b\s*(volatile\b\s*)?\(|<<<|>>>\s*\(|\b__(shared|global|device)__\b"
+)
+
+RULES = (
+    Rule(
+        "torch",
+        re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|caffe2)/"),
+        "pass pointers, sizes and strides; torch stays in Python",
+    ),
+    Rule(
+        "python",
+        re.compile(r"#\s*include\s*[<\"](Python\.h|pybind11/)"),
+        "only csrc/binding/ knows Python",
+        allowed=("binding/",),
+    ),
+    Rule("hardware", re.compile(HARDWARE), "use the names of core/device.h", where="ops/"),
+    Rule(
+        "exit",
+        re.compile(
+            r"\b(std::)?(exit|_exit|quick_exit|abort|terminate|printf|fprintf|puts|perror)\s*\("
+            r"|\bstd::(cout|cerr|clog)\b|\bassert\s*\("
+        ),
+        "throw hw::Error (core/error.h)",
+    ),
+    Rule(
+        "atomics",
+        re.compile(
+            r"\batomic_?[Aa]dd(_block|_system)?\s*(<\s*(float|double|half|__half|__nv_bfloat16)\b"
+            r"|\(\s*(reinterpret_cast<|static_cast<|\()\s*(float|double|half|__half|__nv_bfloat16)\b"
+            r"|\([^;]*\b\d+\.\d*f?\b)"
+            r"|\batomic_?[Aa]dd\s*\(\s*(float|double|bf16|f16)\s*\*"
+            r"|\bstd::atomic(_ref)?\s*<\s*(float|double)\b|\bred\.\w+(\.\w+)*\.(f16|f32|f64|bf16)"
+            r"|#\s*pragma\s+omp\s+atomic"
+        ),
+        "reduce in a fixed order",
+        literals=True,
+    ),
+)
+
+
+def code_only(text: str, *, literals: bool = False) -> str:
+    """The text with comments (and literals, unless wanted) blanked, line breaks kept."""
+    include, literal = r"^[ \t]*#[ \t]*include[^\n]*", r"\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'"
+    token = re.compile(
+        rf"(?P<include>{include})|(?P<literal>{literal})|//[^\n]*|/\*.*?\*/",
+        re.MULTILINE | re.DOTALL,
+    )
+
+    def replace(match: re.Match[str]) -> str:
+        if match["include"] or (literals and match["literal"]):
+            return match.group()
+        return re.sub(r"[^\n]", " ", match.group())
+
+    return token.sub(replace, text)
+
+
+def violations(root: Path) -> list[str]:
+    """One line per breach: file, line, rule, what was found, what to do instead."""
+    found = []
+    for path in sorted(p for p in root.rglob("*") if p.suffix in SUFFIXES):
+        name = path.relative_to(root).as_posix()
+        text = path.read_text()
+        for rule in RULES:
+            if not name.startswith(rule.where) or name.startswith(rule.allowed or ("\0",)):
+                continue
+            code = code_only(text, literals=rule.literals)
+            for match in rule.pattern.finditer(code):
+                line = code.count("\n", 0, match.start()) + 1
+                what = match.group().strip()
+                found.append(f"{root.name}/{name}:{line}: {rule.name}: {what!r}: {rule.remedy}")
+    return found
+
+
+def main() -> int:
+    """Prints the breaches; the exit status."""
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "csrc"
+    if not root.is_dir():
+        print(f"check_boundaries: {root} is no folder", file=sys.stderr)
+        return 2
+    found = violations(root)
+    print("\n".join(found) if found else f"boundaries: {len(RULES)} rules hold in {root.name}/")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

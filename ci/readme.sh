@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs README's test command as a newcomer would: word for word, in a fresh copy of the tree.
+# Usage: ci/readme.sh [FOLDER]       (default: a temporary one, removed afterwards)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+command=$(grep -E '^python3 -m venv .*&& pytest$' README.md) || {
+  echo "readme.sh: README.md has no line 'python3 -m venv ... && pytest'" >&2
+  exit 1
+}
+if [ $# -gt 0 ]; then
+  copy=$1
+else
+  copy=$(mktemp -d)
+  trap 'rm -rf "$copy"' EXIT
+fi
+mkdir -p "$copy"
+git ls-files -co --exclude-standard -z | while IFS= read -r -d '' f; do [ ! -f "$f" ] || printf '%s\0' "$f"; done \
+  | tar --null -T - -cf - | tar -xf - -C "$copy"
+cd "$copy"
+echo "\$ $command"
+CI=true bash -euo pipefail -c "$command" </dev/null

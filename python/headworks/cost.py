@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs on paper: floating-point operations, least bytes moved, passes over the data.
+
+The figures are lower bounds for *any* implementation of the algorithm in the docs, not counts of
+what ours does; a benchmark divides them by measured time to tell how far a kernel is from the
+machine's ceiling. Exponentials, divisions and the elementwise maps are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .ops._linear_attention_checks import num_features
+
+__all__ = ["Cost", "cost"]
+
+CHUNK = 64  # tokens in a chunk of the scan: the square tile evaluated directly
+
+_SIZES = {
+    "float64": 8,
+    "fp64": 8,
+    "float32": 4,
+    "fp32": 4,
+    "bfloat16": 2,
+    "bf16": 2,
+    "float16": 2,
+    "fp16": 2,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work and traffic of one call.
+
+    Attributes:
+        flops: multiplications and additions.
+        bytes: every input read once, every output written once.
+        passes: traversals of the sequence that the algorithm cannot avoid (FuseMax's count).
+    """
+
+    flops: int
+    bytes: int
+    passes: int
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte; compare with the machine's ratio to see which roof binds."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    def seconds(self, flop_rate: float, bandwidth: float) -> float:
+        """The roofline: no faster than arithmetic at `flop_rate` and memory at `bandwidth`."""
+        return max(self.flops / flop_rate, self.bytes / bandwidth)
+
+    def __add__(self, other: Cost) -> Cost:
+        """Cost of one call after the other."""
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.passes + other.passes)
+
+
+def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
+    """FLOPs, least bytes and passes of a call of `op` on inputs of the given shape.
+
+    Symbols: B batch, S tokens, H query heads, Hkv key heads (default H), D head dim of q and k,
+    Dv of v (default D), F features, C = 64 tokens in a chunk, e and a bytes of an element and of an
+    accumulator (a = 4; 8 for fp64).
+
+    ``"linear_attention"``, per token, sums over heads written as [query heads] + [key heads]::
+
+        chunked  flops  [2 F Dv + 2 C (D + Dv)] + [2 F Dv]            = 4 F Dv + 2 C (D + Dv)
+        direct   flops  [(D + Dv) (S + 1)]          causal;  2 (D + Dv) S  when not causal
+                 bytes  e [D + Dv] + e [D + Dv]                        q, o; k, v       1 pass
+    ``backward=True`` (of the same operator; z is saved, o and do are read)::
+
+        chunked  flops  [4 F Dv + C (6 D + 4 Dv)] + [6 F Dv]
+        direct   flops  [(3 D + 2 Dv) (S + 1)]      causal;  (6 D + 4 Dv) S  when not causal
+                 bytes  e [2 D + 2 Dv] + a [1] + e [2 D + 2 Dv]        q dq o do; z; k dk v dv
+                                                                                        2 passes
+    The smaller of the two forms is taken; without causality the chunk term is absent. Initial and
+    final states add B Hkv F (Dv + 1) a bytes each (and their gradients the same). The denominator
+    adds 1/Dv to the state terms and is left out.
+
+    ``"linear_attention_step"``, per sequence: flops [2 F Dv] + [2 F Dv]; bytes
+    2 a [F (Dv + 1)] over key heads, plus q, k, v, o; 1 pass.
+
+    ``"key_scan"``, per token and head: forward 3 Dv flops, e (1 + 2 Dv) bytes, 1 pass; backward
+    7 Dv flops, e (2 + 4 Dv) + a bytes, 1 pass.
+
+    Args:
+        op: the operator's name, or the public function itself.
+        shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
+            output_final_state, backward``; which of them depends on the operator.
+
+    Returns:
+        A :class:`Cost`.
+
+    Raises:
+        ValueError: unknown operator, missing or negative size, unknown dtype.
+        TypeError: an argument that the operator does not have.
+
+    Sources: core formulas for 2nd-order Taylor linear attention (BASED, arXiv 2402.18668);
+    passes after FuseMax (arXiv 2406.10491).
+
+    Example:
+        >>> cost("linear_attention", B=1, S=4096, H=1, D=16, Dv=64, dtype="bf16").flops // 4096
+        49408
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in _COSTS:
+        raise ValueError(f"cost: op is {name!r}, expected one of {sorted(_COSTS)}")
+    return _COSTS[name](**shape)
+
+
+def _element_size(dtype: Any) -> int:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _SIZES:
+        raise ValueError(f"cost: dtype is {dtype!r}, expected one of {sorted(_SIZES)}")
+    return _SIZES[name]
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 0:
+            raise ValueError(f"cost: {name} is {value}, expected a size >= 0")
+
+
+def _linear_attention(
+    *,
+    S: int,
+    H: int,
+    D: int,
+    B: int = 1,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    dtype: Any = "float32",
+    feature_map: str = "taylor2",
+    is_causal: bool = True,
+    initial_state: bool = False,
+    output_final_state: bool = False,
+    backward: bool = False,
+) -> Cost:
+    dv = D if Dv is None else Dv
+    heads = H if Hkv is None else Hkv
+    _check_sizes(B=B, S=S, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
+    a = max(e, 4)
+    f = num_features(feature_map, D)
+    visible = S + 1 if is_causal else 2 * S  # twice the average number of keys of a row
+    chunk = CHUNK if is_causal else 0
+    tokens = B * S
+    state = B * heads * f * (dv + 1) * a
+    states = (bool(initial_state) + bool(output_final_state)) * state
+    if backward:
+        chunked = H * (4 * f * dv + chunk * (6 * D + 4 * dv)) + heads * 6 * f * dv
+        direct = H * (3 * D + 2 * dv) * visible
+        moved = H * (e * (2 * D + 2 * dv) + a) + heads * e * (2 * D + 2 * dv)
+        # the initial state is read again beside its gradient
+        states += bool(initial_state) * state
+        passes = 2
+    else:
+        chunked = H * (2 * f * dv + 2 * chunk * (D + dv)) + heads * 2 * f * dv
+        direct = H * (D + dv) * visible
+        moved = H * e * (D + dv) + heads * e * (D + dv)
+        passes = 1
+    # A state that comes in or goes out needs its own features whatever the form.
+    flops = chunked if states else min(chunked, direct)
+    return Cost(tokens * flops, tokens * moved + states, passes)
+
+
+def _linear_attention_step(
+    *,
+    H: int,
+    D: int,
+    B: int = 1,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    dtype: Any = "float32",
+    feature_map: str = "taylor2",
+) -> Cost:
+    dv = D if Dv is None else Dv
+    heads = H if Hkv is None else Hkv
+    _check_sizes(B=B, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
+    a = max(e, 4)
+    f = num_features(feature_map, D)
+    flops = B * (H + heads) * 2 * f * dv
+    moved = B * heads * 2 * a * f * (dv + 1) + B * (H + heads) * e * (D + dv)
+    return Cost(flops, moved, 1)
+
+
+def _key_scan(
+    *,
+    S: int,
+    H: int,
+    Dv: int,
+    B: int = 1,
+    dtype: Any = "float32",
+    initial_state: bool = False,
+    output_final_state: bool = False,
+    backward: bool = False,
+) -> Cost:
+    _check_sizes(B=B, S=S, H=H, Dv=Dv)
+    e = _element_size(dtype)
+    a = max(e, 4)
+    rows = B * S * H
+    states = (bool(initial_state) + bool(output_final_state)) * B * H * (Dv + 1) * a
+    if backward:
+        states += bool(initial_state) * B * H * (Dv + 1) * a
+        return Cost(rows * 7 * Dv, rows * (e * (2 + 4 * Dv) + a) + states, 1)
+    return Cost(rows * 3 * Dv, rows * e * (1 + 2 * Dv) + states, 1)
+
+
+_COSTS: dict[str, Callable[..., Cost]] = {
+    "linear_attention": _linear_attention,
+    "linear_attention_step": _linear_attention_step,
+    "key_scan": _key_scan,
+}

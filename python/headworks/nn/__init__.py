@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers: token mixers with a parallel form, a recurrent form, and a state that joins the two.
+
+Every mixer has ``forward(x, state=None, return_state=False, cu_seqlens=None)`` for a
+sequence [B, S, d_model],
+``step(x_t, state)`` for x_t [B, d_model], which updates the state in place, and
+``init_state(batch_size)``. Feeding a sequence in pieces through the state equals feeding it whole.
+"""
+
+from .linear_attention import BasedLinearAttention
+from .norm import RMSNorm
+from .short_conv import GatedShortConv
+from .sliding_window import SlidingWindowAttention, WindowState
+
+__all__ = [
+    "BasedLinearAttention",
+    "GatedShortConv",
+    "RMSNorm",
+    "SlidingWindowAttention",
+    "WindowState",
+]

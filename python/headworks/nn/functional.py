@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+"""Memory-bound pieces of the blocks, as single autograd nodes.
+
+Composed from elementary torch operations these cost more time on a CPU than the matrix products
+around them: every elementary operation reads and writes a full [tokens, channels] tensor, and the
+backward of a split or a slice writes another one full of zeros. Written as one node, each keeps
+only its inputs and writes its gradient once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_silu_backward = torch.ops.aten.silu_backward
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x * r * w,  r = (mean_c x^2 + eps)^(-1/2);  statistics in fp32 (fp64 for fp64)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # x [..., C]  weight [C]
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        r = mean_square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight.to(wide.dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # With n = x r:  dw = sum dy n,  dx = r (dy w - n mean_c(dy w n)).
+        x, weight, r = ctx.saved_tensors
+        n = x.to(r.dtype) * r
+        dy_n = dy * n
+        along = (dy_n @ weight.to(r.dtype)).unsqueeze(-1).div_(x.shape[-1])
+        dx = n.mul_(along).neg_().addcmul_(dy.to(r.dtype), weight.to(r.dtype)).mul_(r)
+        dw = dy_n.flatten(0, -2).sum(0)
+        return dx.to(x.dtype), dw.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., C], weight [C]."""
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """y = a * silu(b) for x = [a | b]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # x [..., 2 C] -> y [..., C]
+        a, b = x.chunk(2, -1)
+        ctx.save_for_backward(x)
+        return F.silu(b).mul_(a)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        a, b = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        da, db = dx.chunk(2, -1)
+        torch.mul(dy, F.silu(b), out=da)
+        db.copy_(_silu_backward(dy * a, b))
+        return dx
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """a * silu(b) for x = [a | b]. x [..., 2 C] -> [..., C]."""
+    return _SwiGLU.apply(x)
+
+
+def short_conv(x: Tensor, weight: Tensor, history: Tensor | None = None) -> Tensor:
+    """Depthwise causal convolution y_t = sum_j w_j x_{t - (K-1) + j}; zeros (or history) before 0.
+
+    x [B, S, C], weight [C, 1, K], history [B, K-1, C] -> y [B, S, C].
+    """
+    width = weight.shape[-1]
+    taps = weight[:, 0].to(x.dtype)  # [C, K]
+    if history is not None:
+        padded = torch.cat([history.to(x.dtype), x], dim=1)
+        tokens = x.shape[1]
+        y = padded[:, width - 1 :] * taps[:, width - 1]
+        for j in range(width - 1):
+            y = torch.addcmul(y, padded[:, j : j + tokens], taps[:, j])
+        return y
+    y = x * taps[:, width - 1]
+    for lag in range(1, min(width, x.shape[1])):
+        y[:, lag:].addcmul_(x[:, :-lag], taps[:, width - 1 - lag])
+    return y
+
+
+class _GatedShortConv(torch.autograd.Function):
+    """y = silu(conv(a) + bias) * b for x = [a | b], conv causal and depthwise along tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # x [B, S, 2 C]  weight [C, 1, K]  bias [C] -> y [B, S, C]
+        a, b = x.chunk(2, -1)
+        conv = short_conv(a, weight)
+        if bias is not None:
+            conv.add_(bias.to(x.dtype))
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, conv)
+        return F.silu(conv).mul_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, conv = ctx.saved_tensors
+        width, tokens = weight.shape[-1], x.shape[1]
+        a, b = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        da, db = dx.chunk(2, -1)
+        torch.mul(dy, F.silu(conv), out=db)
+        dconv = _silu_backward(dy * b, conv)
+        taps = weight[:, 0].to(x.dtype)
+        dtaps = torch.zeros_like(taps)  # [C, K]
+        torch.mul(dconv, taps[:, width - 1], out=da)
+        dtaps[:, width - 1] = (dconv * a).sum((0, 1))
+        for lag in range(1, min(width, tokens)):
+            late, early, j = dconv[:, lag:], a[:, :-lag], width - 1 - lag
+            da[:, :-lag].addcmul_(late, taps[:, j])
+            dtaps[:, j] = (late * early).sum((0, 1))
+        dbias = dconv.sum((0, 1)) if ctx.has_bias else None
+        return dx, dtaps.unsqueeze(1).to(weight.dtype), dbias
+
+
+def gated_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(conv(a) + bias) * b for x = [a | b]. x [B, S, 2 C], weight [C, 1, K] -> [B, S, C]."""
+    return _GatedShortConv.apply(x, weight, bias)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+"""Causal softmax attention over a sliding window, with a ring buffer for decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_batch, check_packed, check_sequence, check_token, packed_layout
+from ._types import Device, DType
+from .rotary import apply_rotary, rotary_tables
+
+# Queries are taken in blocks of at least this many, so that a tiny window still makes matrices.
+_MIN_BLOCK = 64
+
+
+@dataclass
+class WindowState:
+    """The last window + 1 keys and values of B sequences, in a ring.
+
+    The key of the token at position p lies in slot p % (window + 1), rotated already; ``position``
+    is the number of tokens seen. The order of the slots does not matter to a softmax.
+    """
+
+    k: Tensor  # [B, H, window + 1, D]
+    v: Tensor  # [B, H, window + 1, D]
+    position: int = 0
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v]
+
+
+class SlidingWindowAttention(nn.Module):
+    r"""Multi-head softmax attention in which a token sees itself and the ``window`` tokens before:
+
+    .. math:: o_i = \sum_{j=i-w}^{i} \mathrm{softmax}_j(q_i \cdot k_j / \sqrt{D}) \, v_j
+
+    ``window`` counts earlier tokens: 128 means 129 keys including the token's own. (A config of
+    HazyResearch/based states twice that number: its 256 is 128 here.)
+
+    Time and memory grow as S * window: queries are taken in blocks of ``max(window, 64)``, and a
+    block needs only its own keys and those of the block before it.
+
+    Parameter names and shapes are those of HazyResearch/based: ``Wqkv.weight`` [3 H D, d_model]
+    (rows: all of q, then k, then v; head by head) and ``out_proj.weight`` [d_model, H D].
+
+    Args:
+        d_model: width of the input and the output, a multiple of num_heads.
+        num_heads: H; D = d_model / H.
+        window: earlier tokens that a token sees.
+        rotary_dim: leading channels of a head that get rotary position embedding; 0 for none.
+        rotary_base: base of its wavelengths.
+        bias: give the two projections a bias.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int = 16,
+        *,
+        window: int = 128,
+        rotary_dim: int = 0,
+        rotary_base: float = 10000.0,
+        bias: bool = False,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(
+                f"SlidingWindowAttention: d_model {d_model} is not a multiple of num_heads "
+                f"{num_heads}"
+            )
+        self.head_dim = d_model // num_heads
+        if window < 0:
+            raise ValueError(f"SlidingWindowAttention: window is {window}, expected 0 or more")
+        if rotary_dim % 2 or not 0 <= rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"SlidingWindowAttention: rotary_dim is {rotary_dim}, expected an even number "
+                f"between 0 and the head dim {self.head_dim}"
+            )
+        self.d_model = d_model
+        self.num_heads = num_heads
+        self.window = window
+        self.rotary_dim = rotary_dim
+        self.rotary_base = rotary_base
+        like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.Wqkv = nn.Linear(d_model, 3 * d_model, **like)
+        self.out_proj = nn.Linear(d_model, d_model, **like)
+
+    def init_state(self, batch_size: int) -> WindowState:
+        """The state before any token, in the dtype of the weights. Its size never changes."""
+        shape = (batch_size, self.num_heads, self.window + 1, self.head_dim)
+        weight = self.out_proj.weight
+        return WindowState(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: WindowState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, WindowState]:
+        """Parallel form. x [B, S, d_model] -> y of the same shape, and the state after x if asked.
+
+        ``state`` continues earlier tokens and is not modified. With ``cu_seqlens`` [N + 1] the
+        batch size is 1 and x holds N sequences one after the other.
+        """
+        check_sequence(self, x)
+        if cu_seqlens is not None:
+            check_packed(self, x, cu_seqlens, state is not None or return_state)
+            sequence, position = packed_layout(cu_seqlens, x.shape[1])
+            q, k, v = self._heads(x, position)
+            o = packed_banded_attention(q, k, v, self.window, sequence)
+            return self.out_proj(o.flatten(-2))
+        seen = 0
+        if state is not None:
+            check_batch(self, x, state.k.shape[0])
+            seen = state.position
+        q, k, v = self._heads(x, torch.arange(seen, seen + x.shape[1], device=x.device))
+        if state is not None and seen:
+            past_k, past_v = self._past(state)
+            k = torch.cat([past_k.to(k.dtype), k], dim=1)
+            v = torch.cat([past_v.to(v.dtype), v], dim=1)
+        o = banded_attention(q, k, v, self.window)
+        y = self.out_proj(o.flatten(-2))
+        return (y, self._state_after(k, v, seen + x.shape[1])) if return_state else y
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: WindowState) -> Tensor:
+        """Recurrent form, one token: x_t [B, d_model] -> y_t; the state is updated in place."""
+        check_token(self, x_t)
+        check_batch(self, x_t, state.k.shape[0])
+        position = torch.full((1,), state.position, device=x_t.device)
+        q, k, v = self._heads(x_t.unsqueeze(1), position)  # [B, 1, H, D]
+        slot = state.position % (self.window + 1)
+        state.k[:, :, slot] = k[:, 0]
+        state.v[:, :, slot] = v[:, 0]
+        state.position += 1
+        filled = min(state.position, self.window + 1)
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # [B, H, 1, D]
+            state.k[:, :, :filled].to(q.dtype),
+            state.v[:, :, :filled].to(q.dtype),
+        )
+        return self.out_proj(o.flatten(1))
+
+    def _heads(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # x [B, S, d_model] -> q, k, v [B, S, H, D], q and k rotated. position [S]
+        qkv = self.Wqkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        if not self.rotary_dim:
+            return qkv.unbind(2)
+        qk, v = qkv[:, :, :2].flatten(2, 3), qkv[:, :, 2]  # [B, S, 2 H, D]
+        cos, sin = rotary_tables(position, self.rotary_dim, self.rotary_base)
+        q, k = apply_rotary(qk, cos, sin).chunk(2, dim=2)
+        return q, k, v
+
+    def _past(self, state: WindowState) -> tuple[Tensor, Tensor]:
+        # The keys and values that the next token sees, oldest first: [B, P, H, D], P <= window
+        count = min(state.position, self.window)
+        slots = torch.arange(state.position - count, state.position, device=state.k.device)
+        slots = slots % (self.window + 1)
+        return state.k[:, :, slots].transpose(1, 2), state.v[:, :, slots].transpose(1, 2)
+
+    def _state_after(self, k: Tensor, v: Tensor, position: int) -> WindowState:
+        # k, v [B, past + S, H, D]: the last window + 1 of them go to their slots.
+        state = self.init_state(k.shape[0])
+        count = min(k.shape[1], self.window + 1)
+        slots = torch.arange(position - count, position, device=k.device) % (self.window + 1)
+        state.k[:, :, slots] = k[:, k.shape[1] - count :].transpose(1, 2).to(state.k.dtype)
+        state.v[:, :, slots] = v[:, v.shape[1] - count :].transpose(1, 2).to(state.v.dtype)
+        state.position = position
+        return state
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, num_heads={self.num_heads}, window={self.window}, "
+            f"rotary_dim={self.rotary_dim}"
+        )
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Softmax attention in which query i sees the keys i + P - window .. i + P.
+
+    q [B, S, H, D], k and v [B, P + S, H, D] with P <= window keys before the first query
+    -> o [B, S, H, D].
+    """
+    tokens, past = q.shape[1], k.shape[1] - q.shape[1]
+    block = max(window, _MIN_BLOCK)
+    head = min(tokens, block)
+    if past == 0 and head <= window + 1:
+        o = _sdpa(q[:, :head], k[:, :head], v[:, :head], is_causal=True)
+    else:
+        mask = _band(head, past + head, past, window, q.device)
+        o = _sdpa(q[:, :head], k[:, : past + head], v[:, : past + head], attn_mask=mask)
+    if tokens == head:
+        return o
+    # From the second block on, a block's keys are its own and exactly one block before it.
+    mask = _band(block, 2 * block, block, window, q.device)
+    rest = _blockwise(q[:, head:], k[:, past:], v[:, past:], block, mask)
+    return torch.cat([o, rest], dim=1)
+
+
+def packed_banded_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor
+) -> Tensor:
+    """The same within each of several sequences that lie one after the other.
+
+    q, k, v [1, S, H, D], sequence [S] the sequence of every token -> o [1, S, H, D].
+    """
+    tokens = q.shape[1]
+    block = max(window, _MIN_BLOCK)
+    blocks = -(-tokens // block)
+    before = (0, 0, 0, 0, block, 0)
+    band = _band(block, 2 * block, block, window, q.device)
+    query_sequence = F.pad(sequence, (0, blocks * block - tokens), value=-1).view(blocks, block, 1)
+    # The padding keeps a sequence of its own on either side; its queries are thrown away.
+    key_sequence = F.pad(sequence, (block, blocks * block - tokens), value=-1).view(-1, block)
+    key_sequence = torch.cat([key_sequence[:-1], key_sequence[1:]], dim=1).unsqueeze(1)
+    mask = (band & (query_sequence == key_sequence)).unsqueeze(1)  # [blocks, 1, block, 2 block]
+    return _blockwise(q, F.pad(k, before), F.pad(v, before), block, mask)
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, block: int, mask: Tensor) -> Tensor:
+    """Every block of queries against its own keys and those of the block before.
+
+    q [B, S, H, D], k and v [B, block + S, H, D], mask broadcastable to [B * blocks, H, block,
+    2 * block] -> o [B, S, H, D]. The scores take S * 2 * block numbers per head, not S^2.
+    """
+    batch, tokens = q.shape[:2]
+    tail = (0, 0, 0, 0, 0, -tokens % block)
+    q = F.pad(q, tail).unflatten(1, (-1, block)).flatten(0, 1)  # [B * blocks, block, H, D]
+    k, v = (_with_previous(F.pad(t, tail).unflatten(1, (-1, block))) for t in (k, v))
+    o = _sdpa(q, k, v, attn_mask=mask)
+    return o.unflatten(0, (batch, -1)).flatten(1, 2)[:, :tokens]
+
+
+def _with_previous(t: Tensor) -> Tensor:
+    # [B, blocks + 1, block, H, D] -> [B * blocks, 2 * block, H, D]
+    return torch.cat([t[:, :-1], t[:, 1:]], dim=2).flatten(0, 1)
+
+
+def _band(rows: int, columns: int, offset: int, window: int, device: torch.device) -> Tensor:
+    """mask[i, j] = 0 <= i + offset - j <= window."""
+    i = torch.arange(offset, offset + rows, device=device).unsqueeze(1)
+    distance = i - torch.arange(columns, device=device)
+    return (distance >= 0) & (distance <= window)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    # [B, S, H, D] in and out
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks under ci/ find what they promise to find: every breach is planted once."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+boundaries = load("check_boundaries")
+docs = load("check_docs")
+
+PLANTED = [
+    ("torch", "core/a.h", "#include <torch/extension.h>"),
+    ("torch", "binding/a.cpp", '#  include "ATen/ATen.h"'),
+    ("torch", "ops/x/a.cuh", "#include <c10/cuda/CUDAStream.h>"),
+    ("python", "ops/x/a.cpp", "#include <pybind11/pybind11.h>"),
+    ("python", "core/a.h", "#include <Python.h>"),
+    ("hardware", "ops/x/a.cuh", "int i = threadIdx.x;"),
+    ("hardware", "ops/x/a.cuh", "int i = blockIdx.y * blockDim.y;"),
+    ("hardware", "ops/x/a.cuh", "__syncthreads();"),
+    ("hardware", "ops/x/a.cuh", "__syncwarp(mask);"),
+    ("hardware", "ops/x/a.cuh", "v = __shfl_xor_sync(0xffffffffu, v, 1);"),
+    ("hardware", "ops/x/a.cuh", "bool b = __any_sync(m, p);"),
+    ("hardware", "ops/x/a.cuh", 'asm volatile("bar.sync 0;");'),
+    ("hardware", "ops/x/a.h", 'asm("nop");'),
+    ("hardware", "ops/x/a.cuh", "kernel<<<grid, block>>>(p);"),
+    ("hardware", "ops/x/a.cuh", "__shared__ float s[32];"),
+    ("exit", "ops/x/a.cpp", "exit(1);"),
+    ("exit", "core/a.cpp", "std::abort();"),
+    ("exit", "binding/a.cpp", 'printf("x");'),
+    ("exit", "emu/a.cpp", 'fprintf(stderr, "x");'),
+    ("exit", "core/a.h", "std::cerr << x;"),
+    ("exit", "core/a.h", "assert(x > 0);"),
+    ("atomics", "ops/x/a.cuh", "atomicAdd(reinterpret_cast<float*>(p), x);"),
+    ("atomics", "core/device.h", "atomic_add((float*)p, x);"),
+    ("atomics", "ops/x/a.cuh", "atomicAdd(p, 1.0f);"),
+    ("atomics", "core/device.h", "inline float atomic_add(float* p, float x);"),
+    ("atomics", "ops/x/a_cpu.cpp", "std::atomic<float> sum;"),
+    ("atomics", "ops/x/a_cpu.cpp", "#pragma omp atomic\nsum += x;"),
+    ("atomics", "core/device.h", 'asm volatile("red.global.add.f32 [%0], %1;");'),
+]
+
+HARMLESS = [
+    ("ops/x/a.cuh", "// threadIdx is not used here; std::abort() neither"),
+    ("ops/x/a.cuh", "/* __syncthreads();\n exit(1) */ int x;"),
+    ("ops/x/a.cpp", 'check(ok, "exit(1) and threadIdx");'),
+    ("ops/x/a.h", "static_assert(sizeof(int) == 4);"),
+    ("core/device.h", 'asm volatile("bar.sync 0;"); int i = threadIdx.x; atomicAdd(&count, 1);'),
+    ("binding/module.cpp", "#include <pybind11/pybind11.h>"),
+    ("ops/x/a.cpp", "std::vector<std::vector<std::pair<int, int>>> x; y = a >> 3;"),
+]
+
+
+def plant(folder, name, text):
+    path = folder / "csrc" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text + "\n")
+    return folder / "csrc"
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), PLANTED)
+def test_a_planted_breach_is_found(tmp_path, rule, name, text):
+    found = boundaries.violations(plant(tmp_path, name, f"int before;\n{text}"))
+    assert found
+    assert all(f"csrc/{name}:2: {rule}: " in line for line in found)
+
+
+@pytest.mark.parametrize(("name", "text"), HARMLESS)
+def test_harmless_text_is_not_reported(tmp_path, name, text):
+    assert boundaries.violations(plant(tmp_path, name, text)) == []
+
+
+def test_our_own_tree_keeps_the_boundaries():
+    assert boundaries.violations(ROOT / "csrc") == []
+
+
+def test_every_rule_has_a_planted_breach():
+    assert {rule.name for rule in boundaries.RULES} == {rule for rule, _, _ in PLANTED}
+
+
+def test_dead_links_and_paths_in_markdown_are_found(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "there.md").write_text("# A Heading, here\n")
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(
+        "[good](there.md) [anchor](there.md#a-heading-here) [web](https://example.org)\n"
+        "[dead](gone.md) and `docs/there.md`, `docs/gone.md`, `docs/<op>.md`, `docs/*.md`\n"
+        "[no heading](there.md#other)\n"
+    )
+    found = docs.dead_references(tmp_path, [page])
+    assert [line.split(": ", 1)[1] for line in found] == [
+        "no such file: gone.md",
+        "no such file: docs/gone.md",
+        "no such heading: there.md#other",
+    ]
+    assert found[0].startswith("docs/page.md:2")
+
+
+def test_public_functions_without_docstring_are_found(tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text(
+        '"""A module."""\n\n\ndef told():\n    """Says what it does."""\n'
+        "\n\ndef mute():\n    pass\n"
+        "\n\ndef _private():\n    pass\n\n\nclass Thing:\n    pass\n"
+    )
+    assert docs.missing_docstrings(tmp_path, [module]) == [
+        "module.py:8: mute has no docstring",
+        "module.py:16: Thing has no docstring",
+    ]
+    module.write_text("x = 1\n")
+    assert docs.missing_docstrings(tmp_path, [module]) == [
+        "module.py:1: the module has no docstring"
+    ]
+
+
+def test_the_examples_of_the_readme_run():
+    torch.manual_seed(0)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names = {}
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["o"].shape == (1, 8, 64) and names["o"].isfinite().all()
+        assert names["q"].grad.abs().sum() > 0

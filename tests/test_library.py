@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native boundary: how tensors are read, dispatch and its reasons, loading, errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from headworks import _library
+
+native = _library._load()
+FORWARD = _library.function("key_scan.forward")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+          torch.uint8]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    yield
+    native.use_exchange_api(True)
+    _library.set_cpu_isa(None)
+
+
+def key_scan_tensors(dtype=torch.float32, batch=2, tokens=5, heads=3, dim=4):
+    """s v o lse o0 lse0 o1 lse1 workspace, and the expected o."""
+    s = torch.randn(batch, tokens, heads, dtype=dtype)
+    v = torch.randn(batch, tokens, heads, dim, dtype=dtype)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    o = torch.full_like(v, float("nan"))
+    lse = torch.full((batch, tokens, heads), float("nan"), dtype=statistics)
+    weights = s.double().exp()[..., None]
+    expected = (weights * v.double()).cumsum(1) / weights.cumsum(1)
+    return [s, v, o, lse, None, None, None, None, None], expected
+
+
+# ---- reading tensors -----------------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def described(x, exchange: bool):
+    native.use_exchange_api(exchange)
+    return native.describe(x)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reading_gives_pointer_sizes_strides_and_dtype(exchange, dtype):
+    base = torch.zeros(3, 4, 5, 6, dtype=dtype)
+    for x in (
+        base, base.transpose(1, 3), base[1:, ::2, :, 3], base[:, :, :0], base[0, 0, 0, 0],
+        torch.zeros(1, dtype=dtype).expand(2, 7), torch.zeros(0, dtype=dtype),
+    ):  # fmt: skip
+        data, sizes, strides, name, device, index = described(x, exchange)
+        assert (sizes, strides) == (tuple(x.shape), x.stride())
+        assert name == str(dtype).removeprefix("torch.")
+        assert (device, index) == (0, 0)
+        if x.numel():
+            assert data == x.data_ptr()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API"
+)
+def test_both_ways_of_reading_agree():
+    x = torch.randn(2, 3, 4).transpose(0, 2)
+    for tensor in (x, torch.nn.Parameter(x), x.as_subclass(Subclass), x.clone().requires_grad_()):
+        assert described(tensor, True) == described(tensor, False)
+        assert described(tensor, True)[0] == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_none_is_absent_and_other_things_are_refused(exchange):
+    assert described(None, exchange)[1:3] == ((), ())
+    with pytest.raises(TypeError, match=r"tensor 0 of the call is a list; expected a torch.Tensor"):
+        described([1.0], exchange)
+    with pytest.raises(TypeError, match=r"is of torch.complex64; the native library takes"):
+        described(torch.zeros(2, dtype=torch.complex64), exchange)
+    with pytest.raises(TypeError, match=r"is of torch.bool"):
+        described(torch.zeros(2, dtype=torch.bool), exchange)
+    with pytest.raises(ValueError, match="7 dimensions; at most 6"):
+        described(torch.zeros(1, 1, 1, 1, 1, 1, 1), exchange)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_reading_leaks_no_references(exchange):
+    tensors, _ = key_scan_tensors()
+    native.use_exchange_api(exchange)
+    _library.call(FORWARD, "cpu", tensors)
+    before = [sys.getrefcount(t) for t in tensors if t is not None]
+    for _ in range(50):
+        _library.call(FORWARD, "cpu", tensors)
+    assert [sys.getrefcount(t) for t in tensors if t is not None] == before
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("container", [list, tuple])
+def test_a_call_computes(exchange, container):
+    tensors, expected = key_scan_tensors()
+    native.use_exchange_api(exchange)
+    _library.call(FORWARD, "auto", container(tensors))
+    torch.testing.assert_close(tensors[2].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_calls_from_many_threads():
+    def one(_):
+        tensors, expected = key_scan_tensors(batch=1, tokens=64)
+        _library.call(FORWARD, "cpu", tensors)
+        torch.testing.assert_close(tensors[2].double(), expected, rtol=1e-5, atol=1e-5)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(32)))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_tensors_without_data_are_refused(exchange):
+    native.use_exchange_api(exchange)
+    with FakeTensorMode():
+        fake, _ = key_scan_tensors()
+    with pytest.raises(RuntimeError, match=r"key_scan.forward: tensor 0 .* is a fake or meta tensor"):
+        _library.call(FORWARD, "cpu", fake)
+    # Shapes alone are enough to choose.
+    assert _library.choose(FORWARD, "auto", fake) == "cpu"
+    meta = [t if t is None else t.to("meta") for t in key_scan_tensors()[0]]
+    with pytest.raises(NotImplementedError, match="neither on the CPU nor on a CUDA device"):
+        _library.call(FORWARD, "auto", meta)
+
+
+def test_bad_calls():
+    tensors, _ = key_scan_tensors()
+    with pytest.raises(ValueError, match=r"no native function 'key_scan.sideways'; this build has .*"):
+        _library.function("key_scan.sideways")
+    with pytest.raises(ValueError, match="no function number 99"):
+        _library.call(99, "cpu", tensors)
+    for name in ("gpu", "", "emulate:cpu", "emulate:gpu", "emulated", "emulate:auto"):
+        with pytest.raises(ValueError, match=f"backend is '{name}'; expected one of auto, reference"):
+            _library.call(FORWARD, name, tensors)
+    with pytest.raises(ValueError, match="at least its first tensor"):
+        _library.call(FORWARD, "cpu", [])
+    with pytest.raises(ValueError, match="at most 32 tensors"):
+        _library.call(FORWARD, "cpu", [tensors[0]] * 33)
+    with pytest.raises(TypeError, match="tuple or a list"):
+        _library.call(FORWARD, "cpu", 3)
+    with pytest.raises(TypeError):
+        _library.call(FORWARD, "cpu", tensors, ("one",))
+
+
+# ---- backends and reasons ------------------------------------------------------------------------
+
+
+def test_reasons_name_every_backend():
+    tensors, _ = key_scan_tensors()
+    reasons = _library.reasons(FORWARD, tensors)
+    assert list(reasons) == list(_library.BACKENDS)
+    assert reasons["cpu"] == ""
+    cuda = _library.info()["cuda"]
+    for name in ("simt", "sm80", "sm90"):
+        expected = "the tensors are on the CPU" if cuda["built"] else "this build has no CUDA code ("
+        assert reasons[name].startswith(expected)
+    with pytest.raises(NotImplementedError, match="key_scan.forward: backend 'simt' cannot take"):
+        _library.call(FORWARD, "simt", tensors)
+
+
+def test_a_dtype_that_was_not_built():
+    tensors, _ = key_scan_tensors()
+    integers = [None if t is None else t.to(torch.int32) for t in tensors]
+    with pytest.raises(NotImplementedError, match=r"cpu: no int32 \(this build has .*float32"):
+        _library.call(FORWARD, "auto", integers)
+
+
+def test_the_cpu_needs_no_workspace():
+    assert _library.workspace(FORWARD, "cpu", key_scan_tensors()[0]) == 0
+
+
+# ---- instruction sets ----------------------------------------------------------------------------
+
+
+def test_every_instruction_set_agrees():
+    results = {}
+    tensors, expected = key_scan_tensors(torch.float32, tokens=37, dim=19)
+    for isa in _library.info()["cpu"]["available"]:
+        _library.set_cpu_isa(isa)
+        assert _library.info()["cpu"]["isa"] == isa
+        tensors[2].fill_(float("nan"))
+        _library.call(FORWARD, "cpu", tensors)
+        results[isa] = tensors[2].clone()
+    assert "baseline" in results or "neon" in results
+    for result in results.values():
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_instruction_set_that_is_unknown():
+    with pytest.raises(ValueError, match="cpu_isa is 'mmx', but this build has the CPU instruction"):
+        _library.set_cpu_isa("mmx")
+
+
+def in_a_new_process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_the_environment_chooses_the_instruction_set():
+    code = "from headworks import _library as L; print(L.info()['cpu']['isa'])"
+    weakest = _library.info()["cpu"]["built"][0]
+    assert in_a_new_process(code, HEADWORKS_CPU_ISA=weakest).stdout.strip() == weakest
+    code = (
+        "import torch, headworks as hw\n"
+        "try: hw.key_scan(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 4))\n"
+        "except ValueError as error: print(error)"
+    )
+    result = in_a_new_process(code, HEADWORKS_CPU_ISA="mmx")
+    assert "HEADWORKS_CPU_ISA is 'mmx', but this build has" in result.stdout, result.stderr
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def load_message(folder: Path | str) -> str:
+    """The message of the ImportError when the library is looked for in `folder`."""
+    code = (
+        "from headworks import _library\n"
+        "try: _library.info()\n"
+        "except ImportError as error: print(error)\n"
+        "else: print('loaded')"
+    )
+    result = in_a_new_process(code, HEADWORKS_LIBRARY_DIR=str(folder))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_missing_library_says_what_where_and_how(tmp_path):
+    text = load_message(tmp_path)
+    for part in ("the native module _C for Python 3.", str(tmp_path), "HEADWORKS_LIBRARY_DIR",
+                 "nothing is there", "pip install"):  # fmt: skip
+        assert part in text
+    assert "that folder does not exist" in load_message(tmp_path / "nowhere")
+    (tmp_path / "_C.cpython-27.so").touch()
+    assert "it has only _C.cpython-27.so, for another Python" in load_message(tmp_path)
+
+
+def test_a_library_that_cannot_be_loaded_says_why(tmp_path):
+    (tmp_path / f"_C{Path(native.__file__).name[2:]}").write_text("not a library")
+    text = load_message(tmp_path)
+    assert "cannot be loaded" in text
+    assert "pip install --force-reinstall" in text
+
+
+def test_import_alone_loads_nothing():
+    code = (
+        "import sys, headworks, torch\n"
+        "from headworks import _library\n"
+        "assert _library._native is None and not torch.cuda.is_initialized()"
+    )
+    result = in_a_new_process(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_the_emulator_the_remedy_is_named(tmp_path):
+    """A copy of the libraries without the emulator."""
+    for file in Path(native.__file__).parent.glob("*.so"):
+        if "emulator" not in file.name:
+            shutil.copy(file, tmp_path)
+    code = (
+        "import torch\n"
+        "from headworks import _library as L\n"
+        "assert L.info()['emulator'] is None\n"
+        "f, t = L.function('key_scan.forward'), [torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 4)] * 2 + [None] * 5\n"
+        "t[2], t[3] = t[3], t[2]\n"
+        "print(L.reasons(f, t)['emulate:simt'])\n"
+        "try: L.call(f, 'emulate:simt', t)\n"
+        "except NotImplementedError as error: print(error)"
+    )
+    result = in_a_new_process(code, HEADWORKS_LIBRARY_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "this build has no emulator" in line
+        assert "HEADWORKS_PRESET=emu" in line
+
+
+# ---- the emulator --------------------------------------------------------------------------------
+
+needs_emulator = pytest.mark.skipif(
+    _library.info()["emulator"] is None, reason="this build has no emulator"
+)
+
+
+@needs_emulator
+def test_the_emulator_runs_the_kernel():
+    tensors, expected = key_scan_tensors(torch.float32)
+    assert _library.choose(FORWARD, "emulate", tensors) == "emulate:simt"
+    size = _library.workspace(FORWARD, "emulate:simt", tensors)
+    tensors[8] = torch.zeros(size, dtype=torch.uint8) if size else None
+    for order in ("forward", "reverse", "shuffled"):
+        for copies in ("late", "early", "mixed"):
+            _library.configure_emulator(seed=1, order=order, copies=copies)
+            tensors[2].fill_(float("nan"))
+            _library.call(FORWARD, "emulate:simt", tensors)
+            torch.testing.assert_close(tensors[2].double(), expected, rtol=1e-5, atol=1e-5)
+    _library.configure_emulator()
+
+
+@needs_emulator
+def test_emulator_settings_are_checked():
+    with pytest.raises(ValueError, match="order is 'sideways'; expected one of forward, reverse"):
+        _library.configure_emulator(order="sideways")
+    with pytest.raises(ValueError, match="copies is 'never'"):
+        _library.configure_emulator(copies="never")
