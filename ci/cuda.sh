@@ -14,5 +14,5 @@ if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvc
 fi
 FORCE_CUDA=1 cmake --preset cuda -S . -B "$build" \
   -DHW_PYTHON_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
-cmake --build "$build" --parallel "${MAX_JOBS:-2}"
+cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}"
 "$python" ci/check_ptx.py "$build"

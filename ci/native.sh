@@ -15,7 +15,7 @@ export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 cmake --preset asan -S . -B "$build" \
   -DHW_PYTHON_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
-cmake --build "$build" --parallel "${MAX_JOBS:-2}"
+cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}"
 ctest --test-dir "$build" --output-on-failure
 
 # The sanitizer must come before everything else the interpreter loads; libstdc++ with it, since

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 linear_attention = importlib.import_module("bench.linear_attention")
+fill_docs = importlib.import_module("bench.fill_docs")
 peers = importlib.import_module("bench.peers")
 report = importlib.import_module("bench.report")
 suite = importlib.import_module("bench.suite")
@@ -208,3 +209,25 @@ def test_a_foreign_json_is_no_baseline(tmp_path, capsys):
     file.write_text(json.dumps({"format": 99}))
     assert main(["bench", "--baseline", str(file)]) == 2
     assert "format" in capsys.readouterr().err
+
+
+def test_tables_are_written_between_the_markers():
+    data = report.as_json(
+        {"processor": "a machine", "threads": 2, "torch": "0"},
+        {"op": ([result(headworks=0.002, eager=0.5)], [suite.Target("t", 3.0, 2.0)])},
+    )
+    tables = fill_docs.tables("op", data, "a.json")
+    page = f"above\n{fill_docs.BEGIN}\nold\n{fill_docs.END}\nbelow\n"
+    filled = fill_docs.fill(page, tables)
+    assert "old" not in filled and filled.startswith("above") and filled.endswith("below\n")
+    assert "| forward S 4096 fp32 | 2 ms | 500 ms |" in filled
+    assert "| t | 3.00 x | at least 2 x | pass |" in filled
+    assert fill_docs.fill(filled, tables) == filled
+    with pytest.raises(ValueError, match="markers"):
+        fill_docs.fill("no markers", tables)
+
+
+def test_every_suite_has_a_page_with_markers():
+    for name in suite.SUITES:
+        text = (ROOT / "docs" / "ops" / f"{name}.md").read_text()
+        assert text.index(fill_docs.BEGIN) < text.index(fill_docs.END)

@@ -42,7 +42,8 @@ constexpr int dtype_size(DType t) {
   return 0;
 }
 
-// bfloat16: conversion from float rounds to nearest even and keeps NaN a NaN.
+// bfloat16: conversion from float rounds to nearest even and keeps NaN a NaN. On the device both
+// formats use the conversion instructions, which do the same.
 struct bf16 {
   uint16_t bits;
 
@@ -54,9 +55,15 @@ struct bf16 {
 
  private:
   HW_HOST_DEVICE static uint16_t round(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint16_t rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+    return rounded;
+#else
     const uint32_t u = std::bit_cast<uint32_t>(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x0040u);
     return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+#endif
   }
 };
 
@@ -71,6 +78,11 @@ struct f16 {
 
  private:
   HW_HOST_DEVICE static uint16_t round(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+    return rounded;
+#else
     const uint32_t u = std::bit_cast<uint32_t>(x);
     const uint32_t sign = (u >> 16) & 0x8000u;
     const uint32_t a = u & 0x7fffffffu;
@@ -85,14 +97,21 @@ struct f16 {
     }
     const uint32_t r = a + 0xfffu + ((a >> 13) & 1u);  // may carry into the exponent, up to inf
     return static_cast<uint16_t>(sign | ((r - 0x38000000u) >> 13));
+#endif
   }
   HW_HOST_DEVICE static float widen(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(h));
+    return wide;
+#else
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t e = (h >> 10) & 0x1fu, m = h & 0x3ffu;
     if (e == 31) return std::bit_cast<float>(sign | 0x7f800000u | (m << 13));
     if (e != 0) return std::bit_cast<float>(sign | ((e + 112u) << 23) | (m << 13));
     const float magnitude = static_cast<float>(m) * 5.9604644775390625e-8f;  // m * 2^-24
     return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
+#endif
   }
 };
 

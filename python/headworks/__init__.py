@@ -3,22 +3,48 @@
 
     import headworks as hw
     o = hw.linear_attention(q, k, v)
+
+Functions
+    linear_attention, linear_attention_step   linear attention with Taylor and other feature maps
+    key_scan                                  running softmax average, scores from the key alone
+    LinearState, KeyScanState                 what they keep of the tokens they have seen
+Modules
+    nn, models                                layers and small language models made of them
+Tools
+    explain       which backend a call uses, and why not the others
+    build_info    what this installation contains
+    cost          operations and bytes of a call
 """
 
 from __future__ import annotations
 
 from ._build_info import build_info
-from ._explain import explain
+from ._explain import Explanation, explain
+from .cost import Cost, cost
 from .ops.key_scan import KeyScanState, key_scan
 from .ops.linear_attention import LinearState, linear_attention
 from .ops.linear_attention_step import linear_attention_step
+from . import models, nn  # isort: skip
 
 __all__ = [
+    "Cost",
+    "Explanation",
     "KeyScanState",
     "LinearState",
     "build_info",
+    "cost",
     "explain",
     "key_scan",
     "linear_attention",
     "linear_attention_step",
+    "models",
+    "nn",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("headworks")
+    raise AttributeError(f"module 'headworks' has no attribute '{name}'")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 
@@ -53,7 +55,7 @@ def require_same_device(op: str, first: str, x: Tensor, **tensors: Tensor | None
             )
 
 
-def require_one_dtype(op: str, allowed: object, **tensors: Tensor) -> None:
+def require_one_dtype(op: str, allowed: Container[torch.dtype], **tensors: Tensor) -> None:
     """All floating tensors share one of the supported dtypes."""
     (first, x), *rest = tensors.items()
     if x.dtype not in allowed:

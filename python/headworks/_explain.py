@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from . import _library
-from ._native import DEFAULT_BACKEND
+from ._native import NATIVE_CALLS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(function: Callable, *args: object, **kwargs: object) -> Explanation:
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `function(*args, **kwargs)` would use, and why the others would not do.
 
     The arguments are validated as in the call itself; nothing is computed.
@@ -49,7 +50,7 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Explanation:
         >>> hw.explain(hw.linear_attention, q, q, q).backend
         'cpu'
     """
-    native_call = getattr(function, "native_call", None)
+    native_call = NATIVE_CALLS.get(function)
     if native_call is None:
         raise TypeError(
             f"explain: function is {function!r}; expected a function of headworks that has "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,13 @@ ACCUMULATION = {
     torch.float16: torch.float32,
 }
 
-LIBRARY = torch.library.Library("headworks", "DEF")
+LIBRARY = torch.library.Library("headworks", "DEF")  # type: ignore[no-untyped-call]
+
+Maybe = Tensor | None
+
+# function, backend, tensors, scalars: for hw.explain, by public function, from its arguments.
+NativeCall = tuple[str, str, list[Maybe], tuple[float, ...]]
+NATIVE_CALLS: dict[Callable[..., Any], Callable[..., NativeCall]] = {}
 
 _numbers: dict[str, int] = {}
 
@@ -57,7 +64,7 @@ def _other_backend(op: str, backend: str, x: Tensor) -> str:
     return backend
 
 
-def route(op: str, tensors: Sequence[Tensor | None]) -> str:
+def route(op: str, tensors: Sequence[Maybe]) -> str:
     """How a validated call is made:
 
     direct      plain tensors, no gradient wanted: the native call and nothing else
@@ -75,22 +82,22 @@ def route(op: str, tensors: Sequence[Tensor | None]) -> str:
         _refuse_transforms(op, tensors)
     if wants_gradient:
         return "autograd"
-    if tensors[0].is_meta or torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack():
         return "operator"
     for x in tensors:
-        if x is not None and (type(x) is not Tensor or x.is_neg()):
+        if x is not None and (type(x) is not Tensor or x.is_neg() or x.is_meta):
             return "operator"
     return "direct"
 
 
-def _refuse_transforms(op: str, tensors: Sequence[Tensor | None]) -> None:
+def _refuse_transforms(op: str, tensors: Sequence[Maybe]) -> None:
     """Forward-mode tangents and functorch wrappers would be dropped silently: refuse them."""
     for x in tensors:
         if x is None:
             continue
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
             got = "inside torch.func.vmap, grad or jvp"
-        elif forward_ad.unpack_dual(x).tangent is not None:
+        elif forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             got = "a dual tensor of forward-mode differentiation"
         else:
             continue
@@ -103,8 +110,8 @@ def _refuse_transforms(op: str, tensors: Sequence[Tensor | None]) -> None:
 def run(
     function: str,
     backend: str,
-    tensors: list[Tensor | None],
-    scalars: tuple[float, ...],
+    tensors: list[Maybe],
+    scalars: Sequence[float],
     workspace: bool = True,
 ) -> None:
     """Call native `function`. The workspace it may want is appended as the last tensor."""
@@ -116,9 +123,14 @@ def run(
                 backend = _library.choose(number, backend, tensors + [None], scalars)
             size = _library.workspace(number, backend, tensors + [None], scalars)
             if size:
-                scratch = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+                scratch = torch.empty(size, dtype=torch.uint8, device=_device(tensors))
         tensors.append(scratch)
     _library.call(number, backend, tensors, scalars)
+
+
+def _device(tensors: Sequence[Maybe]) -> torch.device:
+    assert tensors[0] is not None
+    return tensors[0].device
 
 
 def _number(function: str) -> int:
@@ -126,16 +138,16 @@ def _number(function: str) -> int:
     return _numbers[function]
 
 
-def define(schema: str, body: Callable, fake: Callable) -> None:
+def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register headworks::<schema> with its body for CPU and CUDA tensors and its shapes."""
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, body, key)
+        LIBRARY.impl(name, body, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"headworks::{name}", fake, lib=LIBRARY)
 
 
-def empties(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def empties(*tensors: Maybe) -> tuple[Maybe, ...]:
     """Unfilled contiguous tensors of the same shapes and dtypes; None for None."""
     return tuple(
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -143,7 +155,7 @@ def empties(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def fixed_arity(outputs: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+def fixed_arity(outputs: tuple[Maybe, ...], like: Tensor) -> tuple[Tensor, ...]:
     """Operators return tensors only: an empty one stands for an absent one."""
     dtype = ACCUMULATION[like.dtype]
     return tuple(
@@ -151,10 +163,10 @@ def fixed_arity(outputs: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tenso
     )
 
 
-def widen(x: Tensor | None) -> Tensor | None:
+def widen(x: Tensor) -> Tensor:
     """[..., 0] as [..., 1] of zeros. To native code a tensor without memory is an absent one, so
     values of width 0, whose state still counts keys, are taken as values of width 1."""
-    return None if x is None else torch.nn.functional.pad(x, (0, 1))
+    return torch.nn.functional.pad(x, (0, 1))
 
 
 def autocasts(x: Tensor) -> bool:
@@ -173,7 +185,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def as_written(x: Tensor) -> contextlib.AbstractContextManager:
+def as_written(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """For the references: no autocast, which has been applied to the inputs already."""
     if autocasts(x):
         return torch.autocast(x.device.type, enabled=False)

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The engine itself: orders, seeds, host threads, exceptions, limits of a launch.
 #include <algorithm>
+#include <chrono>
 #include <numeric>
+#include <thread>
 
 #include "buffer.h"
 #include "check.h"
@@ -198,12 +200,16 @@ TEST(exceptions_reach_the_caller_and_unwind_the_block) {
   });
 }
 
+// Every block from `first` on throws, those behind it so late that they are under way by then.
 struct ThrowsFromEach {
   static constexpr int kThreads = 32;
   struct Params {
     int first;  // the first block that throws
   };
   static void main(const Params& p) {
+    if (dev::block_index_x() > p.first && dev::thread_index() == 0) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
     dev::sync_warp();
     if (dev::block_index_x() >= p.first) throw KernelFailure{dev::block_index_x()};
   }

@@ -5,7 +5,7 @@
 // T is linear in do, so every lane carries the part of its own columns and one sum over the lanes
 // per row, of <v, R> - T, gives ds. Slices of columns leave parts of ds that a last kernel adds.
 // What enters a segment is already scaled to its last row.
-// Traffic: do, o, v and dv once, with segments do and o twice; four rows of each in flight per lane.
+// Traffic: do, o, v and dv once, with segments do and o twice; four rows in flight per lane.
 #pragma once
 
 #include "ops/key_scan/key_scan_simt_forward.cuh"
@@ -16,18 +16,18 @@ template <class Element>
 struct GradParams {
   using Acc = Accum<Element>;
   Geometry geometry;
-  Ref<const Element, 3> s;        // [B, S, H]
+  Ref<const Element, 3> s;          // [B, S, H]
   Ref<const Element, 4> v, o, d_o;  // [B, S, H, Dv]
-  Ref<const Acc, 3> lse;          // [B, S, H]
-  Ref<const Acc, 3> o0, o1, d_o1; // [B, H, Dv]             or absent
-  Ref<const Acc, 2> lse0, d_lse1; // [B, H]                 or absent
-  Ref<Element, 3> d_s;            // [B, S, H]              out
-  Ref<Element, 4> d_v;            // [B, S, H, Dv]          out
-  Ref<Acc, 3> d_o0;               // [B, H, Dv]             out, or absent
-  Ref<Acc, 2> d_lse0;             // [B, H]                 out, or absent
-  Acc* rows;                      // [segments, B, H, Dv]      R of the first row, then what enters
-  Acc* totals;                    // [segments, B, H, slices]  T, the same
-  Acc* scores;                    // [slices, B, S + 1, H]     parts of ds; row S: of d_lse0
+  Ref<const Acc, 3> lse;            // [B, S, H]
+  Ref<const Acc, 3> o0, o1, d_o1;   // [B, H, Dv]             or absent
+  Ref<const Acc, 2> lse0, d_lse1;   // [B, H]                 or absent
+  Ref<Element, 3> d_s;              // [B, S, H]              out
+  Ref<Element, 4> d_v;              // [B, S, H, Dv]          out
+  Ref<Acc, 3> d_o0;                 // [B, H, Dv]             out, or absent
+  Ref<Acc, 2> d_lse0;               // [B, H]                 out, or absent
+  Acc* rows;    // [segments, B, H, Dv]      R of the first row, then what enters
+  Acc* totals;  // [segments, B, H, slices]  T, the same
+  Acc* scores;  // [slices, B, S + 1, H]     parts of ds; row S: of d_lse0
 };
 
 // Phase (a): kWrite = false, nothing enters.   Phase (c): kWrite = true.
@@ -52,8 +52,10 @@ struct GradKernel {
     const int64_t rows = min_of(g.segment_tokens, g.tokens);
     const int64_t steps = ceil_div<int64_t>(rows, g.lanes);
     for (int64_t i = steps - 1; i >= 0; --i) walk_rows(u.begin + i * g.lanes);
-    if constexpr (kWrite) store_start();
-    else store_entry();
+    if constexpr (kWrite)
+      store_start();
+    else
+      store_entry();
   }
 
   // What enters at the last row.
@@ -90,8 +92,10 @@ struct GradKernel {
     for (int n = g.lanes - kBatch; n >= 0; n -= kBatch) walk_batch(row + n, n, link, take, score);
     if (kWrite && valid) {
       const Acc ds = take == Acc(0) ? Acc(0) : take * score;
-      if (g.slices == 1) p.d_s(u.batch, mine, u.head) = Element(ds);
-      else *score_part(mine) = ds;
+      if (g.slices == 1)
+        p.d_s(u.batch, mine, u.head) = Element(ds);
+      else
+        *score_part(mine) = ds;
     }
   }
 
@@ -154,8 +158,10 @@ struct GradKernel {
     sum = unit_sum(sum, g.lanes);
     if (!first || u.lane != 0 || !p.d_lse0) return;
     const Acc d = weight == Acc(0) ? Acc(0) : weight * sum;
-    if (g.slices == 1) p.d_lse0(u.batch, u.head) = d;
-    else *score_part(g.tokens) = d;
+    if (g.slices == 1)
+      p.d_lse0(u.batch, u.head) = d;
+    else
+      *score_part(g.tokens) = d;
   }
 
   HW_DEVICE HW_INLINE Acc* score_part(int64_t row) const {
@@ -191,8 +197,8 @@ struct GradPrefixKernel {
     Acc enters = row ? (p.d_o1 ? p.d_o1(b, h, e) : Acc(0)) : final_total(p, b, h, e - g.value_dim);
     for (int64_t k = g.segments - 1; k >= 0; --k) {
       const int64_t entry = k * g.pairs() + pair;
-      Acc& place = row ? p.rows[entry * g.value_dim + e]
-                       : p.totals[entry * g.slices + e - g.value_dim];
+      Acc& place =
+          row ? p.rows[entry * g.value_dim + e] : p.totals[entry * g.slices + e - g.value_dim];
       const Acc own = place;
       place = enters;
       if (k == 0) break;
@@ -236,8 +242,10 @@ struct ScoreSumKernel {
     if (row == g.tokens && !p.d_lse0) return;
     Acc sum = 0;
     for (int slice = 0; slice < g.slices; ++slice) sum += p.scores[slice * elements(g) + i];
-    if (row < g.tokens) p.d_s(b, row, h) = Element(sum);
-    else p.d_lse0(b, h) = sum;
+    if (row < g.tokens)
+      p.d_s(b, row, h) = Element(sum);
+    else
+      p.d_lse0(b, h) = sum;
   }
 };
 
@@ -286,8 +294,10 @@ void backward(const Call& call) {
   p.scores = workspace + w.scores;
   const bool vectors =
       has_vectors(p.v) && has_vectors(p.o) && has_vectors(p.d_o) && has_vectors(p.d_v);
-  if (vectors) run_backward<Element, true>(p, call.context);
-  else run_backward<Element, false>(p, call.context);
+  if (vectors)
+    run_backward<Element, true>(p, call.context);
+  else
+    run_backward<Element, false>(p, call.context);
 }
 
 }  // namespace hw::key_scan::simt

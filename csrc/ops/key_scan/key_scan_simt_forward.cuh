@@ -8,8 +8,9 @@
 // Eight rows of v are in flight per lane. No shared memory.
 #pragma once
 
-#include "core/error.h"
 #include "ops/key_scan/key_scan_simt_lanes.cuh"
+
+#include "core/error.h"
 
 namespace hw::key_scan::simt {
 
@@ -236,8 +237,10 @@ void forward(const Call& call) {
   p.rows = workspace + w.rows;
   p.own = workspace + w.own;
   p.start = workspace + w.start;
-  if (has_vectors(p.v) && has_vectors(p.o)) run_forward<Element, true>(p, call.context);
-  else run_forward<Element, false>(p, call.context);
+  if (has_vectors(p.v) && has_vectors(p.o))
+    run_forward<Element, true>(p, call.context);
+  else
+    run_forward<Element, false>(p, call.context);
 }
 
 }  // namespace hw::key_scan::simt

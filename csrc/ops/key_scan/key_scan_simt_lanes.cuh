@@ -10,11 +10,12 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/key_scan/key_scan.h"
+#include "ops/key_scan/key_scan_simt_layout.cuh"
+
 #include "core/device.h"
 #include "core/dtype.h"
 #include "core/vector.h"
-#include "ops/key_scan/key_scan.h"
-#include "ops/key_scan/key_scan_simt_layout.cuh"
 
 namespace hw::key_scan::simt {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Key scan on CUDA: how a call is cut into work, and its workspace; from shapes only, no device code.
+// Key scan on CUDA: how a call is cut into work, and its workspace; from shapes only.
 //
 // A unit is one head, one slice of value columns, one segment of time. It is carried by 8, 16 or 32
 // lanes of a warp; a lane owns as many columns as make 16 bytes: side by side where the strides
@@ -26,9 +26,9 @@ inline constexpr int kOwn = 16 / static_cast<int>(sizeof(Element));
 
 struct Geometry {
   int64_t batch = 0, tokens = 0, heads = 0, value_dim = 0;
-  int lanes = 32;            // of a unit
-  int slices = 1;            // of the value columns
-  int64_t segments = 1;      // of time; one also where there is no token
+  int lanes = 32;        // of a unit
+  int slices = 1;        // of the value columns
+  int64_t segments = 1;  // of time; one also where there is no token
   int64_t segment_tokens = 0;
 
   HW_HOST_DEVICE int64_t pairs() const { return batch * heads; }
@@ -55,11 +55,11 @@ Geometry make_geometry(const Call& call) {
 
 // Offsets in the workspace, counted in accumulators. Segments first, then (batch, head).
 struct Workspace {
-  int64_t rows = 0;     // [segments, B, H, Dv]       forward: o;  backward: R
-  int64_t own = 0;      // [segments, B, H, 2]        forward: max and sum of the segment alone
-  int64_t start = 0;    // [segments, B, H, 2]        forward: max and sum before the segment
-  int64_t totals = 0;   // [segments, B, H, slices]   backward: T
-  int64_t scores = 0;   // [slices, B, S + 1, H]      backward: ds, and d_lse0 behind the last row
+  int64_t rows = 0;    // [segments, B, H, Dv]       forward: o;  backward: R
+  int64_t own = 0;     // [segments, B, H, 2]        forward: max and sum of the segment alone
+  int64_t start = 0;   // [segments, B, H, 2]        forward: max and sum before the segment
+  int64_t totals = 0;  // [segments, B, H, slices]   backward: T
+  int64_t scores = 0;  // [slices, B, S + 1, H]      backward: ds, and d_lse0 behind the last row
   int64_t size = 0;
 };
 

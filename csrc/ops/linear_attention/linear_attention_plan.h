@@ -24,15 +24,16 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "ops/linear_attention/linear_attention.h"
+
 #include "core/call.h"
 #include "core/macros.h"
 #include "core/math.h"
-#include "ops/linear_attention/linear_attention.h"
 
 namespace hw::linear_attention {
 
-inline constexpr int64_t kChunk = 64;         // segments are multiples of this
-inline constexpr int64_t kDirectTokens = 512; // longest sequence for the direct schedule
+inline constexpr int64_t kChunk = 64;          // segments are multiples of this
+inline constexpr int64_t kDirectTokens = 512;  // longest sequence for the direct schedule
 
 enum class Schedule : int { direct = 0, single = 1, split = 2 };
 
@@ -92,9 +93,7 @@ inline Shape shape_of(const Call& call, int cu, std::initializer_list<int> state
 }
 
 inline Shape forward_shape(const Call& call) { return shape_of(call, 9, {5, 6, 7, 8}); }
-inline Shape backward_shape(const Call& call) {
-  return shape_of(call, 7, {5, 6, 9, 10, 14, 15});
-}
+inline Shape backward_shape(const Call& call) { return shape_of(call, 7, {5, 6, 9, 10, 14, 15}); }
 
 // Longest sequence for which tiles cost less than states: (D + Dv) S / 2 < 2 F Dv (causal).
 HW_HOST_DEVICE inline int64_t direct_limit(const Shape& s) {

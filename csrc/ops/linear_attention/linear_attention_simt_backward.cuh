@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear attention without tensor cores, backward: dq, dk, dv and the gradient of the initial state.
+// Linear attention without tensor cores, backward: dq, dk, dv and the initial state's gradient.
 //
 //   rows     dz_i = -<do_i, o_i> / z_i                                   (normalised)
 //   states   of the keys, forward, and of the queries, backward          (see the plan)
@@ -45,9 +45,9 @@ template <class Element>
 struct ReduceKernel {
   using Acc = Accum<Element>;
   struct Params {
-    const Acc* parts;            // [slices, B, S, heads, D]
-    Ref<const Element, 4> key;   // [B, S, heads, D]   q or k
-    Ref<Element, 4> gradient;    // [B, S, heads, D]   out
+    const Acc* parts;           // [slices, B, S, heads, D]
+    Ref<const Element, 4> key;  // [B, S, heads, D]   q or k
+    Ref<Element, 4> gradient;   // [B, S, heads, D]   out
     FeatureMap map;
     Acc scale;
     int slices;
@@ -73,9 +73,8 @@ void find_row_gradients(const BackwardParams& b, const Shape& s, Accum<Element>*
   using Acc = Accum<Element>;
   using Kernel = RowsKernel<Element>;
   const typename Kernel::Params p{b.o.template as<const Element>(),
-                                  b.d_o.template as<const Element>(),
-                                  b.z.template as<const Acc>(), d_z,
-                                  s.batch * s.tokens * s.query_heads};
+                                  b.d_o.template as<const Element>(), b.z.template as<const Acc>(),
+                                  d_z, s.batch * s.tokens * s.query_heads};
   launch<Kernel>({ceil_div<int64_t>(p.rows, Kernel::kWarps), 1, 1}, 0, context, p);
 }
 
@@ -148,8 +147,10 @@ void backward(const Call& call) {
   keys.graded = b.d_k.template as<Element>();
   keys.partial = place(w.d_k);
 
-  if (g.columns == kWide<Acc>) run_backward<Element, kWide<Acc>>(queries, keys, call.context);
-  else run_backward<Element, kNarrow>(queries, keys, call.context);
+  if (g.columns == kWide<Acc>)
+    run_backward<Element, kWide<Acc>>(queries, keys, call.context);
+  else
+    run_backward<Element, kNarrow>(queries, keys, call.context);
   reduce_parts(queries, call.context);
   reduce_parts(keys, call.context);
 }

@@ -2,8 +2,9 @@
 // Linear attention without tensor cores, forward: o, z and the final state.
 #pragma once
 
-#include "core/error.h"
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
+
+#include "core/error.h"
 
 namespace hw::linear_attention::simt {
 
@@ -31,9 +32,9 @@ WalkParams<Element> walk_params(const ForwardParams& f, const Shape& s, const Ge
 // The call's workspace; it must hold what workspace_bytes asked for.
 inline char* workspace_of(const Call& call, int index, int64_t bytes) {
   const Tensor& t = call.tensor(index);
-  check(bytes == 0 || (t.present() && t.numel() * dtype_size(t.dtype) >= bytes),
-        ErrorKind::value, "linear_attention: workspace has ",
-        t.present() ? t.numel() * dtype_size(t.dtype) : 0, " bytes, expected at least ", bytes);
+  check(bytes == 0 || (t.present() && t.numel() * dtype_size(t.dtype) >= bytes), ErrorKind::value,
+        "linear_attention: workspace has ", t.present() ? t.numel() * dtype_size(t.dtype) : 0,
+        " bytes, expected at least ", bytes);
   return static_cast<char*>(t.data);
 }
 
@@ -66,8 +67,10 @@ void forward(const Call& call) {
   p.applied = f.o.template as<Element>();
   p.applied_vectors = has_vectors(p.applied);
   p.z = f.z.template as<Acc>();
-  if (g.columns == kWide<Acc>) run_forward<Element, kWide<Acc>>(p, call.context);
-  else run_forward<Element, kNarrow>(p, call.context);
+  if (g.columns == kWide<Acc>)
+    run_forward<Element, kWide<Acc>>(p, call.context);
+  else
+    run_forward<Element, kNarrow>(p, call.context);
 }
 
 }  // namespace hw::linear_attention::simt

@@ -2,8 +2,8 @@
 // Linear attention without tensor cores: tile sizes, shared memory and workspace, from shapes only.
 // No device code here: the host side asks `simt::workspace_bytes`.
 //
-// A block owns a slice of `columns` value columns of one segment of one key head. It holds the state
-// of that slice [F, columns] and walks over chunks of 32 rows. 128 threads are 16 row groups times
+// A block owns a slice of `columns` value columns of one segment of one key head. It holds the
+// state of that slice [F, columns] and walks over chunks of 32 rows. 128 threads are 16 row groups times
 // 8 column lanes; a thread owns 2 rows x columns / 8 columns of what its block computes.
 //
 //   wide     128 bytes of columns (32 floats, 16 doubles), if the state then fits
@@ -16,11 +16,11 @@
 
 namespace hw::linear_attention::simt {
 
-inline constexpr int kRows = 32;      // rows of a chunk
+inline constexpr int kRows = 32;  // rows of a chunk
 inline constexpr int kThreads = 128;
-inline constexpr int kLanes = 8;      // threads along columns
+inline constexpr int kLanes = 8;  // threads along columns
 inline constexpr int kGroups = kThreads / kLanes;
-inline constexpr int kTileDim = 32;   // columns of q and k held at a time
+inline constexpr int kTileDim = 32;  // columns of q and k held at a time
 inline constexpr int kNarrow = 8;
 inline constexpr int kSharedLimit = 64 * 1024;
 
@@ -41,11 +41,11 @@ struct SharedLayout {
   int cotangents = 0;   // [kRows][columns + pad]      g or v of the outer rows
   int inner_extra = 0;  // [kRows]                     1 or dz
   int outer_extra = 0;  // [kRows]
-  int weights = 0;      // [kRows][kRowStride]         w or ds, inner x outer; also dm, feature x outer
-  int gradient = 0;     // [tile_dim][kRowStride]      dq or dk, transposed
-  int pairs = 0;        // [tile_features]             FeaturePair
-  int z = 0;            // [F]
-  int kv = 0;           // [F][columns + pad]
+  int weights = 0;   // [kRows][kRowStride]         w or ds, inner x outer; also dm, feature x outer
+  int gradient = 0;  // [tile_dim][kRowStride]      dq or dk, transposed
+  int pairs = 0;     // [tile_features]             FeaturePair
+  int z = 0;         // [F]
+  int kv = 0;        // [F][columns + pad]
   int size = 0;
 };
 

@@ -9,8 +9,8 @@
 //
 // One block takes all columns of a key head and is the only one that touches its z. If that leaves
 // most of the device idle and the state is large, several blocks share a key head, `kSplitColumns`
-// each. Every one of them needs the old z, so none may write it: each adds m(k) to what it read, and
-// a second, tiny kernel behind this one updates z. Without normalisation nobody reads z, and the
+// each. Every one of them needs the old z, so none may write it: each adds m(k) to what it read,
+// and a second, tiny kernel behind this one updates z. Without normalisation nobody reads z, and the
 // first block of the key head updates it; there is one kernel then, always.
 // Traffic at D = 16, Dv = 64, fp32: 2 x 39 KB per key head, against 0.5 KB for everything else.
 #pragma once
@@ -35,14 +35,14 @@ struct StepKernel {
     bool normalize;
     Acc scale, eps;
     int key_heads, group, dim, value_dim, features;
-    int splits;          // blocks of a key head
-    int columns;         // of a block
-    bool updates_z;      // by the first block of each key head
+    int splits;      // blocks of a key head
+    int columns;     // of a block
+    bool updates_z;  // by the first block of each key head
   };
   static constexpr int kThreads = 256, kWarps = kThreads / dev::kWarp;
-  static constexpr int kHeads = 8;      // query heads at a time
-  static constexpr int kFeatures = 576; // features at a time
-  static constexpr int kBatch = 4;      // rows of the state in flight
+  static constexpr int kHeads = 8;       // query heads at a time
+  static constexpr int kFeatures = 576;  // features at a time
+  static constexpr int kBatch = 4;       // rows of the state in flight
   // key features, query features, sums of the warps, denominators
   static constexpr int kShared =
       (1 + kHeads) * kFeatures + kWarps * kHeads * dev::kWarp + kWarps * kHeads;
@@ -121,7 +121,8 @@ struct StepKernel {
     if (p.map != FeatureMap::taylor2) return {f, -1};
     return {pair.a == 255 ? -1 : pair.a, pair.b == 255 ? -1 : pair.b};
   }
-  HW_DEVICE HW_INLINE Acc feature(const Element* x, int64_t stride, Acc scale, int a, int bb) const {
+  HW_DEVICE HW_INLINE Acc feature(const Element* x, int64_t stride, Acc scale, int a,
+                                  int bb) const {
     const auto at = [&](int i) {
       return i < 0 ? Acc(1) : pre_map(p.map, static_cast<Acc>(x[i * stride])) * scale;
     };
@@ -206,10 +207,10 @@ struct StepKernel {
   const Params& p;
   int split, h, first_head, heads;
   int64_t b;
-  Acc *key_features;   // [kFeatures]
-  Acc *query_features; // [kHeads][kFeatures]
-  Acc *sums;           // [kWarps][kHeads][32]
-  Acc *denominators;   // [kWarps][kHeads]
+  Acc* key_features;    // [kFeatures]
+  Acc* query_features;  // [kHeads][kFeatures]
+  Acc* sums;            // [kWarps][kHeads][32]
+  Acc* denominators;    // [kWarps][kHeads]
   Acc z_sum[kHeads];
 };
 

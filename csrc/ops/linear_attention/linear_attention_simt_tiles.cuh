@@ -4,7 +4,7 @@
 //   loading      rows of q, k (transposed, pre-mapped, q times scale), rows of v, g = do / z
 //   scores       s_ij = <a_i, b_j>                             rows 16 apart, inner rows 8 apart
 //   dot          <y_i, x_j>, or <y_i, S_f>                     the same ownership
-//   add_outer    acc[i, c] += left_i right_c                   rows 2g, 2g + 1; columns side by side
+//   add_outer    acc[i, c] += left_i right_c                   rows 2g, 2g + 1; columns together
 //   read_state   acc[i, c] += sum_f c_f m_f(a_i) S[f, c]
 //   add_to_state S[f, c] += sum_j c_f m_f(b_j) x[j, c]
 //
@@ -12,12 +12,13 @@
 // taylor2 on the query side (`kQuery`). Every sum has one order, fixed by the shapes.
 #pragma once
 
+#include "ops/linear_attention/linear_attention_simt_layout.cuh"
+
 #include "core/device.h"
 #include "core/dtype.h"
 #include "core/math.h"
 #include "core/ref.h"
 #include "core/vector.h"
-#include "ops/linear_attention/linear_attention_simt_layout.cuh"
 
 namespace hw::linear_attention::simt {
 
@@ -62,7 +63,8 @@ struct Side {
 };
 
 template <class Element>
-Side<Element> make_side(const Ref<const void, 4>& key, const Ref<const void, 4>& value, bool query) {
+Side<Element> make_side(const Ref<const void, 4>& key, const Ref<const void, 4>& value,
+                        bool query) {
   Side<Element> s;
   s.key = key.as<const Element>();
   s.value = value.as<const Element>();
@@ -116,7 +118,7 @@ HW_DEVICE HW_INLINE void load_values(Acc* tile, Acc* extra, const Side<Element>&
     const Element* from = valid ? side.value.at(rows.batch, at, rows.head, column) : nullptr;
     load_row(from, side.value.stride[3], side.value_vectors, valid, available, kColumns,
              [&](int c, Acc x) {
-               tile[row * (kColumns + kPad<Acc>) + c] = factor == Acc(0) ? Acc(0) : x * factor;
+               tile[row * (kColumns + kPad<Acc>)+c] = factor == Acc(0) ? Acc(0) : x * factor;
              });
     if (column_lane() == 0) extra[row] = companion;
   }
@@ -258,7 +260,7 @@ HW_DEVICE HW_INLINE void add_dot(Acc (&acc)[2][4], const Acc* left, const Acc* r
   HW_UNROLL_BY(2)
   for (int c = 0; c < kColumns; c += kStep) {
     const auto left0 = load_vector<kStep>(left + c);
-    const auto left1 = load_vector<kStep>(left + kGroups * (kColumns + kPad<Acc>) + c);
+    const auto left1 = load_vector<kStep>(left + kGroups * (kColumns + kPad<Acc>)+c);
     HW_UNROLL
     for (int u = 0; u < 4; ++u) {
       const auto x = load_vector<kStep>(rows[u] + c);
@@ -294,7 +296,7 @@ HW_DEVICE HW_INLINE void read_state(Acc (&acc)[2][kCount], FeatureMap map, int d
     const auto xa = row(a);
     const Acc square = kQuery ? Acc(0.5) : Acc(1);
     next(square * xa.v[0] * xa.v[0], square * xa.v[1] * xa.v[1]);
-  HW_UNROLL_BY(4)
+    HW_UNROLL_BY(4)
     for (int b = a + 1; b < dim; ++b) {
       const auto xb = row(b);
       next(xa.v[0] * xb.v[0], xa.v[1] * xb.v[1]);
@@ -334,12 +336,12 @@ HW_DEVICE HW_INLINE void add_to_state(Acc* state, int64_t stride, Acc* z, const 
       a[n] = inner + p.a * kRowStride<Acc>;
       b[n] = inner + p.b * kRowStride<Acc>;
     }
-  HW_UNROLL_BY(2)
+    HW_UNROLL_BY(2)
     for (int j = 0; j < kRows; j += kStep) {
       Acc x[kStep][kCount];
       HW_UNROLL
       for (int i = 0; i < kStep; ++i) {
-        const auto loaded = load_vector<kCount>(values + (j + i) * (kColumns + kPad<Acc>) + column);
+        const auto loaded = load_vector<kCount>(values + (j + i) * (kColumns + kPad<Acc>)+column);
         HW_UNROLL
         for (int u = 0; u < kCount; ++u) x[i][u] = loaded.v[u];
       }

@@ -71,7 +71,9 @@ struct PrefixKernel {
     HW_HOST_DEVICE int64_t elements() const {  // of one state, z included
       return walk.features * (walk.geometry.states.value_dim + 1);
     }
-    HW_HOST_DEVICE int64_t blocks_per_state() const { return ceil_div<int64_t>(elements(), kThreads); }
+    HW_HOST_DEVICE int64_t blocks_per_state() const {
+      return ceil_div<int64_t>(elements(), kThreads);
+    }
     int64_t blocks() const {
       return walk.geometry.plan.sequences * walk.key_heads * blocks_per_state();
     }

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear attention without tensor cores: the walk over chunks that computes o, dq, dk and dv.
 //
-//   kernel           outer rows     sums over         walks      computes
-//   forward          q              k, v     j <= i   forward    apply:  o_i  = sum_j w_ij v_j / z_i
-//   grad_queries     q with g, dz   k, v     j <= i   forward    grad:   dq_i = sum_j ds_ij k_j
-//   grad_keys        k with v       q, g, dz i >= j   backward   both:   dv_j = sum_i w_ij g_i,
-//                                                                        dk_j = sum_i ds_ij q_i
+//   kernel         outer rows    sums over       walks     computes
+//   forward        q             k, v    j <= i  forward   apply:  o_i  = sum_j w_ij v_j / z_i
+//   grad_queries   q with g, dz  k, v    j <= i  forward   grad:   dq_i = sum_j ds_ij k_j
+//   grad_keys      k with v      q, g    i >= j  backward  both:   dv_j = sum_i w_ij g_i,
+//                                                                  dk_j = sum_i ds_ij q_i
 //   ds_ij = (<y_i, x_j> + dz) w'(s_ij),   y and x the companions (v, or g) of outer and inner rows
 // What lies behind the walk is in the state, kv = sum m(b_j) x_j and z = sum m(b_j) (1 or dz):
-//   apply adds m(a_i) S,   grad adds sum_f dm_f d m_f / d a_i  with  dm_f = <y_i, S_f> + z_f (dz or 1)
+//   apply adds m(a_i) S,   grad adds sum_f dm_f d m_f / d a_i,  dm_f = <y_i, S_f> + z_f (dz or 1)
 // The chunk itself, and in the direct schedule every chunk, is met tile by tile through its scores.
 //
 // A slice of value columns sees only its part of <y, x>: dq and dk of the slices are then partial
 // and a last kernel sums them. dz and z take part in slice 0 only.
 //
-// Traffic of a block: its rows of q, k (again for each slice), its columns of v, do, the state once.
-// D = 16, Dv = 64, fp32: forward 35 KB of shared memory, gradients 45 KB; 128 threads; a step of the
-// state product is 3 shared loads for 10 multiplications and additions of a thread.
+// Traffic of a block: its rows of q and k (once for each slice), its columns of v and do, a state.
+// D = 16, Dv = 64, fp32: forward 37 KB of shared memory, gradients 44 KB; a step of the product with
+// the state is 3 shared loads for 10 multiplications and additions of a thread.
 #pragma once
 
 #include "ops/linear_attention/linear_attention_simt_tiles.cuh"
@@ -53,9 +53,7 @@ struct WalkParams {
   HW_HOST_DEVICE int64_t tokens() const { return num_tokens; }
   HW_HOST_DEVICE int group() const { return key_heads ? query_heads / key_heads : 0; }
   HW_HOST_DEVICE int head_blocks() const { return split_heads ? query_heads : key_heads; }
-  int64_t blocks() const {
-    return geometry.plan.num_slots * head_blocks() * geometry.slices;
-  }
+  int64_t blocks() const { return geometry.plan.num_slots * head_blocks() * geometry.slices; }
 };
 
 // What a block works on.
@@ -84,17 +82,18 @@ HW_DEVICE HW_INLINE Work find_work(const WalkParams<Element>& p) {
 // slot; z, which every slice needs, has a copy for each slice behind the slots.
 template <class Acc>
 struct State {
-  Acc* kv;         // [F][stride]
-  Acc* z;          // [F]; null if this slice has no use for it
+  Acc* kv;  // [F][stride]
+  Acc* z;   // [F]; null if this slice has no use for it
   int64_t stride;
 };
 
-// `slot`: where kv comes from, and, if it is not resident, where it stays.
+// `slot`: where kv comes from, and, if it is not resident, where it stays. Wide slices are chosen
+// only for states that are resident, so that their kernels know where the state is.
 template <int kColumns, class Element, class Acc = Accum<Element>>
 HW_DEVICE HW_INLINE State<Acc> place_state(const WalkParams<Element>& p, const Work& w,
                                            int64_t slot, bool with_z) {
   const Geometry& g = p.geometry;
-  if (g.resident) {
+  if (kColumns != kNarrow || g.resident) {
     Acc* shared = dev::shared<Acc>();
     return {shared + g.shared.kv, with_z ? shared + g.shared.z : nullptr, kColumns + kPad<Acc>};
   }
@@ -205,8 +204,8 @@ class Walk {
   }
 
  private:
-  static constexpr int kCount = kColumns / kLanes;     // columns of a thread
-  static constexpr int kStride = kColumns + kPad<Acc>; // of value tiles
+  static constexpr int kCount = kColumns / kLanes;      // columns of a thread
+  static constexpr int kStride = kColumns + kPad<Acc>;  // of value tiles
   static constexpr bool kOuterQuery = !kReverse, kInnerQuery = kReverse;
 
   // -- set-up
@@ -232,8 +231,10 @@ class Walk {
     const bool total = g.plan.has_totals();
     const int64_t slot = total && !p.causal ? work.slot - work.segment.index : work.slot;
     state = place_state<kColumns>(p, work, slot, with_z);
-    if (total) load_slot<kColumns>(state, p, work, slot);
-    else load_initial<kColumns>(state, p, work, true);
+    if (total)
+      load_slot<kColumns>(state, p, work, slot);
+    else
+      load_initial<kColumns>(state, p, work, true);
   }
 
   // -- one chunk of outer rows
@@ -377,8 +378,8 @@ class Walk {
     for (int u = 0; u < 4; ++u) {
       HW_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const Acc extra = outer_extra[row_group() + kGroups * r] *
-                          inner_extra[column_lane() + kLanes * u];
+        const Acc extra =
+            outer_extra[row_group() + kGroups * r] * inner_extra[column_lane() + kLanes * u];
         ds[r][u] = (ds[r][u] + extra) * weight_derivative(p.map, scores[r][u]);
       }
     }
@@ -399,9 +400,8 @@ class Walk {
     for (int u = 0; u < 4; ++u) {
       row[u] = inner + min_of(column_lane() + kLanes * u, g.tile_dim) * kRowStride<Acc>;
     }
-    add_weighted(sum, mask, weights, [&](int n) {
-      return Vec<Acc, 4>{{row[0][n], row[1][n], row[2][n], row[3][n]}};
-    });
+    add_weighted(sum, mask, weights,
+                 [&](int n) { return Vec<Acc, 4>{{row[0][n], row[1][n], row[2][n], row[3][n]}}; });
     HW_UNROLL
     for (int u = 0; u < 4; ++u) {
       const int a = column_lane() + kLanes * u;
@@ -421,10 +421,9 @@ class Walk {
         dev::sync_block();
       }
       const int first = first_feature(tile);
-      add_to_state<kInnerQuery, kColumns>(state.kv + first * state.stride, state.stride,
-                                          state.z ? state.z + first : nullptr, pairs,
-                                          tile_features(tile), g.tile_dim, inner, values,
-                                          inner_extra);
+      add_to_state<kInnerQuery, kColumns>(
+          state.kv + first * state.stride, state.stride, state.z ? state.z + first : nullptr, pairs,
+          tile_features(tile), g.tile_dim, inner, values, inner_extra);
     }
   }
 
@@ -461,8 +460,8 @@ class Walk {
       const bool a = pair.a != g.tile_dim && pair.a % 4 == mine;
       const bool b = pair.b != g.tile_dim && pair.b % 4 == mine;
       if (!a && !b) continue;
-      const Acc dm = coefficient<kOuterQuery, Acc>(pair, g.tile_dim) *
-                     weights[f * kRowStride<Acc> + i];
+      const Acc dm =
+          coefficient<kOuterQuery, Acc>(pair, g.tile_dim) * weights[f * kRowStride<Acc> + i];
       Acc* column = gradient + i;
       const Acc* x = outer + i;
       if (a) column[pair.a * kRowStride<Acc>] += dm * x[pair.b * kRowStride<Acc>];
@@ -589,6 +588,8 @@ template <class Element, int kColumns, bool kReverse, bool kApply, bool kGrad>
 struct WalkKernel {
   using Params = WalkParams<Element>;
   static constexpr int kThreads = simt::kThreads;
+  // Wide: at most 128 or 168 registers and as many blocks as shared memory takes on sm_80.
+  static constexpr int kMinBlocks = kColumns == kNarrow ? 2 : kGrad ? 3 : 4;
   HW_DEVICE static void main(const Params& p) {
     Walk<Element, kColumns, kReverse, kApply, kGrad>(p).run();
   }

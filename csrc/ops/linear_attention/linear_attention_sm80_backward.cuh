@@ -135,12 +135,9 @@ struct GradientKernel {
       float y[kStrips][2][4];
       clear(y);
       if (!empty) {
-        uint32_t own[kStrips][4], u[kStrips][4];
+        uint32_t own[kStrips][4];
         HW_UNROLL
-        for (int i = 0; i < kStrips; ++i) {
-          tokens_by_columns(own[i], smem.chunks.a, i, 0);
-          tokens_by_values(u[i], s.u, i, column);
-        }
+        for (int i = 0; i < kStrips; ++i) tokens_by_columns(own[i], smem.chunks.a, i, 0);
         for_each_block([&](auto block) {
           constexpr int r = block;
           Pair<Element> operand[2][2], turn[2];
@@ -149,7 +146,7 @@ struct GradientKernel {
           HW_UNROLL
           for (int i = 0; i < kStrips; ++i) {
             float d[2][4];
-            feature_gradient<r>(d, u[i], operand, i, s.scalars.delta + i * kRows);
+            feature_gradient<r>(d, s.u, operand, i, s.scalars.delta + i * kRows);
             chain<r>(y[i], d, own[i], turn, i);
           }
         });
@@ -189,12 +186,14 @@ struct GradientKernel {
     // d = u S^T + e n: the gradient of the features of block r, of one strip; e = delta, over
     // queries 1. n takes part once, in the first slice and the warp of the strip's number.
     template <int r>
-    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const uint32_t u[4],
+    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const Wide<Element, kDim>& u,
                                               const Pair<Element> s[2][2], int i,
                                               const float* delta) {
       const int g = dev::lane() / 4, t = dev::lane() % 4;
+      uint32_t word[4];
       Pair<Element> a[4];
-      for (int k = 0; k < 4; ++k) a[k] = P::exact(u[k]);
+      tokens_by_values(word, u, i, column);
+      for (int k = 0; k < 4; ++k) a[k] = P::exact(word[k]);
       for (int k = 0; k < 8; ++k) d[k / 4][k % 4] = 0.0f;
       if (i == dev::warp() && p.first == 0) {
         const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];

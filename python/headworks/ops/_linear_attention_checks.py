@@ -20,6 +20,8 @@ from .._errors import (
 )
 from .._native import ACCUMULATION
 
+OP = "linear_attention"
+
 # Numbers as in csrc/ops/linear_attention/linear_attention.h.
 FEATURE_MAPS = {"taylor2": 0, "identity": 1, "elu1": 2, "relu": 3}
 MAX_TAYLOR_DIM = 32
@@ -30,7 +32,9 @@ def num_features(feature_map: str | int, d: int) -> int:
     return 1 + d + d * (d + 1) // 2 if feature_map in ("taylor2", 0) else d
 
 
-def check_options(op: str, feature_map: object, scale: object, eps: object, d: int):
+def check_options(
+    op: str, feature_map: object, scale: object, eps: object, d: int
+) -> tuple[int, float]:
     """(number of the map, scale as a float)."""
     number = FEATURE_MAPS.get(feature_map) if isinstance(feature_map, str) else None
     if number is None:
@@ -49,9 +53,9 @@ def check_options(op: str, feature_map: object, scale: object, eps: object, d: i
         if eps < 0:
             fail(ValueError, op, "eps", eps, "a number >= 0", "Use 0.0 for none.")
     if scale is None:
-        return number, d**-0.5
+        return number, float(d**-0.5)
     if type(scale) is not float or not math.isfinite(scale):
-        scale = _number(op, "scale", scale)
+        return number, _number(op, "scale", scale)
     return number, scale
 
 
@@ -67,7 +71,7 @@ def _number(op: str, name: str, x: object) -> float:
     return x
 
 
-def reject_inputs(op: str, layout: str, q: object, k: object, v: object) -> NoReturn:
+def reject_inputs(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     """Say what is wrong with q, k, v of [B, S, H, D] or, in a step, [B, H, D]."""
     require_tensors(op, q=q, k=k, v=v)
     require_rank(op, layout.count(",") + 1, layout, q=q, k=k, v=v)
@@ -95,7 +99,7 @@ def check_state(
     name: str,
     state: object,
     q: Tensor,
-    feature_map: str,
+    feature_map: object,
     sizes: tuple[int, int, int, int],  # N, H, F, Dv
 ) -> tuple[Tensor, Tensor]:
     """The two tensors of a state, found to belong to this call."""
@@ -118,7 +122,15 @@ def check_state(
     return kv, z
 
 
-def _reject_state(op, name, kv, z, q, feature_map, sizes) -> NoReturn:
+def _reject_state(
+    op: str,
+    name: str,
+    kv: Tensor,
+    z: Tensor,
+    q: Tensor,
+    feature_map: object,
+    sizes: tuple[int, int, int, int],
+) -> NoReturn:
     names = (f"{name}.kv", f"{name}.z")
     require_tensors(op, **dict(zip(names, (kv, z), strict=True)))
     for part, x, want, layout in zip(
@@ -127,8 +139,8 @@ def _reject_state(op, name, kv, z, q, feature_map, sizes) -> NoReturn:
         if x.shape != want:
             fail(
                 ValueError, op, part, f"of shape {list(x.shape)}", f"{layout} = {list(want)}",
-                f'F is {sizes[2]} for feature_map="{feature_map}" at D = {q.shape[-1]}, H counts '
-                "key heads and N sequences: was the state made with other arguments?",
+                f'F is {sizes[2]} for feature_map="{feature_map}" at D = {q.shape[-1]}, N counts '
+                "sequences, H key heads; use a state that was made with the same arguments.",
             )
         if x.dtype != ACCUMULATION[q.dtype]:
             fail(

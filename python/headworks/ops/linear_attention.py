@@ -4,16 +4,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _native
-from .._native import ACCUMULATION, as_written, autocasts, backend_for, empties, fixed_arity, route, run, widen
+from .._native import (
+    ACCUMULATION,
+    NATIVE_CALLS,
+    Maybe,
+    NativeCall,
+    as_written,
+    autocast,
+    autocasts,
+    backend_for,
+    route,
+    widen,
+)
 from ..reference import linear_attention as reference
+from . import _linear_attention_native as native
 from ._linear_attention_checks import (
+    OP,
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_options,
@@ -22,8 +33,6 @@ from ._linear_attention_checks import (
     num_features,
     reject_inputs,
 )
-
-_OP = "linear_attention"
 
 
 class LinearState(NamedTuple):
@@ -106,7 +115,8 @@ def linear_attention(
         o [B, S, Hq, Dv] in the dtype of the inputs, or (o, LinearState). Feeding a sequence in
         pieces through the state gives what feeding it whole gives.
 
-    Under ``torch.autocast`` q, k and v are cast to the autocast dtype. Gradients flow to q, k, v
+    Causality is exact for finite numbers; a NaN or infinity in v may also reach earlier tokens of
+    the tile it lies in. Under ``torch.autocast`` q, k and v are cast to the autocast dtype. Gradients flow to q, k, v
     and the initial state, once (the reference backend: any number of times).
 
     Raises:
@@ -130,51 +140,80 @@ def linear_attention(
     """
     if callable(feature_map):
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
-    q, k, v, kv0, z0, cu_seqlens, number, scale = _checked(
+    q, k, v, kv0, z0, bounds, number, scale = _checked(
         q, k, v, feature_map, scale, eps, initial_state, cu_seqlens
     )
-    backend = backend_for(_OP, backend, q)
-    if not v.shape[3]:
-        v, kv0 = widen(v), widen(kv0)
-        o, state = linear_attention(
-            q, k, v, feature_map=feature_map, is_causal=is_causal, scale=scale,
-            normalize=normalize, eps=eps, initial_state=None if kv0 is None else (kv0, z0),
-            output_final_state=True, cu_seqlens=cu_seqlens, backend=backend,
-        )
-        o, state = o[..., :0], LinearState(state.kv[..., :0], state.z)
-        return (o, state) if output_final_state else o
-    if backend == "reference":
-        if cu_seqlens is not None:
-            check_cu_seqlens_values(_OP, cu_seqlens, q.shape[1])
-        with as_written(q):
-            o, state = reference.linear_attention(
-                q, k, v, feature_map=feature_map, is_causal=is_causal, scale=scale,
-                normalize=normalize, eps=eps, initial_state=initial_state, cu_seqlens=cu_seqlens,
-            )
-        return (o, LinearState(*state)) if output_final_state else o
+    backend = backend_for(OP, backend, q)
+    if backend == "reference" or not v.shape[3]:
+        return _other_ways(
+            q, k, v, kv0, z0, bounds, output_final_state, backend,
+            feature_map=feature_map, is_causal=is_causal, scale=scale, normalize=normalize, eps=eps,
+        )  # fmt: skip
 
-    inputs = (q, k, v, kv0, z0, cu_seqlens)
-    options = (number, bool(is_causal), bool(normalize), scale, float(eps))
-    way = route(_OP, inputs)
+    inputs = (q, k, v, kv0, z0, bounds)
+    scalars = (number, bool(is_causal), bool(normalize), scale, float(eps))
+    way = route(OP, inputs)
+    kv1: Maybe
+    z1: Maybe
     if way == "direct":
-        o, _, kv1, z1 = _forward(*inputs, *options, output_final_state, False, backend)
+        o, _, kv1, z1 = native.forward(*inputs, scalars, output_final_state, False, backend)
     elif way == "operator":
         o, _, kv1, z1 = torch.ops.headworks.linear_attention_fwd(
-            *inputs, *options, output_final_state, False, backend
+            *inputs, *scalars, output_final_state, False, backend
         )
     else:
-        o, kv1, z1 = _LinearAttention.apply(*inputs, *options, output_final_state, backend)
+        o, kv1, z1 = native.LinearAttention.apply(*inputs, *scalars, output_final_state, backend)
     return (o, LinearState(kv1, z1)) if output_final_state else o
 
 
-def _checked(q, k, v, feature_map, scale, eps, initial_state, cu_seqlens):
+def _other_ways(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv0: Maybe,
+    z0: Maybe,
+    bounds: Maybe,
+    output_final_state: bool,
+    backend: str,
+    **options: Any,
+) -> Tensor | tuple[Tensor, LinearState]:
+    """The reference, and values of width 0."""
+    start = None if kv0 is None or z0 is None else LinearState(kv0, z0)
+    if backend == "reference":
+        if bounds is not None:
+            check_cu_seqlens_values(OP, bounds, q.shape[1])
+        with as_written(q):
+            o, end = reference.linear_attention(
+                q, k, v, initial_state=start, cu_seqlens=bounds, **options
+            )
+        return (o, LinearState(*end)) if output_final_state else o
+    if start is not None:
+        start = LinearState(widen(start.kv), start.z)
+    o, end = linear_attention(
+        q, k, widen(v), initial_state=start, output_final_state=True, cu_seqlens=bounds,
+        backend=backend, **options,
+    )  # fmt: skip
+    o, end = o[..., :0], LinearState(end.kv[..., :0], end.z)
+    return (o, end) if output_final_state else o
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: object,
+    scale: object,
+    eps: object,
+    initial_state: object,
+    cu_seqlens: object,
+) -> tuple[Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, int, float]:
     """The arguments cast and validated: q k v kv0 z0 cu_seqlens, the map's number, the scale."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        reject_inputs(_OP, "[B, S, H, D]", q, k, v)
+        reject_inputs(OP, "[B, S, H, D]", q, k, v)
     if autocasts(q):
-        q, k, v = _native.autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     if not (q.dim() == 4 and k.dim() == 4 and v.dim() == 4):
-        reject_inputs(_OP, "[B, S, H, D]", q, k, v)
+        reject_inputs(OP, "[B, S, H, D]", q, k, v)
     batch, tokens, query_heads, d = q.shape
     k_batch, k_tokens, heads, k_d = k.shape
     v_batch, v_tokens, v_heads, value_dim = v.shape
@@ -192,176 +231,43 @@ def _checked(q, k, v, feature_map, scale, eps, initial_state, cu_seqlens):
         and device == k.device
         and device == v.device
     ):
-        reject_inputs(_OP, "[B, S, H, D]", q, k, v)
-    number, scale = check_options(_OP, feature_map, scale, eps, d)
+        reject_inputs(OP, "[B, S, H, D]", q, k, v)
+    number, scale = check_options(OP, feature_map, scale, eps, d)
+    bounds = None
     if cu_seqlens is not None:
-        cu_seqlens = check_cu_seqlens(_OP, cu_seqlens, q)
-        batch = cu_seqlens.shape[0] - 1
+        bounds = check_cu_seqlens(OP, cu_seqlens, q)
+        batch = bounds.shape[0] - 1
     kv0 = z0 = None
     if initial_state is not None:
-        sizes = (batch, heads, num_features(feature_map, d), value_dim)
-        kv0, z0 = check_state(_OP, "initial_state", initial_state, q, feature_map, sizes)
-    return q, k, v, kv0, z0, cu_seqlens, number, scale
+        sizes = (batch, heads, num_features(number, d), value_dim)
+        kv0, z0 = check_state(OP, "initial_state", initial_state, q, feature_map, sizes)
+    return q, k, v, kv0, z0, bounds, number, scale
 
 
-# The native calls. Tensor and scalar order: csrc/ops/linear_attention/linear_attention.h.
-
-
-def _outputs(q, k, v, cu_seqlens, feature_map, final_state, save_z):
-    """o, z, kv1, z1 unfilled; None for what is not asked for."""
-    batch, tokens, query_heads, d = q.shape
-    heads, value_dim = v.shape[2], v.shape[3]
-    device = q.device
-    o = torch.empty((batch, tokens, query_heads, value_dim), dtype=q.dtype, device=device)
-    z = kv1 = z1 = None
-    if save_z or final_state:
-        dtype = ACCUMULATION[q.dtype]
-        if save_z:
-            z = torch.empty((batch, tokens, query_heads), dtype=dtype, device=device)
-        if final_state:
-            sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            rows = num_features(feature_map, d)
-            kv1 = torch.empty((sequences, heads, rows, value_dim), dtype=dtype, device=device)
-            z1 = torch.empty((sequences, heads, rows), dtype=dtype, device=device)
-    return o, z, kv1, z1
-
-
-def _forward(
-    q, k, v, kv0, z0, cu_seqlens, feature_map, causal, normalize, scale, eps, final_state, save_z,
-    backend,
-):
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(_OP, cu_seqlens, q.shape[1])
-    o, z, kv1, z1 = _outputs(q, k, v, cu_seqlens, feature_map, final_state, save_z)
-    run(
-        "linear_attention.forward",
-        backend,
-        [q, k, v, o, z, kv0, z0, kv1, z1, cu_seqlens],
-        (feature_map, causal, normalize, scale, eps),
-    )
-    return o, z, kv1, z1
-
-
-def _forward_op(q, *args):
-    return fixed_arity(_forward(q, *args), q)
-
-
-def _forward_fake(
-    q, k, v, kv0, z0, cu_seqlens, feature_map, causal, normalize, scale, eps, final_state, save_z,
-    backend,
-):
-    return fixed_arity(_outputs(q, k, v, cu_seqlens, feature_map, final_state, save_z), q)
-
-
-def _gradients(q, k, v, kv0, z0, state_grad):
-    """d_q, d_k, d_v, d_kv0, d_z0 unfilled; None for the last two where they are not wanted."""
-    return empties(q, k, v, *((kv0, z0) if state_grad else (None, None)))
-
-
-def _backward_op(
-    d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, cu_seqlens, feature_map, causal, normalize, scale,
-    eps, state_grad, backend,
-):
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(_OP, cu_seqlens, q.shape[1])
-    d_q, d_k, d_v, d_kv0, d_z0 = _gradients(q, k, v, kv0, z0, state_grad)
-    run(
-        "linear_attention.backward",
-        backend,
-        [q, k, v, o, z, kv0, z0, cu_seqlens, d_o, d_kv1, d_z1, d_q, d_k, d_v, d_kv0, d_z0],
-        (feature_map, causal, normalize, scale, eps),
-    )
-    return fixed_arity((d_q, d_k, d_v, d_kv0, d_z0), q)
-
-
-def _backward_fake(
-    d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, cu_seqlens, feature_map, causal, normalize, scale,
-    eps, state_grad, backend,
-):
-    return fixed_arity(_gradients(q, k, v, kv0, z0, state_grad), q)
-
-
-_native.define(
-    "linear_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? kv0, Tensor? z0,"
-    " Tensor? cu_seqlens, int feature_map, bool causal, bool normalize, float scale, float eps,"
-    " bool final_state, bool save_z, str backend) -> (Tensor o, Tensor z, Tensor kv1, Tensor z1)",
-    _forward_op,
-    _forward_fake,
-)
-_native.define(
-    "linear_attention_bwd(Tensor d_o, Tensor? d_kv1, Tensor? d_z1, Tensor q, Tensor k, Tensor v,"
-    " Tensor o, Tensor? z, Tensor? kv0, Tensor? z0, Tensor? cu_seqlens, int feature_map,"
-    " bool causal, bool normalize, float scale, float eps, bool state_grad, str backend)"
-    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_kv0, Tensor d_z0)",
-    _backward_op,
-    _backward_fake,
-)
-
-
-class _LinearAttention(torch.autograd.Function):
-    """Saves the inputs, o and z; the backward recomputes the weights."""
-
-    @staticmethod
-    def forward(
-        ctx, q, k, v, kv0, z0, cu_seqlens, feature_map, causal, normalize, scale, eps,
-        final_state, backend,
-    ):
-        options = (feature_map, causal, normalize, scale, eps)
-        o, z, kv1, z1 = torch.ops.headworks.linear_attention_fwd(
-            q, k, v, kv0, z0, cu_seqlens, *options, final_state, normalize, backend
-        )
-        ctx.save_for_backward(q, k, v, o, z if normalize else None, kv0, z0, cu_seqlens)
-        ctx.options, ctx.final_state, ctx.backend = options, final_state, backend
-        ctx.set_materialize_grads(False)
-        if not final_state:
-            ctx.mark_non_differentiable(kv1, z1)
-        return o, kv1, z1
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_o, d_kv1, d_z1):
-        q, k, v, o, z, kv0, z0, cu_seqlens = ctx.saved_tensors
-        state_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        if d_o is None:
-            d_o = o.new_zeros(()).expand(o.shape)
-        if not ctx.final_state:
-            d_kv1 = d_z1 = None
-        elif d_kv1 is not None or d_z1 is not None:
-            d_kv1, d_z1 = _state_cotangent(d_kv1, d_z1, k, v, cu_seqlens, ctx.options[0])
-        d_q, d_k, d_v, d_kv0, d_z0 = torch.ops.headworks.linear_attention_bwd(
-            d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, cu_seqlens, *ctx.options, state_grad,
-            ctx.backend,
-        )
-        if not state_grad:
-            d_kv0 = d_z0 = None
-        return d_q, d_k, d_v, d_kv0, d_z0, *(None,) * 8
-
-
-def _state_cotangent(d_kv1, d_z1, k, v, cu_seqlens, feature_map):
-    """Both cotangents of the final state; zeros (without memory) for one that is missing."""
-    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = num_features(feature_map, k.shape[3])
-    zero = k.new_zeros((), dtype=ACCUMULATION[k.dtype])
-    if d_kv1 is None:
-        d_kv1 = zero.expand(sequences, k.shape[2], rows, v.shape[3])
-    if d_z1 is None:
-        d_z1 = zero.expand(sequences, k.shape[2], rows)
-    return d_kv1, d_z1
-
-
-def _native_call(q, k, v, *, feature_map="taylor2", is_causal=True, scale=None, normalize=True,
-                  eps=0.0, initial_state=None, output_final_state=False, cu_seqlens=None,
-                  backend="auto"):
-    """For hw.explain: function, backend, tensors and scalars of the call that would be made."""
+def _native_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str | Callable[[Tensor], Tensor] = "taylor2",
+    is_causal: bool = True,
+    scale: float | None = None,
+    normalize: bool = True,
+    eps: float = 0.0,
+    initial_state: LinearState | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> NativeCall:
     if callable(feature_map):
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
-    q, k, v, kv0, z0, cu_seqlens, number, scale = _checked(
+    q, k, v, kv0, z0, bounds, number, scale = _checked(
         q, k, v, feature_map, scale, eps, initial_state, cu_seqlens
     )
-    o, z, kv1, z1 = _outputs(q, k, v, cu_seqlens, number, output_final_state, normalize)
-    tensors = [q, k, v, o, z, kv0, z0, kv1, z1, cu_seqlens, None]
+    o, z, kv1, z1 = native.outputs(q, v, bounds, number, output_final_state, normalize)
+    tensors = [q, k, v, o, z, kv0, z0, kv1, z1, bounds, None]
     scalars = (number, bool(is_causal), bool(normalize), scale, float(eps))
-    return "linear_attention.forward", backend_for(_OP, backend, q), tensors, scalars
+    return "linear_attention.forward", backend_for(OP, backend, q), tensors, scalars
 
 
-linear_attention.native_call = _native_call
+NATIVE_CALLS[linear_attention] = _native_call

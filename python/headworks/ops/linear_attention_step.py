@@ -4,13 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .. import _native
 from .._errors import fail
-from .._native import ACCUMULATION, as_written, autocasts, backend_for, route, run, widen
+from .._native import (
+    ACCUMULATION,
+    NATIVE_CALLS,
+    NativeCall,
+    as_written,
+    autocast,
+    autocasts,
+    backend_for,
+    define,
+    route,
+    run,
+    widen,
+)
 from ..reference import linear_attention as reference
 from ._linear_attention_checks import (
     check_options,
@@ -81,9 +93,10 @@ def linear_attention_step(
             "Call it under torch.no_grad(), or use linear_attention on a sequence of length 1.",
         )
     if not v.shape[2]:
-        options = {"feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
-        state = LinearState(widen(kv), z)
-        return linear_attention_step(q, k, widen(v), state, backend=backend, **options)[..., :0]
+        return linear_attention_step(
+            q, k, widen(v), (widen(kv), z), feature_map=feature_map, scale=scale,
+            normalize=normalize, eps=eps, backend=backend,
+        )[..., :0]  # fmt: skip
     if backend == "reference":
         with as_written(q):
             o, new = reference.linear_attention_step(
@@ -95,17 +108,26 @@ def linear_attention_step(
         return o
     if way == "direct":
         return _step(q, k, v, kv, z, number, bool(normalize), scale, float(eps), backend)
-    return torch.ops.headworks.linear_attention_step(
+    o = torch.ops.headworks.linear_attention_step(
         q, k, v, kv, z, number, bool(normalize), scale, float(eps), backend
     )
+    return cast(Tensor, o)
 
 
-def _checked(q, k, v, state, feature_map, scale, eps):
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: object,
+    feature_map: object,
+    scale: object,
+    eps: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, float]:
     """The arguments cast and validated: q k v kv z, the map's number, the scale."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         reject_inputs(_OP, "[B, H, D]", q, k, v)
     if autocasts(q):
-        q, k, v = _native.autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     if not (q.dim() == 3 and k.dim() == 3 and v.dim() == 3):
         reject_inputs(_OP, "[B, H, D]", q, k, v)
     batch, query_heads, d = q.shape
@@ -126,7 +148,7 @@ def _checked(q, k, v, state, feature_map, scale, eps):
     ):
         reject_inputs(_OP, "[B, H, D]", q, k, v)
     number, scale = check_options(_OP, feature_map, scale, eps, d)
-    sizes = (batch, heads, num_features(feature_map, d), value_dim)
+    sizes = (batch, heads, num_features(number, d), value_dim)
     kv, z = check_state(_OP, "state", state, q, feature_map, sizes)
     for name, x in (("state.kv", kv), ("state.z", z)):
         if not x.is_contiguous() and _repeats_memory(x):
@@ -145,7 +167,18 @@ def _repeats_memory(x: Tensor) -> bool:
 # The native call. Tensor and scalar order: csrc/ops/linear_attention/linear_attention.h.
 
 
-def _step(q, k, v, kv, z, feature_map, normalize, scale, eps, backend):
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    z: Tensor,
+    feature_map: int,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
     o = _output(q, v)
     run(
         "linear_attention.step",
@@ -160,15 +193,15 @@ def _step(q, k, v, kv, z, feature_map, normalize, scale, eps, backend):
     return o
 
 
-def _output(q, v):
+def _output(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
 
 
-def _step_fake(q, k, v, kv, z, feature_map, normalize, scale, eps, backend):
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return _output(q, v)
 
 
-_native.define(
+define(
     "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) z,"
     " int feature_map, bool normalize, float scale, float eps, str backend) -> Tensor",
     _step,
@@ -176,15 +209,24 @@ _native.define(
 )
 
 
-def _native_call(q, k, v, state, *, feature_map="taylor2", scale=None, normalize=True, eps=0.0,
-                 backend="auto"):
-    """For hw.explain: function, backend, tensors and scalars of the call that would be made."""
+def _native_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearState | tuple[Tensor, Tensor],
+    *,
+    feature_map: str | Callable[[Tensor], Tensor] = "taylor2",
+    scale: float | None = None,
+    normalize: bool = True,
+    eps: float = 0.0,
+    backend: str = "auto",
+) -> NativeCall:
     if callable(feature_map):
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
     q, k, v, kv, z, number, scale = _checked(q, k, v, state, feature_map, scale, eps)
-    tensors = [q, k, v, kv, z, _output(q, v)]
+    tensors: list[Tensor | None] = [q, k, v, kv, z, _output(q, v)]
     scalars = (number, bool(normalize), scale, float(eps))
     return "linear_attention.step", backend_for(_OP, backend, q), tensors, scalars
 
 
-linear_attention_step.native_call = _native_call
+NATIVE_CALLS[linear_attention_step] = _native_call
