@@ -51,7 +51,9 @@ def chosen_jobs() -> int:
                 sys.exit(f"headworks: {name} is '{text}'; expected a number from 1 on")
             say(f"{text} build jobs ({name})")
             return int(text)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     memory = free_memory_gb()
     if memory is None:
         say(f"{cores} build jobs, one per core")

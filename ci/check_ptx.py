@@ -29,9 +29,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,18 +250,18 @@ def units(build: Path) -> list[tuple[list[str], list[str]]]:
 def collect(build: Path, archs: list[str], only: str, jobs: int) -> list[Kernel]:
     cuobjdump = tool("cuobjdump")
     objects = [p for p in sorted(build.rglob("*.cu.o")) if only in str(p)]
+    work: list[Callable[[], list[Kernel]]] = []
     if cuobjdump and objects:
-        work = [(from_objects, (cuobjdump, p, archs)) for p in objects]
+        work = [partial(from_objects, cuobjdump, p, archs) for p in objects]
     else:
         work = [
-            (from_source, (command, arch))
+            partial(from_source, command, arch)
             for command, built in units(build)
             for arch in (archs or built)
             if only in command[-1] and ("_simt_" in command[-1] or int(arch.rstrip("af")) >= 80)
         ]
     with ThreadPoolExecutor(jobs) as pool:
-        lists = pool.map(lambda job: job[0](*job[1]), work)
-        return [kernel for kernels in lists for kernel in kernels]
+        return [kernel for kernels in pool.map(lambda job: job(), work) for kernel in kernels]
 
 
 def dynamic_shared(names: set[str]) -> dict[str, int]:

@@ -42,7 +42,10 @@ def test_build_info_agrees_with_the_dispatcher():
             v = torch.zeros(1, 2, 1, 4, dtype=s.dtype)
             lse = torch.zeros(1, 2, 1)
             tensors = [s, v, v, lse, None, None, None, None, None]
-            assert bool(_library.reasons(function, tensors)[backend]) == bool(reason), (backend, name)
+            assert bool(_library.reasons(function, tensors)[backend]) == bool(reason), (
+                backend,
+                name,
+            )
 
 
 def test_info_prints_it(capsys):
@@ -70,7 +73,8 @@ def test_the_report_gives_reasons():
         {
             "versions": {"headworks": "1", "python": "3", "torch": "2", "torch_cuda": None},
             "build": {"preset": "auto", "build_type": "Release", "compiler": "GNU 12"},
-            "cpu": {"processor": "x", "isa": "avx2", "available": ["avx2"], "built": ["avx2", "avx512"]},
+            "cpu": {"processor": "x", "isa": "avx2", "built": ["avx2", "avx512"],
+                    "available": ["avx2"]},
             "cuda": {"built": False, "reason": "no nvcc", "devices": []},
             "emulator": False,
             "operators": {"op": {"functions": ["f"], "backends": {"cpu": some, "simt": missing}}},

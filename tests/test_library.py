@@ -131,7 +131,9 @@ def test_tensors_without_data_are_refused(exchange):
     native.use_exchange_api(exchange)
     with FakeTensorMode():
         fake, _ = key_scan_tensors()
-    with pytest.raises(RuntimeError, match=r"key_scan.forward: tensor 0 .* is a fake or meta tensor"):
+    with pytest.raises(
+        RuntimeError, match=r"key_scan.forward: tensor 0 .* is a fake or meta tensor"
+    ):
         _library.call(FORWARD, "cpu", fake)
     # Shapes alone are enough to choose.
     assert _library.choose(FORWARD, "auto", fake) == "cpu"
@@ -142,12 +144,16 @@ def test_tensors_without_data_are_refused(exchange):
 
 def test_bad_calls():
     tensors, _ = key_scan_tensors()
-    with pytest.raises(ValueError, match=r"no native function 'key_scan.sideways'; this build has .*"):
+    with pytest.raises(
+        ValueError, match=r"no native function 'key_scan.sideways'; this build has .*"
+    ):
         _library.function("key_scan.sideways")
     with pytest.raises(ValueError, match="no function number 99"):
         _library.call(99, "cpu", tensors)
     for name in ("gpu", "", "emulate:cpu", "emulate:gpu", "emulated", "emulate:auto"):
-        with pytest.raises(ValueError, match=f"backend is '{name}'; expected one of auto, reference"):
+        with pytest.raises(
+            ValueError, match=f"backend is '{name}'; expected one of auto, reference"
+        ):
             _library.call(FORWARD, name, tensors)
     with pytest.raises(ValueError, match="at least its first tensor"):
         _library.call(FORWARD, "cpu", [])
@@ -169,9 +175,11 @@ def test_reasons_name_every_backend():
     assert reasons["cpu"] == ""
     cuda = _library.info()["cuda"]
     for name in ("simt", "sm80", "sm90"):
-        expected = "the tensors are on the CPU" if cuda["built"] else "this build has no CUDA code ("
+        expected = (
+            "the tensors are on the CPU" if cuda["built"] else "this build has no CUDA code ("
+        )
         assert reasons[name].startswith(expected)
-    with pytest.raises(NotImplementedError, match="key_scan.forward: backend 'simt' cannot take"):
+    with pytest.raises(NotImplementedError, match=r"key_scan.forward: backend 'simt' cannot take"):
         _library.call(FORWARD, "simt", tensors)
 
 
@@ -204,7 +212,9 @@ def test_every_instruction_set_agrees():
 
 
 def test_an_instruction_set_that_is_unknown():
-    with pytest.raises(ValueError, match="cpu_isa is 'mmx', but this build has the CPU instruction"):
+    with pytest.raises(
+        ValueError, match="cpu_isa is 'mmx', but this build has the CPU instruction"
+    ):
         _library.set_cpu_isa("mmx")
 
 
@@ -280,8 +290,8 @@ def test_without_the_emulator_the_remedy_is_named(tmp_path):
         "import torch\n"
         "from headworks import _library as L\n"
         "assert L.info()['emulator'] is None\n"
-        "f, t = L.function('key_scan.forward'), [torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 4)] * 2 + [None] * 5\n"
-        "t[2], t[3] = t[3], t[2]\n"
+        "s, v = torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 4)\n"
+        "f, t = L.function('key_scan.forward'), [s, v, v, s] + [None] * 5\n"
         "print(L.reasons(f, t)['emulate:simt'])\n"
         "try: L.call(f, 'emulate:simt', t)\n"
         "except NotImplementedError as error: print(error)"

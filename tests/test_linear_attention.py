@@ -349,7 +349,7 @@ def test_huge_scores(dtype):
 def test_non_finite_inputs(which, value, j):
     """q_j spoils row j, k_j the rows from j on, v_j one column of the rows from j on.
 
-    Within the tile of 64 tokens of j the weights 0 of earlier rows meet v_j: they may be spoilt too.
+    In the tile of 64 tokens of j, weights 0 of earlier rows meet v_j: they may be spoilt too.
     """
     names = ("q", "k", "v")
     clean = dict(zip(names, inputs(s=130, h=1, dtype=F32), strict=True))

@@ -40,7 +40,9 @@ def test_decode_from_nothing(dtype):
     q, k, v = (randn(1, s, 1, n, dtype=dtype, seed=n) for n in (d, d + 1, dv))
     k = k[..., :d]
     state = hw.LinearState.initial(1, 1, d, dv)
-    o = torch.stack([hw.linear_attention_step(q[:, i], k[:, i], v[:, i], state) for i in range(s)], 1)
+    o = torch.stack(
+        [hw.linear_attention_step(q[:, i], k[:, i], v[:, i], state) for i in range(s)], 1
+    )
     wide = [x.double() for x in (q, k, v)]
     expected = hw.linear_attention(*wide, backend="reference")
     compare(o, expected, dtype, reference=expected.to(dtype), floor=1.0)
@@ -70,7 +72,9 @@ def test_update_is_seen_by_autograd():
         hw.linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         o.sum().backward()
-    compare(state.z, hw.linear_attention(q, k, v, output_final_state=True)[1].z[:] * 0 + state.z, F32)
+    compare(
+        state.z, hw.linear_attention(q, k, v, output_final_state=True)[1].z[:] * 0 + state.z, F32
+    )
 
 
 def test_under_inference_mode():

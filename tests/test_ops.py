@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_emulated_layouts(spec):
     ran = targets(spec, emulated=True)
     if not ran:
         pytest.skip("the emulator is not built (preset emu)")
-    for backend, device, dtype in ran:
+    for backend, _, dtype in ran:
         if dtype in (torch.float32, torch.bfloat16):
             for layout in LAYOUTS[1:]:
                 check_case(spec, spec.emulator_cases[1], backend, dtype, layout=layout)
@@ -326,7 +327,7 @@ def test_autocast(spec, half):
     """Mixed inputs are cast to the autocast dtype; gradients come back in each input's own."""
     case = spec.sample_cases[0]
     tensors = spec.make(case, torch.float32)
-    first, second = list(tensors)[:2]
+    second = list(tensors)[1]
     mixed = {**tensors, second: tensors[second].to(half)}
     cast = {n: x.to(half) if n in ("q", "k", "v", "s") else x for n, x in tensors.items()}
     expected = evaluate(spec, case, "cpu", cast)
@@ -348,7 +349,7 @@ def test_fake_and_meta(spec):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for case in spec.sample_cases:
-        tensors = {n: x for n, x in spec.make(case, torch.bfloat16).items()}
+        tensors = spec.make(case, torch.bfloat16)
         real = evaluate(spec, case, "cpu", tensors, gradients=False)
         meta = {n: x.to("meta") for n, x in tensors.items()}
         found = [evaluate(spec, case, "auto", meta, gradients=False)]
@@ -454,7 +455,7 @@ def test_backend_that_cannot(spec):
     tensors = spec.make(case, torch.float32)
     with pytest.raises(ValueError, match="backend is 'fast'; expected one of auto, reference, cpu"):
         spec.run(tensors, case, "fast")
-    with pytest.raises(RuntimeError, match='expected cuda.*backend="emulate:simt"'):
+    with pytest.raises(RuntimeError, match=r'expected cuda.*backend="emulate:simt"'):
         spec.run(tensors, case, "simt")
     check_case(spec, case, "cpu", torch.float32)
 
@@ -471,7 +472,7 @@ def test_backend_from_environment():
     done = {}
     for name in ("reference", "fast"):
         done[name] = subprocess.run(
-            [sys.executable, "-c", code, os.path.dirname(__file__)],
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
             capture_output=True, text=True, env={**os.environ, "HEADWORKS_BACKEND": name},
         )  # fmt: skip
     assert "HEADWORKS_BACKEND is 'fast'" in done["fast"].stderr

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "binding/libraries.h"
 
-#include <dlfcn.h>
-#include <unistd.h>
-
 #include <optional>
 #include <string>
+
+#include <dlfcn.h>
+#include <unistd.h>
 
 namespace hw {
 namespace {
@@ -41,8 +41,8 @@ const HwApi* open_emulator() {
         concat("this build has no emulator (", path, " is not there); build it with ",
                "HEADWORKS_PRESET=emu pip install -e ."));
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  check(library != nullptr, ErrorKind::runtime, "cannot load the emulator: ",
-        library ? "" : dlerror());
+  check(library != nullptr, ErrorKind::runtime,
+        "cannot load the emulator: ", library ? "" : dlerror());
   using Entry = const HwApi* (*)(int);
   const auto entry = reinterpret_cast<Entry>(dlsym(library, "hw_api"));
   check(entry != nullptr, ErrorKind::runtime, path, " is not an emulator of headworks");

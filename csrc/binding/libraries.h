@@ -20,7 +20,7 @@ const HwApi& emulator_api();
 
 struct Target {
   const HwApi* api;
-  int backend;    // a hw::Backend or kHwAutomatic
+  int backend;  // a hw::Backend or kHwAutomatic
   bool emulated;
 };
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // _C: the C table of the native libraries as Python functions. See python/headworks/_library.py,
 // its only user, for what they mean.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "binding/libraries.h"
 #include "binding/tensor_reader.h"
@@ -103,8 +103,8 @@ std::vector<std::string> functions() {
   return names;
 }
 
-void call(int function, const py::str& backend, const py::object& tensors, const py::object& scalars,
-          int threads) {
+void call(int function, const py::str& backend, const py::object& tensors,
+          const py::object& scalars, int threads) {
   const Target t = target(view(backend));
   const Arguments arguments(tensors, scalars, threads);
   Buffer buffer;
@@ -198,6 +198,11 @@ void translate(std::exception_ptr failure) {
 }  // namespace hw
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  try {
+    hw::prepare_reader();
+  } catch (const hw::PythonError&) {
+    throw py::error_already_set();
+  }
   py::register_local_exception_translator(&hw::translate);
   m.def("functions", &hw::functions);
   m.def("call", &hw::call);

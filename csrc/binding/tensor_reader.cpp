@@ -57,13 +57,12 @@ struct Torch {
   PyTypeObject* parameter;
   const dlpack::ExchangeApi* exchange;  // of the two above; may be null
   PyObject* dtypes[std::size(kDTypes)];
+  PyObject* raw_stream;  // torch._C._cuda_getCurrentRawStream; null in builds for the CPU
 
   Torch();
 };
-const Torch& torch() {
-  static const Torch one;
-  return one;
-}
+const Torch* the_torch = nullptr;
+const Torch& torch() { return *the_torch; }
 
 // The exchange table that a type offers, or null.
 const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
@@ -94,6 +93,9 @@ Torch::Torch() {
   exchange = exchange_of(tensor);
   for (size_t i = 0; i < std::size(kDTypes); ++i)
     dtypes[i] = Owned(PyObject_GetAttrString(module.get(), dtype_name(kDTypes[i]))).release();
+  const Owned internals(PyObject_GetAttrString(module.get(), "_C"));
+  raw_stream = PyObject_GetAttrString(internals.get(), "_cuda_getCurrentRawStream");
+  if (!raw_stream) PyErr_Clear();
 }
 
 [[noreturn]] void refuse_dtype(Py_ssize_t position, PyObject* object) {
@@ -117,14 +119,22 @@ void check_rank(Py_ssize_t position, Py_ssize_t ndim) {
 bool convert(dlpack::DataType t, DType* out) {
   if (t.lanes != 1) return false;
   const auto is = [&](uint8_t code, int bits) { return t.code == code && t.bits == bits; };
-  if (is(dlpack::kFloat, 32)) *out = DType::f32;
-  else if (is(dlpack::kBfloat, 16)) *out = DType::bf16;
-  else if (is(dlpack::kFloat, 16)) *out = DType::f16;
-  else if (is(dlpack::kFloat, 64)) *out = DType::f64;
-  else if (is(dlpack::kInt, 64)) *out = DType::i64;
-  else if (is(dlpack::kInt, 32)) *out = DType::i32;
-  else if (is(dlpack::kUInt, 8)) *out = DType::u8;
-  else return false;
+  if (is(dlpack::kFloat, 32))
+    *out = DType::f32;
+  else if (is(dlpack::kBfloat, 16))
+    *out = DType::bf16;
+  else if (is(dlpack::kFloat, 16))
+    *out = DType::f16;
+  else if (is(dlpack::kFloat, 64))
+    *out = DType::f64;
+  else if (is(dlpack::kInt, 64))
+    *out = DType::i64;
+  else if (is(dlpack::kInt, 32))
+    *out = DType::i32;
+  else if (is(dlpack::kUInt, 8))
+    *out = DType::u8;
+  else
+    return false;
   return true;
 }
 
@@ -222,6 +232,11 @@ const dlpack::ExchangeApi* exchange_for(PyObject* object) {
 
 }  // namespace
 
+void prepare_reader() {
+  names();
+  if (!the_torch) the_torch = new Torch;
+}
+
 Tensor read_tensor(PyObject* object, Py_ssize_t position) {
   Tensor result;
   if (object == Py_None) return result;
@@ -242,12 +257,13 @@ void* current_stream(PyObject* tensor, int device_index) {
     if (api->current_stream(dlpack::kCuda, device_index, &stream) != 0) throw PythonError();
     return stream;
   }
-  static PyObject* const raw_stream = [] {
-    const Owned module(PyImport_ImportModule("torch._C"));
-    return Owned(PyObject_GetAttrString(module.get(), "_cuda_getCurrentRawStream")).release();
-  }();
+  if (!torch().raw_stream) {
+    PyErr_SetString(PyExc_RuntimeError,
+                    "this torch has no CUDA streams; install a CUDA build of it");
+    throw PythonError();
+  }
   const Owned index(PyLong_FromLong(device_index));
-  const Owned result(PyObject_CallOneArg(raw_stream, index.get()));
+  const Owned result(PyObject_CallOneArg(torch().raw_stream, index.get()));
   stream = PyLong_AsVoidPtr(result.get());
   if (!stream && PyErr_Occurred()) throw PythonError();
   return stream;

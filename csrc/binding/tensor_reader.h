@@ -16,6 +16,10 @@ namespace hw {
 
 struct PythonError {};
 
+// Looks up in torch what the other functions need; once, when the module is imported. Not at the
+// first tensor: an import that lets other threads run must not happen inside a call.
+void prepare_reader();
+
 // None gives an absent tensor. `position` is for messages.
 Tensor read_tensor(PyObject* object, Py_ssize_t position);
 

@@ -76,15 +76,13 @@ const char* function_name(int number) {
 }
 
 int call(int function, int backend, const HwArguments* a, HwMessage message) {
-  return guarded(message,
-                 [&] { run(function_by_number(function), wanted(backend), as_call(*a)); });
+  return guarded(message, [&] { run(function_by_number(function), wanted(backend), as_call(*a)); });
 }
 
 int choose_backend(int function, int backend, const HwArguments* a, int* chosen,
                    HwMessage message) {
   return guarded(message, [&] {
-    *chosen =
-        static_cast<int>(choose(function_by_number(function), wanted(backend), as_call(*a)));
+    *chosen = static_cast<int>(choose(function_by_number(function), wanted(backend), as_call(*a)));
   });
 }
 
@@ -110,7 +108,8 @@ Enum one_of(const char* key, std::string_view value, const char* const (&names)[
     if (value == names[i]) return static_cast<Enum>(i);
     list += (i ? ", " : "") + std::string(names[i]);
   }
-  throw Error(ErrorKind::value, concat("emulator: ", key, " is '", value, "'; expected one of ", list));
+  throw Error(ErrorKind::value,
+              concat("emulator: ", key, " is '", value, "'; expected one of ", list));
 }
 
 void set(std::string_view key, const char* value) {

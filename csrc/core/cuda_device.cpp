@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "build_config.h"
+
 #include "core/error.h"
 
 #if HW_CUDA_FOUND && !defined(HW_EMULATE)
@@ -28,7 +29,8 @@ bool entry_covers(const char* entry, size_t length, int capability) {
   if (specific) return arch == capability;
   const bool real = left == 0 || std::strncmp(kind, "-real", left) == 0;
   const bool ptx = left == 0 || std::strncmp(kind, "-virtual", left) == 0;
-  return (real && arch / 10 == capability / 10 && arch <= capability) || (ptx && arch <= capability);
+  return (real && arch / 10 == capability / 10 && arch <= capability) ||
+         (ptx && arch <= capability);
 }
 
 #if HW_HAS_CUDA_RUNTIME

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "build_config.h"
+
 #include "core/cpu_features.h"
 #include "core/cuda_device.h"
 #include "core/tables.h"
@@ -150,7 +151,8 @@ void check_devices(FunctionId f, const Call& call) {
   const Tensor& first = call.tensor(0);
   for (size_t i = 1; i < call.tensors.size(); ++i) {
     const Tensor& t = call.tensors[i];
-    if (!t.present() || (t.device == first.device && t.device_index == first.device_index)) continue;
+    if (!t.present() || (t.device == first.device && t.device_index == first.device_index))
+      continue;
     throw Error(ErrorKind::runtime, concat(f.name(), ": tensor ", i,
                                            " of the call is on another device than tensor 0"));
   }
@@ -203,9 +205,8 @@ Backend choose(FunctionId f, std::optional<Backend> wanted, const Call& call) {
     const std::string reason = refuse(f, *wanted, call);
     if (reason.empty()) [[likely]]
       return *wanted;
-    throw Error(ErrorKind::not_implemented,
-                concat(f.name(), ": backend '", public_name(*wanted),
-                       "' cannot take this call: ", reason));
+    throw Error(ErrorKind::not_implemented, concat(f.name(), ": backend '", public_name(*wanted),
+                                                   "' cannot take this call: ", reason));
   }
   const bool gpu = kEmulated || call.tensor(0).device == Device::cuda;
   const std::span<const Backend> candidates =
@@ -265,10 +266,10 @@ std::string json_instance(const Instance& i, const Operator* op) {
 
 std::string json_operator(const Operator* op) {
   const std::vector<std::string> names(op->functions.begin(), op->functions.end());
-  return concat("{\"name\": ", quoted(op->name), ", \"functions\": ", json_list(names, quoted),
-                ", \"instances\": ",
-                json_list(instances_of(op), [&](const Instance& i) { return json_instance(i, op); }),
-                "}");
+  return concat(
+      "{\"name\": ", quoted(op->name), ", \"functions\": ", json_list(names, quoted),
+      ", \"instances\": ",
+      json_list(instances_of(op), [&](const Instance& i) { return json_instance(i, op); }), "}");
 }
 
 std::string json_cpu() {
@@ -282,21 +283,21 @@ std::string json_cpu() {
 }
 
 std::string json_cuda() {
-  return concat("{\"built\": ", HW_CUDA_FOUND ? "true" : "false",
-                ", \"reason\": ", quoted(HW_CUDA_REASON), ", \"toolkit\": ", quoted(HW_CUDA_VERSION),
-                ", \"architectures\": {\"simt\": ", quoted(HW_CUDA_ARCHS_SIMT),
-                ", \"sm80\": ", quoted(HW_CUDA_ARCHS_SM80),
-                ", \"sm90\": ", quoted(HW_CUDA_ARCHS_SM90), "}}");
+  return concat(
+      "{\"built\": ", HW_CUDA_FOUND ? "true" : "false", ", \"reason\": ", quoted(HW_CUDA_REASON),
+      ", \"toolkit\": ", quoted(HW_CUDA_VERSION),
+      ", \"architectures\": {\"simt\": ", quoted(HW_CUDA_ARCHS_SIMT),
+      ", \"sm80\": ", quoted(HW_CUDA_ARCHS_SM80), ", \"sm90\": ", quoted(HW_CUDA_ARCHS_SM90), "}}");
 }
 
 }  // namespace
 
 std::string describe_library() {
-  return concat("{\"version\": ", quoted(HW_VERSION), ", \"preset\": ", quoted(HW_PRESET),
-                ", \"build_type\": ", quoted(HW_BUILD_TYPE), ", \"compiler\": ",
-                quoted(HW_COMPILER), ", \"emulator\": ", kEmulated ? "true" : "false",
-                kEmulated ? "" : ", \"cpu\": " + json_cpu(), ", \"cuda\": ", json_cuda(),
-                ", \"operators\": ", json_list(operators(), json_operator), "}");
+  return concat(
+      "{\"version\": ", quoted(HW_VERSION), ", \"preset\": ", quoted(HW_PRESET),
+      ", \"build_type\": ", quoted(HW_BUILD_TYPE), ", \"compiler\": ", quoted(HW_COMPILER),
+      ", \"emulator\": ", kEmulated ? "true" : "false", kEmulated ? "" : ", \"cpu\": " + json_cpu(),
+      ", \"cuda\": ", json_cuda(), ", \"operators\": ", json_list(operators(), json_operator), "}");
 }
 
 }  // namespace hw

@@ -24,6 +24,7 @@ from .cost import Cost, cost
 from .ops.key_scan import KeyScanState, key_scan
 from .ops.linear_attention import LinearState, linear_attention
 from .ops.linear_attention_step import linear_attention_step
+
 from . import models, nn  # isort: skip
 
 __all__ = [

@@ -33,7 +33,11 @@ def require_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dim() != rank:
             fail(
-                ValueError, op, name, f"of shape {list(x.shape)}", f"{rank} dimensions {layout}",
+                ValueError,
+                op,
+                name,
+                f"of shape {list(x.shape)}",
+                f"{rank} dimensions {layout}",
                 "Add or move dimensions with unsqueeze() or transpose(); strides are free.",
             )
 
@@ -41,7 +45,11 @@ def require_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
 def require_sizes(op: str, expected: str, name: str, x: Tensor, sizes: tuple[int, ...]) -> None:
     if tuple(x.shape) != tuple(sizes):
         fail(
-            ValueError, op, name, f"of shape {list(x.shape)}", f"{expected} = {list(sizes)}",
+            ValueError,
+            op,
+            name,
+            f"of shape {list(x.shape)}",
+            f"{expected} = {list(sizes)}",
             "Check the order of the dimensions.",
         )
 
@@ -50,7 +58,11 @@ def require_same_device(op: str, first: str, x: Tensor, **tensors: Tensor | None
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             fail(
-                RuntimeError, op, name, f"on {t.device}", f"{x.device}, where {first} is",
+                RuntimeError,
+                op,
+                name,
+                f"on {t.device}",
+                f"{x.device}, where {first} is",
                 f"Move it with {name}.to({first}.device).",
             )
 
@@ -60,12 +72,20 @@ def require_one_dtype(op: str, allowed: Container[torch.dtype], **tensors: Tenso
     (first, x), *rest = tensors.items()
     if x.dtype not in allowed:
         fail(
-            TypeError, op, first, x.dtype, "float64, float32, bfloat16 or float16",
+            TypeError,
+            op,
+            first,
+            x.dtype,
+            "float64, float32, bfloat16 or float16",
             f"Cast it, for example {first}.float().",
         )
     for name, t in rest:
         if t.dtype != x.dtype:
             fail(
-                TypeError, op, name, t.dtype, f"{x.dtype}, the dtype of {first}",
+                TypeError,
+                op,
+                name,
+                t.dtype,
+                f"{x.dtype}, the dtype of {first}",
                 "Cast them to one dtype, or call under torch.autocast, which casts them for you.",
             )

@@ -102,7 +102,11 @@ def _refuse_transforms(op: str, tensors: Sequence[Maybe]) -> None:
         else:
             continue
         fail(
-            NotImplementedError, op, "an input", got, "an ordinary tensor for a compiled backend",
+            NotImplementedError,
+            op,
+            "an input",
+            got,
+            "an ordinary tensor for a compiled backend",
             'Use backend="reference", which composes with every transform.',
         )
 
@@ -120,8 +124,8 @@ def run(
         scratch = None
         if backend != "cpu":
             if backend == "auto":
-                backend = _library.choose(number, backend, tensors + [None], scalars)
-            size = _library.workspace(number, backend, tensors + [None], scalars)
+                backend = _library.choose(number, backend, [*tensors, None], scalars)
+            size = _library.workspace(number, backend, [*tensors, None], scalars)
             if size:
                 scratch = torch.empty(size, dtype=torch.uint8, device=_device(tensors))
         tensors.append(scratch)
@@ -150,8 +154,7 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> N
 def empties(*tensors: Maybe) -> tuple[Maybe, ...]:
     """Unfilled contiguous tensors of the same shapes and dtypes; None for None."""
     return tuple(
-        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in tensors
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module per operator; `SPECS` is what the generic tests, the GPU gate and the benchmarks run."""
+"""One module per operator; `SPECS` is what the generic tests and the GPU gate run."""
 
 from . import key_scan, linear_attention, linear_attention_step
 

@@ -166,16 +166,16 @@ SAMPLE_CASES = (
     case(S=130, B=3, H=1, Hq=2, Dv=24, state_in=True, state_out=True),
     case(S=700, B=2, H=1, Dv=16, state_in=True, state_out=True),
     case(S=70, B=2, Dv=20, causal=False, state_out=True),
-    case(S=70, B=2, D=12, Dv=20, feature_map="elu1", normalize=False, state_in=True, state_out=True),
+    case(
+        S=70, B=2, D=12, Dv=20, feature_map="elu1", normalize=False, state_in=True, state_out=True
+    ),
     case(lengths=(0, 5, 600, 31), H=1, Dv=16, state_in=True, state_out=True),
 )
 
-BENCHMARK_CASES = tuple(
-    case(S=s, H=8, D=16, Dv=64, B=1) for s in (1024, 4096, 16384, 65536)
-) + (
-    case(S=4096, H=16, D=16, Dv=112, B=1),
-    case(S=4096, H=16, Hq=16, D=16, Dv=128, B=1),
-    case(S=8192, H=16, D=16, Dv=64, B=16, label="gpu"),
+BENCHMARK_CASES = (
+    *(case(S=s, H=8) for s in (1024, 4096, 16384, 65536)),
+    *(case(S=4096, H=16, Dv=dv) for dv in (112, 128)),
+    case(S=8192, H=16, B=16, label="gpu"),
 )
 
 SPEC = Spec(

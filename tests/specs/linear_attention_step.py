@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of hw.linear_attention_step. Sizes: B, Hq, H, D, Dv. The state is an input and an output."""
+"""Cases of hw.linear_attention_step. Sizes: B, Hq, H, D, Dv. The state is input and output."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@
 //   rows     dz_i = -<do_i, o_i> / z_i                                   (normalised)
 //   states   of the keys, forward, and of the queries, backward          (see the plan)
 //   walks    grad_queries: dq;   grad_keys: dk and dv
-//   reduce   dq and dk: sum of the slices' parts, scale and pre'         (only if there are parts)
 // Nothing but z is kept from the forward pass; states are computed again from k and v.
 #pragma once
 
@@ -40,33 +39,6 @@ struct RowsKernel {
   }
 };
 
-// A thread per element; reads every part once.
-template <class Element>
-struct ReduceKernel {
-  using Acc = Accum<Element>;
-  struct Params {
-    const Acc* parts;           // [slices, B, S, heads, D]
-    Ref<const Element, 4> key;  // [B, S, heads, D]   q or k
-    Ref<Element, 4> gradient;   // [B, S, heads, D]   out
-    FeatureMap map;
-    Acc scale;
-    int slices;
-    int64_t elements;
-  };
-  static constexpr int kThreads = 256;
-
-  HW_DEVICE static void main(const Params& p) {
-    const int64_t i = static_cast<int64_t>(dev::block_index_x()) * kThreads + dev::thread_index();
-    if (i >= p.elements) return;
-    Acc sum = 0;
-    for (int slice = 0; slice < p.slices; ++slice) sum += p.parts[slice * p.elements + i];
-    const int64_t *size = p.key.size, d = i % size[3], h = i / size[3] % size[2];
-    const int64_t s = i / size[3] / size[2] % size[1], b = i / size[3] / size[2] / size[1];
-    const Acc x = p.key(b, s, h, d);
-    p.gradient(b, s, h, d) = Element(sum * p.scale * pre_map_derivative(p.map, x));
-  }
-};
-
 template <class Element>
 void find_row_gradients(const BackwardParams& b, const Shape& s, Accum<Element>* d_z,
                         const Context& context) {
@@ -78,32 +50,16 @@ void find_row_gradients(const BackwardParams& b, const Shape& s, Accum<Element>*
   launch<Kernel>({ceil_div<int64_t>(p.rows, Kernel::kWarps), 1, 1}, 0, context, p);
 }
 
-template <class Element>
-void reduce_parts(const WalkParams<Element>& p, const Context& context) {
-  if (!p.geometry.partial) return;
-  using Kernel = ReduceKernel<Element>;
-  const Ref<const Element, 4>& key = p.outer.key;
-  typename Kernel::Params r{};
-  r.parts = p.partial;
-  r.key = key;
-  r.gradient = p.graded;
-  r.map = p.map;
-  r.scale = p.outer.query ? p.scale : Accum<Element>(1);
-  r.slices = p.geometry.slices;
-  r.elements = key.size[0] * key.size[1] * key.size[2] * key.size[3];
-  launch<Kernel>({ceil_div<int64_t>(r.elements, Kernel::kThreads), 1, 1}, 0, context, r);
-}
-
 template <class Element, int kColumns>
 void run_backward(const WalkParams<Element>& queries, const WalkParams<Element>& keys,
                   const Context& context) {
   const int bytes = queries.geometry.shared.size * static_cast<int>(sizeof(Accum<Element>));
   make_states<Element, kColumns, false>(queries, context);
   using GradQueries = WalkKernel<Element, kColumns, false, false, true>;
-  launch<GradQueries>({queries.blocks(), 1, 1}, bytes, context, queries);
+  launch<GradQueries>({queries.blocks(true), 1, 1}, bytes, context, queries);
   make_states<Element, kColumns, true>(keys, context);
   using GradKeys = WalkKernel<Element, kColumns, true, true, true>;
-  launch<GradKeys>({keys.blocks(), 1, 1}, bytes, context, keys);
+  launch<GradKeys>({keys.blocks(true), 1, 1}, bytes, context, keys);
 }
 
 template <class Element>
@@ -132,7 +88,7 @@ void backward(const Call& call) {
   queries.start_z = b.z0.template as<const Acc>();
   queries.states = place(w.keys);
   queries.graded = b.d_q.template as<Element>();
-  queries.partial = place(w.d_q);
+  queries.sums = g.keeps_sums ? place(w.d_q) : nullptr;
 
   WalkParams<Element> keys = walk_params<Element>(b, s, g);
   keys.outer = key;
@@ -145,14 +101,12 @@ void backward(const Call& call) {
   keys.applied = b.d_v.template as<Element>();
   keys.applied_vectors = has_vectors(keys.applied);
   keys.graded = b.d_k.template as<Element>();
-  keys.partial = place(w.d_k);
+  keys.sums = g.keeps_sums ? place(w.d_k) : nullptr;
 
   if (g.columns == kWide<Acc>)
     run_backward<Element, kWide<Acc>>(queries, keys, call.context);
   else
     run_backward<Element, kNarrow>(queries, keys, call.context);
-  reduce_parts(queries, call.context);
-  reduce_parts(keys, call.context);
 }
 
 }  // namespace hw::linear_attention::simt

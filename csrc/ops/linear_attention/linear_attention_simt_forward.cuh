@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
+#include "ops/linear_attention/linear_attention_simt_walk.cuh"
 
 #include "core/error.h"
 
@@ -43,7 +44,7 @@ void run_forward(const WalkParams<Element>& p, const Context& context) {
   make_states<Element, kColumns, false>(p, context);
   const int bytes = p.geometry.shared.size * static_cast<int>(sizeof(Accum<Element>));
   using Kernel = WalkKernel<Element, kColumns, false, true, false>;
-  launch<Kernel>({p.blocks(), 1, 1}, bytes, context, p);
+  launch<Kernel>({p.blocks(false), 1, 1}, bytes, context, p);
 }
 
 template <class Element>

@@ -3,8 +3,8 @@
 // No device code here: the host side asks `simt::workspace_bytes`.
 //
 // A block owns a slice of `columns` value columns of one segment of one key head. It holds the
-// state of that slice [F, columns] and walks over chunks of 32 rows. 128 threads are 16 row groups times
-// 8 column lanes; a thread owns 2 rows x columns / 8 columns of what its block computes.
+// state of that slice [F, columns] and walks over chunks of 32 rows. 128 threads are 16 row groups
+// times 8 column lanes; a thread owns 2 rows x columns / 8 columns of what its block computes.
 //
 //   wide     128 bytes of columns (32 floats, 16 doubles), if the state then fits
 //   narrow   8 columns, for more features (taylor2 with D = 32: 561) and for small Dv
@@ -60,7 +60,7 @@ struct Geometry {
   int tile_dim = 0, dim_tiles = 1;  // columns of q and k in a tile, number of tiles
   int tile_features = 0;            // features of a tile
   bool resident = true;             // the state is in shared memory
-  bool partial = false;             // backward: dq and dk are summed by a last kernel
+  bool keeps_sums = false;          // backward: dq and dk wait in the workspace in between
   SharedLayout shared;              // backward: of the gradient kernels
   StateLayout states;
 
@@ -111,7 +111,7 @@ Geometry make_geometry(const Shape& s, FeatureMap map, bool gradients) {
     g.columns = columns;
     g.resident = resident;
     g.slices = max_of(ceil_div(s.value_dim, columns), 1);
-    g.plan = make_plan(s, g.slices, kRows);
+    g.plan = make_plan(s, gradients ? 1 : g.slices, kRows);  // gradient blocks take all slices
     g.shared = shared_layout<Acc>(g, s.features, gradients);
     return g.shared.size * static_cast<int64_t>(sizeof(Acc)) <= kSharedLimit;
   };
@@ -120,7 +120,7 @@ Geometry make_geometry(const Shape& s, FeatureMap map, bool gradients) {
       !(resident && fit(kNarrow, true))) {
     fit(kNarrow, false);
   }
-  g.partial = g.slices > 1 || g.dim_tiles > 1;
+  g.keeps_sums = gradients && (g.slices > 1 || g.dim_tiles > 1);
   g.states = {g.plan.num_slots, s.key_heads, s.features,
               static_cast<int64_t>(g.slices) * g.columns};
   return g;
@@ -131,8 +131,8 @@ struct Workspace {
   int64_t keys = 0;     // states over keys     kv [slots, H, F, slices * columns], z [slots, H, F]
   int64_t queries = 0;  // states over queries  the same
   int64_t d_z = 0;      // [B, S, Hq]           dz_i = -<do_i, o_i> / z_i
-  int64_t d_q = 0;      // [slices, B, S, Hq, D]
-  int64_t d_k = 0;      // [slices, B, S, H, D]
+  int64_t d_q = 0;      // [B, S, Hq, D]
+  int64_t d_k = 0;      // [B, S, H, D]
   int64_t bytes = 0;
 };
 
@@ -142,12 +142,12 @@ Workspace make_workspace(const Shape& s, const Geometry& g, bool gradients) {
   Workspace w;
   const int64_t states = g.state_size();
   const int64_t rows = s.batch * s.tokens;
-  const int64_t parts = gradients && g.partial ? g.slices * rows * s.dim : 0;
+  const int64_t sums = g.keeps_sums ? rows * s.dim : 0;
   w.keys = carver.take(states, sizeof(Acc));
   w.queries = carver.take(gradients ? states : 0, sizeof(Acc));
   w.d_z = carver.take(gradients && s.normalize ? rows * s.query_heads : 0, sizeof(Acc));
-  w.d_q = carver.take(parts * s.query_heads, sizeof(Acc));
-  w.d_k = carver.take(parts * s.key_heads, sizeof(Acc));
+  w.d_q = carver.take(sums * s.query_heads, sizeof(Acc));
+  w.d_k = carver.take(sums * s.key_heads, sizeof(Acc));
   w.bytes = carver.bytes;
   return w;
 }

@@ -10,8 +10,8 @@
 // One block takes all columns of a key head and is the only one that touches its z. If that leaves
 // most of the device idle and the state is large, several blocks share a key head, `kSplitColumns`
 // each. Every one of them needs the old z, so none may write it: each adds m(k) to what it read,
-// and a second, tiny kernel behind this one updates z. Without normalisation nobody reads z, and the
-// first block of the key head updates it; there is one kernel then, always.
+// and a second, tiny kernel behind this one updates z. Without normalisation nobody reads z, and
+// the first block of the key head updates it; there is one kernel then, always.
 // Traffic at D = 16, Dv = 64, fp32: 2 x 39 KB per key head, against 0.5 KB for everything else.
 #pragma once
 

@@ -10,7 +10,7 @@
 // writes each of them once, four loads in flight per thread, neighbouring threads side by side.
 #pragma once
 
-#include "ops/linear_attention/linear_attention_simt_walk.cuh"
+#include "ops/linear_attention/linear_attention_simt_state.cuh"
 
 namespace hw::linear_attention::simt {
 
@@ -21,7 +21,7 @@ struct TotalsKernel {
   static constexpr int kThreads = simt::kThreads;
 
   HW_DEVICE static void main(const Params& p) {
-    const Work work = find_work(p);
+    const Work work = find_work<false>(p);
     if (!work.segment.used) return;
     const Geometry& g = p.geometry;
     Acc* shared = dev::shared<Acc>();
@@ -136,7 +136,7 @@ template <class Element, int kColumns, bool kReverse>
 void make_states(const WalkParams<Element>& p, const Context& context) {
   if (!p.geometry.plan.has_totals()) return;
   const int bytes = p.geometry.shared.size * static_cast<int>(sizeof(Accum<Element>));
-  launch<TotalsKernel<Element, kColumns, kReverse>>({p.blocks(), 1, 1}, bytes, context, p);
+  launch<TotalsKernel<Element, kColumns, kReverse>>({p.blocks(false), 1, 1}, bytes, context, p);
   const typename PrefixKernel<Element>::Params prefix{p, kReverse};
   launch<PrefixKernel<Element>>({prefix.blocks(), 1, 1}, 0, context, prefix);
 }

@@ -11,173 +11,18 @@
 //   apply adds m(a_i) S,   grad adds sum_f dm_f d m_f / d a_i,  dm_f = <y_i, S_f> + z_f (dz or 1)
 // The chunk itself, and in the direct schedule every chunk, is met tile by tile through its scores.
 //
-// A slice of value columns sees only its part of <y, x>: dq and dk of the slices are then partial
-// and a last kernel sums them. dz and z take part in slice 0 only.
+// A slice of value columns sees only its part of <y, x>, so dq and dk need all of them: a gradient
+// block walks its segment once for each slice, and keeps the sums of the slices before in the
+// workspace. A forward block has one slice. dz and z take part in slice 0 only.
 //
 // Traffic of a block: its rows of q and k (once for each slice), its columns of v and do, a state.
-// D = 16, Dv = 64, fp32: forward 37 KB of shared memory, gradients 44 KB; a step of the product with
-// the state is 3 shared loads for 10 multiplications and additions of a thread.
+// D = 16, Dv = 64, fp32: forward 37 KB of shared memory, gradients 44 KB; a step of the product
+// with the state is 3 shared loads for 10 multiplications and additions of a thread.
 #pragma once
 
-#include "ops/linear_attention/linear_attention_simt_tiles.cuh"
+#include "ops/linear_attention/linear_attention_simt_state.cuh"
 
 namespace hw::linear_attention::simt {
-
-// One direction of one call.
-template <class Element>
-struct WalkParams {
-  using Acc = Accum<Element>;
-  Side<Element> outer, inner;
-  Ref<const int64_t, 1> cu_seqlens;
-  int64_t num_tokens;
-  FeatureMap map;
-  bool causal, normalize;
-  Acc scale, eps;
-  Geometry geometry;
-  int dim, value_dim, features;
-  int query_heads, key_heads;
-  bool split_heads;  // a block takes one query head, not the group of a key head
-  // single schedule: where the state starts and ends, or absent
-  Ref<const Acc, 4> start_kv;  // [N, H, F, Dv]
-  Ref<const Acc, 3> start_z;   // [N, H, F]
-  Ref<Acc, 4> final_kv;        // [N, H, F, Dv]
-  Ref<Acc, 3> final_z;         // [N, H, F]
-  Acc* states;                 // the slots of this direction, see Geometry::states
-  // out
-  Ref<Element, 4> applied;  // [B, S, heads, Dv]   o or dv
-  Ref<Acc, 3> z;            // [B, S, Hq]          forward, normalised
-  Ref<Element, 4> graded;   // [B, S, heads, D]    dq or dk, if they are not partial
-  Acc* partial;             // [slices, B, S, heads, D]
-  bool applied_vectors;
-
-  HW_HOST_DEVICE int64_t tokens() const { return num_tokens; }
-  HW_HOST_DEVICE int group() const { return key_heads ? query_heads / key_heads : 0; }
-  HW_HOST_DEVICE int head_blocks() const { return split_heads ? query_heads : key_heads; }
-  int64_t blocks() const { return geometry.plan.num_slots * head_blocks() * geometry.slices; }
-};
-
-// What a block works on.
-struct Work {
-  Segment segment;
-  int64_t slot;
-  int slice, key_head, first_query, queries;
-};
-
-template <class Element>
-HW_DEVICE HW_INLINE Work find_work(const WalkParams<Element>& p) {
-  Work w;
-  int index = dev::block_index_x();
-  w.slice = index % p.geometry.slices;
-  index /= p.geometry.slices;
-  const int head = index % p.head_blocks();
-  w.slot = index / p.head_blocks();
-  w.key_head = p.split_heads ? head / p.group() : head;
-  w.first_query = p.split_heads ? head : head * p.group();
-  w.queries = p.split_heads ? 1 : p.group();
-  w.segment = locate(p.geometry.plan, p, w.slot);
-  return w;
-}
-
-// The state of a block: in shared memory, or in the workspace. There kv is the block's columns of a
-// slot; z, which every slice needs, has a copy for each slice behind the slots.
-template <class Acc>
-struct State {
-  Acc* kv;  // [F][stride]
-  Acc* z;   // [F]; null if this slice has no use for it
-  int64_t stride;
-};
-
-// `slot`: where kv comes from, and, if it is not resident, where it stays. Wide slices are chosen
-// only for states that are resident, so that their kernels know where the state is.
-template <int kColumns, class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE State<Acc> place_state(const WalkParams<Element>& p, const Work& w,
-                                           int64_t slot, bool with_z) {
-  const Geometry& g = p.geometry;
-  if (kColumns != kNarrow || g.resident) {
-    Acc* shared = dev::shared<Acc>();
-    return {shared + g.shared.kv, with_z ? shared + g.shared.z : nullptr, kColumns + kPad<Acc>};
-  }
-  Acc* z = p.states + g.running_z(w.slot, w.key_head, w.slice);
-  return {p.states + g.states.kv(slot, w.key_head, 0) + w.slice * kColumns, with_z ? z : nullptr,
-          g.states.value_dim};
-}
-
-// visit(f, c) over the elements of a state [F][kColumns].
-template <int kColumns, class Visit>
-HW_DEVICE HW_INLINE void for_state(int features, const Visit& visit) {
-  for (int i = dev::thread_index(); i < features * kColumns; i += kThreads) {
-    visit(i / kColumns, i % kColumns);
-  }
-}
-
-template <class Visit>
-HW_DEVICE HW_INLINE void for_features(int features, const Visit& visit) {
-  for (int f = dev::thread_index(); f < features; f += kThreads) visit(f);
-}
-
-// Fills the state with the sums of a slot of the workspace.
-template <int kColumns, class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE void load_slot(const State<Acc>& state, const WalkParams<Element>& p,
-                                   const Work& w, int64_t slot) {
-  const Geometry& g = p.geometry;
-  const Acc* kv = p.states + g.states.kv(slot, w.key_head, 0) + w.slice * kColumns;
-  const Acc* z = p.states + g.states.z(slot, w.key_head);
-  if (g.resident) {
-    for_state<kColumns>(p.features, [&](int f, int c) {
-      state.kv[f * state.stride + c] = kv[f * g.states.value_dim + c];
-    });
-  }
-  if (state.z) for_features(p.features, [&](int f) { state.z[f] = z[f]; });
-}
-
-// The reverse.
-template <int kColumns, class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE void store_slot(const State<Acc>& state, const WalkParams<Element>& p,
-                                    const Work& w) {
-  const Geometry& g = p.geometry;
-  Acc* kv = p.states + g.states.kv(w.slot, w.key_head, 0) + w.slice * kColumns;
-  Acc* z = p.states + g.states.z(w.slot, w.key_head);
-  if (g.resident) {
-    for_state<kColumns>(p.features, [&](int f, int c) {
-      kv[f * g.states.value_dim + c] = state.kv[f * state.stride + c];
-    });
-  }
-  if (state.z) for_features(p.features, [&](int f) { z[f] = state.z[f]; });
-}
-
-// Fills the state with the call's initial state, or with zeros where it has none.
-template <int kColumns, class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE void load_initial(const State<Acc>& state, const WalkParams<Element>& p,
-                                      const Work& w, bool any) {
-  const int column = w.slice * kColumns;
-  const int64_t n = w.segment.sequence;
-  for_state<kColumns>(p.features, [&](int f, int c) {
-    const bool inside = any && p.start_kv && column + c < p.value_dim;
-    state.kv[f * state.stride + c] = inside ? p.start_kv(n, w.key_head, f, column + c) : Acc(0);
-  });
-  if (!state.z) return;
-  for_features(p.features, [&](int f) {
-    state.z[f] = any && p.start_z ? p.start_z(n, w.key_head, f) : Acc(0);
-  });
-}
-
-// Writes the state behind the last chunk of a sequence, single schedule.
-template <int kColumns, class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE void store_final(const State<Acc>& state, const WalkParams<Element>& p,
-                                     const Work& w) {
-  const int column = w.slice * kColumns;
-  const int64_t n = w.segment.sequence;
-  if (p.final_kv) {
-    for_state<kColumns>(p.features, [&](int f, int c) {
-      if (column + c >= p.value_dim) return;
-      p.final_kv(n, w.key_head, f, column + c) = state.kv[f * state.stride + c];
-    });
-  }
-  if (!p.final_z || w.slice != 0) return;
-  for_features(p.features, [&](int f) { p.final_z(n, w.key_head, f) = state.z[f]; });
-}
-
-// ---- The walk -----------------------------------------------------------------------------------
 
 template <class Element, int kColumns, bool kReverse, bool kApply, bool kGrad>
 class Walk {
@@ -185,21 +30,18 @@ class Walk {
   using Acc = Accum<Element>;
 
   HW_DEVICE HW_INLINE explicit Walk(const WalkParams<Element>& params)
-      : p(params), g(params.geometry), work(find_work(params)) {}
+      : p(params), g(params.geometry), work(find_work<kGrad>(params)) {}
 
   HW_DEVICE HW_INLINE void run() {
     if (!work.segment.used) return;
     place_tiles();
-    prepare_state();
-    const int64_t rows = work.segment.end - work.segment.begin;
-    const int64_t chunks = ceil_div<int64_t>(rows, kRows);
-    for (int64_t i = 0; i < chunks; ++i) {
-      const int64_t chunk = kReverse ? chunks - 1 - i : i;
-      walk_chunk(work.segment.begin + chunk * kRows);
-    }
-    if (g.plan.schedule == Schedule::single && p.causal) {
-      dev::sync_block();
-      store_final<kColumns>(state, p, work);
+    walk_slice();
+    if constexpr (kGrad) {
+      while (work.slice + 1 < g.slices) {
+        ++work.slice;
+        dev::sync_block();  // nobody reads the state of the slice before
+        walk_slice();
+      }
     }
   }
 
@@ -208,7 +50,7 @@ class Walk {
   static constexpr int kStride = kColumns + kPad<Acc>;  // of value tiles
   static constexpr bool kOuterQuery = !kReverse, kInnerQuery = kReverse;
 
-  // -- set-up
+  // -- set-up, once and for each slice
 
   HW_DEVICE HW_INLINE void place_tiles() {
     Acc* shared = dev::shared<Acc>();
@@ -222,6 +64,20 @@ class Walk {
     gradient = shared + g.shared.gradient;
     pairs = reinterpret_cast<FeaturePair*>(shared + g.shared.pairs);
     make_pairs(pairs, p.map, g.tile_dim, g.tile_features);
+  }
+
+  HW_DEVICE HW_INLINE void walk_slice() {
+    prepare_state();
+    const int64_t rows = work.segment.end - work.segment.begin;
+    const int64_t chunks = ceil_div<int64_t>(rows, kRows);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t chunk = kReverse ? chunks - 1 - i : i;
+      walk_chunk(work.segment.begin + chunk * kRows);
+    }
+    if (g.plan.schedule == Schedule::single && p.causal) {
+      dev::sync_block();
+      store_final<kColumns>(state, p, work);
+    }
   }
 
   HW_DEVICE HW_INLINE void prepare_state() {
@@ -272,7 +128,7 @@ class Walk {
     for (int tile = 0; tile < g.dim_tiles; ++tile) {
       if (tile > 0) dev::sync_block();
       load_outer(tile);
-      if constexpr (kGrad) clear_gradient();
+      if constexpr (kGrad) start_gradient(tile);
       dev::sync_block();
       if (has_state) {
         const Acc* kv = state.kv + first_feature(tile) * state.stride;
@@ -285,7 +141,7 @@ class Walk {
         }
         if constexpr (kGrad) chain_state(tile, kv);
       }
-      if constexpr (kGrad) end_gradient(tile);
+      if constexpr (kGrad) put_aside(tile);
     }
   }
 
@@ -301,8 +157,7 @@ class Walk {
     const int heads = kReverse ? work.queries : 1;
     for (int64_t row = begin; row < end; row += kRows) {
       for (int i = 0; i < heads; ++i) {
-        inner_rows = {work.segment.batch, row,
-                      chunk_only ? work.segment.end : work.segment.sequence_end,
+        inner_rows = {work.segment.batch, row, work.segment.sequence_end,
                       kReverse ? work.first_query + i : work.key_head};
         meet_tile(p.causal && row == first);
         if (chunk_only && last_outer_head) update_state();
@@ -390,7 +245,7 @@ class Walk {
     if (g.dim_tiles > 1) {
       dev::sync_block();
       load_inner(tile);
-      begin_gradient(tile);
+      take_back(tile);
     }
     dev::sync_block();
     Acc sum[2][4];
@@ -409,7 +264,7 @@ class Walk {
       HW_UNROLL
       for (int r = 0; r < 2; ++r) gradient[a * kRowStride<Acc> + 2 * row_group() + r] += sum[r][u];
     }
-    end_gradient(tile);
+    put_aside(tile);
   }
 
   // The inner rows join the state.
@@ -473,12 +328,7 @@ class Walk {
 
   HW_DEVICE HW_INLINE void finish_outer() {
     if constexpr (kApply) store_applied();
-    if constexpr (kGrad) {
-      if (g.dim_tiles == 1) {
-        dev::sync_block();
-        store_gradient(0);
-      }
-    }
+    if constexpr (kGrad) store_gradient();
   }
 
   // o or dv; the division comes before the only rounding.
@@ -506,46 +356,52 @@ class Walk {
     }
   }
 
-  HW_DEVICE HW_INLINE void clear_gradient() {
-    for (int i = dev::thread_index(); i < g.tile_dim * kRowStride<Acc>; i += kThreads) {
-      gradient[i] = Acc(0);
+  // With one tile of q and k the gradient of a slice stays in shared memory until all is summed;
+  // with more, the other tiles wait in the workspace. A thread takes back what it put aside itself.
+  HW_DEVICE HW_INLINE void start_gradient(int tile) {
+    for_gradient(tile,
+                 [&](Acc& sum, Acc* aside, int, int) { sum = work.slice == 0 ? Acc(0) : *aside; });
+  }
+  HW_DEVICE HW_INLINE void put_aside(int tile) {
+    if (g.dim_tiles == 1) return;
+    dev::sync_block();
+    for_gradient(tile, [&](Acc& sum, Acc* aside, int, int) { *aside = sum; });
+  }
+  HW_DEVICE HW_INLINE void take_back(int tile) {
+    for_gradient(tile, [&](Acc& sum, Acc* aside, int, int) { sum = *aside; });
+  }
+
+  // The last slice finishes the gradient: scale, pre', the only rounding.
+  HW_DEVICE HW_INLINE void store_gradient() {
+    const bool last = work.slice == g.slices - 1;
+    if (g.dim_tiles == 1) dev::sync_block();
+    for (int tile = 0; tile < g.dim_tiles; ++tile) {
+      for_gradient(tile, [&](Acc& sum, Acc* aside, int row, int a) {
+        const Acc total = g.dim_tiles == 1 ? sum : *aside;
+        if (!last) {
+          *aside = total;
+          return;
+        }
+        const int64_t at = outer_rows.first + row;
+        const Acc x = p.outer.key(outer_rows.batch, at, outer_rows.head, a);
+        const Acc factor = (kOuterQuery ? p.scale : Acc(1)) * pre_map_derivative(p.map, x);
+        p.graded(outer_rows.batch, at, outer_rows.head, a) = Element(total * factor);
+      });
     }
   }
 
-  // With one tile of q and k the gradient stays in shared memory until all is summed; with more it
-  // goes to its place in the workspace in between. A thread reads back what it wrote itself.
-  HW_DEVICE HW_INLINE void begin_gradient(int tile) {
-    for_gradient(tile, [&](Acc& sum, Acc* part, int, int) { sum = *part; });
-  }
-  HW_DEVICE HW_INLINE void end_gradient(int tile) {
-    if (g.dim_tiles == 1) return;
-    dev::sync_block();
-    store_gradient(tile);
-  }
-  HW_DEVICE HW_INLINE void store_gradient(int tile) {
-    for_gradient(tile, [&](Acc& sum, Acc* part, int row, int a) {
-      if (part) {
-        *part = sum;
-        return;
-      }
-      const int64_t at = outer_rows.first + row;
-      const Acc x = p.outer.key(outer_rows.batch, at, outer_rows.head, a);
-      const Acc factor = (kOuterQuery ? p.scale : Acc(1)) * pre_map_derivative(p.map, x);
-      p.graded(outer_rows.batch, at, outer_rows.head, a) = Element(sum * factor);
-    });
-  }
-
-  // visit(sum, place in the workspace or null, row, column) over the gradients of one tile.
+  // visit(sum, its place in the workspace or null, row, column) over the gradients of one tile.
   template <class Visit>
   HW_DEVICE HW_INLINE void for_gradient(int tile, const Visit& visit) {
     const Ref<const Element, 4>& key = p.outer.key;
+    const int first = tile * kTileDim;
     for (int row = row_group(); row < kRows; row += kGroups) {
       if (!outer_rows.valid(row)) continue;
-      int64_t at = work.slice * key.size[0] + outer_rows.batch;
-      at = (at * key.size[1] + outer_rows.first + row) * key.size[2] + outer_rows.head;
-      Acc* part = g.partial ? p.partial + at * p.dim + tile * kTileDim : nullptr;
+      int64_t at = outer_rows.batch * key.size[1] + outer_rows.first + row;
+      at = at * key.size[2] + outer_rows.head;
+      Acc* aside = p.sums ? p.sums + at * p.dim + first : nullptr;
       for (int a = column_lane(); a < tile_dim(tile); a += kLanes) {
-        visit(gradient[a * kRowStride<Acc> + row], part ? part + a : nullptr, row, a);
+        visit(gradient[a * kRowStride<Acc> + row], aside ? aside + a : nullptr, row, first + a);
       }
     }
   }
@@ -574,7 +430,7 @@ class Walk {
 
   const WalkParams<Element>& p;
   const Geometry& g;
-  const Work work;
+  Work work;
   Acc *outer, *inner, *values, *cotangents, *inner_extra, *outer_extra, *weights, *gradient;
   FeaturePair* pairs;
   bool has_state;

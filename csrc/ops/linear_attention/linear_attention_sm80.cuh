@@ -13,11 +13,12 @@
 // (a) and (b) only where the plan cuts sequences, or where every row sees the whole sequence.
 #pragma once
 
-#include "core/launch.h"
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
 #include "ops/linear_attention/linear_attention_sm80_backward.cuh"
 #include "ops/linear_attention/linear_attention_sm80_forward.cuh"
 #include "ops/linear_attention/linear_attention_sm80_layout.cuh"
+
+#include "core/launch.h"
 
 namespace hw::linear_attention::sm80 {
 
@@ -163,9 +164,12 @@ void find_row_scalars(LoopParams<Element>& p, const Work<BackwardParams>& w) {
   using Kernel = RowsKernel<Element>;
   const BackwardParams& b = w.params;
   const int64_t rows = w.shape.batch * w.shape.tokens * w.shape.query_heads;
-  const typename Kernel::Params rows_params{
-      input_of<Element>(b.o.template as<const void>()), input_of<Element>(b.d_o),
-      b.z.template as<const float>(), w.floats(w.at.factor), w.floats(w.at.delta), rows};
+  const typename Kernel::Params rows_params{input_of<Element>(b.o.template as<const void>()),
+                                            input_of<Element>(b.d_o),
+                                            b.z.template as<const float>(),
+                                            w.floats(w.at.factor),
+                                            w.floats(w.at.delta),
+                                            rows};
   launch<Kernel>({ceil_div<int64_t>(rows, Kernel::kRowsOfBlock), 1, 1}, 0, w.context, rows_params);
   p.factor = w.per_query(w.at.factor);
   p.delta = w.per_query(w.at.delta);

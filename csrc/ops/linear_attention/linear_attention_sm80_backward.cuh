@@ -34,16 +34,16 @@ namespace hw::linear_attention::sm80 {
 template <class Element>
 struct RowsKernel {
   struct Params {
-    Input<Element> o, d_o;           // [B, S, Hq, Dv]
-    Ref<const float, 3> z;           // [B, S, Hq]
-    float *factor, *delta;           // [B, S, Hq] out
+    Input<Element> o, d_o;  // [B, S, Hq, Dv]
+    Ref<const float, 3> z;  // [B, S, Hq]
+    float *factor, *delta;  // [B, S, Hq] out
     int64_t rows;
   };
   static constexpr int kLanes = 8, kThreads = 256, kRowsOfBlock = kThreads / kLanes;
 
   HW_DEVICE static void main(const Params& p) {
-    const int64_t row = static_cast<int64_t>(dev::block_index_x()) * kRowsOfBlock +
-                        dev::thread_index() / kLanes;
+    const int64_t row =
+        static_cast<int64_t>(dev::block_index_x()) * kRowsOfBlock + dev::thread_index() / kLanes;
     const int64_t at = min_of(row, p.rows - 1), heads = p.z.size[2], tokens = p.z.size[1];
     const int64_t h = at % heads, s = at / heads % tokens, b = at / heads / tokens;
     const Ref<const Element, 1> o = p.o.ref.slice(b).slice(s).slice(h);
@@ -95,8 +95,8 @@ struct GradientKernel {
   struct Smem {
     static constexpr int kPitch = kPadded + 4;
     ChunkSmem<Element, kDim, Loop::gradient, kQueries> chunks;
-    float n[kSlots];                                // c n
-    alignas(16) float y[kWarps][kTile][kPitch];     // each warp's part of y
+    float n[kSlots];                             // c n
+    alignas(16) float y[kWarps][kTile][kPitch];  // each warp's part of y
   };
   static_assert(kWarps % kStrips == 0, "every strip has the same number of warps");
   static_assert(sizeof(Smem) * kMinBlocks <= 160 * 1024, "shared memory of sm_80");
@@ -111,7 +111,12 @@ struct GradientKernel {
     float chunk_y[2][4];  // this chunk's part of strip `strip`, columns 0 .. 7 and 8 .. 15
 
     HW_DEVICE Block(const Params& params, Smem& s, const Walk& w)
-        : p(params), smem(s), stream{params, s.chunks, w, params.first}, c(coefficients(params.scale)), column(dev::warp() * 16), strip(dev::warp() % kStrips),
+        : p(params),
+          smem(s),
+          stream{params, s.chunks, w, params.first},
+          c(coefficients(params.scale)),
+          column(dev::warp() * 16),
+          strip(dev::warp() % kStrips),
           part(dev::warp() / kStrips) {
       c.square = c.product;
     }
@@ -119,7 +124,7 @@ struct GradientKernel {
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
       state.template load<false>(p.before, index, stream.walk.state_head, p.first + column, p.dim(),
-                                 coefficients(p.scale), kQueries);
+                                 factors_in(p.scale, kQueries));
       publish_sums();
     }
 
@@ -129,35 +134,38 @@ struct GradientKernel {
       });
     }
 
-    // Parts of y from earlier chunks, into shared memory.
+    // Parts of y from earlier chunks, into shared memory; two strips at a time, to save registers.
     template <class S>
     HW_DEVICE HW_INLINE void read_state(const S& s, bool empty) {
-      float y[kStrips][2][4];
-      clear(y);
-      if (!empty) {
-        uint32_t own[kStrips][4];
+      for (int i = 0; i < 8; ++i) chunk_y[i / 4][i % 4] = 0.0f;
+      HW_UNROLL_BY(1)
+      for (int pair = 0; pair < kStrips; pair += 2) {
+        float y[2][2][4];
         HW_UNROLL
-        for (int i = 0; i < kStrips; ++i) tokens_by_columns(own[i], smem.chunks.a, i, 0);
-        for_each_block([&](auto block) {
-          constexpr int r = block;
-          Pair<Element> operand[2][2], turn[2];
-          state_operand<r>(operand);
-          permutation<r>(turn);
-          HW_UNROLL
-          for (int i = 0; i < kStrips; ++i) {
-            float d[2][4];
-            feature_gradient<r>(d, s.u, operand, i, s.scalars.delta + i * kRows);
-            chain<r>(y[i], d, own[i], turn, i);
-          }
-        });
+        for (int i = 0; i < 16; ++i) y[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        if (!empty) read_strips(y, s, pair);
+        HW_UNROLL
+        for (int i = 0; i < 2; ++i) store_part(y[i], pair + i);
       }
-      store_parts(y);
     }
 
-    HW_DEVICE HW_INLINE void clear(float y[kStrips][2][4]) {
+    template <class S>
+    HW_DEVICE HW_INLINE void read_strips(float y[2][2][4], const S& s, int first_strip) {
+      uint32_t own[2][4];
       HW_UNROLL
-      for (int i = 0; i < kStrips * 8; ++i) y[i / 8][i / 4 % 2][i % 4] = 0.0f;
-      for (int k = 0; k < 8; ++k) chunk_y[k / 4][k % 4] = 0.0f;
+      for (int i = 0; i < 2; ++i) tokens_by_columns(own[i], smem.chunks.a, first_strip + i, 0);
+      for_each_block([&](auto block) {
+        constexpr int r = block;
+        Pair<Element> operand[2][2], turn[2];
+        state_operand<r>(operand);
+        permutation<r>(turn);
+        HW_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          float d[2][4];
+          feature_gradient<r>(d, s, operand, first_strip + i);
+          chain<r>(y[i], d, own[i], turn, first_strip + i);
+        }
+      });
     }
 
     // c S of block r as B: s[h] = (columns 2t, 2t+1 | + 8; slot 8 h + g).
@@ -185,17 +193,17 @@ struct GradientKernel {
 
     // d = u S^T + e n: the gradient of the features of block r, of one strip; e = delta, over
     // queries 1. n takes part once, in the first slice and the warp of the strip's number.
-    template <int r>
-    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const Wide<Element, kDim>& u,
-                                              const Pair<Element> s[2][2], int i,
-                                              const float* delta) {
+    template <int r, class S>
+    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const S& stage,
+                                              const Pair<Element> s[2][2], int i) {
       const int g = dev::lane() / 4, t = dev::lane() % 4;
       uint32_t word[4];
       Pair<Element> a[4];
-      tokens_by_values(word, u, i, column);
+      tokens_by_values(word, stage.u, i, column);
       for (int k = 0; k < 4; ++k) a[k] = P::exact(word[k]);
       for (int k = 0; k < 8; ++k) d[k / 4][k % 4] = 0.0f;
       if (i == dev::warp() && p.first == 0) {
+        const float* delta = stage.scalars.delta + i * kRows;
         const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];
         HW_UNROLL
         for (int k = 0; k < 8; ++k) {
@@ -235,26 +243,25 @@ struct GradientKernel {
       }
     }
 
-    HW_DEVICE HW_INLINE void store_parts(const float y[kStrips][2][4]) {
+    HW_DEVICE HW_INLINE void store_part(const float y[2][4], int i) {
       const int g = dev::lane() / 4, t = dev::lane() % 4;
       HW_UNROLL
-      for (int i = 0; i < kStrips * 8; ++i) {
-        const int row = i / 8 * kRows + g + (i & 2) * 4, at = i / 4 % 2 * 8 + 2 * t + (i & 1);
-        smem.y[dev::warp()][row][at] = y[i / 8][i / 4 % 2][i % 4];
-      }
+      for (int k = 0; k < 8; ++k)
+        smem.y[dev::warp()][i * kRows + g + (k & 2) * 4][k / 4 * 8 + 2 * t + (k & 1)] =
+            y[k / 4][k % 4];
     }
 
     // chunk_y += ((U X^T + dz) w'(s)) b over the keys of this item, for the warp's strip and its
     // part of the columns.
     HW_DEVICE HW_INLINE void read_chunk(int64_t item) {
       const auto& s = stream.stage(item);
-      const int count = stream.walk.count(stream.chunk(item));
-      if (strip * kRows >= count) return;
+      const int count = stream.walk.count(stream.walk.chunk(item));
+      const bool diagonal = p.causal && stream.walk.diagonal(item);
       uint32_t a[4];
       tokens_by_columns(a, smem.chunks.a, strip, 0);
-      for (int keys = 0; keys <= strip; ++keys) {
+      for (int keys = 0; keys * kRows < count && (keys <= strip || !diagonal); ++keys) {
         float ds[2][4];
-        score_gradients(ds, s, a, keys);
+        score_gradients(ds, s, a, keys, diagonal ? strip * kRows : kTile);
         uint32_t word[4];
         columns_by_tokens(word, smem.chunks.b, keys, 0);
         const Pair<Element> left[2] = {P::exact(word[0]), P::exact(word[2])};
@@ -267,10 +274,11 @@ struct GradientKernel {
       }
     }
 
-    // ds[h]: rows of the strip x keys 8 h .. 8 h + 7 of strip `keys`.
+    // ds[h]: rows of the strip x keys 8 h .. 8 h + 7 of strip `keys`. Row i sees the keys <= seen + i.
+    // (Keys beyond the sequence are zeros: they add nothing.)
     template <class S>
     HW_DEVICE HW_INLINE void score_gradients(float ds[2][4], const S& s, const uint32_t a[4],
-                                             int keys) {
+                                             int keys, int seen) {
       const int g = dev::lane() / 4, t = dev::lane() % 4;
       uint32_t b[4];
       keys_of_scores(b, smem.chunks.b, keys);
@@ -286,13 +294,14 @@ struct GradientKernel {
       }
       HW_UNROLL
       for (int k = 0; k < 8; ++k) {
-        const int row = strip * kRows + g + (k & 2) * 4;
+        const int row = g + (k & 2) * 4;
         const int key = keys * kRows + k / 4 * 8 + 2 * t + (k & 1);
         float value = ds[k / 4][k % 4];
-        if (part == 0 && p.first == 0) value += s.scalars.delta[kQueries ? key : row];
+        if (part == 0 && p.first == 0)
+          value += s.scalars.delta[kQueries ? key : strip * kRows + row];
         if constexpr (kQueries) value *= s.scalars.factor[key];
         value *= p.scale * weight_derivative(FeatureMap::taylor2, score[k / 4][k % 4] * p.scale);
-        ds[k / 4][k % 4] = key > row ? 0.0f : value;
+        ds[k / 4][k % 4] = key > seen + row ? 0.0f : value;
       }
     }
 
@@ -304,7 +313,7 @@ struct GradientKernel {
         smem.y[dev::warp()][strip * kRows + g + (k & 2) * 4][k / 4 * 8 + 2 * t + (k & 1)] +=
             chunk_y[k / 4][k % 4];
       dev::sync_block();
-      const int64_t chunk = stream.chunk(item);
+      const int64_t chunk = stream.walk.row_chunk(item);
       for (int i = dev::thread_index(); i < kTile * kPadded / 2; i += kThreads) {
         const int row = i / (kPadded / 2), at = i % (kPadded / 2) * 2;
         if (row >= stream.walk.count(chunk) || at >= p.dim()) continue;
@@ -336,24 +345,25 @@ struct GradientKernel {
     const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
     if (!segment.used) return;
     Block block(p, *dev::shared<Smem>(),
-                walk_of<kQueries>(segment, dev::block_index_y(), p.group));
+                walk_of<kQueries>(p, segment, dev::block_index_y(), p.group));
     const Stream& stream = block.stream;
     const int64_t items = stream.walk.items();
     const bool reads_start = p.before.kv || p.before.z;
     stream.prefetch(0);
     block.start();
     for (int64_t item = 0; item < items; ++item) {
-      const bool first_head = stream.turn_of(item) == 0;
-      const bool last_head = stream.turn_of(item) == stream.walk.heads - 1;
+      const bool last = stream.walk.last_of_rows(item);
       stream.await();
       stream.prefetch(item + 1);
       stream.turn(item);
-      if (first_head) block.read_state(stream.stage(item), stream.chunk(item) == 0 && !reads_start);
-      if (p.causal) block.read_chunk(item);
-      if (last_head) block.store(item);
-      if (p.causal && item + 1 < items) {
+      if (stream.walk.first_of_rows(item)) {
+        block.read_state(stream.stage(item), stream.walk.direct || (item == 0 && !reads_start));
+      }
+      if (stream.needs_keys()) block.read_chunk(item);
+      if (last) block.store(item);
+      if (p.causal && !stream.walk.direct && item + 1 < items) {
         stream.template add<false>(block.state, item);
-        if (last_head) block.publish_sums();  // behind the barrier of store()
+        if (last) block.publish_sums();  // behind the barrier of store()
       }
     }
   }

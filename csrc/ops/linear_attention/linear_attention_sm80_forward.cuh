@@ -57,7 +57,11 @@ struct ApplyKernel {
     float z[4];              // strip `warp`: its row sums are spread over the columns
 
     HW_DEVICE Block(const Params& params, Smem& s, const Walk& w, int64_t first)
-        : p(params), smem(s), stream{params, s.chunks, w, first}, c(coefficients(params.scale)), column(dev::warp() * 16) {}
+        : p(params),
+          smem(s),
+          stream{params, s.chunks, w, first},
+          c(coefficients(params.scale)),
+          column(dev::warp() * 16) {}
 
     HW_DEVICE HW_INLINE void clear() {
       HW_UNROLL
@@ -115,13 +119,12 @@ struct ApplyKernel {
       }
     }
 
-    // y += w(a b^T) x and z += its row sums, over the keys of this chunk that each row sees.
+    // y += w(a b^T) x and z += its row sums, over the keys of the item that each row sees.
     HW_DEVICE HW_INLINE void read_chunk(int64_t item) {
       const auto& s = stream.stage(item);
-      const int count = stream.walk.count(stream.chunk(item));
-      HW_UNROLL
-      for (int keys = 0; keys < kStrips; ++keys) {
-        if (keys * kRows >= count) continue;
+      const int count = stream.walk.count(stream.walk.chunk(item));
+      const bool diagonal = p.causal && stream.walk.diagonal(item);
+      for (int keys = 0; keys * kRows < count; ++keys) {
         uint32_t b[4], word[4];
         Pair<Element> x[4];
         keys_of_scores(b, smem.chunks.b, keys);
@@ -129,11 +132,15 @@ struct ApplyKernel {
         for (int i = 0; i < 4; ++i) x[i] = P::exact(word[i]);
         const Pair<Element> left[2] = {x[0], x[2]}, right[2] = {x[1], x[3]};
         HW_UNROLL
-        for (int rows = keys; rows < kStrips; ++rows) {
+        for (int rows = 0; rows < kStrips; ++rows) {
+          if (diagonal && rows < keys) continue;
           uint32_t a[4];
           tokens_by_columns(a, smem.chunks.a, rows, 0);
           float w[2][4];
-          weights(w, a, b, rows == keys);
+          weights(w, a, b);
+          if (diagonal && rows == keys) mask(w, [](int row, int key) { return key <= row; });
+          if (count < (keys + 1) * kRows)
+            mask(w, [=](int, int key) { return keys * kRows + key < count; });
           if constexpr (kQueries) scale_columns(w, s.scalars.factor + keys * kRows);
           Pair<Element> operand[4];
           for (int i = 0; i < 4; ++i)
@@ -146,19 +153,23 @@ struct ApplyKernel {
     }
 
     // w of 16 rows and 16 keys: w[h] rows x keys 8 h .. 8 h + 7.
-    HW_DEVICE HW_INLINE void weights(float w[2][4], const uint32_t a[4], const uint32_t b[4],
-                                     bool diagonal) {
-      const int g = dev::lane() / 4, t = dev::lane() % 4;
+    HW_DEVICE HW_INLINE void weights(float w[2][4], const uint32_t a[4], const uint32_t b[4]) {
       HW_UNROLL
       for (int h = 0; h < 2; ++h) {
         for (int i = 0; i < 4; ++i) w[h][i] = 0.0f;
         dev::mma_16x8x16<Element>(w[h], a, b + 2 * h);
-        HW_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int row = g + (i & 2) * 4, key = 8 * h + 2 * t + (i & 1);
-          w[h][i] = weight(FeatureMap::taylor2, w[h][i] * p.scale);
-          if (diagonal && key > row) w[h][i] = 0.0f;
-        }
+        for (int i = 0; i < 4; ++i) w[h][i] = weight(FeatureMap::taylor2, w[h][i] * p.scale);
+      }
+    }
+
+    // Zeros where a row does not see a key.
+    template <class Sees>
+    HW_DEVICE HW_INLINE void mask(float w[2][4], Sees sees) {
+      const int g = dev::lane() / 4, t = dev::lane() % 4;
+      HW_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const int row = g + (i & 2) * 4, key = i / 4 * 8 + 2 * t + (i & 1);
+        if (!sees(row, key)) w[i / 4][i % 4] = 0.0f;
       }
     }
 
@@ -185,12 +196,14 @@ struct ApplyKernel {
         if (strip >= kStrips || t != 0) continue;
         smem.inverse[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
         if (p.z && stream.first == 0 && row < stream.walk.count(chunk))
-          p.z(stream.walk.segment.batch, stream.walk.token(chunk) + row * stream.walk.step, stream.walk.head) = sum;
+          p.z(stream.walk.segment.batch, stream.walk.token(chunk) + row * stream.walk.step,
+              stream.walk.head) = sum;
       }
       dev::sync_block();
     }
 
     HW_DEVICE HW_INLINE void store(int64_t chunk) {
+      if constexpr (!kQueries) share_denominators(chunk);
       const int g = dev::lane() / 4, t = dev::lane() % 4, count = stream.walk.count(chunk);
       HW_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) {
@@ -201,11 +214,12 @@ struct ApplyKernel {
           float factor = 1.0f;
           if constexpr (!kQueries) factor = p.normalize ? smem.inverse[row] : 1.0f;
           const int64_t token = stream.walk.token(chunk) + row * stream.walk.step;
-          const Ref<Element, 1> to = p.y.slice(stream.walk.segment.batch).slice(token).slice(stream.walk.head);
+          const Ref<Element, 1> to =
+              p.y.slice(stream.walk.segment.batch).slice(token).slice(stream.walk.head);
           HW_UNROLL
           for (int j = 0; j < 2; ++j) {
-            store_pair(to, stream.first + column + 8 * j + 2 * t, p.y_paired, y[strip][j][2 * i] * factor,
-                       y[strip][j][2 * i + 1] * factor);
+            store_pair(to, stream.first + column + 8 * j + 2 * t, p.y_paired,
+                       y[strip][j][2 * i] * factor, y[strip][j][2 * i + 1] * factor);
           }
         }
       }
@@ -237,8 +251,8 @@ struct ApplyKernel {
 
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
-      state.template load<true>(p.before, index, stream.walk.state_head, stream.first + column, p.dim(), c,
-                                kQueries);
+      state.template load<true>(p.before, index, stream.walk.state_head, stream.first + column,
+                                p.dim(), factors_in(p.scale, kQueries));
       if constexpr (!kQueries) {
         for (int i = dev::thread_index(); i < Smem::kPieces * Smem::kPitch; i += kThreads)
           smem.n[i / Smem::kPitch][i % Smem::kPitch] = P::zero();
@@ -251,7 +265,8 @@ struct ApplyKernel {
     HW_DEVICE HW_INLINE void finish() {
       if (!kQueries && stream.walk.head % p.group != 0) return;
       state.template store<true>(p.after, stream.walk.segment.sequence, stream.walk.state_head,
-                                 stream.first + column, p.dim(), c, kQueries, stream.first == 0);
+                                 stream.first + column, p.dim(), factors_out(p.scale, kQueries),
+                                 stream.first == 0);
     }
   };
 
@@ -259,31 +274,31 @@ struct ApplyKernel {
     const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
     if (!segment.used) return;
     Block block(p, *dev::shared<Smem>(),
-                walk_of<kQueries>(segment, dev::block_index_y(), p.group),
+                walk_of<kQueries>(p, segment, dev::block_index_y(), p.group),
                 static_cast<int64_t>(dev::block_index_z()) * kDim);
     const Stream& stream = block.stream;
     const int64_t items = stream.walk.items();
     const bool reads_start = p.before.kv || p.before.z, stores_end = p.after.kv || p.after.z;
+    const bool adds = p.causal && !stream.walk.direct;
     stream.prefetch(0);
     block.start();
     for (int64_t item = 0; item < items; ++item) {
-      const int64_t chunk = stream.chunk(item);
+      const bool last = stream.walk.last_of_rows(item);
       stream.await();
       stream.prefetch(item + 1);
       stream.turn(item);
-      if (stream.turn_of(item) == 0) {
+      if (stream.walk.first_of_rows(item)) {
         block.clear();
-        if (chunk > 0 || reads_start) block.read_state();
+        if (!stream.walk.direct && (item > 0 || reads_start)) block.read_state();
       }
-      if (p.causal) block.read_chunk(item);
-      if constexpr (!kQueries) block.share_denominators(chunk);
-      if (stream.turn_of(item) == stream.walk.heads - 1) block.store(chunk);
-      if (p.causal && (item + 1 < items || stores_end)) {
+      if (stream.needs_keys()) block.read_chunk(item);
+      if (last) block.store(stream.walk.row_chunk(item));
+      if (adds && (item + 1 < items || stores_end)) {
         stream.template add<true>(block.state, item);
         if constexpr (!kQueries) block.publish_sums();
       }
     }
-    if (p.causal) block.finish();
+    if (adds) block.finish();
   }
 };
 
@@ -300,7 +315,7 @@ struct TotalsKernel {
     const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
     if (!segment.used) return;
     // Blocks are per key head: a walk over keys of one head, or over the queries of its group.
-    const Walk walk = walk_of<kQueries>(segment, dev::block_index_y(), kQueries ? p.group : 1);
+    const Walk walk = walk_of<kQueries>(p, segment, dev::block_index_y(), kQueries ? p.group : 1);
     const Stream stream{p, *dev::shared<Smem>(), walk,
                         static_cast<int64_t>(dev::block_index_z()) * kDim};
     State<Element, kWarps> state;
@@ -313,8 +328,8 @@ struct TotalsKernel {
       stream.template add<true>(state, item);
     }
     state.template store<true>(p.after, dev::block_index_x(), walk.state_head,
-                               stream.first + dev::warp() * 16, p.dim(), coefficients(p.scale),
-                               kQueries, stream.first == 0);
+                               stream.first + dev::warp() * 16, p.dim(),
+                               factors_out(p.scale, kQueries), stream.first == 0);
   }
 };
 

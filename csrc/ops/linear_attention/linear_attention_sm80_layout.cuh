@@ -33,17 +33,23 @@ inline std::string why_not(Pass pass, const Call& call) {
   if (map != FeatureMap::taylor2) return "the tensor-core kernels have feature_map='taylor2' only";
   if (s.dim > kMaxDim) return concat("D = ", s.dim, " is above ", kMaxDim);
   // States over queries are kept without their coefficients: see state.cuh.
-  const bool given = pass == Pass::backward && (call.tensor(9).present() || call.tensor(10).present());
+  const bool given =
+      pass == Pass::backward && (call.tensor(9).present() || call.tensor(10).present());
   if (pass == Pass::backward && !(scale >= 1e-6 && scale <= 1e6) && (scale != 0 || given))
     return concat("|scale| = ", scale, " is not in 1e-6 .. 1e6 in the backward pass");
   return {};
 }
 
-// Segments of at least one chunk per block; a short sequence is one segment, whose first chunk
-// meets its keys directly.
+// Tokens up to which tiles alone are always faster than states: a chunk meets an earlier one in 64
+// mma per warp, a state costs it 160. Beyond, up to direct_limit(), the direct schedule pays where
+// it is what fills the device.
+inline constexpr int64_t kAlwaysDirect = 256;
+
 inline Plan plan_of(Shape s, int tile) {
-  s.any_state = true;  // no direct schedule
-  return make_plan(s, max_of(ceil_div(s.value_dim, tile), 1), kChunk);
+  const int64_t slices = max_of(ceil_div(s.value_dim, tile), 1);
+  const bool full = s.sequences * s.key_heads * slices >= 2 * s.multiprocessors;
+  s.any_state |= s.tokens > kAlwaysDirect && full;
+  return make_plan(s, slices, kChunk);
 }
 
 // Byte offsets in the workspace; forward has only `keys`.

@@ -38,36 +38,53 @@ template <class Element>
 struct LoopParams {
   Plan plan;
   Tokens tokens;
-  Input<Element> a, b, x, u;        // u, of gradients only: do or v, per token i
-  Ref<Element, 4> y;                // out
-  bool y_paired = false;            // y may be stored in words of two elements
-  Ref<float, 3> z;                  // [B, S, Hq] out, or absent
+  Input<Element> a, b, x, u;          // u, of gradients only: do or v, per token i
+  Ref<Element, 4> y;                  // out
+  bool y_paired = false;              // y may be stored in words of two elements
+  Ref<float, 3> z;                    // [B, S, Hq] out, or absent
   Ref<const float, 3> factor, delta;  // [B, S, Hq] 1 / z and -<do, o>, or absent: 1 and 0
-  Ref<float, 4> sum;                // gradients of more than one slice: what the slices before gave
-  int64_t first = 0;                // gradients: first column of the slice
-  StatePlace before, after;         // state ahead of the segment; behind it (out); or absent
-  bool by_slot = false;             // indexed by slot instead of by sequence
-  int group = 1;                    // query heads per key head
+  Ref<float, 4> sum;         // gradients of more than one slice: what the slices before gave
+  int64_t first = 0;         // gradients: first column of the slice
+  StatePlace before, after;  // state ahead of the segment; behind it (out); or absent
+  bool by_slot = false;      // indexed by slot instead of by sequence
+  int group = 1;             // query heads per key head
   bool causal = false, normalize = false;
   float scale = 1, eps = 0;
 
   HW_HOST_DEVICE int dim() const { return static_cast<int>(a.ref.size[3]); }
 };
 
-// The chunks of a block's segment; an item is one chunk with one head of b.
+// The chunks that a block visits. Chunks of b are visited one after another; an item is one of them
+// with one head of b. The rows of a are those of the same chunk, whose earlier ones the state stands
+// for; in the direct schedule they are chunk `own` for all items, and there is no state.
 struct Walk {
   Segment segment;
-  int64_t chunks = 0;
-  int head = 0;                    // of a and y
-  int state_head = 0;              // key head
-  int first_b_head = 0, heads = 1; // heads of b that meet `head`
-  int64_t first = 0, step = 1;     // token of row i of chunk c: first + (c kTile + i) step
+  int64_t begin = 0, end = 0;  // tokens that chunks are counted in: segment, direct: sequence
+  int64_t chunks = 0;          // of b
+  bool direct = false;
+  int64_t own = 0;
+  int head = 0;                     // of a and y
+  int state_head = 0;               // key head
+  int first_b_head = 0, heads = 1;  // heads of b that meet `head`
+  int64_t first = 0, step = 1;      // token of row i of chunk c: first + (c kTile + i) step
 
   HW_DEVICE HW_INLINE int64_t items() const { return chunks * heads; }
+  HW_DEVICE HW_INLINE int64_t chunk(int64_t item) const { return item / heads; }
+  HW_DEVICE HW_INLINE int b_head(int64_t item) const {
+    return first_b_head + static_cast<int>(item % heads);
+  }
+  HW_DEVICE HW_INLINE int64_t row_chunk(int64_t item) const { return direct ? own : chunk(item); }
+  HW_DEVICE HW_INLINE bool first_of_rows(int64_t item) const {
+    return direct ? item == 0 : item % heads == 0;
+  }
+  HW_DEVICE HW_INLINE bool last_of_rows(int64_t item) const {
+    return direct ? item == items() - 1 : item % heads == heads - 1;
+  }
+  // Keys of the item are those of its own rows, of which each row sees itself and the ones before.
+  HW_DEVICE HW_INLINE bool diagonal(int64_t item) const { return chunk(item) == row_chunk(item); }
   HW_DEVICE HW_INLINE int64_t token(int64_t chunk) const { return first + chunk * kTile * step; }
   HW_DEVICE HW_INLINE int count(int64_t chunk) const {
-    return static_cast<int>(
-        min_of<int64_t>(segment.end - segment.begin - chunk * kTile, kTile));
+    return static_cast<int>(min_of<int64_t>(end - begin - chunk * kTile, kTile));
   }
 };
 
@@ -80,16 +97,21 @@ HW_DEVICE HW_INLINE int64_t state_index(const LoopParams<Element>& p, const Segm
   return p.causal ? slot : slot - s.index;
 }
 
-template <bool kQueries>
-HW_DEVICE inline Walk walk_of(const Segment& segment, int head, int group) {
+// The walk of a block for `head` of a; `group`: heads of a per head of b, over queries the reverse.
+template <bool kQueries, class Element>
+HW_DEVICE inline Walk walk_of(const LoopParams<Element>& p, const Segment& s, int head, int group) {
   Walk w;
-  w.segment = segment;
-  w.chunks = ceil_div<int64_t>(segment.end - segment.begin, kTile);
+  w.segment = s;
+  w.direct = p.plan.schedule == Schedule::direct;
+  w.begin = w.direct ? s.sequence_begin : s.begin;
+  w.end = w.direct ? s.sequence_end : s.end;
+  w.own = s.index;
+  w.chunks = w.direct && p.causal ? w.own + 1 : ceil_div<int64_t>(w.end - w.begin, kTile);
   w.head = head;
   w.state_head = kQueries ? head : head / group;
   w.first_b_head = kQueries ? head * group : head / group;
   w.heads = kQueries ? group : 1;
-  w.first = kQueries ? segment.end - 1 : segment.begin;
+  w.first = kQueries ? w.end - 1 : w.begin;
   w.step = kQueries ? -1 : 1;
   return w;
 }
@@ -142,7 +164,7 @@ struct Stage {
 };
 
 // Two stages of tiles, and q and k of the current item transposed. The protocol of an item is
-//   await(item)        its stage has landed; everyone is done with the item before
+//   await()            the item's stage has landed; everyone is done with the item before
 //   prefetch(item + 1) into the other stage
 //   turn(item)         transposes, ends with a barrier
 template <class Element, int kDim, Loop kLoop, bool kQueries>
@@ -161,30 +183,35 @@ struct Chunks {
   Walk walk;
   int64_t first;  // first column of the block
 
-  HW_DEVICE HW_INLINE int64_t chunk(int64_t item) const { return item / walk.heads; }
-  HW_DEVICE HW_INLINE int turn_of(int64_t item) const {
-    return static_cast<int>(item % walk.heads);
-  }
   HW_DEVICE HW_INLINE auto& stage(int64_t item) const { return smem.stage[item % 2]; }
 
   HW_DEVICE HW_INLINE void prefetch(int64_t item) const {
     if (item >= walk.items()) return;
     auto& s = stage(item);
-    const int64_t c = chunk(item);
-    const int b_head = walk.first_b_head + turn_of(item);
-    if (kLoop == Loop::totals || p.causal) {
-      load_rows<kPadded, kThreads>(s.b.at[0], s.b.kPitch, chunk_rows(p.b, walk, c, b_head, 0));
-      load_rows<kDim, kThreads>(s.x.at[0], s.x.kPitch, chunk_rows(p.x, walk, c, b_head, first));
+    const int64_t keys = walk.chunk(item), rows = walk.row_chunk(item);
+    const int b_head = walk.b_head(item);
+    if (needs_keys()) {
+      load_rows<kPadded, kThreads>(s.b.at[0], s.b.kPitch, chunk_rows(p.b, walk, keys, b_head, 0));
+      load_rows<kDim, kThreads>(s.x.at[0], s.x.kPitch, chunk_rows(p.x, walk, keys, b_head, first));
     }
     if constexpr (kLoop != Loop::totals) {
-      if (turn_of(item) == 0)
-        load_rows<kPadded, kThreads>(s.a.at[0], s.a.kPitch, chunk_rows(p.a, walk, c, walk.head, 0));
+      if (walk.first_of_rows(item))
+        load_rows<kPadded, kThreads>(s.a.at[0], s.a.kPitch,
+                                     chunk_rows(p.a, walk, rows, walk.head, 0));
     }
-    if constexpr (kLoop == Loop::gradient)  // for every head: a stage keeps it for one item only
-      load_rows<kDim, kThreads>(s.u.at[0], s.u.kPitch, chunk_rows(p.u, walk, c, walk.head, first));
-    if constexpr (kQueries || kLoop == Loop::gradient)
-      load_scalars(s.scalars.factor, s.scalars.delta, p, walk, c, kQueries ? b_head : walk.head);
+    if constexpr (kLoop == Loop::gradient)  // for every item: a stage keeps it for one only
+      load_rows<kDim, kThreads>(s.u.at[0], s.u.kPitch,
+                                chunk_rows(p.u, walk, rows, walk.head, first));
+    if constexpr (kQueries)
+      load_scalars(s.scalars.factor, s.scalars.delta, p, walk, keys, b_head);
+    else if constexpr (kLoop == Loop::gradient)
+      load_scalars(s.scalars.factor, s.scalars.delta, p, walk, rows, walk.head);
     dev::copy_async_commit();
+  }
+
+  // Without a mask, and with a state, rows meet no keys: the state is that of all of them.
+  HW_DEVICE HW_INLINE bool needs_keys() const {
+    return kLoop == Loop::totals || p.causal || walk.direct;
   }
 
   HW_DEVICE HW_INLINE void await() const {
@@ -196,9 +223,9 @@ struct Chunks {
     const auto& s = stage(item);
     for (int strip = dev::warp(); strip < 2 * kStrips; strip += kWarps) {
       if (strip < kStrips) {
-        if (kLoop == Loop::totals || p.causal) turn_strip(smem.b, s.b, strip);
+        if (needs_keys()) turn_strip(smem.b, s.b, strip);
       } else if constexpr (kLoop != Loop::totals) {
-        if (turn_of(item) == 0) turn_strip(smem.a, s.a, strip - kStrips);
+        if (walk.first_of_rows(item)) turn_strip(smem.a, s.a, strip - kStrips);
       }
     }
     dev::sync_block();
@@ -208,7 +235,7 @@ struct Chunks {
   template <bool kByColumn, class State>
   HW_DEVICE HW_INLINE void add(State& state, int64_t item) const {
     const auto& s = stage(item);
-    const int count = walk.count(chunk(item)), column = dev::warp() * 16;
+    const int count = walk.count(walk.chunk(item)), column = dev::warp() * 16;
     const float *factor = nullptr, *delta = nullptr;
     if constexpr (kQueries) factor = s.scalars.factor, delta = s.scalars.delta;
     state.template add<kByColumn, kQueries>(smem.b, s.x, column, factor, delta, count);

@@ -36,6 +36,16 @@ HW_HOST_DEVICE inline Coefficients coefficients(float scale) {
   return {0.5f * scale * scale, scale * scale, scale};
 }
 
+// What a state is multiplied by on its way from and to memory.
+HW_DEVICE HW_INLINE Coefficients factors_in(float scale, bool over_queries) {
+  if (!over_queries) return {1.0f, 1.0f, 1.0f};
+  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  return {2.0f * inverse * inverse, inverse * inverse, inverse};
+}
+HW_DEVICE HW_INLINE Coefficients factors_out(float scale, bool over_queries) {
+  return over_queries ? coefficients(scale) : Coefficients{1.0f, 1.0f, 1.0f};
+}
+
 // Position of a slot among the features, -1 for none. `store`: the copy of the constant is none.
 HW_DEVICE HW_INLINE int slot_feature(int d, int slot, bool store) {
   const int block = slot / 16, c = slot % 16;
@@ -89,49 +99,45 @@ struct State {
     });
   }
 
-  // Loads the state of (index, head); `first`: first column of the warp. over_queries: see above.
+  // Loads the state of (index, head), times `c`; `first`: first column of the warp.
   template <bool kByColumn>
-  HW_DEVICE void load(const StatePlace& place, int64_t index, int head, int64_t first, int d,
-                      const Coefficients& c, bool over_queries) {
+  HW_DEVICE HW_INLINE void load(const StatePlace& place, int64_t index, int head, int64_t first,
+                                int d, const Coefficients& c) {
     clear();
     if (place.kv) {
       const Ref<float, 2> kv = place.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
         const int feature = slot_feature(d, slot, false);
         if (feature < 0 || first + column >= kv.size[1]) return;
-        value = kv(feature, first + column);
-        if (over_queries) value = coefficient == 0.0f ? 0.0f : value / coefficient;
+        value = kv(feature, first + column) * coefficient;
       });
     }
     if (place.z) {
       const Ref<float, 1> z = place.z.slice(index).slice(head);
       visit_sums(c, [&](float& value, float&, int slot, float coefficient) {
         const int feature = slot_feature(d, slot, false);
-        if (feature < 0) return;
-        value = z(feature);
-        if (over_queries) value = coefficient == 0.0f ? 0.0f : value / coefficient;
+        if (feature >= 0) value = z(feature) * coefficient;
       });
     }
   }
 
-  // Stores it; n only where `with_n` (one block of those that share the state).
+  // Stores it, times `c`; n only where `with_n` (one block of those that share the state).
   template <bool kByColumn>
-  HW_DEVICE void store(const StatePlace& place, int64_t index, int head, int64_t first, int d,
-                       const Coefficients& c, bool over_queries, bool with_n) {
+  HW_DEVICE HW_INLINE void store(const StatePlace& place, int64_t index, int head, int64_t first,
+                                 int d, const Coefficients& c, bool with_n) {
     if (place.kv) {
       const Ref<float, 2> kv = place.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
         const int feature = slot_feature(d, slot, true);
         if (feature >= 0 && first + column < kv.size[1])
-          kv(feature, first + column) = over_queries ? value * coefficient : value;
+          kv(feature, first + column) = value * coefficient;
       });
     }
     if (!with_n || !place.z) return;
     const Ref<float, 1> z = place.z.slice(index).slice(head);
     visit_sums(c, [&](float& value, float& rest, int slot, float coefficient) {
       const int feature = slot_feature(d, slot, true);
-      const float sum = value + rest;
-      if (feature >= 0 && dev::lane() % 4 == 0) z(feature) = over_queries ? sum * coefficient : sum;
+      if (feature >= 0 && dev::lane() % 4 == 0) z(feature) = (value + rest) * coefficient;
     });
   }
 

@@ -23,11 +23,12 @@
 
 #include <type_traits>
 
+#include "ops/linear_attention/linear_attention_plan.h"
+
 #include "core/copy.h"
 #include "core/device.h"
 #include "core/mma.h"
 #include "core/packed.h"
-#include "ops/linear_attention/linear_attention_plan.h"
 
 namespace hw::linear_attention::sm80 {
 
@@ -39,7 +40,7 @@ inline constexpr int kStrips = kTile / kRows;           // mma tiles along the t
 inline constexpr int kPadded = 16;                      // columns of q and k, padded
 inline constexpr int kBlocks = 10;                      // blocks of 16 slots
 inline constexpr int kSlots = kBlocks * 16;
-inline constexpr int kProducts = 8, kLinear = 9;        // the two special blocks
+inline constexpr int kProducts = 8, kLinear = 9;  // the two special blocks
 
 // Two neighbours along the k dimension of an mma operand, and the arithmetic on them.
 //   bf16   packed bf16, mma m16n8k16: the range of bf16 holds every product
@@ -158,8 +159,7 @@ HW_DEVICE HW_INLINE void turn_strip(Turned<Element>& turned, const Narrow<Elemen
   const int lane = dev::lane(), g = lane / 4, t = lane % 4, token = strip * kRows;
   uint32_t regs[4];  // (token 2t, 2t+1; column g) of [tokens 0-7 | 8-15][columns 0-7 | 8-15]
   const int part = lane / 8;
-  dev::load_matrix_x4_transposed(
-      regs, &rows.at[token + lane % 8 + (part & 2) * 4][(part & 1) * 8]);
+  dev::load_matrix_x4_transposed(regs, &rows.at[token + lane % 8 + (part & 2) * 4][(part & 1) * 8]);
   HW_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int column = g + (i & 1) * 8, at = token + (i & 2) * 4 + 2 * t;
@@ -193,8 +193,8 @@ HW_DEVICE HW_INLINE void columns_by_tokens(uint32_t regs[4], const Turned<Elemen
 template <class Element>
 HW_DEVICE HW_INLINE void keys_of_scores(uint32_t regs[4], const Turned<Element>& x, int strip) {
   const int lane = dev::lane(), part = lane / 8;
-  dev::load_matrix_x4_transposed(
-      regs, &x.at[lane % 8 + (part & 1) * 8][strip * kRows + (part & 2) * 4]);
+  dev::load_matrix_x4_transposed(regs,
+                                 &x.at[lane % 8 + (part & 1) * 8][strip * kRows + (part & 2) * 4]);
 }
 
 // 16 columns of a wide tile as A: (column g, tokens 2t, 2t+1 | + 8). As B of tokens x columns,
@@ -212,8 +212,8 @@ template <class Element, int kDim>
 HW_DEVICE HW_INLINE void tokens_by_values(uint32_t regs[4], const Wide<Element, kDim>& x, int strip,
                                           int column) {
   const int lane = dev::lane(), part = lane / 8;
-  dev::load_matrix_x4(
-      regs, &x.at[strip * kRows + lane % 8 + (part & 1) * 8][column + (part & 2) * 4]);
+  dev::load_matrix_x4(regs,
+                      &x.at[strip * kRows + lane % 8 + (part & 1) * 8][column + (part & 2) * 4]);
 }
 
 // The same as B: regs[2 h], regs[2 h + 1] = (columns 2t, 2t+1 | + 8; token 8 h + g).
@@ -221,8 +221,8 @@ template <class Element, int kDim>
 HW_DEVICE HW_INLINE void keys_by_values(uint32_t regs[4], const Wide<Element, kDim>& x, int strip,
                                         int column) {
   const int lane = dev::lane(), part = lane / 8;
-  dev::load_matrix_x4(
-      regs, &x.at[strip * kRows + lane % 8 + (part & 2) * 4][column + (part & 1) * 8]);
+  dev::load_matrix_x4(regs,
+                      &x.at[strip * kRows + lane % 8 + (part & 2) * 4][column + (part & 1) * 8]);
 }
 
 // Both kinds of fragments of block kBlock of Phi from x itself (own) and, for blocks 1 .. 7, x

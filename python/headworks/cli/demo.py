@@ -27,6 +27,7 @@ from .demo_train import RECIPES, Trainer
 # Seconds of the time limit that are kept for what follows the training.
 _RESERVE = 25.0
 _INTERRUPTED = 130
+_CHECKPOINT = "checkpoint.pt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,24 +69,27 @@ def run(args: argparse.Namespace) -> int:
     except DemoError as error:
         print(f"headworks demo: {error}", file=sys.stderr)
         return 2
-    say = _silent if plan.quiet else print
-    checkpoint = plan.out / "checkpoint.pt"
     trainer = _trainer(plan)
-    say(_describe(plan, trainer))
     try:
-        ended = _train(plan, trainer, start, say)
-        _save(checkpoint, plan, trainer)
-        results = _training_results(plan, trainer, ended)
-        if ended == "interrupted":
-            _write_json(plan, results)
-            return _stopped(checkpoint, trainer)
-        say(f"validation: {results['validation_bits_per_byte']:.3f} bits per byte\n")
-        text = _generate(plan, trainer, say)
-        rows = _measure(plan, trainer, say)
+        with _fastest_threads(trainer):
+            return _demo(plan, trainer, start)
     except KeyboardInterrupt:
-        _save(checkpoint, plan, trainer)
-        return _stopped(checkpoint, trainer)
-    results["generated_text"] = text
+        _save(plan, trainer)
+        return _stopped(plan, trainer)
+
+
+def _demo(plan: Plan, trainer: Trainer, start: float) -> int:
+    say = _silent if plan.quiet else print
+    say(_describe(plan, trainer))
+    ended = _train(plan, trainer, start, say)
+    _save(plan, trainer)
+    results = _training_results(plan, trainer, ended)
+    if ended == "interrupted":
+        _write_json(plan, results)
+        return _stopped(plan, trainer)
+    say(f"validation: {results['validation_bits_per_byte']:.3f} bits per byte\n")
+    results["generated_text"] = _generate(plan, trainer, say)
+    rows = _measure(plan, trainer, say)
     results["decode"] = [row.to_dict() for row in rows]
     results["softmax_config"] = SoftmaxConfig.like(plan.config).to_dict()
     if plan.plots:
@@ -94,6 +98,17 @@ def run(args: argparse.Namespace) -> int:
     _write_json(plan, results)
     say(f"\n{results['total_seconds']:.0f} s. Files in {plan.out}: {', '.join(_files(plan))}")
     return 0
+
+
+@contextmanager
+def _fastest_threads(trainer: Trainer) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if trainer.model.device.type == "cpu":
+            torch.set_num_threads(trainer.fastest_threads())
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _trainer(plan: Plan) -> Trainer:
@@ -115,6 +130,8 @@ def _describe(plan: Plan, trainer: Trainer) -> str:
     parameters = trainer.model.num_parameters() / 1e6
     text = (len(plan.train_text) + len(plan.val_text)) / 1e6
     where = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "CPU"
+    if plan.device.type == "cpu":
+        where += f", threads: {torch.get_num_threads()}"
     limit = "" if plan.minutes is None else f", at most {plan.minutes:g} minutes in all"
     resumed = f" (resumed at {trainer.step})" if trainer.step else ""
     return (
@@ -193,9 +210,9 @@ def _bits(trainer: Trainer) -> str:
     return bits + " bits/byte"
 
 
-def _save(path: Path, plan: Plan, trainer: Trainer) -> None:
+def _save(plan: Plan, trainer: Trainer) -> None:
     extra = {"size": _size_name(plan), "text": plan.text_name, "training": trainer.state()}
-    save_checkpoint(path, trainer.model, tokenizer=ByteTokenizer(), extra=extra)
+    save_checkpoint(plan.out / _CHECKPOINT, trainer.model, tokenizer=ByteTokenizer(), extra=extra)
 
 
 def _size_name(plan: Plan) -> str:
@@ -271,7 +288,7 @@ def _plot(plan: Plan, trainer: Trainer, rows: list[DecodeRow]) -> None:
 
 def _files(plan: Plan) -> list[str]:
     plots = ["training.png", "decode.png"] if plan.plots else []
-    return [*plots, "results.json", "generated.txt", "checkpoint.pt"]
+    return [*plots, "results.json", "generated.txt", _CHECKPOINT]
 
 
 def _write_json(plan: Plan, results: dict[str, Any]) -> None:
@@ -279,7 +296,8 @@ def _write_json(plan: Plan, results: dict[str, Any]) -> None:
     (plan.out / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _stopped(checkpoint: Path, trainer: Trainer) -> int:
+def _stopped(plan: Plan, trainer: Trainer) -> int:
+    checkpoint = plan.out / _CHECKPOINT
     print(
         f"\nstopped after {trainer.step} of {trainer.steps} steps; checkpoint: {checkpoint}\n"
         f"go on with: headworks demo --resume {checkpoint} --out {checkpoint.parent}",

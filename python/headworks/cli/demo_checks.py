@@ -17,7 +17,7 @@ from ..models import BasedConfig, Checkpoint, load_checkpoint
 from ..ops.linear_attention import linear_attention
 from .demo_train import RECIPES, Recipe
 
-DEFAULT_MINUTES = 1.9
+DEFAULT_MINUTES = 1.8
 DEFAULT_CONTEXTS = "1024,4096,16384"
 MAX_CONTEXT = 1 << 20
 HELD_OUT = 0.1

@@ -29,8 +29,9 @@ def plot_training(
         val_steps, val_bits = zip(*val_curve, strict=True)
         axes.plot(val_steps, val_bits, "o-", color=_SOFTMAX, markersize=5, label="held-out text")
         axes.annotate(
-            f"{val_bits[-1]:.2f}", (val_steps[-1], val_bits[-1]), xytext=(0, 9),
+            f"{val_bits[-1]:.2f}", (val_steps[-1], val_bits[-1]), xytext=(0, 12),
             textcoords="offset points", ha="right", color=_SOFTMAX, fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="bits per byte", title=title, xlim=(0, None))
     axes.set_ylim(0.95 * min(bits[len(bits) // 2 :]), 1.02 * max(bits))
@@ -94,13 +95,9 @@ def _finish(plt: Any, figure: Any, panels: list[Any], path: Path) -> None:
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """Mean over a fortieth of the run to either side of each step, less near the ends."""
+    """Mean over a fortieth of the run to either side of each step, as far as there are values."""
     reach = len(values) // 40
-    means = []
-    for i in range(len(values)):
-        side = min(reach, i, len(values) - 1 - i)
-        means.append(statistics.fmean(values[i - side : i + side + 1]))
-    return means
+    return [statistics.fmean(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))]
 
 
 def _short(n: int) -> str:

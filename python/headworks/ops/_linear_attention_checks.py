@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NoReturn
 
@@ -28,7 +29,7 @@ MAX_TAYLOR_DIM = 32
 
 
 def num_features(feature_map: str | int, d: int) -> int:
-    """F, the rows of a state, for a map or its number: 1 + D + D (D + 1) / 2 for taylor2, else D."""
+    """F, the rows of a state, for a map or its number."""
     return 1 + d + d * (d + 1) // 2 if feature_map in ("taylor2", 0) else d
 
 
@@ -39,12 +40,19 @@ def check_options(
     number = FEATURE_MAPS.get(feature_map) if isinstance(feature_map, str) else None
     if number is None:
         fail(
-            ValueError, op, "feature_map", repr(feature_map),
-            f"one of {', '.join(FEATURE_MAPS)}, or a callable", "Choose one.",
+            ValueError,
+            op,
+            "feature_map",
+            repr(feature_map),
+            f"one of {', '.join(FEATURE_MAPS)}, or a callable",
+            "Choose one.",
         )
     if number == 0 and d > MAX_TAYLOR_DIM:
         fail(
-            ValueError, op, "the head dimension D of q and k", d,
+            ValueError,
+            op,
+            "the head dimension D of q and k",
+            d,
             f'at most {MAX_TAYLOR_DIM} with feature_map="taylor2"',
             "Project q and k to fewer features (the paper uses 16), or choose another feature_map.",
         )
@@ -62,7 +70,11 @@ def check_options(
 def _number(op: str, name: str, x: object) -> float:
     if isinstance(x, (Tensor, str)) or not hasattr(x, "__float__"):
         fail(
-            TypeError, op, name, describe(x), "a Python number",
+            TypeError,
+            op,
+            name,
+            describe(x),
+            "a Python number",
             "Pass a float; a tensor of scales belongs into q.",
         )
     x = float(x)
@@ -82,10 +94,15 @@ def reject_inputs(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> NoRe
         fail(ValueError, op, "the head dimension D of q", 0, "at least 1", "Check the last axis.")
     lead = tuple(q.shape[:-2])
     require_sizes(op, layout.replace("H", "Hkv"), "k", k, (*lead, h, d))
-    require_sizes(op, layout.replace("H", "Hkv").replace("D]", "Dv]"), "v", v,
-                  (*lead, h, v.shape[-1]))
+    require_sizes(
+        op, layout.replace("H", "Hkv").replace("D]", "Dv]"), "v", v, (*lead, h, v.shape[-1])
+    )
     fail(
-        ValueError, op, "the number of heads of q", hq, f"a positive multiple of k's {h}",
+        ValueError,
+        op,
+        "the number of heads of q",
+        hq,
+        f"a positive multiple of k's {h}",
         "Each key head serves Hq / Hkv query heads.",
     )
 
@@ -104,8 +121,14 @@ def check_state(
 ) -> tuple[Tensor, Tensor]:
     """The two tensors of a state, found to belong to this call."""
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        fail(TypeError, op, name, describe(state), "LinearState(kv, z)",
-             "Pass the state that output_final_state=True returned, or hw.LinearState.initial().")
+        fail(
+            TypeError,
+            op,
+            name,
+            describe(state),
+            "LinearState(kv, z)",
+            "Pass the state that output_final_state=True returned, or hw.LinearState.initial().",
+        )
     kv, z = state
     dtype = ACCUMULATION[q.dtype]
     if (
@@ -138,13 +161,21 @@ def _reject_state(
     ):
         if x.shape != want:
             fail(
-                ValueError, op, part, f"of shape {list(x.shape)}", f"{layout} = {list(want)}",
+                ValueError,
+                op,
+                part,
+                f"of shape {list(x.shape)}",
+                f"{layout} = {list(want)}",
                 f'F is {sizes[2]} for feature_map="{feature_map}" at D = {q.shape[-1]}, N counts '
                 "sequences, H key heads; use a state that was made with the same arguments.",
             )
         if x.dtype != ACCUMULATION[q.dtype]:
             fail(
-                TypeError, op, part, x.dtype, f"{ACCUMULATION[q.dtype]} for {q.dtype} inputs",
+                TypeError,
+                op,
+                part,
+                x.dtype,
+                f"{ACCUMULATION[q.dtype]} for {q.dtype} inputs",
                 "States stay in fp32 (fp64 for fp64 inputs); do not cast them with the model.",
             )
         require_same_device(op, "q", q, **{part: x})
@@ -154,14 +185,32 @@ def _reject_state(
 def check_cu_seqlens(op: str, cu_seqlens: object, q: Tensor) -> Tensor:
     """cu_seqlens [N + 1] as int64. The values are looked at by check_cu_seqlens_values."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fail(TypeError, op, "cu_seqlens", describe(cu_seqlens), "an int32 or int64 tensor [N + 1]",
-             "Pass the running sum of the sequence lengths, from 0 to the total.")
+        fail(
+            TypeError,
+            op,
+            "cu_seqlens",
+            describe(cu_seqlens),
+            "an int32 or int64 tensor [N + 1]",
+            "Pass the running sum of the sequence lengths, from 0 to the total.",
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        fail(ValueError, op, "cu_seqlens", f"of shape {list(cu_seqlens.shape)}", "[N + 1]",
-             "Pass the running sum of the sequence lengths, from 0 to the total.")
+        fail(
+            ValueError,
+            op,
+            "cu_seqlens",
+            f"of shape {list(cu_seqlens.shape)}",
+            "[N + 1]",
+            "Pass the running sum of the sequence lengths, from 0 to the total.",
+        )
     if q.shape[0] != 1:
-        fail(ValueError, op, "the batch size B with cu_seqlens", q.shape[0], "1",
-             "Pack the sequences one after the other into [1, total, H, D].")
+        fail(
+            ValueError,
+            op,
+            "the batch size B with cu_seqlens",
+            q.shape[0],
+            "1",
+            "Pack the sequences one after the other into [1, total, H, D].",
+        )
     require_same_device(op, "q", q, cu_seqlens=cu_seqlens)
     return cu_seqlens.to(torch.int64)
 
@@ -171,10 +220,22 @@ def check_cu_seqlens_values(op: str, cu_seqlens: Tensor, total: int) -> None:
     if not cu_seqlens.is_cpu:
         return
     bounds = cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end < begin:
-            fail(ValueError, op, f"cu_seqlens[{n + 1}]", end,
-                 f"at least cu_seqlens[{n}] = {begin}", "Pass a running sum of lengths.")
+            fail(
+                ValueError,
+                op,
+                f"cu_seqlens[{n + 1}]",
+                end,
+                f"at least cu_seqlens[{n}] = {begin}",
+                "Pass a running sum of lengths.",
+            )
     if bounds[0] != 0 or bounds[-1] != total:
-        fail(ValueError, op, "cu_seqlens", f"from {bounds[0]} to {bounds[-1]}",
-             f"from 0 to the number of packed tokens, {total}", "Pass a running sum of lengths.")
+        fail(
+            ValueError,
+            op,
+            "cu_seqlens",
+            f"from {bounds[0]} to {bounds[-1]}",
+            f"from 0 to the number of packed tokens, {total}",
+            "Pass a running sum of lengths.",
+        )

@@ -6,6 +6,7 @@ Order of tensors and scalars: csrc/ops/linear_attention/linear_attention.h.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ define(
 )
 
 
-class LinearAttention(torch.autograd.Function):
+class _LinearAttention(torch.autograd.Function):
     """(q, k, v, kv0, z0, bounds, *scalars, final_state, backend) -> o, kv1, z1.
 
     Saves the inputs, o and z; the backward pass recomputes the weights.
@@ -153,7 +154,7 @@ class LinearAttention(torch.autograd.Function):
         return o, kv1, z1
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_o: Maybe, d_kv1: Maybe, d_z1: Maybe) -> tuple[Maybe, ...]:
         q, k, v, o, z, kv0, z0, bounds = ctx.saved_tensors
         state_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
@@ -170,6 +171,9 @@ class LinearAttention(torch.autograd.Function):
         if not state_grad:
             d_kv0 = d_z0 = None
         return d_q, d_k, d_v, d_kv0, d_z0, *(None,) * 8
+
+
+differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LinearAttention.apply
 
 
 def _state_cotangent(

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _native
 from .._errors import (
     describe,
     fail,
@@ -19,7 +19,22 @@ from .._errors import (
     require_sizes,
     require_tensors,
 )
-from .._native import ACCUMULATION, as_written, autocasts, backend_for, empties, fixed_arity, route, run, widen
+from .._native import (
+    ACCUMULATION,
+    NATIVE_CALLS,
+    Maybe,
+    NativeCall,
+    as_written,
+    autocast,
+    autocasts,
+    backend_for,
+    define,
+    empties,
+    fixed_arity,
+    route,
+    run,
+    widen,
+)
 from ..reference import key_scan as reference
 
 _OP = "key_scan"
@@ -98,35 +113,44 @@ def key_scan(
     """
     s, v, o0, lse0 = _checked(s, v, initial_state)
     backend = backend_for(_OP, backend, s)
-    if not v.shape[3]:
-        start = None if o0 is None else (widen(o0), lse0)
-        o, state = key_scan(
-            s, widen(v), initial_state=start, output_final_state=True, backend=backend
-        )
-        o, state = o[..., :0], KeyScanState(state.o[..., :0], state.lse)
-        return (o, state) if output_final_state else o
-    if backend == "reference":
-        with as_written(s):
-            o, state = reference.key_scan(s, v, initial_state=initial_state)
-        return (o, KeyScanState(*state)) if output_final_state else o
+    if backend == "reference" or not v.shape[3]:
+        return _other_ways(s, v, o0, lse0, output_final_state, backend)
 
     inputs = (s, v, o0, lse0)
     way = route(_OP, inputs)
+    o1: Any
+    lse1: Any
     if way == "direct":
         o, _, o1, lse1 = _forward(*inputs, output_final_state, backend)
     elif way == "operator":
         o, _, o1, lse1 = torch.ops.headworks.key_scan_fwd(*inputs, output_final_state, backend)
     else:
-        o, o1, lse1 = _KeyScan.apply(*inputs, output_final_state, backend)
+        o, o1, lse1 = _differentiable(*inputs, output_final_state, backend)
     return (o, KeyScanState(o1, lse1)) if output_final_state else o
 
 
-def _checked(s, v, initial_state):
+def _other_ways(
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, output_final_state: bool, backend: str
+) -> Tensor | tuple[Tensor, KeyScanState]:
+    """The reference, and values of width 0."""
+    start = None if o0 is None or lse0 is None else KeyScanState(o0, lse0)
+    if backend == "reference":
+        with as_written(s):
+            o, state = reference.key_scan(s, v, initial_state=start)
+        return (o, KeyScanState(*state)) if output_final_state else o
+    if start is not None:
+        start = KeyScanState(widen(start.o), start.lse)
+    o, end = key_scan(s, widen(v), initial_state=start, output_final_state=True, backend=backend)
+    o, end = o[..., :0], KeyScanState(end.o[..., :0], end.lse)
+    return (o, end) if output_final_state else o
+
+
+def _checked(s: Tensor, v: Tensor, initial_state: object) -> tuple[Tensor, Tensor, Maybe, Maybe]:
     """The arguments cast and validated: s v o0 lse0. Nothing is allocated before."""
     if not (isinstance(s, Tensor) and isinstance(v, Tensor)):
         _reject(s, v)
     if autocasts(s):
-        s, v = _native.autocast(s, v)
+        s, v = autocast(s, v)
     dtype, device = s.dtype, s.device
     if not (
         s.dim() == 3
@@ -142,7 +166,7 @@ def _checked(s, v, initial_state):
     return s, v, *_checked_state(initial_state, s, v)
 
 
-def _reject(s, v) -> NoReturn:
+def _reject(s: Tensor, v: Tensor) -> NoReturn:
     require_tensors(_OP, s=s, v=v)
     require_rank(_OP, 3, "[B, S, H]", s=s)
     require_rank(_OP, 4, "[B, S, H, Dv]", v=v)
@@ -152,10 +176,16 @@ def _reject(s, v) -> NoReturn:
     raise AssertionError("inputs were rejected without a reason")
 
 
-def _checked_state(state, s, v):
+def _checked_state(state: object, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        fail(TypeError, _OP, "initial_state", describe(state), "KeyScanState(o, lse)",
-             "Pass the state that output_final_state=True returned.")
+        fail(
+            TypeError,
+            _OP,
+            "initial_state",
+            describe(state),
+            "KeyScanState(o, lse)",
+            "Pass the state that output_final_state=True returned.",
+        )
     names = ("initial_state.o", "initial_state.lse")
     batch, _, heads, value_dim = v.shape
     sizes, layouts = ((batch, heads, value_dim), (batch, heads)), ("[B, H, Dv]", "[B, H]")
@@ -164,17 +194,21 @@ def _checked_state(state, s, v):
         require_sizes(_OP, layout, name, x, want)
         if x.dtype != ACCUMULATION[s.dtype]:
             fail(
-                TypeError, _OP, name, x.dtype, f"{ACCUMULATION[s.dtype]} for {s.dtype} inputs",
+                TypeError,
+                _OP,
+                name,
+                x.dtype,
+                f"{ACCUMULATION[s.dtype]} for {s.dtype} inputs",
                 "States stay in fp32 (fp64 for fp64 inputs); do not cast them with the model.",
             )
         require_same_device(_OP, "s", s, **{name: x})
-    return state
+    return state[0], state[1]
 
 
 # The native calls. Tensor order: csrc/ops/key_scan/key_scan.h.
 
 
-def _outputs(s, v, final_state):
+def _outputs(s: Tensor, v: Tensor, final_state: bool) -> tuple[Tensor, Tensor, Maybe, Maybe]:
     """o, lse, o1, lse1 unfilled; None for the state where it is not asked for."""
     dtype, device = ACCUMULATION[s.dtype], s.device
     o = torch.empty(v.shape, dtype=v.dtype, device=device)
@@ -186,50 +220,72 @@ def _outputs(s, v, final_state):
     return o, lse, o1, torch.empty((batch, heads), dtype=dtype, device=device)
 
 
-def _forward(s, v, o0, lse0, final_state, backend):
+def _forward(
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, backend: str
+) -> tuple[Tensor, Tensor, Maybe, Maybe]:
     o, lse, o1, lse1 = _outputs(s, v, final_state)
     run("key_scan.forward", backend, [s, v, o, lse, o0, lse0, o1, lse1], ())
     return o, lse, o1, lse1
 
 
-def _forward_op(s, v, o0, lse0, final_state, backend):
-    return fixed_arity(_forward(s, v, o0, lse0, final_state, backend), s)
+def _forward_operator(s: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return fixed_arity(_forward(s, *rest), s)
 
 
-def _forward_fake(s, v, o0, lse0, final_state, backend):
+def _forward_fake(
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, backend: str
+) -> tuple[Tensor, ...]:
     return fixed_arity(_outputs(s, v, final_state), s)
 
 
-def _gradients(s, v, o0, lse0, state_grad):
-    return empties(s, v, *((o0, lse0) if state_grad else (None, None)))
+def _backward_operator(
+    d_o: Tensor,
+    d_o1: Maybe,
+    d_lse1: Maybe,
+    s: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    o0: Maybe,
+    lse0: Maybe,
+    o1: Maybe,
+    state_grad: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    grads = empties(s, v, *((o0, lse0) if state_grad else (None, None)))
+    tensors = [s, v, o, lse, o0, lse0, o1, d_o, d_o1, d_lse1, *grads]
+    run("key_scan.backward", backend, tensors, ())
+    return fixed_arity(grads, s)
 
 
-def _backward_op(d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1, state_grad, backend):
-    d_s, d_v, d_o0, d_lse0 = _gradients(s, v, o0, lse0, state_grad)
-    run(
-        "key_scan.backward",
-        backend,
-        [s, v, o, lse, o0, lse0, o1, d_o, d_o1, d_lse1, d_s, d_v, d_o0, d_lse0],
-        (),
-    )
-    return fixed_arity((d_s, d_v, d_o0, d_lse0), s)
+def _backward_fake(
+    d_o: Tensor,
+    d_o1: Maybe,
+    d_lse1: Maybe,
+    s: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    o0: Maybe,
+    lse0: Maybe,
+    o1: Maybe,
+    state_grad: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return fixed_arity(empties(s, v, *((o0, lse0) if state_grad else (None, None))), s)
 
 
-def _backward_fake(d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1, state_grad, backend):
-    return fixed_arity(_gradients(s, v, o0, lse0, state_grad), s)
-
-
-_native.define(
+define(
     "key_scan_fwd(Tensor s, Tensor v, Tensor? o0, Tensor? lse0, bool final_state, str backend)"
     " -> (Tensor o, Tensor lse, Tensor o1, Tensor lse1)",
-    _forward_op,
+    _forward_operator,
     _forward_fake,
 )
-_native.define(
+define(
     "key_scan_bwd(Tensor d_o, Tensor? d_o1, Tensor? d_lse1, Tensor s, Tensor v, Tensor o,"
     " Tensor lse, Tensor? o0, Tensor? lse0, Tensor? o1, bool state_grad, str backend)"
     " -> (Tensor d_s, Tensor d_v, Tensor d_o0, Tensor d_lse0)",
-    _backward_op,
+    _backward_operator,
     _backward_fake,
 )
 
@@ -238,7 +294,8 @@ class _KeyScan(torch.autograd.Function):
     """Saves the inputs, o, the running log-sum and the final state."""
 
     @staticmethod
-    def forward(ctx, s, v, o0, lse0, final_state, backend):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        s, v, o0, lse0, final_state, backend = arguments
         o, lse, o1, lse1 = torch.ops.headworks.key_scan_fwd(s, v, o0, lse0, final_state, backend)
         ctx.save_for_backward(s, v, o, lse, o0, lse0, o1 if final_state else None)
         ctx.final_state, ctx.backend = final_state, backend
@@ -249,7 +306,7 @@ class _KeyScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_o, d_o1, d_lse1):
+    def backward(ctx: Any, d_o: Maybe, d_o1: Maybe, d_lse1: Maybe) -> tuple[Maybe, ...]:
         s, v, o, lse, o0, lse0, o1 = ctx.saved_tensors
         state_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         if d_o is None:
@@ -268,12 +325,21 @@ class _KeyScan(torch.autograd.Function):
         return d_s, d_v, d_o0, d_lse0, None, None
 
 
-def _native_call(s, v, *, initial_state=None, output_final_state=False, backend="auto"):
-    """For hw.explain: function, backend, tensors and scalars of the call that would be made."""
+_differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _KeyScan.apply
+
+
+def _native_call(
+    s: Tensor,
+    v: Tensor,
+    *,
+    initial_state: KeyScanState | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    backend: str = "auto",
+) -> NativeCall:
     s, v, o0, lse0 = _checked(s, v, initial_state)
     o, lse, o1, lse1 = _outputs(s, v, output_final_state)
     tensors = [s, v, o, lse, o0, lse0, o1, lse1, None]
     return "key_scan.forward", backend_for(_OP, backend, s), tensors, ()
 
 
-key_scan.native_call = _native_call
+NATIVE_CALLS[key_scan] = _native_call

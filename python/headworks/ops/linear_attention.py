@@ -116,8 +116,9 @@ def linear_attention(
         pieces through the state gives what feeding it whole gives.
 
     Causality is exact for finite numbers; a NaN or infinity in v may also reach earlier tokens of
-    the tile it lies in. Under ``torch.autocast`` q, k and v are cast to the autocast dtype. Gradients flow to q, k, v
-    and the initial state, once (the reference backend: any number of times).
+    the tile it lies in. Under ``torch.autocast`` q, k and v are cast to the autocast dtype.
+    Gradients flow to q, k, v and the initial state, once (the reference backend: any number of
+    times).
 
     Raises:
         ValueError: shapes that do not fit, D > 32 with taylor2, a number out of range, a state of
@@ -153,8 +154,8 @@ def linear_attention(
     inputs = (q, k, v, kv0, z0, bounds)
     scalars = (number, bool(is_causal), bool(normalize), scale, float(eps))
     way = route(OP, inputs)
-    kv1: Maybe
-    z1: Maybe
+    kv1: Any
+    z1: Any
     if way == "direct":
         o, _, kv1, z1 = native.forward(*inputs, scalars, output_final_state, False, backend)
     elif way == "operator":
@@ -162,7 +163,7 @@ def linear_attention(
             *inputs, *scalars, output_final_state, False, backend
         )
     else:
-        o, kv1, z1 = native.LinearAttention.apply(*inputs, *scalars, output_final_state, backend)
+        o, kv1, z1 = native.differentiable(*inputs, *scalars, output_final_state, backend)
     return (o, LinearState(kv1, z1)) if output_final_state else o
 
 
@@ -183,10 +184,10 @@ def _other_ways(
         if bounds is not None:
             check_cu_seqlens_values(OP, bounds, q.shape[1])
         with as_written(q):
-            o, end = reference.linear_attention(
+            o, state = reference.linear_attention(
                 q, k, v, initial_state=start, cu_seqlens=bounds, **options
             )
-        return (o, LinearState(*end)) if output_final_state else o
+        return (o, LinearState(*state)) if output_final_state else o
     if start is not None:
         start = LinearState(widen(start.kv), start.z)
     o, end = linear_attention(

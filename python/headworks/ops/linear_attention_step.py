@@ -89,7 +89,11 @@ def linear_attention_step(
     way = route(_OP, (q, k, v, kv, z))
     if way == "autograd":
         fail(
-            RuntimeError, _OP, "an input", "a tensor that requires grad", "none (no gradient here)",
+            RuntimeError,
+            _OP,
+            "an input",
+            "a tensor that requires grad",
+            "none (no gradient here)",
             "Call it under torch.no_grad(), or use linear_attention on a sequence of length 1.",
         )
     if not v.shape[2]:
@@ -100,7 +104,13 @@ def linear_attention_step(
     if backend == "reference":
         with as_written(q):
             o, new = reference.linear_attention_step(
-                q, k, v, (kv, z), feature_map=feature_map, scale=scale, normalize=normalize,
+                q,
+                k,
+                v,
+                (kv, z),
+                feature_map=feature_map,
+                scale=scale,
+                normalize=normalize,
                 eps=eps,
             )
         kv.copy_(new.kv)
@@ -153,7 +163,10 @@ def _checked(
     for name, x in (("state.kv", kv), ("state.z", z)):
         if not x.is_contiguous() and _repeats_memory(x):
             fail(
-                ValueError, _OP, name, f"a view of strides {list(x.stride())}",
+                ValueError,
+                _OP,
+                name,
+                f"a view of strides {list(x.stride())}",
                 "memory of its own for every element, because it is updated in place",
                 f"Pass {name}.contiguous().",
             )

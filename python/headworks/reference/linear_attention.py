@@ -11,12 +11,13 @@ query side, so that a state does not depend on the scale.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PRE = {
+PRE: dict[str, Callable[[Tensor], Tensor]] = {
     "taylor2": lambda x: x,
     "identity": lambda x: x,
     "elu1": lambda x: 1 + torch.nn.functional.elu(x),
@@ -61,7 +62,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """The output [B, S, Hq, Dv] in the inputs' dtype and the final state in fp32 (or fp64)."""
-    options = {
+    options: dict[str, Any] = {
         "feature_map": feature_map,
         "is_causal": is_causal,
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
@@ -83,29 +84,35 @@ def linear_attention(
 
 
 def linear_attention_step(
-    q, k, v, state, *, feature_map="taylor2", scale=None, normalize=True, eps=0.0
-):
-    """One token, q [B, Hq, D], k [B, H, D], v [B, H, Dv]: o [B, Hq, Dv] and the next state."""
-    o, state = linear_attention(
-        q[:, None],
-        k[:, None],
-        v[:, None],
-        feature_map=feature_map,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        initial_state=state,
-    )
+    q: Tensor,  # [B, Hq, D]
+    k: Tensor,  # [B, H, D]
+    v: Tensor,  # [B, H, Dv]
+    state: tuple[Tensor, Tensor],
+    **options: Any,
+) -> tuple[Tensor, State]:
+    """One token: the output [B, Hq, Dv] and the next state."""
+    o, state = linear_attention(q[:, None], k[:, None], v[:, None], initial_state=state, **options)
     return o[:, 0], state
 
 
-def _state(k, v, feature_map):
+def _state(k: Tensor, v: Tensor, feature_map: str) -> State:
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     phi = features(k.to(dtype), feature_map)  # [B, S, H, F]
     return State(torch.einsum("bshf,bshe->bhfe", phi, v.to(dtype)), phi.sum(1))
 
 
-def _sequences(q, k, v, initial_state, *, feature_map, is_causal, scale, normalize, eps):
+def _sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Sequence[Tensor] | None,
+    *,
+    feature_map: str,
+    is_causal: bool,
+    scale: float,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, State]:
     group = q.shape[2] // k.shape[2] if k.shape[2] else 1
     pre = PRE[feature_map]
     s = scale * torch.einsum("bihd,bjhd->bhij", pre(q), pre(k).repeat_interleave(group, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -45,11 +46,11 @@ def _gaps(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @contextlib.contextmanager
 def poison_empty() -> Iterator[None]:
-    """Fill what torch.empty returns: NaN in floats, 0x7f bytes in integers."""
+    """Fill what torch.empty returns: NaN in floats, 0x7f in integers."""
     empty = torch.empty
 
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        x = empty(*args, **kwargs)
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = empty(*args, **kwargs)
         if type(x) is Tensor and not x.is_meta and not torch._C._len_torch_dispatch_stack():
             if x.is_floating_point():
                 x.detach().fill_(float("nan"))

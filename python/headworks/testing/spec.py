@@ -82,17 +82,13 @@ def evaluate(
     `layout` is that of the cotangents.
     """
     wanted = [n for n in spec.differentiable if n in tensors] if gradients else []
-    tensors = {
-        n: x.detach().requires_grad_() if n in wanted else x for n, x in tensors.items()
-    }
+    tensors = {n: x.detach().requires_grad_() if n in wanted else x for n, x in tensors.items()}
     with torch.set_grad_enabled(bool(wanted)):
         outputs = spec.run(tensors, case, backend)
     result = {n: x.detach() for n, x in outputs.items()}
     reached = {n: x for n, x in outputs.items() if x.requires_grad}
     if wanted and reached:
-        cotangents = [
-            restride(_cotangent(n, x, seed), layout) for n, x in reached.items()
-        ]
+        cotangents = [restride(_cotangent(n, x, seed), layout) for n, x in reached.items()]
         inputs = [tensors[n] for n in wanted]
         grads = torch.autograd.grad(list(reached.values()), inputs, cotangents, allow_unused=True)
         for n, x, grad in zip(wanted, inputs, grads, strict=True):
@@ -124,7 +120,7 @@ def check_case(
     """
     tensors = spec.make(case, dtype, device, seed)
     tensors = {n: restride(x, layout) for n, x in tensors.items()}
-    options = {"gradients": gradients, "seed": seed, "layout": layout}
+    options: dict[str, Any] = {"gradients": gradients, "seed": seed, "layout": layout}
     key = (spec.name, case.name, dtype, device, *options.values())
     if key not in _expected:
         if len(_expected) == REMEMBERED:
@@ -136,9 +132,7 @@ def check_case(
         raise AssertionError(f"{spec}: outputs {sorted(actual)}, expected {sorted(oracle)}")
     for name, x in oracle.items():
         label = f"{spec.name}[{case.name}, {backend}, {dtype}]: {name}"
-        compare(
-            actual[name], x, dtype, reference=rough.get(name), floor=case.floor, name=label
-        )
+        compare(actual[name], x, dtype, reference=rough.get(name), floor=case.floor, name=label)
 
 
 # The latest expectations, which several backends are compared with.

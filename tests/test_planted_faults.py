@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults planted into the kernels, each of which the spec-driven comparison must catch.
+
+The sources are copied, built in the quick preset, and found right; then each fault is planted
+alone, rebuilt, and must be found wrong by at least one case of its operator. One that is not found
+is a hole in the cases.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc", "cmake", "CMakeLists.txt", "CMakePresets.json", "pyproject.toml")
+LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
+WRONG = 3  # exit code of CHECK when a comparison failed
+
+# Compares the small cases of an operator on a backend in both orders of asynchronous copies.
+CHECK = """
+import sys
+import torch
+from headworks import _library
+from headworks.testing import check_case
+import importlib
+operator, backend, dtype = sys.argv[1:]
+spec = importlib.import_module(f"specs.{operator}").SPEC
+for copies in ("late", "early"):
+    if backend.startswith("emulate:"):
+        _library.configure_emulator(seed=1, order="shuffled", copies=copies)
+    for case in spec.emulator_cases:
+        try:
+            check_case(spec, case, backend, getattr(torch, dtype))
+        except (AssertionError, RuntimeError) as error:
+            print(f"{case}: {str(error)[:200]}")
+            sys.exit(3)
+    if backend == "cpu":
+        break
+print("no difference")
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str  # under csrc/, without the operator's part of the name
+    right: str  # occurs once
+    wrong: str
+    operator: str
+    backend: str
+    dtype: str = "float32"
+
+
+def cpu(name, file, right, wrong, operator="linear_attention"):
+    return Fault(name, file, right, wrong, operator, "cpu")
+
+
+def simt(name, file, right, wrong, operator="linear_attention"):
+    return Fault(name, file, right, wrong, operator, "emulate:simt")
+
+
+def sm80(name, file, right, wrong):
+    return Fault(name, file, right, wrong, "linear_attention", "emulate:sm80", "bfloat16")
+
+
+FAULTS = (
+    cpu("wrong_sign", f"{LINEAR}_cpu_scan.h", "d * (1 + score)", "d * (1 - score)"),
+    cpu("mask_off_by_one", f"{LINEAR}_cpu_chunk.h", "Range{a + 1, columns.end}",
+        "Range{a + 2, columns.end}"),
+    cpu("state_not_carried", f"{LINEAR}_cpu.cpp",
+        "if (!last || ends_.kv_end) accumulate(shape_, scan.local(), prefix);", ""),
+    cpu("wrong_feature", f"{LINEAR}_cpu_step.h", "state = fma(k, v[j], state);",
+        "state = fma(q, v[j], state);", "linear_attention_step"),
+    cpu("wrong_sign", f"{SCAN}_cpu.cpp", "t -= p_.d_lse1", "t += p_.d_lse1", "key_scan"),
+    cpu("mix_exchanged", f"{SCAN}_cpu.cpp", "1 / whole, e / whole};", "e / whole, 1 / whole};",
+        "key_scan"),
+    simt("mask_off_by_one", f"{LINEAR}_simt_tiles.cuh", "inner <= outer : inner >= outer",
+         "inner < outer : inner >= outer"),
+    simt("wrong_sign", f"{LINEAR}_simt_walk.cuh", "(ds[r][u] + extra) *", "(ds[r][u] - extra) *"),
+    simt("missing_barrier", f"{LINEAR}_simt_walk.cuh",
+         "load_inner(tile);\n      dev::sync_block();\n      add_scores",
+         "load_inner(tile);\n      add_scores"),
+    simt("missing_barrier", f"{LINEAR}_simt_step.cuh",
+         "make_features(first, count);\n        dev::sync_block();",
+         "make_features(first, count);", "linear_attention_step"),
+    simt("scan_off_by_one", f"{SCAN}_simt_forward.cuh", "if (u.lane >= n) x = join(earlier, x);",
+         "if (u.lane > n) x = join(earlier, x);", "key_scan"),
+    simt("wrong_sign", f"{SCAN}_simt_backward.cuh", "unit_sum(sum - t, g.lanes)",
+         "unit_sum(sum + t, g.lanes)", "key_scan"),
+    sm80("missing_wait", f"{LINEAR}_sm80_loop.cuh", "dev::copy_async_wait<0>();", ""),
+    sm80("mask_off_by_one", f"{LINEAR}_sm80_forward.cuh", "{ return key <= row; }",
+         "{ return key < row; }"),
+    sm80("wrong_sign", f"{LINEAR}_sm80_backward.cuh", "value *= p.scale * weight_derivative",
+         "value *= -p.scale * weight_derivative"),
+)  # fmt: skip
+
+
+class Sandbox:
+    """A copy of the sources and its build in the quick preset."""
+
+    def __init__(self, folder: Path):
+        self.source, self.build = folder / "source", folder / "build"
+        self.source.mkdir()
+        for name in SOURCES:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, self.source / name)
+        self.call(
+            "cmake", "--preset", "dev", "-B", self.build, "-DHW_TESTS=OFF",
+            f"-DHW_PYTHON_EXECUTABLE={sys.executable}",
+        )  # fmt: skip
+        self.compile()
+
+    def call(self, *command) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [str(part) for part in command], cwd=self.source, text=True, timeout=900,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout[-4000:]
+        return result
+
+    def compile(self):
+        jobs = str(os.cpu_count() or 1)
+        self.call("cmake", "--build", self.build, "--target", "python_package", "-j", jobs)
+
+    def check(self, fault: Fault) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", CHECK, fault.operator, fault.backend, fault.dtype],
+            cwd=ROOT / "tests", text=True, timeout=600, check=False,
+            env=os.environ | {"HEADWORKS_LIBRARY_DIR": str(self.build / "lib")},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def plant(self, fault: Fault) -> subprocess.CompletedProcess[str]:
+        path = self.source / "csrc" / fault.file
+        text = path.read_text()
+        assert text.count(fault.right) == 1, f"{fault.right!r} occurs {text.count(fault.right)}x"
+        try:
+            path.write_text(text.replace(fault.right, fault.wrong))
+            self.compile()
+            return self.check(fault)
+        finally:
+            path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("cmake and ninja are not on PATH")
+    return Sandbox(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    list({(f.operator, f.backend): f for f in FAULTS}.values()),
+    ids=lambda f: f"{f.operator}-{f.backend}",
+)
+def test_the_sources_as_they_are_pass(sandbox, fault):
+    sandbox.compile()
+    result = sandbox.check(fault)
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.operator}-{f.backend}-{f.name}")
+def test_a_planted_fault_is_caught(sandbox, fault):
+    result = sandbox.plant(fault)
+    assert result.returncode == WRONG, result.stdout[-2000:]
