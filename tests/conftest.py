@@ -4,6 +4,8 @@ compared nothing (headworks.testing.compare and friends) fails."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -22,7 +24,8 @@ def pytest_configure(config):
 def _deterministic_start():
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     yield
     torch.set_num_threads(THREADS)
 

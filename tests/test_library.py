@@ -95,12 +95,13 @@ def test_none_is_absent_and_other_things_are_refused(exchange):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_reading_leaks_no_references(exchange):
     tensors, _ = key_scan_tensors()
+    objects = [tensors, *(t for t in tensors if t is not None)]
     native.use_exchange_api(exchange)
     _library.call(FORWARD, "cpu", tensors)
-    before = [sys.getrefcount(t) for t in tensors if t is not None]
+    before = [sys.getrefcount(x) for x in objects]
     for _ in range(50):
         _library.call(FORWARD, "cpu", tensors)
-    assert [sys.getrefcount(t) for t in tensors if t is not None] == before
+    assert [sys.getrefcount(x) for x in objects] == before
 
 
 # ---- calls ---------------------------------------------------------------------------------------

@@ -80,12 +80,16 @@ CASES = (
 )
 
 EMULATOR_CASES = (
-    case(S=1, B=1, H=1, Dv=8, state_out=True),
-    case(S=65, B=1, H=2, Dv=20, state_in=True, state_out=True),
+    case(S=200, B=1, H=2, Dv=20, state_in=True, state_out=True),
     case(S=130, B=2, H=1, Dv=8, state_out=True),
-    case(S=33, B=1, H=1, Dv=70),
     case(S=40, B=1, H=1, Dv=8, masked=7, state_out=True),
     case(S=0, B=1, H=1, Dv=8, state_in=True, state_out=True),
+    *(case(S=s, B=1, H=1, Dv=8) for s in (1, 63, 64, 65)),
+    case(S=33, B=1, H=1, Dv=70),
+    case(S=33, B=1, H=1, Dv=1, state_in=True),
+    case(S=600, B=1, H=1, Dv=4, state_out=True),
+    case(S=70, B=1, H=1, Dv=8, spread=50.0, state_out=True),
+    case(S=9, B=1, H=1, Dv=8, masked=9, state_out=True, label="all"),
 )
 
 BENCHMARK_CASES = tuple(case(S=s, B=1, H=8, Dv=64) for s in (1024, 4096, 16384, 65536))

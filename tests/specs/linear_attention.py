@@ -147,20 +147,40 @@ CASES = (
 )
 
 EMULATOR_CASES = (
+    case(S=200, H=1, Dv=24, state_in=True, state_out=True),
+    case(S=130, B=2, H=1, Hq=2, Dv=8),
+    case(lengths=(0, 7, 140, 1), H=1, Dv=8, state_in=True, state_out=True),
+    case(S=0, H=1, Dv=8, state_in=True, state_out=True),
     case(S=1, H=1, Dv=8, state_out=True),
-    case(S=17, H=1, Dv=24, state_in=True, state_out=True),
-    case(S=65, H=1, Dv=64),
-    case(S=130, H=1, Dv=16, state_in=True, state_out=True),
-    case(S=70, H=1, Hq=2, Dv=8, B=2, state_out=True),
-    case(S=66, H=1, Dv=16, causal=False, state_in=True, state_out=True),
-    case(S=40, H=1, D=5, Dv=12, normalize=False, scale=0.7),
-    case(S=20, H=1, D=32, Dv=8, state_out=True),
+    *(case(S=s, H=1, Dv=8, state_out=True) for s in (63, 64, 65, 129)),
+    *(case(S=67, H=1, Dv=dv) for dv in (1, 64, 112, 128, 130)),
+    *(case(S=67, H=1, Dv=dv, state_in=True, state_out=True) for dv in (60, 112, 130)),
+    case(S=600, H=1, Dv=8),
+    case(S=530, H=1, D=8, Dv=8, feature_map="elu1"),
+    *(case(S=s, H=1, Dv=16, causal=False, state_in=True, state_out=True) for s in (66, 300)),
+    case(S=66, H=1, Dv=16, causal=False),
+    *(case(S=70, B=2, H=h, Hq=hq, Dv=8, state_out=True) for hq, h in ((2, 1), (4, 2), (3, 1))),
+    case(S=40, H=1, D=5, Dv=12, normalize=False, scale=0.7, state_out=True),
+    case(S=40, H=1, D=1, Dv=4, eps=1e-2),
+    *(case(S=20, H=1, D=d, Dv=8, state_out=True) for d in (17, 32)),
     case(S=33, H=1, D=16, Dv=16, feature_map="elu1", state_in=True, state_out=True),
     case(S=33, H=1, D=20, Dv=16, feature_map="identity", normalize=False, state_out=True),
     case(S=33, H=1, D=16, Dv=16, feature_map="relu", causal=False),
-    case(lengths=(0, 7, 66, 1), H=1, Dv=8, state_in=True, state_out=True),
-    case(S=0, H=1, Dv=8, state_in=True, state_out=True),
+    case(S=33, H=1, D=1, Dv=8, feature_map="relu"),
+    case(lengths=(100, 0, 260, 33), H=1, Dv=8, causal=False, state_out=True),
+    case(lengths=(70, 9), H=1, Dv=8),
 )
+
+
+def limit(backend, case):
+    """The tensor-core kernels: the Taylor map, up to the paper's 16 dimensions."""
+    if backend.endswith("sm80"):
+        if case.options["feature_map"] != "taylor2":
+            return "have feature_map='taylor2' only"
+        if case.sizes["D"] > 16:
+            return "D = [0-9]+ is above 16"
+    return ""
+
 
 SAMPLE_CASES = (
     case(S=130, B=3, H=1, Hq=2, Dv=24, state_in=True, state_out=True),
@@ -190,4 +210,5 @@ SPEC = Spec(
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
+    limit=limit,
 )

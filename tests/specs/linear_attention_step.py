@@ -86,8 +86,8 @@ CASES = (
 )
 
 EMULATOR_CASES = (
-    case(B=1, H=1, Dv=8),
     case(B=2, H=1, Hq=2, Dv=65),
+    case(B=1, H=1, Dv=8),
     case(B=1, H=2, D=5, Dv=12, normalize=False),
     case(B=1, H=1, D=32, Dv=8),
     case(B=1, H=1, D=20, Dv=16, feature_map="elu1"),

@@ -444,8 +444,9 @@ template <class Element, int kColumns, bool kReverse, bool kApply, bool kGrad>
 struct WalkKernel {
   using Params = WalkParams<Element>;
   static constexpr int kThreads = simt::kThreads;
-  // Wide: at most 128 or 168 registers and as many blocks as shared memory takes on sm_80.
-  static constexpr int kMinBlocks = kColumns == kNarrow ? 2 : kGrad ? 3 : 4;
+  // fp32, wide: at most 128 or 168 registers and as many blocks as shared memory takes on sm_80.
+  static constexpr bool kSlim = kColumns != kNarrow && sizeof(Accum<Element>) == 4;
+  static constexpr int kMinBlocks = !kSlim ? 2 : kGrad ? 3 : 4;
   HW_DEVICE static void main(const Params& p) {
     Walk<Element, kColumns, kReverse, kApply, kGrad>(p).run();
   }

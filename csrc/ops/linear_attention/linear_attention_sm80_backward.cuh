@@ -91,11 +91,15 @@ struct GradientKernel {
   static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
   static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
   static constexpr int kParts = kWarps / kStrips;  // warps that share the columns of a strip
+  // Strips that read the state together; one rounding of the state serves them. tf32 operands are
+  // twice as wide and leave registers for one.
+  static constexpr int kTogether = std::is_same_v<Element, bf16> ? 2 : 1;
 
   struct Smem {
     static constexpr int kPitch = kPadded + 4;
     ChunkSmem<Element, kDim, Loop::gradient, kQueries> chunks;
     float n[kSlots];                             // c n
+    Coefficients c;
     alignas(16) float y[kWarps][kTile][kPitch];  // each warp's part of y
   };
   static_assert(kWarps % kStrips == 0, "every strip has the same number of warps");
@@ -126,6 +130,7 @@ struct GradientKernel {
       state.template load<false>(p.before, index, stream.walk.state_head, p.first + column, p.dim(),
                                  factors_in(p.scale, kQueries));
       publish_sums();
+      if (dev::thread_index() == 0) smem.c = c;
     }
 
     HW_DEVICE HW_INLINE void publish_sums() {
@@ -134,33 +139,37 @@ struct GradientKernel {
       });
     }
 
-    // Parts of y from earlier chunks, into shared memory; two strips at a time, to save registers.
+    // Parts of y from earlier chunks, into shared memory.
     template <class S>
     HW_DEVICE HW_INLINE void read_state(const S& s, bool empty) {
       for (int i = 0; i < 8; ++i) chunk_y[i / 4][i % 4] = 0.0f;
       HW_UNROLL_BY(1)
-      for (int pair = 0; pair < kStrips; pair += 2) {
-        float y[2][2][4];
+      for (int strips = 0; strips < kStrips; strips += kTogether) {
+        float y[kTogether][2][4];
         HW_UNROLL
-        for (int i = 0; i < 16; ++i) y[i / 8][i / 4 % 2][i % 4] = 0.0f;
-        if (!empty) read_strips(y, s, pair);
+        for (int i = 0; i < kTogether * 8; ++i) y[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        if (!empty) read_strips(y, s, strips);
         HW_UNROLL
-        for (int i = 0; i < 2; ++i) store_part(y[i], pair + i);
+        for (int i = 0; i < kTogether; ++i) store_part(y[i], strips + i);
       }
     }
 
     template <class S>
-    HW_DEVICE HW_INLINE void read_strips(float y[2][2][4], const S& s, int first_strip) {
-      uint32_t own[2][4];
+    HW_DEVICE HW_INLINE void read_strips(float y[kTogether][2][4], const S& s, int first_strip) {
+      uint32_t own[kTogether][4];
       HW_UNROLL
-      for (int i = 0; i < 2; ++i) tokens_by_columns(own[i], smem.chunks.a, first_strip + i, 0);
+      for (int i = 0; i < kTogether; ++i)
+        tokens_by_columns(own[i], smem.chunks.a, first_strip + i, 0);
+      // Read anew: with c in registers the compiler would round the state once for all strips, and
+      // keep 80 more registers alive.
+      const Coefficients factors = smem.c;
       for_each_block([&](auto block) {
         constexpr int r = block;
         Pair<Element> operand[2][2], turn[2];
-        state_operand<r>(operand);
+        state_operand<r>(operand, factors);
         permutation<r>(turn);
         HW_UNROLL
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kTogether; ++i) {
           float d[2][4];
           feature_gradient<r>(d, s, operand, first_strip + i);
           chain<r>(y[i], d, own[i], turn, first_strip + i);
@@ -170,10 +179,10 @@ struct GradientKernel {
 
     // c S of block r as B: s[h] = (columns 2t, 2t+1 | + 8; slot 8 h + g).
     template <int r>
-    HW_DEVICE HW_INLINE void state_operand(Pair<Element> s[2][2]) {
+    HW_DEVICE HW_INLINE void state_operand(Pair<Element> s[2][2], const Coefficients& factors) {
       HW_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const float factor = c.template at<r>(h);
+        const float factor = factors.template at<r>(h);
         HW_UNROLL
         for (int j = 0; j < 2; ++j) {
           const float* tile = &state.s[r][j][2 * h];
@@ -253,12 +262,13 @@ struct GradientKernel {
 
     // chunk_y += ((U X^T + dz) w'(s)) b over the keys of this item, for the warp's strip and its
     // part of the columns.
-    HW_DEVICE HW_INLINE void read_chunk(int64_t item) {
+    HW_DEVICE HW_INLINE void read_chunk(Item item) {
       const auto& s = stream.stage(item);
-      const int count = stream.walk.count(stream.walk.chunk(item));
+      const int count = stream.walk.count(item.chunk);
       const bool diagonal = p.causal && stream.walk.diagonal(item);
       uint32_t a[4];
       tokens_by_columns(a, smem.chunks.a, strip, 0);
+      HW_UNROLL_BY(1)
       for (int keys = 0; keys * kRows < count && (keys <= strip || !diagonal); ++keys) {
         float ds[2][4];
         score_gradients(ds, s, a, keys, diagonal ? strip * kRows : kTile);
@@ -306,14 +316,14 @@ struct GradientKernel {
     }
 
     // Adds this chunk's part, sums over the warps and stores the rows.
-    HW_DEVICE HW_INLINE void store(int64_t item) {
+    HW_DEVICE HW_INLINE void store(Item item) {
       const int g = dev::lane() / 4, t = dev::lane() % 4;
       HW_UNROLL
       for (int k = 0; k < 8; ++k)
         smem.y[dev::warp()][strip * kRows + g + (k & 2) * 4][k / 4 * 8 + 2 * t + (k & 1)] +=
             chunk_y[k / 4][k % 4];
       dev::sync_block();
-      const int64_t chunk = stream.walk.row_chunk(item);
+      const int chunk = stream.walk.row_chunk(item);
       for (int i = dev::thread_index(); i < kTile * kPadded / 2; i += kThreads) {
         const int row = i / (kPadded / 2), at = i % (kPadded / 2) * 2;
         if (row >= stream.walk.count(chunk) || at >= p.dim()) continue;
@@ -321,7 +331,7 @@ struct GradientKernel {
         HW_UNROLL
         for (int w = 0; w < kWarps; ++w) lo += smem.y[w][row][at], hi += smem.y[w][row][at + 1];
         const float factor = kQueries ? 1.0f : stream.stage(item).scalars.factor[row];
-        store_sum(stream.walk.token(chunk) + row * stream.walk.step, at, lo, hi, factor);
+        store_sum(stream.walk.token(chunk, row), at, lo, hi, factor);
       }
     }
 
@@ -347,21 +357,22 @@ struct GradientKernel {
     Block block(p, *dev::shared<Smem>(),
                 walk_of<kQueries>(p, segment, dev::block_index_y(), p.group));
     const Stream& stream = block.stream;
-    const int64_t items = stream.walk.items();
     const bool reads_start = p.before.kv || p.before.z;
-    stream.prefetch(0);
+    stream.prefetch(Item{});
     block.start();
-    for (int64_t item = 0; item < items; ++item) {
+    for (Item item; stream.walk.has(item); item = stream.walk.next(item)) {
+      const Item next = stream.walk.next(item);
       const bool last = stream.walk.last_of_rows(item);
       stream.await();
-      stream.prefetch(item + 1);
+      stream.prefetch(next);
       stream.turn(item);
       if (stream.walk.first_of_rows(item)) {
-        block.read_state(stream.stage(item), stream.walk.direct || (item == 0 && !reads_start));
+        block.read_state(stream.stage(item),
+                         stream.walk.direct || (item.chunk == 0 && !reads_start));
       }
       if (stream.needs_keys()) block.read_chunk(item);
       if (last) block.store(item);
-      if (p.causal && !stream.walk.direct && item + 1 < items) {
+      if (p.causal && !stream.walk.direct && stream.walk.has(next)) {
         stream.template add<false>(block.state, item);
         if (last) block.publish_sums();  // behind the barrier of store()
       }

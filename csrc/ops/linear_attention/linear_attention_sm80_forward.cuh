@@ -120,10 +120,11 @@ struct ApplyKernel {
     }
 
     // y += w(a b^T) x and z += its row sums, over the keys of the item that each row sees.
-    HW_DEVICE HW_INLINE void read_chunk(int64_t item) {
+    HW_DEVICE HW_INLINE void read_chunk(Item item) {
       const auto& s = stream.stage(item);
-      const int count = stream.walk.count(stream.walk.chunk(item));
+      const int count = stream.walk.count(item.chunk);
       const bool diagonal = p.causal && stream.walk.diagonal(item);
+      HW_UNROLL_BY(1)
       for (int keys = 0; keys * kRows < count; ++keys) {
         uint32_t b[4], word[4];
         Pair<Element> x[4];
@@ -187,7 +188,7 @@ struct ApplyKernel {
     }
 
     // 1 / z of all rows, for every warp. The barrier also lets n be replaced.
-    HW_DEVICE HW_INLINE void share_denominators(int64_t chunk) {
+    HW_DEVICE HW_INLINE void share_denominators(int chunk) {
       const int g = dev::lane() / 4, t = dev::lane() % 4, strip = dev::warp();
       HW_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -196,13 +197,12 @@ struct ApplyKernel {
         if (strip >= kStrips || t != 0) continue;
         smem.inverse[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
         if (p.z && stream.first == 0 && row < stream.walk.count(chunk))
-          p.z(stream.walk.segment.batch, stream.walk.token(chunk) + row * stream.walk.step,
-              stream.walk.head) = sum;
+          p.z(stream.walk.segment.batch, stream.walk.token(chunk, row), stream.walk.head) = sum;
       }
       dev::sync_block();
     }
 
-    HW_DEVICE HW_INLINE void store(int64_t chunk) {
+    HW_DEVICE HW_INLINE void store(int chunk) {
       if constexpr (!kQueries) share_denominators(chunk);
       const int g = dev::lane() / 4, t = dev::lane() % 4, count = stream.walk.count(chunk);
       HW_UNROLL
@@ -213,7 +213,7 @@ struct ApplyKernel {
           if (row >= count) continue;
           float factor = 1.0f;
           if constexpr (!kQueries) factor = p.normalize ? smem.inverse[row] : 1.0f;
-          const int64_t token = stream.walk.token(chunk) + row * stream.walk.step;
+          const int64_t token = stream.walk.token(chunk, row);
           const Ref<Element, 1> to =
               p.y.slice(stream.walk.segment.batch).slice(token).slice(stream.walk.head);
           HW_UNROLL
@@ -277,23 +277,23 @@ struct ApplyKernel {
                 walk_of<kQueries>(p, segment, dev::block_index_y(), p.group),
                 static_cast<int64_t>(dev::block_index_z()) * kDim);
     const Stream& stream = block.stream;
-    const int64_t items = stream.walk.items();
     const bool reads_start = p.before.kv || p.before.z, stores_end = p.after.kv || p.after.z;
     const bool adds = p.causal && !stream.walk.direct;
-    stream.prefetch(0);
+    stream.prefetch(Item{});
     block.start();
-    for (int64_t item = 0; item < items; ++item) {
+    for (Item item; stream.walk.has(item); item = stream.walk.next(item)) {
+      const Item next = stream.walk.next(item);
       const bool last = stream.walk.last_of_rows(item);
       stream.await();
-      stream.prefetch(item + 1);
+      stream.prefetch(next);
       stream.turn(item);
       if (stream.walk.first_of_rows(item)) {
         block.clear();
-        if (!stream.walk.direct && (item > 0 || reads_start)) block.read_state();
+        if (!stream.walk.direct && (item.chunk > 0 || reads_start)) block.read_state();
       }
       if (stream.needs_keys()) block.read_chunk(item);
       if (last) block.store(stream.walk.row_chunk(item));
-      if (adds && (item + 1 < items || stores_end)) {
+      if (adds && (stream.walk.has(next) || stores_end)) {
         stream.template add<true>(block.state, item);
         if constexpr (!kQueries) block.publish_sums();
       }
@@ -320,10 +320,10 @@ struct TotalsKernel {
                         static_cast<int64_t>(dev::block_index_z()) * kDim};
     State<Element, kWarps> state;
     state.clear();
-    stream.prefetch(0);
-    for (int64_t item = 0; item < walk.items(); ++item) {
+    stream.prefetch(Item{});
+    for (Item item; walk.has(item); item = walk.next(item)) {
       stream.await();
-      stream.prefetch(item + 1);
+      stream.prefetch(walk.next(item));
       stream.turn(item);
       stream.template add<true>(state, item);
     }

@@ -54,37 +54,47 @@ struct LoopParams {
   HW_HOST_DEVICE int dim() const { return static_cast<int>(a.ref.size[3]); }
 };
 
-// The chunks that a block visits. Chunks of b are visited one after another; an item is one of them
-// with one head of b. The rows of a are those of the same chunk, whose earlier ones the state stands
-// for; in the direct schedule they are chunk `own` for all items, and there is no state.
+// One step of a block: a chunk of b with one of the heads of b that meet the block's rows.
+struct Item {
+  int chunk = 0, turn = 0;  // turn: of the heads
+  int stage = 0;            // of the two stages of tiles
+};
+
+// The chunks that a block visits. The rows of a are those of the item's chunk, whose earlier ones the
+// state stands for; in the direct schedule they are chunk `own` for all items, and there is no state.
 struct Walk {
   Segment segment;
   int64_t begin = 0, end = 0;  // tokens that chunks are counted in: segment, direct: sequence
-  int64_t chunks = 0;          // of b
+  int chunks = 0;              // of b
   bool direct = false;
-  int64_t own = 0;
+  int own = 0;
   int head = 0;                     // of a and y
   int state_head = 0;               // key head
   int first_b_head = 0, heads = 1;  // heads of b that meet `head`
-  int64_t first = 0, step = 1;      // token of row i of chunk c: first + (c kTile + i) step
+  int64_t first = 0;                // token of row i of chunk c: first + (c kTile + i) step
+  int step = 1;
 
-  HW_DEVICE HW_INLINE int64_t items() const { return chunks * heads; }
-  HW_DEVICE HW_INLINE int64_t chunk(int64_t item) const { return item / heads; }
-  HW_DEVICE HW_INLINE int b_head(int64_t item) const {
-    return first_b_head + static_cast<int>(item % heads);
+  HW_DEVICE HW_INLINE bool has(Item item) const { return item.chunk < chunks; }
+  HW_DEVICE HW_INLINE Item next(Item item) const {
+    const bool wrap = item.turn == heads - 1;
+    return {item.chunk + (wrap ? 1 : 0), wrap ? 0 : item.turn + 1, 1 - item.stage};
   }
-  HW_DEVICE HW_INLINE int64_t row_chunk(int64_t item) const { return direct ? own : chunk(item); }
-  HW_DEVICE HW_INLINE bool first_of_rows(int64_t item) const {
-    return direct ? item == 0 : item % heads == 0;
+  HW_DEVICE HW_INLINE int b_head(Item item) const { return first_b_head + item.turn; }
+  HW_DEVICE HW_INLINE int row_chunk(Item item) const { return direct ? own : item.chunk; }
+  HW_DEVICE HW_INLINE bool first_of_rows(Item item) const {
+    return item.turn == 0 && (!direct || item.chunk == 0);
   }
-  HW_DEVICE HW_INLINE bool last_of_rows(int64_t item) const {
-    return direct ? item == items() - 1 : item % heads == heads - 1;
+  HW_DEVICE HW_INLINE bool last_of_rows(Item item) const {
+    return item.turn == heads - 1 && (!direct || item.chunk == chunks - 1);
   }
   // Keys of the item are those of its own rows, of which each row sees itself and the ones before.
-  HW_DEVICE HW_INLINE bool diagonal(int64_t item) const { return chunk(item) == row_chunk(item); }
-  HW_DEVICE HW_INLINE int64_t token(int64_t chunk) const { return first + chunk * kTile * step; }
-  HW_DEVICE HW_INLINE int count(int64_t chunk) const {
-    return static_cast<int>(min_of<int64_t>(end - begin - chunk * kTile, kTile));
+  HW_DEVICE HW_INLINE bool diagonal(Item item) const { return item.chunk == row_chunk(item); }
+  HW_DEVICE HW_INLINE int64_t token(int chunk, int row) const {
+    return first + (static_cast<int64_t>(chunk) * kTile + row) * step;
+  }
+  HW_DEVICE HW_INLINE int count(int chunk) const {
+    const int64_t rest = end - begin - static_cast<int64_t>(chunk) * kTile;
+    return static_cast<int>(min_of<int64_t>(rest, kTile));
   }
 };
 
@@ -105,8 +115,9 @@ HW_DEVICE inline Walk walk_of(const LoopParams<Element>& p, const Segment& s, in
   w.direct = p.plan.schedule == Schedule::direct;
   w.begin = w.direct ? s.sequence_begin : s.begin;
   w.end = w.direct ? s.sequence_end : s.end;
-  w.own = s.index;
-  w.chunks = w.direct && p.causal ? w.own + 1 : ceil_div<int64_t>(w.end - w.begin, kTile);
+  w.own = static_cast<int>(s.index);
+  w.chunks = w.direct && p.causal ? w.own + 1
+                                  : static_cast<int>(ceil_div<int64_t>(w.end - w.begin, kTile));
   w.head = head;
   w.state_head = kQueries ? head : head / group;
   w.first_b_head = kQueries ? head * group : head / group;
@@ -118,10 +129,10 @@ HW_DEVICE inline Walk walk_of(const LoopParams<Element>& p, const Segment& s, in
 
 // Rows of a chunk: `columns` columns from `column` on.
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk& w, int64_t chunk,
+HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk& w, int chunk,
                                              int head, int64_t column) {
   Rows<Element> rows;
-  rows.origin = x.ref.at(w.segment.batch, w.token(chunk), head, column);
+  rows.origin = x.ref.at(w.segment.batch, w.token(chunk, 0), head, column);
   rows.row = x.ref.stride[1] * w.step;
   rows.column = x.ref.stride[3];
   rows.count = w.count(chunk);
@@ -133,11 +144,11 @@ HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk
 // 1 / z and -<do, o> of the queries of a chunk; 0 beyond its end.
 template <class Element>
 HW_DEVICE HW_INLINE void load_scalars(float* factor, float* delta, const LoopParams<Element>& p,
-                                      const Walk& w, int64_t chunk, int head) {
+                                      const Walk& w, int chunk, int head) {
   const int i = dev::thread_index();
   if (i >= kTile) return;
   const bool valid = i < w.count(chunk);
-  const int64_t token = w.token(chunk) + i * w.step;
+  const int64_t token = w.token(chunk, i);
   factor[i] = valid ? (p.factor ? p.factor(w.segment.batch, token, head) : 1.0f) : 0.0f;
   delta[i] = valid && p.delta ? p.delta(w.segment.batch, token, head) : 0.0f;
 }
@@ -165,7 +176,7 @@ struct Stage {
 
 // Two stages of tiles, and q and k of the current item transposed. The protocol of an item is
 //   await()            the item's stage has landed; everyone is done with the item before
-//   prefetch(item + 1) into the other stage
+//   prefetch(next)     into the other stage
 //   turn(item)         transposes, ends with a barrier
 template <class Element, int kDim, Loop kLoop, bool kQueries>
 struct ChunkSmem {
@@ -183,13 +194,12 @@ struct Chunks {
   Walk walk;
   int64_t first;  // first column of the block
 
-  HW_DEVICE HW_INLINE auto& stage(int64_t item) const { return smem.stage[item % 2]; }
+  HW_DEVICE HW_INLINE auto& stage(Item item) const { return smem.stage[item.stage]; }
 
-  HW_DEVICE HW_INLINE void prefetch(int64_t item) const {
-    if (item >= walk.items()) return;
+  HW_DEVICE HW_INLINE void prefetch(Item item) const {
+    if (!walk.has(item)) return;
     auto& s = stage(item);
-    const int64_t keys = walk.chunk(item), rows = walk.row_chunk(item);
-    const int b_head = walk.b_head(item);
+    const int keys = item.chunk, rows = walk.row_chunk(item), b_head = walk.b_head(item);
     if (needs_keys()) {
       load_rows<kPadded, kThreads>(s.b.at[0], s.b.kPitch, chunk_rows(p.b, walk, keys, b_head, 0));
       load_rows<kDim, kThreads>(s.x.at[0], s.x.kPitch, chunk_rows(p.x, walk, keys, b_head, first));
@@ -219,7 +229,7 @@ struct Chunks {
     dev::sync_block();
   }
 
-  HW_DEVICE HW_INLINE void turn(int64_t item) const {
+  HW_DEVICE HW_INLINE void turn(Item item) const {
     const auto& s = stage(item);
     for (int strip = dev::warp(); strip < 2 * kStrips; strip += kWarps) {
       if (strip < kStrips) {
@@ -233,9 +243,9 @@ struct Chunks {
 
   // Adds the item's keys (queries) to the state.
   template <bool kByColumn, class State>
-  HW_DEVICE HW_INLINE void add(State& state, int64_t item) const {
+  HW_DEVICE HW_INLINE void add(State& state, Item item) const {
     const auto& s = stage(item);
-    const int count = walk.count(walk.chunk(item)), column = dev::warp() * 16;
+    const int count = walk.count(item.chunk), column = dev::warp() * 16;
     const float *factor = nullptr, *delta = nullptr;
     if constexpr (kQueries) factor = s.scalars.factor, delta = s.scalars.delta;
     state.template add<kByColumn, kQueries>(smem.b, s.x, column, factor, delta, count);

@@ -160,6 +160,7 @@ struct State {
   HW_DEVICE HW_INLINE void add(const Turned<Element>& b, const Wide<Element, kDim>& values,
                                int column, const float* factor, const float* delta, int count) {
     const int strips = ceil_div(count, kRows);
+    HW_UNROLL_BY(1)
     for (int strip = 0; strip < strips; ++strip) {
       Pair<Element> x[4], own[4], e[2];
       load_values<kQueries>(x, values, strip, column, factor);

@@ -43,12 +43,13 @@ class Spec:
     run              (tensors, case, backend) -> outputs by name, through the public function
     differentiable   names of the tensors that have a gradient, where the case has them
     cases            for every backend on real hardware
-    emulator_cases   small ones, for emulated kernels
+    emulator_cases   small ones, for emulated kernels; the first three reach every algorithm
     benchmark_cases  sizes worth timing
     sample_cases     a few that have every argument and reach every algorithm: for strides, compile,
                      determinism and the like
     dtypes           by compiled backend: the dtypes it is built for
     operators        (tensors, case) -> [(torch operator, arguments)], for opcheck
+    limit            (backend, case) -> what the backend says when it declines the case, "" if not
     """
 
     name: str
@@ -62,6 +63,7 @@ class Spec:
     sample_cases: tuple[Case, ...]
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     operators: Callable[..., list[tuple[Any, tuple[Any, ...]]]]
+    limit: Callable[[str, Case], str] = lambda backend, case: ""
 
     def __str__(self) -> str:
         return self.name
