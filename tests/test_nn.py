@@ -316,6 +316,17 @@ def test_bad_input(layer, name):
         call(layer)
 
 
+def test_packed_linear_attention_takes_and_gives_states():
+    layer = LAYERS["linear"]()
+    x, y = torch.randn(1, 30, WIDTH), torch.randn(1, 20, WIDTH)
+    _, states = layer(x, return_state=True, cu_seqlens=torch.tensor([0, 12, 30]))
+    packed = layer(y, states, cu_seqlens=torch.tensor([0, 15, 20]))
+    assert states.kv.shape[0] == 2
+    for (a, b), (c, d) in (((0, 12), (0, 15)), ((12, 30), (15, 20))):
+        alone = layer(torch.cat([x[:, a:b], y[:, c:d]], dim=1))[:, b - a :]
+        torch.testing.assert_close(packed[:, c:d], alone, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("layer_name", ["conv", "window_3"])
 def test_packed_with_a_state_is_refused(layer_name):
     layer = LAYERS[layer_name]()

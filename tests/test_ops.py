@@ -515,6 +515,13 @@ def test_explain(spec):
     assert [e.backend for e in seen] == ["cpu", "reference"]
     assert seen[0].reasons["cpu"] == "" and "cuda" in seen[0].reasons["simt"].lower()
     assert "cpu" in repr(seen[0]) and "chosen" in repr(seen[0])
+    if _library.info()["emulator"]:
+        wide = spec.make(case, torch.float64)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(NotImplementedError) as caught:
+            patch.setattr(hw, spec.name, record)
+            spec.run(wide, case, "emulate:sm80")
+        assert seen[2].backend is None and seen[2].reasons["emulate:sm80"] in str(caught.value)
+        assert "'emulate:sm80' is not one that can take this call" in repr(seen[2])
     with pytest.raises(TypeError, match=r"expected a function of headworks"):
         hw.explain(torch.add, 1, 2)
     for name, x in evaluate(spec, case, "cpu", tensors, gradients=False).items():

@@ -16,16 +16,19 @@ class Explanation:
     """The answer of hw.explain.
 
     function  the native function, for example "linear_attention.forward"
+    asked     the backend that was asked for
     backend   the backend that the call uses; None if the one asked for (or every one) cannot
     reasons   for each compiled backend why it cannot take the call, "" where it can
     """
 
     function: str
+    asked: str
     backend: str | None
     reasons: dict[str, str]
 
     def __repr__(self) -> str:
-        lines = [f"{self.function}: {self.backend or 'no backend can take this call'}"]
+        refusal = "no backend" if self.asked == "auto" else f"'{self.asked}' is not one that"
+        lines = [f"{self.function}: {self.backend or refusal + ' can take this call'}"]
         for name, reason in {"reference": "", **self.reasons}.items():
             if name == self.backend:
                 verdict = "chosen"
@@ -60,8 +63,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     number = _library.function(name)
     reasons = dict(_library.reasons(number, tensors, scalars))
     if asked == "reference":
-        return Explanation(name, "reference", reasons)
+        return Explanation(name, asked, "reference", reasons)
     if asked == "auto":
         able = [backend for backend, reason in reasons.items() if not reason]
-        return Explanation(name, able[0] if able else None, reasons)
-    return Explanation(name, asked if not reasons.get(asked, "not built") else None, reasons)
+        return Explanation(name, asked, able[0] if able else None, reasons)
+    return Explanation(name, asked, asked if not reasons.get(asked, "not built") else None, reasons)

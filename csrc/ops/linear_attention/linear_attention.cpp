@@ -2,10 +2,11 @@
 // Linear attention, host side: arguments of a call, checks, and what each backend can take.
 #include "ops/linear_attention/linear_attention.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
 #include "ops/linear_attention/linear_attention_simt_layout.cuh"
 #include "ops/linear_attention/linear_attention_sm80_layout.cuh"
+
+#include "core/arguments.h"
+#include "core/registry.h"
 
 namespace hw::linear_attention {
 namespace {
@@ -98,7 +99,7 @@ StepParams step_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"linear_attention", kFunctions, &check_call,
+const Operator kOperator = {"linear_attention", kFunctions,  &check_call,
                             &why_not,           &value_tile, &workspace};
 
 }  // namespace hw::linear_attention

@@ -98,7 +98,7 @@ struct GradientKernel {
   struct Smem {
     static constexpr int kPitch = kPadded + 4;
     ChunkSmem<Element, kDim, Loop::gradient, kQueries> chunks;
-    float n[kSlots];                             // c n
+    float n[kSlots];  // c n
     Coefficients c;
     alignas(16) float y[kWarps][kTile][kPitch];  // each warp's part of y
   };
@@ -114,10 +114,10 @@ struct GradientKernel {
     State<Element, kWarps> state;
     float chunk_y[2][4];  // this chunk's part of strip `strip`, columns 0 .. 7 and 8 .. 15
 
-    HW_DEVICE Block(const Params& params, Smem& s, const Walk& w)
+    HW_DEVICE Block(const Params& params, Smem& s)
         : p(params),
           smem(s),
-          stream{params, s.chunks, w, params.first},
+          stream{params, s.chunks, s.chunks.walk, params.first},
           c(coefficients(params.scale)),
           column(dev::warp() * 16),
           strip(dev::warp() % kStrips),
@@ -212,6 +212,9 @@ struct GradientKernel {
       for (int k = 0; k < 4; ++k) a[k] = P::exact(word[k]);
       for (int k = 0; k < 8; ++k) d[k / 4][k % 4] = 0.0f;
       if (i == dev::warp() && p.first == 0) {
+        // Keeps this a branch (the warp agrees on it): in one straight run of code the compiler
+        // loads and rounds far ahead and is short of registers.
+        dev::sync_warp();
         const float* delta = stage.scalars.delta + i * kRows;
         const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];
         HW_UNROLL
@@ -352,10 +355,9 @@ struct GradientKernel {
   };
 
   HW_DEVICE static void main(const Params& p) {
-    const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
-    if (!segment.used) return;
-    Block block(p, *dev::shared<Smem>(),
-                walk_of<kQueries>(p, segment, dev::block_index_y(), p.group));
+    Smem& smem = *dev::shared<Smem>();
+    if (!find_walk<kQueries>(smem.chunks.walk, p, p.group)) return;
+    Block block(p, smem);
     const Stream& stream = block.stream;
     const bool reads_start = p.before.kv || p.before.z;
     stream.prefetch(Item{});

@@ -56,10 +56,10 @@ struct ApplyKernel {
     float y[kStrips][2][4];  // tokens of a strip x columns 8 j .. 8 j + 7 of the warp
     float z[4];              // strip `warp`: its row sums are spread over the columns
 
-    HW_DEVICE Block(const Params& params, Smem& s, const Walk& w, int64_t first)
+    HW_DEVICE Block(const Params& params, Smem& s, int64_t first)
         : p(params),
           smem(s),
-          stream{params, s.chunks, w, first},
+          stream{params, s.chunks, s.chunks.walk, first},
           c(coefficients(params.scale)),
           column(dev::warp() * 16) {}
 
@@ -271,11 +271,9 @@ struct ApplyKernel {
   };
 
   HW_DEVICE static void main(const Params& p) {
-    const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
-    if (!segment.used) return;
-    Block block(p, *dev::shared<Smem>(),
-                walk_of<kQueries>(p, segment, dev::block_index_y(), p.group),
-                static_cast<int64_t>(dev::block_index_z()) * kDim);
+    Smem& smem = *dev::shared<Smem>();
+    if (!find_walk<kQueries>(smem.chunks.walk, p, p.group)) return;
+    Block block(p, smem, static_cast<int64_t>(dev::block_index_z()) * kDim);
     const Stream& stream = block.stream;
     const bool reads_start = p.before.kv || p.before.z, stores_end = p.after.kv || p.after.z;
     const bool adds = p.causal && !stream.walk.direct;
@@ -312,12 +310,11 @@ struct TotalsKernel {
   static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
 
   HW_DEVICE static void main(const Params& p) {
-    const Segment segment = locate(p.plan, p.tokens, dev::block_index_x());
-    if (!segment.used) return;
+    Smem& smem = *dev::shared<Smem>();
+    const Walk& walk = smem.walk;
     // Blocks are per key head: a walk over keys of one head, or over the queries of its group.
-    const Walk walk = walk_of<kQueries>(p, segment, dev::block_index_y(), kQueries ? p.group : 1);
-    const Stream stream{p, *dev::shared<Smem>(), walk,
-                        static_cast<int64_t>(dev::block_index_z()) * kDim};
+    if (!find_walk<kQueries>(smem.walk, p, kQueries ? p.group : 1)) return;
+    const Stream stream{p, smem, walk, static_cast<int64_t>(dev::block_index_z()) * kDim};
     State<Element, kWarps> state;
     state.clear();
     stream.prefetch(Item{});

@@ -107,24 +107,32 @@ HW_DEVICE HW_INLINE int64_t state_index(const LoopParams<Element>& p, const Segm
   return p.causal ? slot : slot - s.index;
 }
 
-// The walk of a block for `head` of a; `group`: heads of a per head of b, over queries the reverse.
+// The walk of this block into shared memory; false if its slot is empty. `group`: heads of a per head
+// of b, over queries the reverse. Whole block. It stays in shared memory and is read again for every
+// chunk: the compiler would keep it, and the addresses it leads to, in registers that the state needs.
 template <bool kQueries, class Element>
-HW_DEVICE inline Walk walk_of(const LoopParams<Element>& p, const Segment& s, int head, int group) {
-  Walk w;
-  w.segment = s;
-  w.direct = p.plan.schedule == Schedule::direct;
-  w.begin = w.direct ? s.sequence_begin : s.begin;
-  w.end = w.direct ? s.sequence_end : s.end;
-  w.own = static_cast<int>(s.index);
-  w.chunks = w.direct && p.causal ? w.own + 1
-                                  : static_cast<int>(ceil_div<int64_t>(w.end - w.begin, kTile));
-  w.head = head;
-  w.state_head = kQueries ? head : head / group;
-  w.first_b_head = kQueries ? head * group : head / group;
-  w.heads = kQueries ? group : 1;
-  w.first = kQueries ? w.end - 1 : w.begin;
-  w.step = kQueries ? -1 : 1;
-  return w;
+HW_DEVICE HW_INLINE bool find_walk(Walk& shared, const LoopParams<Element>& p, int group) {
+  if (dev::thread_index() == 0) {
+    const Segment s = locate(p.plan, p.tokens, dev::block_index_x());
+    const int head = dev::block_index_y();
+    Walk w;
+    w.segment = s;
+    w.direct = p.plan.schedule == Schedule::direct;
+    w.begin = w.direct ? s.sequence_begin : s.begin;
+    w.end = w.direct ? s.sequence_end : s.end;
+    w.own = static_cast<int>(s.index);
+    w.chunks = w.direct && p.causal ? w.own + 1
+                                    : static_cast<int>(ceil_div<int64_t>(w.end - w.begin, kTile));
+    w.head = head;
+    w.state_head = kQueries ? head : head / group;
+    w.first_b_head = kQueries ? head * group : head / group;
+    w.heads = kQueries ? group : 1;
+    w.first = kQueries ? w.end - 1 : w.begin;
+    w.step = kQueries ? -1 : 1;
+    shared = w;
+  }
+  dev::sync_block();
+  return shared.segment.used;
 }
 
 // Rows of a chunk: `columns` columns from `column` on.
@@ -183,6 +191,7 @@ struct ChunkSmem {
   Stage<Element, kDim, kLoop, kQueries> stage[2];
   Turned<Element> b;
   If<kLoop != Loop::totals, Turned<Element>> a;
+  Walk walk;
 };
 
 template <class Element, int kDim, Loop kLoop, bool kQueries>
@@ -191,7 +200,7 @@ struct Chunks {
 
   const LoopParams<Element>& p;
   ChunkSmem<Element, kDim, kLoop, kQueries>& smem;
-  Walk walk;
+  const Walk& walk;
   int64_t first;  // first column of the block
 
   HW_DEVICE HW_INLINE auto& stage(Item item) const { return smem.stage[item.stage]; }

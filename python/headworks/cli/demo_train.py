@@ -32,7 +32,7 @@ class Recipe:
 
 # The steps of "tiny" take about a minute on two CPU cores, those of the others minutes on a GPU.
 RECIPES = {
-    "tiny": Recipe(steps=500, batch=8, length=256, learning_rate=4e-3),
+    "tiny": Recipe(steps=900, batch=4, length=256, learning_rate=4e-3),
     "small": Recipe(steps=2000, batch=32, length=512, learning_rate=3e-3),
     "base": Recipe(steps=3000, batch=64, length=512, learning_rate=1.5e-3),
 }

@@ -74,10 +74,14 @@ class BasedConfig:
 
     @classmethod
     def byte_level(cls, size: str = "tiny") -> BasedConfig:
-        """Byte-level models for ``headworks demo``: "tiny", "small" or "base"."""
+        """Byte-level models for ``headworks demo``: "tiny", "small" or "base".
+
+        Narrow models learn faster from larger weights than the default: 1 / sqrt(d_model).
+        """
         if size not in _BYTE_LEVEL:
             raise ValueError(f"size is {size!r}, expected one of {sorted(_BYTE_LEVEL)}")
-        return cls(vocab_size=256, **_BYTE_LEVEL[size])
+        sizes = _BYTE_LEVEL[size]
+        return cls(vocab_size=256, init_std=sizes["d_model"] ** -0.5, **sizes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
