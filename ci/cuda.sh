@@ -15,4 +15,5 @@ fi
 FORCE_CUDA=1 cmake --preset cuda -S . -B "$build" \
   -DHW_PYTHON_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
 cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}"
+"$python" ci/check_ptx.py --self-test
 "$python" ci/check_ptx.py "$build"

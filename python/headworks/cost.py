@@ -102,7 +102,8 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     passes after FuseMax (arXiv 2406.10491).
 
     Example:
-        >>> cost("linear_attention", B=1, S=4096, H=1, D=16, Dv=64, dtype="bf16").flops // 4096
+        >>> import headworks as hw
+        >>> hw.cost("linear_attention", B=1, S=4096, H=1, D=16, Dv=64, dtype="bf16").flops // 4096
         49408
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))

@@ -35,13 +35,13 @@ class Walk {
   HW_DEVICE HW_INLINE void run() {
     if (!work.segment.used) return;
     place_tiles();
-    walk_slice();
     if constexpr (kGrad) {
-      while (work.slice + 1 < g.slices) {
-        ++work.slice;
+      for (work.slice = 0; work.slice < g.slices; ++work.slice) {
         dev::sync_block();  // nobody reads the state of the slice before
         walk_slice();
       }
+    } else {
+      walk_slice();
     }
   }
 
