@@ -50,7 +50,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         _dtype_case(device, "train", 4096),
         _step_case(device, torch.float32, quick),
         _growth_case(device, GROWTH[:4] if quick else GROWTH),
-        _overhead_case(device),
+        _overhead_case(),
     ]
 
 
@@ -198,15 +198,17 @@ def _no_grad(function: Callable[..., Any], *arguments: Any) -> Call:
 
 def _growth_case(device: str, sizes: tuple[int, ...]) -> Case:
     """All lengths in one case, so that they are timed in turn."""
-    shape = CPU_SHAPE
+    shape = CPU_SHAPE if device == "cpu" else GPU_SHAPE
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def contenders() -> dict[str, Call]:
         return {
-            str(s): call_of(hw.linear_attention, inputs(shape, s, torch.float32, device), "forward")
+            str(s): call_of(hw.linear_attention, inputs(shape, s, dtype, device), "forward")
             for s in sizes
         }
 
-    return Case("growth", {**shape, "dtype": "float32", "mode": "forward"}, contenders)
+    facts = {**shape, "dtype": str(dtype).removeprefix("torch."), "mode": "forward"}
+    return Case("growth", facts, contenders)
 
 
 @functools.lru_cache
@@ -219,12 +221,13 @@ def _empty_op() -> Callable[..., Tensor]:
     return torch.ops.headworks_bench.empty.default
 
 
-def _overhead_case(device: str) -> Case:
+def _overhead_case() -> Case:
+    """Host time of a call with next to nothing to compute, beside an operator that does nothing."""
     shape = {"B": 1, "H": 1, "D": D, "Dv": D}
 
     def contenders() -> dict[str, Call]:
-        plain = inputs(shape, 1, torch.float32, device)
-        graph = inputs(shape, 1, torch.float32, device, grad=True)
+        plain = inputs(shape, 1, torch.float32, "cpu")
+        graph = inputs(shape, 1, torch.float32, "cpu", grad=True)
         return {
             "empty op": _no_grad(_empty_op(), *plain),
             "headworks": _no_grad(hw.linear_attention, *plain),
@@ -277,7 +280,6 @@ def _cuda_cases(quick: bool) -> list[Case]:
         *(_case("cuda", "train", s, half, quick) for s in lengths),
         _step_case("cuda", half, quick),
         _growth_case("cuda", GROWTH),
-        _overhead_case("cuda"),
     ]
 
 

@@ -43,5 +43,5 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer    -    SKIPPED: not on this machine" | tee -a "$out/summary.txt"
 fi
-step bench 140 "$python" -m headworks bench --device cuda --json "$out/bench.json" --plots "$out"
+step bench 140 "$python" -m headworks bench --quick --device cuda --json "$out/bench.json" --plots "$out"
 exit $status

@@ -17,6 +17,9 @@ void check_call(int function, const Call& call) {
   for (int i = 0; i < 3; ++i)
     check(p.s.size[i] == p.v.size[i], ErrorKind::value, "key_scan: s has size ", p.s.size[i],
           " in dimension ", i, ", v has ", p.v.size[i], "; both are [B, S, H, ...]");
+  if (function == 1)
+    check(p.o1 || !backward_params(call).d_o1, ErrorKind::value,
+          "key_scan: a gradient of the final state needs o1, the final state itself");
 }
 
 std::string why_not(int, Backend backend, const Call&) {

@@ -29,6 +29,8 @@ _MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 
 @dataclass
 class Checkpoint:
+    """What a checkpoint file holds: a model, its tokenizer and anything else saved beside them."""
+
     model: LanguageModel
     tokenizer: ByteTokenizer | None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 
 class State(NamedTuple):
+    """The mean over the tokens so far, and the log-sum of their scores' exponentials."""
+
     o: Tensor  # [B, H, Dv]
     lse: Tensor  # [B, H]
 

@@ -26,6 +26,8 @@ PRE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class State(NamedTuple):
+    """The sums over a set of keys."""
+
     kv: Tensor  # [N, H, F, Dv]  sum_j phi(k_j) v_j^T
     z: Tensor  # [N, H, F]       sum_j phi(k_j)
 
