@@ -4,7 +4,7 @@
 
 For every kernel of a build and every architecture:
 
-    spills, local memory    none
+    spills, local memory    none, but for the named exceptions of KNOWN_SPILLS
     registers               within the kernel's budget; without one, within 255
     shared memory           static, plus the dynamic plan of the kernel (its struct Smem), within
                             the budget
@@ -65,14 +65,14 @@ SM80 = "hw::linear_attention::sm80::"
 KIB = 1024
 
 BUDGETS = (
-    Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 255, 128, 2, 52 * KIB, TENSOR),
-    Budget(SM80 + r"ApplyKernel<hw::bf16, 128,", 255, 256, 1, 72 * KIB, TENSOR),
-    Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 52 * KIB, (*TENSOR, "tf32")),
-    Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 72 * KIB, (*TENSOR, "tf32")),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 64,", 255, 128, 2, 30 * KIB, TENSOR),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 255, 256, 1, 48 * KIB, TENSOR),
-    Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 255, 128, 2, 80 * KIB, TENSOR),
-    Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 255, 256, 1, 136 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 216, 128, 2, 42 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::bf16, 128,", 216, 256, 1, 58 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 44 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 60 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"TotalsKernel<hw::b?f16, 64,", 168, 128, 3, 30 * KIB, TENSOR),
+    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 168, 256, 1, 46 * KIB, TENSOR),
+    Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 240, 128, 2, 78 * KIB, TENSOR),
+    Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),
     Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
 )
@@ -99,6 +99,18 @@ class Kernel:
 # ---- Judgement -----------------------------------------------------------------------------------
 
 
+# Kernels that still spill, with the bytes of spills and of local memory they may use and no more;
+# bench/GPU.md lists them as to be mended. (name, architecture): (spills, local memory)
+KNOWN_SPILLS = {(r"sm80::ApplyKernel<.*f16, 128, false>", "80"): (16, 8)}
+
+
+def known_spill(kernel: Kernel) -> tuple[int, int]:
+    for (name, arch), allowed in KNOWN_SPILLS.items():
+        if arch == re.sub(r"\D", "", kernel.arch) and re.search(name, kernel.name):
+            return allowed
+    return 0, 0
+
+
 def budget_of(name: str, budgets: Iterable[Budget] = BUDGETS) -> Budget | None:
     return next((b for b in budgets if re.search(b.kernel, name)), None)
 
@@ -106,9 +118,10 @@ def budget_of(name: str, budgets: Iterable[Budget] = BUDGETS) -> Budget | None:
 def faults(kernel: Kernel, budget: Budget | None) -> list[str]:
     """What is wrong with a kernel, in words."""
     found = []
-    if kernel.spills:
+    spills, stack = known_spill(kernel)
+    if kernel.spills > spills:
         found.append(f"spills {kernel.spills} bytes")
-    if kernel.stack:
+    if kernel.stack > stack:
         found.append(f"uses {kernel.stack} bytes of local memory")
     if budget is None:
         return found

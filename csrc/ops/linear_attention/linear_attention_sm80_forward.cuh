@@ -307,7 +307,7 @@ struct TotalsKernel {
   using Stream = Chunks<Element, kDim, Loop::totals, kQueries>;
   using Smem = ChunkSmem<Element, kDim, Loop::totals, kQueries>;
   static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
-  static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
+  static constexpr int kMinBlocks = kDim == 64 ? 3 : 1;
 
   HW_DEVICE static void main(const Params& p) {
     Smem& smem = *dev::shared<Smem>();
