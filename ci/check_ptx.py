@@ -4,7 +4,7 @@
 
 For every kernel of a build and every architecture:
 
-    spills, local memory    none, but for the named exceptions of KNOWN_SPILLS
+    spills, local memory    none
     registers               within the kernel's budget; without one, within 255
     shared memory           static, plus the dynamic plan of the kernel (its struct Smem), within
                             the budget
@@ -99,18 +99,6 @@ class Kernel:
 # ---- Judgement -----------------------------------------------------------------------------------
 
 
-# Kernels that still spill, with the bytes of spills and of local memory they may use and no more;
-# bench/GPU.md lists them as to be mended. (name, architecture): (spills, local memory)
-KNOWN_SPILLS = {(r"sm80::ApplyKernel<.*f16, 128, false>", "80"): (16, 8)}
-
-
-def known_spill(kernel: Kernel) -> tuple[int, int]:
-    for (name, arch), allowed in KNOWN_SPILLS.items():
-        if arch == re.sub(r"\D", "", kernel.arch) and re.search(name, kernel.name):
-            return allowed
-    return 0, 0
-
-
 def budget_of(name: str, budgets: Iterable[Budget] = BUDGETS) -> Budget | None:
     return next((b for b in budgets if re.search(b.kernel, name)), None)
 
@@ -118,10 +106,9 @@ def budget_of(name: str, budgets: Iterable[Budget] = BUDGETS) -> Budget | None:
 def faults(kernel: Kernel, budget: Budget | None) -> list[str]:
     """What is wrong with a kernel, in words."""
     found = []
-    spills, stack = known_spill(kernel)
-    if kernel.spills > spills:
+    if kernel.spills:
         found.append(f"spills {kernel.spills} bytes")
-    if kernel.stack > stack:
+    if kernel.stack:
         found.append(f"uses {kernel.stack} bytes of local memory")
     if budget is None:
         return found

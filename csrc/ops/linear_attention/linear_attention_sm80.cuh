@@ -185,7 +185,7 @@ void gradient(LoopParams<Element>& p, const Work<BackwardParams>& w) {
              {w.shape.batch, w.shape.tokens, heads, kPadded},
              {w.shape.tokens * heads * kPadded, heads * kPadded, kPadded, 1}};
   }
-  for (int64_t slice = 0; slice < w.slices(kDim); ++slice) {
+  for (int slice = 0; slice < w.slices(kDim); ++slice) {
     p.first = slice * kDim;
     launch<Kernel>({w.plan.num_slots, heads, 1}, sizeof(typename Kernel::Smem), w.context, p);
   }

@@ -50,17 +50,15 @@ struct ApplyKernel {
     const Params& p;
     Smem& smem;
     Stream stream;
-    Coefficients c;
     int column;  // first column of the warp, within the block
     State<Element, kWarps> state;
     float y[kStrips][2][4];  // tokens of a strip x columns 8 j .. 8 j + 7 of the warp
     float z[4];              // strip `warp`: its row sums are spread over the columns
 
-    HW_DEVICE Block(const Params& params, Smem& s, int64_t first)
+    HW_DEVICE Block(const Params& params, Smem& s, int first)
         : p(params),
           smem(s),
           stream{params, s.chunks, s.chunks.walk, first},
-          c(coefficients(params.scale)),
           column(dev::warp() * 16) {}
 
     HW_DEVICE HW_INLINE void clear() {
@@ -107,6 +105,7 @@ struct ApplyKernel {
     // c S of block r as B: (slots 2t, 2t+1 | + 8; column 8 j + g).
     template <int r>
     HW_DEVICE HW_INLINE void state_operand(Pair<Element> b[2][2]) {
+      const Coefficients c = coefficients(p.scale);
       const float low = c.template at<r>(0), high = c.template at<r>(1);
       HW_UNROLL
       for (int j = 0; j < 2; ++j) {
@@ -234,7 +233,7 @@ struct ApplyKernel {
         HW_UNROLL
         for (int h = 0; h < 2; ++h) {
           const float* n = &state.n[r / kWarps][2 * h];
-          float here = (n[0] + n[1]) * c.template at<r>(h);
+          float here = (n[0] + n[1]) * coefficients(p.scale).template at<r>(h);
           if (r == kProducts && h == 1 && g != 0) here = 0.0f;
           float next = dev::shuffle_down(here, 4);
           if (t != 0 || g % 2 != 0) continue;
@@ -273,7 +272,7 @@ struct ApplyKernel {
   HW_DEVICE static void main(const Params& p) {
     Smem& smem = *dev::shared<Smem>();
     if (!find_walk<kQueries>(smem.chunks.walk, p, p.group)) return;
-    Block block(p, smem, static_cast<int64_t>(dev::block_index_z()) * kDim);
+    Block block(p, smem, dev::block_index_z() * kDim);
     const Stream& stream = block.stream;
     const bool reads_start = p.before.kv || p.before.z, stores_end = p.after.kv || p.after.z;
     const bool adds = p.causal && !stream.walk.direct;
@@ -314,7 +313,7 @@ struct TotalsKernel {
     const Walk& walk = smem.walk;
     // Blocks are per key head: a walk over keys of one head, or over the queries of its group.
     if (!find_walk<kQueries>(smem.walk, p, kQueries ? p.group : 1)) return;
-    const Stream stream{p, smem, walk, static_cast<int64_t>(dev::block_index_z()) * kDim};
+    const Stream stream{p, smem, walk, dev::block_index_z() * kDim};
     State<Element, kWarps> state;
     state.clear();
     stream.prefetch(Item{});

@@ -44,7 +44,7 @@ struct LoopParams {
   Ref<float, 3> z;                    // [B, S, Hq] out, or absent
   Ref<const float, 3> factor, delta;  // [B, S, Hq] 1 / z and -<do, o>, or absent: 1 and 0
   Ref<float, 4> sum;         // gradients of more than one slice: what the slices before gave
-  int64_t first = 0;         // gradients: first column of the slice
+  int first = 0;             // gradients: first column of the slice
   StatePlace before, after;  // state ahead of the segment; behind it (out); or absent
   bool by_slot = false;      // indexed by slot instead of by sequence
   int group = 1;             // query heads per key head
@@ -201,7 +201,7 @@ struct Chunks {
   const LoopParams<Element>& p;
   ChunkSmem<Element, kDim, kLoop, kQueries>& smem;
   const Walk& walk;
-  int64_t first;  // first column of the block
+  int first;      // first column of the block
 
   HW_DEVICE HW_INLINE auto& stage(Item item) const { return smem.stage[item.stage]; }
 
