@@ -22,6 +22,15 @@ step() {
   [ "$result" = ok ] || tail -n 25 "$out/$name.log"
 }
 
+# The emulator's own tests, by the hardware: what the emulator was taught is what a GPU does.
+primitives() {
+  nvcc -x cu -std=c++20 --expt-relaxed-constexpr -arch=native -Icsrc -Itests -o "$out/primitives" \
+    tests/emu/device_main.cpp tests/emu/test_{primitives,fragments,gemm}.cpp
+  "$out/primitives"
+}
+export -f primitives
+export out
+
 : >"$out/summary.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.txt"
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
@@ -35,6 +44,8 @@ export PYTHONPATH="$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
 step info 20 "$python" -m headworks info
 step correctness 130 "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py \
   -k "(simt or sm80 or sm90) and not emulate"
+step graphs 40 "$python" -m pytest -q -p no:cacheprovider tests/test_torch.py -k "cuda_graph"
+step primitives 60 bash -euc primitives
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

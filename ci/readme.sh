@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs README's test command as a newcomer would: word for word, in a fresh copy of the tree.
-# Usage: ci/readme.sh [FOLDER]       (default: a temporary one, removed afterwards)
+# Runs a command of README as a newcomer would: word for word, in a fresh copy of the tree.
+# Usage: ci/readme.sh [FOLDER [END]]   FOLDER: of the copy (default: a temporary one, removed
+#                                      afterwards); END: how the line ends (default: && pytest)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-command=$(grep -E '^python3 -m venv .*&& pytest$' README.md) || {
-  echo "readme.sh: README.md has no line 'python3 -m venv ... && pytest'" >&2
+end=${2:-'&& pytest$'}
+command=$(grep -E "^python3 -m venv .*$end" README.md) || {
+  echo "readme.sh: README.md has no line 'python3 -m venv ... $end'" >&2
   exit 1
 }
 if [ $# -gt 0 ]; then
