@@ -33,18 +33,23 @@ from headworks.testing import check_case
 import importlib
 operator, backend, dtype = sys.argv[1:]
 spec = importlib.import_module(f"specs.{operator}").SPEC
+compared = 0
 for copies in ("late", "early"):
     if backend.startswith("emulate:"):
         _library.configure_emulator(seed=1, order="shuffled", copies=copies)
     for case in spec.emulator_cases:
         try:
             check_case(spec, case, backend, getattr(torch, dtype))
+            compared += 1
+        except NotImplementedError:  # a size that the quick preset does not build
+            pass
         except (AssertionError, RuntimeError) as error:
             print(f"{case}: {str(error)[:200]}")
             sys.exit(3)
     if backend == "cpu":
         break
-print("no difference")
+assert compared > 3, "hardly anything was compared"
+print("no difference in", compared, "comparisons")
 """
 
 
