@@ -201,7 +201,7 @@ struct Chunks {
   const LoopParams<Element>& p;
   ChunkSmem<Element, kDim, kLoop, kQueries>& smem;
   const Walk& walk;
-  int first;      // first column of the block
+  int first;  // first column of the block
 
   HW_DEVICE HW_INLINE auto& stage(Item item) const { return smem.stage[item.stage]; }
 
