@@ -10,9 +10,9 @@ from torch import Tensor
 
 import headworks as hw
 from bench import peers
-from bench.linear_attention import call_of
+from bench.parts import call_of, exponent
 from bench.suite import Case, Result, Target
-from bench.timing import Call, growth_exponent
+from bench.timing import Call
 from headworks.cost import cost
 
 SHAPE = {"B": 1, "H": 8, "Dv": 64}
@@ -34,11 +34,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
     """Linear growth; the other figures have no threshold."""
-    exponent = None
-    if "growth" in results:
-        times = results["growth"].seconds
-        exponent = growth_exponent([int(s) for s in times], [t.median for t in times.values()])
-    return [Target("growth exponent", exponent, 1.05, "", at_most=True)]
+    return [Target("growth exponent", exponent(results), 1.05, "", at_most=True)]
 
 
 def inputs(s: int, device: str, *, grad: bool = False) -> tuple[Tensor, Tensor]:

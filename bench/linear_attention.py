@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 import headworks as hw
 from bench import peers
+from bench.parts import call_of, empty_op, exponent, no_grad, overhead, percent, speedup
 from bench.suite import Case, Result, Target
-from bench.timing import Call, growth_exponent
+from bench.timing import Call
 from headworks.cost import cost
 
 D, DV = 16, 64
@@ -63,30 +62,30 @@ def targets(results: Mapping[str, Result], device: str) -> list[Target]:
     rows = []
     for s, times in ((1024, 3.0), (4096, 4.0), (16384, 5.0)):
         name = f"forward S {s} fp32"
-        rows.append(Target(f"{name}: chunked torch", _speedup(results, name, *CHUNKED), times))
+        rows.append(Target(f"{name}: chunked torch", speedup(results, name, *CHUNKED), times))
     for s in (1024, 4096, 16384):
         for mode in ("forward", "train"):
             name = f"{mode} S {s} fp32"
             rows.append(
-                Target(f"{name}: segments in torch", _speedup(results, name, *SEGMENTS), 2.0)
+                Target(f"{name}: segments in torch", speedup(results, name, *SEGMENTS), 2.0)
             )
     for s, times in ((4096, 8.0), (16384, 30.0)):
         name = f"forward S {s} fp32"
-        rows.append(Target(f"{name}: causal SDPA", _speedup(results, name, "sdpa"), times))
+        rows.append(Target(f"{name}: causal SDPA", speedup(results, name, "sdpa"), times))
     for s in (1024, 4096, 16384):
         name = f"train S {s} fp32"
-        rows.append(Target(f"{name}: chunked torch", _speedup(results, name, *CHUNKED), 3.0))
+        rows.append(Target(f"{name}: chunked torch", speedup(results, name, *CHUNKED), 3.0))
     for mode in ("forward", "train"):
         name = f"{mode} S 4096 bf16"
-        rows.append(Target(f"{name}: fp32", _speedup(results, name, "headworks fp32"), 1.0))
+        rows.append(Target(f"{name}: fp32", speedup(results, name, "headworks fp32"), 1.0))
     rows.append(Target("step B 64 H 16: copy", _fraction_of_copy(results), 60.0, "%"))
     rows.append(
         Target(
-            "forward S 4096 fp32: gemm", _percent(results, "forward S 4096 fp32", "gemm"), 60.0, "%"
+            "forward S 4096 fp32: gemm", percent(results, "forward S 4096 fp32", "gemm"), 60.0, "%"
         )
     )
-    rows.append(Target("growth exponent", _exponent(results), 1.05, "", at_most=True))
-    rows.append(Target("call overhead", _overhead(results), 10.0, "us", at_most=True))
+    rows.append(Target("growth exponent", exponent(results), 1.05, "", at_most=True))
+    rows.append(Target("call overhead", overhead(results), 10.0, "us", at_most=True))
     return rows
 
 
@@ -102,23 +101,6 @@ def inputs(
         return x.requires_grad_(grad)
 
     return tensor(shape["D"]), tensor(shape["D"]), tensor(shape["Dv"])
-
-
-def call_of(function: Callable[..., Any], arguments: tuple[Tensor, ...], mode: str) -> Call:
-    """A call to time: the function alone without grad, or with the backward pass."""
-    if mode == "forward":
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return function(*arguments)
-
-        return forward
-    cotangent = torch.randn_like(function(*arguments).detach())
-
-    def train() -> Any:
-        return torch.autograd.grad(function(*arguments), arguments, cotangent)
-
-    return train
 
 
 def _case(device: str, mode: str, s: int, dtype: torch.dtype, quick: bool) -> Case:
@@ -182,26 +164,18 @@ def _step_case(device: str, dtype: torch.dtype, quick: bool) -> Case:
         ours, theirs, compiled, copied = (state() for _ in range(4))
         target = torch.empty_like(copied.kv)
         calls: dict[str, Call] = {
-            "headworks": _no_grad(hw.linear_attention_step, q, k, v, ours),
-            "eager": _no_grad(peers.step_eager, q, k, v, *theirs),
-            "copy of the state": _no_grad(target.copy_, copied.kv),
+            "headworks": no_grad(hw.linear_attention_step, q, k, v, ours),
+            "eager": no_grad(peers.step_eager, q, k, v, *theirs),
+            "copy of the state": no_grad(target.copy_, copied.kv),
         }
         if not quick:
             step = peers.compile_late(peers.step_eager)
-            calls["compiled"] = _no_grad(step, q, k, v, *compiled)
+            calls["compiled"] = no_grad(step, q, k, v, *compiled)
         return calls
 
     total = cost("linear_attention_step", **STEP_SHAPE, dtype=dtype)
     facts = {**STEP_SHAPE, "dtype": str(dtype).removeprefix("torch."), "mode": "step"}
     return Case(f"step B {batch} H {heads}", facts, contenders, total)
-
-
-def _no_grad(function: Callable[..., Any], *arguments: Any) -> Call:
-    def call() -> Any:
-        with torch.no_grad():
-            return function(*arguments)
-
-    return call
 
 
 def _growth_case(device: str, sizes: tuple[int, ...]) -> Case:
@@ -219,16 +193,6 @@ def _growth_case(device: str, sizes: tuple[int, ...]) -> Case:
     return Case("growth", facts, contenders)
 
 
-@functools.lru_cache
-def _empty_op() -> Callable[..., Tensor]:
-    """A torch operator, registered as ours are, that only allocates its output."""
-    library = torch.library.Library("headworks_bench", "FRAGMENT")
-    library.define("empty(Tensor q, Tensor k, Tensor v) -> Tensor")
-    library.impl("empty", lambda q, k, v: torch.empty_like(v), "CompositeExplicitAutograd")
-    _empty_op.library = library  # type: ignore[attr-defined]  # the registration lives as long
-    return torch.ops.headworks_bench.empty.default
-
-
 def _overhead_case() -> Case:
     """Host time of a call with next to nothing to compute, beside an operator that does nothing."""
     shape = {"B": 1, "H": 1, "D": D, "Dv": D}
@@ -237,21 +201,12 @@ def _overhead_case() -> Case:
         plain = inputs(shape, 1, torch.float32, "cpu")
         graph = inputs(shape, 1, torch.float32, "cpu", grad=True)
         return {
-            "empty op": _no_grad(_empty_op(), *plain),
-            "headworks": _no_grad(hw.linear_attention, *plain),
+            "empty op": no_grad(empty_op(), *plain),
+            "headworks": no_grad(hw.linear_attention, *plain),
             "headworks, grad": lambda: hw.linear_attention(*graph),
         }
 
     return Case("overhead", {**shape, "S": 1, "dtype": "float32"}, contenders)
-
-
-def _speedup(results: Mapping[str, Result], name: str, *contenders: str) -> float | None:
-    return results[name].speedup(*contenders) if name in results else None
-
-
-def _percent(results: Mapping[str, Result], name: str, roof: str) -> float | None:
-    fraction = results[name].fraction(roof) if name in results else None
-    return None if fraction is None else 100 * fraction
 
 
 def _fraction_of_copy(results: Mapping[str, Result]) -> float | None:
@@ -264,20 +219,6 @@ def _fraction_of_copy(results: Mapping[str, Result]) -> float | None:
     copied = 2 * STEP_SHAPE["B"] * STEP_SHAPE["H"] * 153 * DV * 4
     copy_rate = copied / result.median("copy of the state")
     return 100 * moved / result.median("headworks") / copy_rate
-
-
-def _exponent(results: Mapping[str, Result]) -> float | None:
-    if "growth" not in results:
-        return None
-    times = results["growth"].seconds
-    return growth_exponent([int(s) for s in times], [t.median for t in times.values()])
-
-
-def _overhead(results: Mapping[str, Result]) -> float | None:
-    if "overhead" not in results:
-        return None
-    result = results["overhead"]
-    return 1e6 * (result.median("headworks") - result.median("empty op"))
 
 
 def _cuda_cases(quick: bool) -> list[Case]:
@@ -295,8 +236,8 @@ def _cuda_targets(results: Mapping[str, Result]) -> list[Target]:
     """Predictions made before any GPU was at hand."""
     name = "forward S 8192 bf16"
     return [
-        Target(f"{name}: best fla", _speedup(results, name, *FLA), 2.0),
-        Target(f"{name}: copy roof", _percent(results, name, "copy"), 40.0, "%"),
+        Target(f"{name}: best fla", speedup(results, name, *FLA), 2.0),
+        Target(f"{name}: copy roof", percent(results, name, "copy"), 40.0, "%"),
         Target("step B 64 H 16: copy", _fraction_of_copy(results), 70.0, "%"),
-        Target("growth exponent", _exponent(results), 1.05, "", at_most=True),
+        Target("growth exponent", exponent(results), 1.05, "", at_most=True),
     ]

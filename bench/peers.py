@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -85,11 +86,10 @@ def chunked(
     return o[:, :, :tokens].transpose(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention of torch, on the same layout."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    """Softmax attention of torch, on the same layout."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return o.transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
 def compile_late(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,22 +125,71 @@ def linear_attention_peers(device: str, *, compiled: bool = True) -> dict[str, A
 
 
 def sdpa_peers(device: str) -> dict[str, Attention]:
+    """Causal softmax attention by torch: the default choice; on a GPU each fused backend."""
+    peers = softmax_peers(device, causal=True)
+    if device == "cuda":
+        del peers["sdpa"]
+    return peers
+
+
+def softmax_peers(device: str, *, causal: bool) -> dict[str, Attention]:
     """Softmax attention by torch: the default choice, and on a GPU each fused backend by name."""
+    default = functools.partial(sdpa, causal=causal)
     if device != "cuda":
-        return {"sdpa": sdpa}
+        return {"sdpa": default}
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def through(backend: SDPBackend) -> Attention:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return sdpa(q, k, v)
+                return default(q, k, v)
 
         return call
 
     return {
+        "sdpa": default,
         "sdpa flash": through(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": through(SDPBackend.CUDNN_ATTENTION),
     }
+
+
+def sdpa_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Padded sequences: mask [B, 1, 1, Sk] is true where a key is there."""
+    o = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    return o.transpose(1, 2)
+
+
+def flex_peers(bias: Tensor) -> dict[str, Attention]:
+    """torch's flex_attention, compiled: plain, and with bias [Sq, Sk] added to the scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def add(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + bias[i, j]
+
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(*turned, score_mod=add).transpose(1, 2)
+
+    return {"flex": compile_late(plain), "flex, bias": compile_late(biased)}
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """The whole map, [B, H, Sq, Sk]."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    return scores.softmax(-1)
+
+
+def eager_column_sums(q: Tensor, k: Tensor) -> Tensor:
+    """Column sums of the map, which is made: [B, H, Sk]."""
+    return _weights(q, k).sum(2)
+
+
+def eager_transpose(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    """P^T x by the whole map."""
+    return torch.einsum("bhij,bihd->bjhd", _weights(q, k), x)
 
 
 def step_eager(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, z: Tensor) -> Tensor:

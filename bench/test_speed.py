@@ -17,15 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-import headworks as hw
 from bench import linear_attention, peers
-from bench.linear_attention import call_of
-from headworks.cost import Cost, cost
+from bench.parts import call_of
+from headworks.cost import Cost, cost, operators
 from headworks.testing import Case, Spec
 from specs import SPECS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+Contender = Callable[[dict[str, torch.Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -36,28 +38,45 @@ class Job:
     case: Case
     mode: str
     contender: str
-    function: Callable[..., Any]
+    function: Contender
 
     def __str__(self) -> str:
         return f"{self.spec}-{self.case}-{self.mode}-{self.contender}"
 
 
-def contenders(spec: Spec, case: Case) -> dict[str, Callable[..., Any]]:
-    """Functions of the tensors that spec.make gives, in that order."""
-    functions: dict[str, Callable[..., Any]] = {"headworks": spec.function}
+def contenders(spec: Spec, case: Case) -> dict[str, Contender]:
+    """Functions of the tensors that spec.make gives, to the first output."""
+    functions: dict[str, Contender] = {
+        "headworks": lambda tensors: next(iter(spec.run(tensors, case, "auto").values()))
+    }
+    theirs: dict[str, Callable[..., Any]] = {}
     if spec.name == "linear_attention":
-        functions |= PEERS["linear"] | PEERS["softmax"]
+        theirs = PEERS["linear"] | PEERS["softmax"]
     elif spec.name == "key_scan":
-        functions |= PEERS["key_scan"]
+        theirs = PEERS["key_scan"]
     elif spec.name == "linear_attention_step":
-        functions = {
-            "headworks": lambda q, k, v, kv, z: hw.linear_attention_step(
-                q, k, v, hw.LinearState(kv, z)
-            ),
-            "eager": peers.step_eager,
-        }
+        theirs = {"eager": peers.step_eager}
+    elif spec.name == "attention" and _is_plain(case):
+        theirs = peers.softmax_peers(DEVICE, causal=case.options["is_causal"])
     longest = linear_attention.LONGEST
-    return {n: f for n, f in functions.items() if case.sizes.get("S", 0) <= longest.get(n, 1 << 30)}
+    for name, function in theirs.items():
+        if case.sizes.get("S", 0) <= longest.get(name, 1 << 30):
+            functions[name] = _of_tensors(function)
+    return functions
+
+
+def _of_tensors(function: Callable[..., Any]) -> Contender:
+    return lambda tensors: function(*tensors.values())
+
+
+def _is_plain(case: Case) -> bool:
+    """Whether a case of attention has q, k and v and nothing but perhaps a causal mask."""
+    tensors = ("bias", "key_bias", "key_gain", "temperature", "mix", "aux", "lengths")
+    return (
+        not any(case.sizes[n] for n in tensors)
+        and case.sizes["gate"] is None
+        and not {"window_size", "softcap"} & case.options.keys()
+    )
 
 
 def jobs() -> Iterator[Job]:
@@ -71,17 +90,19 @@ def jobs() -> Iterator[Job]:
                     yield Job(spec, case, mode, name, function)
 
 
-def least_cost(spec: Spec, case: Case, mode: str) -> Cost:
-    """hw.cost of the case, the backward pass included where it is timed."""
-    names = {"Hq": "H", "H": "Hkv"} if "Hq" in case.sizes else {}
-    wanted = ("B", "S", "Hq", "H", "D", "Dv")
-    sizes = {names.get(n, n): case.sizes[n] for n in wanted if n in case.sizes}
-    forward = cost(spec.name, **sizes, dtype=DTYPE)
-    return (
-        forward + cost(spec.name, **sizes, dtype=DTYPE, backward=True)
-        if mode == "train"
-        else forward
-    )
+def least_cost(spec: Spec, case: Case, mode: str) -> Cost | None:
+    """hw.cost of the case, with the backward pass where it is timed; None: there is no formula."""
+    if case.sizes.get("lengths") is not None or spec.name not in operators():
+        return None
+    symbols = ("B", "S", "Sq", "Sk", "Hq", "H", "D", "Dv")
+    names = {"Sq": "S", "Hq": "H"} | ({"H": "Hkv"} if "Hq" in case.sizes else {})
+    options: dict[str, Any] = {names.get(n, n): case.sizes[n] for n in symbols if n in case.sizes}
+    if "Sq" in case.sizes:
+        options |= {n: case.options[n] for n in ("is_causal", "window_size") if n in case.options}
+    total = cost(spec.name, **options, dtype=DTYPE)
+    if mode == "train":
+        total += cost(spec.name, **options, dtype=DTYPE, backward=True)
+    return total
 
 
 PEERS = {
@@ -98,18 +119,27 @@ def test_speed(benchmark, job):
     """Times one contender; nothing is asserted of the time."""
     peers.forget_compiled()
     tensors = job.spec.make(job.case, DTYPE, DEVICE)
-    if job.contender in PEERS["softmax"]:  # the user's alternative has a full head dim
+    if (
+        job.spec.name == "linear_attention" and job.contender in PEERS["softmax"]
+    ):  # the user's alternative has a full head dim
         tensors |= {n: torch.randn_like(tensors["v"]) for n in ("q", "k")}
     grad = job.mode == "train"
     arguments = tuple(x.requires_grad_(grad and x.is_floating_point()) for x in tensors.values())
-    call = call_of(job.function, arguments, job.mode)
+    function = _of_arguments(job.function, tuple(tensors))
+    call = call_of(function, arguments, job.mode)
     if DEVICE == "cuda":
         call = _synchronised(call)
     call()  # compiles and allocates
-    least = least_cost(job.spec, job.case, job.mode)
     benchmark.group = f"{job.spec}-{job.case}-{job.mode}"
-    benchmark.extra_info |= {"contender": job.contender, "flops": least.flops, "bytes": least.bytes}
+    benchmark.extra_info["contender"] = job.contender
+    least = least_cost(job.spec, job.case, job.mode)
+    if least is not None:
+        benchmark.extra_info |= {"flops": least.flops, "bytes": least.bytes}
     benchmark(call)
+
+
+def _of_arguments(function: Contender, names: tuple[str, ...]) -> Callable[..., Any]:
+    return lambda *arguments: function(dict(zip(names, arguments, strict=True)))
 
 
 def _synchronised(call: Callable[[], Any]) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .ops._linear_attention_checks import num_features
 
-__all__ = ["Cost", "cost"]
+__all__ = ["Cost", "cost", "operators"]
 
 CHUNK = 64  # tokens in a chunk of the scan: the square tile evaluated directly
 
@@ -80,6 +80,14 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     final states add B Hkv F (Dv + 1) a bytes each (and their gradients the same). The denominator
     adds 1/Dv to the state terms and is left out.
 
+    ``"attention"``, over the P pairs (i, j) that its masks leave (Sq, Sk tokens; S stands for both;
+    P = Sq Sk without a mask)::
+
+        forward   flops  2 (D + Dv) P per query head      e [D + Dv] + e [D + Dv] bytes    1 pass
+        backward  flops  2 (3 D + 2 Dv) P                 q o do dq; k v dk dv; lse      2 passes
+
+    ``"column_stats"`` and ``"attention_transpose"``, given lse: 2 D P and 2 (D + Dv) P, 1 pass.
+
     ``"linear_attention_step"``, per sequence: flops [2 F Dv] + [2 F Dv]; bytes
     2 a [F (Dv + 1)] over key heads, plus q, k, v, o; 1 pass.
 
@@ -89,7 +97,8 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
-            output_final_state, backward``; which of them depends on the operator.
+            output_final_state, backward``, of attention also ``Sk, window_size``; which of them
+            depends on the operator.
 
     Returns:
         A :class:`Cost`.
@@ -110,6 +119,11 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     if name not in _COSTS:
         raise ValueError(f"cost: op is {name!r}, expected one of {sorted(_COSTS)}")
     return _COSTS[name](**shape)
+
+
+def operators() -> tuple[str, ...]:
+    """The operators that have a formula."""
+    return tuple(_COSTS)
 
 
 def _element_size(dtype: Any) -> int:
@@ -211,7 +225,81 @@ def _key_scan(
     return Cost(rows * 3 * Dv, rows * e * (1 + 2 * Dv) + states, 1)
 
 
+def _visible_pairs(
+    rows: int, keys: int, is_causal: bool, window_size: tuple[int | None, int | None] | None
+) -> int:
+    """Pairs (i, j) that a causal mask and a window, aligned at the lower right, leave."""
+    left, right = window_size or (None, None)
+    if is_causal:
+        right = 0
+    pairs = 0
+    for i in range(rows):
+        at = i + keys - rows
+        first = 0 if left is None else max(at - left, 0)
+        last = keys if right is None else min(at + right + 1, keys)
+        pairs += max(last - first, 0)
+    return pairs
+
+
+def _attention(
+    *,
+    S: int,
+    H: int,
+    D: int,
+    B: int = 1,
+    Sk: int | None = None,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    dtype: Any = "float32",
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    backward: bool = False,
+) -> Cost:
+    dv, keys = D if Dv is None else Dv, S if Sk is None else Sk
+    heads = H if Hkv is None else Hkv
+    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
+    pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
+    moved = B * e * (S * H + keys * heads) * (D + dv)
+    if backward:
+        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + B * S * H * max(e, 4), 2)
+    return Cost(2 * (D + dv) * pairs, moved, 1)
+
+
+def _columns(
+    *,
+    S: int,
+    H: int,
+    D: int,
+    B: int = 1,
+    Sk: int | None = None,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    dtype: Any = "float32",
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    transpose: bool = False,
+) -> Cost:
+    """Given the row statistics: sums of columns, or with `transpose` P^T x."""
+    dv, keys = (D if Dv is None else Dv) if transpose else 0, S if Sk is None else Sk
+    heads = H if Hkv is None else Hkv
+    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
+    a = max(e, 4)
+    pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
+    out = e * (S + keys) * H * dv if transpose else a * keys * H
+    moved = B * (e * D * (S * H + keys * heads) + a * S * H + out)
+    return Cost(2 * (D + dv) * pairs, moved, 1)
+
+
+def _transpose(**shape: Any) -> Cost:
+    return _columns(**shape, transpose=True)
+
+
 _COSTS: dict[str, Callable[..., Cost]] = {
+    "attention": _attention,
+    "attention_transpose": _transpose,
+    "column_stats": _columns,
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite of hw.attention and its companions, and their speed targets.
+
+The peer everywhere is torch's scaled_dot_product_attention; of options that it does not have, ours
+without the option, and compiled flex_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import headworks as hw
+from bench import peers
+from bench.parts import call_of, empty_op, exponent, no_grad, overhead, speedup
+from bench.suite import Case, Result, Target
+from bench.timing import Call
+from headworks.cost import cost
+
+D = 64
+CPU_SHAPE = {"B": 1, "H": 8, "D": D}
+GPU_SHAPE = {"B": 4, "H": 16, "D": D}
+WINDOW = (128, 0)
+LENGTHS = tuple(64 + (37 * i) % 449 for i in range(64))  # 64 .. 512, mixed
+OPTIONS_TOKENS = 2048
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Forward, forward + backward, window, options, columns, packed, memory, overhead."""
+    half = torch.bfloat16
+    if device == "cuda":
+        lengths = (2048, 8192) if quick else (2048, 4096, 8192, 16384)
+        both = [(s, half) for s in lengths]
+    else:
+        lengths = (1024,) if quick else (1024, 4096)
+        both = [*((s, torch.float32) for s in lengths), (2048, half)]
+    return [
+        *(
+            _case(device, mode, s, causal, dtype)
+            for mode in ("forward", "train")
+            for s, dtype in both
+            for causal in (False, True)
+        ),
+        _window_case(device, 4096 if quick else 16384),
+        _options_case(device, quick),
+        _columns_case(device),
+        _packed_case(device),
+        _decode_case(device),
+        _growth_case(device, tuple(1024 << i for i in range(4 if quick else 5))),
+        *([] if quick else [_memory_case(device)]),
+        _overhead_case(),
+    ]
+
+
+def targets(results: Mapping[str, Result], device: str) -> list[Target]:
+    """The thresholds of the design, judged on this run."""
+    rows = []
+    for name, result in results.items():
+        if result.shape["mode"] in ("forward", "train") and "sdpa" in result.seconds:
+            rows.append(Target(f"{name}: SDPA", result.speedup("sdpa"), 1.0))
+    name = "window 128 S 16384"
+    rows.append(Target(f"{name}: causal SDPA", speedup(results, name, "sdpa"), 20.0))
+    for option in ("bias", "temperature", "gain", "gate", "mix", "statistics"):
+        rows.append(Target(f"with {option}", _over(results, "options", option), 1.15, "x", True))
+    rows.append(Target("column sums", _over(results, "columns", "column sums"), 0.6, "x", True))
+    rows.append(Target("transpose", _over(results, "columns", "transpose"), 1.6, "x", True))
+    name = "packed 64 lengths"
+    rows.append(Target(f"{name}: padded SDPA", speedup(results, name, "sdpa, padded"), 1.5))
+    rows.append(Target("S 65536 beyond its tensors", _memory(results), 200.0, "MB", True))
+    rows.append(Target("growth exponent, window", exponent(results), 1.05, "", True))
+    rows.append(Target("call overhead", overhead(results), 10.0, "us", True))
+    return rows
+
+
+def inputs(
+    shape: Mapping[str, int], s: int, dtype: torch.dtype, device: str, *, grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k, v [B, S, H, D]."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def tensor() -> Tensor:
+        size = (shape["B"], s, shape["H"], shape["D"])
+        x = torch.randn(size, generator=generator, device=device).to(dtype)
+        return x.requires_grad_(grad)
+
+    return tensor(), tensor(), tensor()
+
+
+def _shape(device: str) -> dict[str, int]:
+    return CPU_SHAPE if device == "cpu" else GPU_SHAPE
+
+
+def _facts(device: str, dtype: torch.dtype, mode: str, **more: Any) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return {**_shape(device), **more, "dtype": name, "mode": mode}
+
+
+def _case(device: str, mode: str, s: int, causal: bool, dtype: torch.dtype) -> Case:
+    def contenders() -> dict[str, Call]:
+        qkv = inputs(_shape(device), s, dtype, device, grad=mode == "train")
+
+        def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return hw.attention(q, k, v, is_causal=causal)
+
+        calls = {"headworks": call_of(ours, qkv, mode)}
+        for name, function in peers.softmax_peers(device, causal=causal).items():
+            calls[name] = call_of(function, qkv, mode)
+        return calls
+
+    shape = {**_shape(device), "S": s, "dtype": dtype, "is_causal": causal}
+    total = cost("attention", **shape)
+    if mode == "train":
+        total += cost("attention", **shape, backward=True)
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    name = f"{mode} {'causal' if causal else 'full'} S {s} {short}"
+    facts = _facts(device, dtype, mode, S=s, is_causal=causal)
+    return Case(name, facts, contenders, total, memory=s == 4096)
+
+
+def _window_case(device: str, s: int) -> Case:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def contenders() -> dict[str, Call]:
+        qkv = inputs(_shape(device), s, dtype, device)
+        return {
+            "headworks": no_grad(hw.attention, *qkv, is_causal=True, window_size=WINDOW),
+            "sdpa": no_grad(peers.softmax_peers(device, causal=True)["sdpa"], *qkv),
+        }
+
+    total = cost(
+        "attention", **_shape(device), S=s, dtype=dtype, is_causal=True, window_size=WINDOW
+    )
+    return Case(f"window 128 S {s}", _facts(device, dtype, "window", S=s), contenders, total)
+
+
+def _options_case(device: str, quick: bool) -> Case:
+    """Ours with one option each, beside ours without any."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    s, shape = OPTIONS_TOKENS, _shape(device)
+
+    def contenders() -> dict[str, Call]:
+        qkv = inputs(shape, s, dtype, device)
+        heads = shape["H"]
+        bias = torch.randn(1, 1, s, s, device=device, dtype=dtype)
+        per_row = torch.rand(shape["B"], s, heads, device=device)
+        options: dict[str, dict[str, Any]] = {
+            "headworks": {},
+            "bias": {"bias": bias},
+            "bias per head": {"bias": bias.expand(1, heads, s, s).contiguous()},
+            "temperature": {"row_temperature": per_row},
+            "gain": {"key_gain": torch.rand(1, heads, s, device=device)},
+            "key bias": {"key_bias": torch.rand(1, heads, s, device=device)},
+            "gate": {"head_gate": per_row},
+            "mix": {"identity_mix": torch.rand(heads, device=device)},
+            "softcap": {"softcap": 30.0},
+            "statistics": {"return_aux": hw.Aux(True, True, True, True)},
+            "half of the heads gated off": {
+                "head_gate": (torch.arange(heads, device=device) % 2).expand_as(per_row).float()
+            },
+        }
+        calls = {name: no_grad(hw.attention, *qkv, **kw) for name, kw in options.items()}
+        calls["sdpa"] = no_grad(peers.softmax_peers(device, causal=False)["sdpa"], *qkv)
+        if not quick:
+            calls |= {n: no_grad(f, *qkv) for n, f in peers.flex_peers(bias[0, 0]).items()}
+        return calls
+
+    return Case("options", _facts(device, dtype, "options", S=s), contenders)
+
+
+def _columns_case(device: str) -> Case:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    s = OPTIONS_TOKENS
+
+    def contenders() -> dict[str, Call]:
+        q, k, v = inputs(_shape(device), s, dtype, device)
+        lse = hw.attention_lse(q, k)
+        return {
+            "headworks": no_grad(hw.attention, q, k, v),
+            "lse": no_grad(hw.attention_lse, q, k),
+            "column sums": no_grad(hw.column_stats, q, k, lse=lse),
+            "transpose": no_grad(hw.attention_transpose, q, k, v),
+            "transpose given lse": no_grad(hw.attention_transpose, q, k, v, lse=lse),
+            "eager column sums": no_grad(peers.eager_column_sums, q, k),
+            "eager transpose": no_grad(peers.eager_transpose, q, k, v),
+        }
+
+    return Case("columns", _facts(device, dtype, "columns", S=s), contenders)
+
+
+def _packed_case(device: str) -> Case:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def contenders() -> dict[str, Call]:
+        shape, longest = _shape(device), max(LENGTHS)
+        q, k, v = inputs({**shape, "B": 1}, sum(LENGTHS), dtype, device)
+        cut = torch.tensor([0, *LENGTHS], device=device).cumsum(0)
+        lengths = {"cu_seqlens_q": cut, "cu_seqlens_k": cut}
+        lengths |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        padded = inputs({**shape, "B": len(LENGTHS)}, longest, dtype, device)
+        seen = torch.arange(longest, device=device) < torch.tensor(LENGTHS, device=device)[:, None]
+        return {
+            "headworks": no_grad(hw.attention, q, k, v, **lengths),
+            "sdpa, padded": no_grad(peers.sdpa_masked, *padded, seen[:, None, None]),
+        }
+
+    return Case("packed 64 lengths", _facts(device, dtype, "packed"), contenders)
+
+
+def _decode_case(device: str) -> Case:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def contenders() -> dict[str, Call]:
+        q = inputs(_shape(device), 1, dtype, device)[0]
+        _, k, v = inputs(_shape(device), 8192, dtype, device)
+        return {
+            "headworks": no_grad(hw.attention, q, k, v),
+            "sdpa": no_grad(peers.softmax_peers(device, causal=False)["sdpa"], q, k, v),
+        }
+
+    total = cost("attention", **_shape(device), S=1, Sk=8192, dtype=dtype)
+    return Case("decode Sk 8192", _facts(device, dtype, "decode", S=1), contenders, total)
+
+
+def _growth_case(device: str, sizes: tuple[int, ...]) -> Case:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def contenders() -> dict[str, Call]:
+        return {
+            str(s): no_grad(
+                hw.attention,
+                *inputs(_shape(device), s, dtype, device),
+                is_causal=True,
+                window_size=WINDOW,
+            )
+            for s in sizes
+        }
+
+    return Case("growth", _facts(device, dtype, "growth"), contenders)
+
+
+def _memory_case(device: str) -> Case:
+    """Peak memory at S 65536, one head; time is not the point."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shape = {**_shape(device), "B": 1, "H": 1}
+
+    def contenders() -> dict[str, Call]:
+        qkv = inputs(shape, 65536, dtype, device)
+        return {"headworks": no_grad(hw.attention, *qkv, is_causal=True)}
+
+    facts = {**_facts(device, dtype, "memory", S=65536), **shape}
+    return Case("memory S 65536", facts, contenders, memory=True)
+
+
+def _overhead_case() -> Case:
+    """Host time of a call with next to nothing to compute, beside an operator that does nothing."""
+    shape = {"B": 1, "H": 1, "D": 16}
+
+    def contenders() -> dict[str, Call]:
+        plain = inputs(shape, 1, torch.float32, "cpu")
+        graph = inputs(shape, 1, torch.float32, "cpu", grad=True)
+        return {
+            "empty op": no_grad(empty_op(), *plain),
+            "headworks": no_grad(hw.attention, *plain),
+            "headworks, grad": lambda: hw.attention(*graph),
+        }
+
+    return Case("overhead", {**shape, "S": 1, "dtype": "float32", "mode": "overhead"}, contenders)
+
+
+def _over(results: Mapping[str, Result], case: str, contender: str) -> float | None:
+    """Time of a contender over that of ours without any option."""
+    if case not in results:
+        return None
+    return results[case].median(contender) / results[case].median("headworks")
+
+
+def _memory(results: Mapping[str, Result]) -> float | None:
+    """Megabytes beyond the output."""
+    name = "memory S 65536"
+    if name not in results or "headworks" not in results[name].peak_bytes:
+        return None
+    size = 2 if results[name].shape["dtype"] == "bfloat16" else 4
+    return (results[name].peak_bytes["headworks"] - 65536 * D * size) / 1e6
