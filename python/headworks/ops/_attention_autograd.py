@@ -2,6 +2,7 @@
 """The backward pass of attention around the native call: what torch does before and after it.
 
     d_w_i = g_i (1 - u) d_o_i        D_i = <d_w_i, w_i>        delta_i = D_i - d_L_i
+    (delta = 0 where weights need no statistic of their row)
 
 go into attention.backward. Of the epilogue, with a_i = <d_o_i, w_i> and b_i = <d_o_i, v_i>:
 
@@ -111,7 +112,7 @@ class _Attention(torch.autograd.Function):
         if mix is not None and any(epilogue):
             b = row_dot(d_o, per_query_head(v, d_o.shape[2]))
         d_w, d_direct, delta = _through_epilogue(d_o, a, gate, mix, ctx.save_w)
-        delta = delta.transpose(1, 2)
+        delta = delta.transpose(1, 2) if row is not None else zeros(a, *score.row_shape)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
         want = score_gradients(needs)._replace(v=needs[TENSORS])

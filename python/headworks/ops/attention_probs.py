@@ -56,7 +56,8 @@ def attention_probs(
         backend: as in hw.attention.
         options: the score options of hw.attention.
 
-    With packed sequences keys and rows count in the packed tensors, offsets within a sequence.
+    With packed sequences all three count within each sequence: keys [0] is the first key of the
+    sequence of row i, rows [0] the first row of the sequence of key j.
 
     Returns:
         [B, Hq, Sq, n] for keys and offsets, [B, Hq, n, Sk] for rows; float32 (float64 for float64

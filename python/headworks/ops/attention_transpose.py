@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._native import (
+    ACCUMULATION,
     NATIVE_CALLS,
     Maybe,
     NativeCall,
@@ -27,7 +28,14 @@ from .._native import (
 from ..reference import attention as reference
 from . import _attention_native as native
 from . import _attention_operators as operators
-from ._attention_autograd import per_key_head, per_query_head, returned, row_dot, score_gradients
+from ._attention_autograd import (
+    per_key_head,
+    per_query_head,
+    returned,
+    row_dot,
+    score_gradients,
+    zeros,
+)
 from ._attention_checks import cast, check_inputs, check_values
 from ._attention_native import Want
 from ._attention_operators import NUMBERS
@@ -125,7 +133,9 @@ class _Transpose(torch.autograd.Function):
         grads: tuple[Maybe, ...] = (None,) * TENSORS
         if any(ctx.needs_input_grad[:TENSORS]):
             want = score_gradients(ctx.needs_input_grad)
-            delta = row_dot(x, d_x).transpose(1, 2)
+            delta = zeros(x, *own.row_shape, dtype=ACCUMULATION[x.dtype])
+            if row is not None:
+                delta = row_dot(x, d_x).transpose(1, 2)
             d_q, d_k, *rest = operators.backward(score, g, x, row, delta, want, ctx.backend)
             grads = returned(own, (d_q, per_key_head(d_k, own.k.shape[2]), *rest), want)
         return *grads, d_x, *(None,) * (NUMBERS + 2)

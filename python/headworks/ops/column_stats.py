@@ -28,7 +28,7 @@ from .._native import (
 from ..reference import attention as reference
 from . import _attention_native as native
 from . import _attention_operators as operators
-from ._attention_autograd import per_key_head, per_query_head, returned, score_gradients
+from ._attention_autograd import per_key_head, per_query_head, returned, score_gradients, zeros
 from ._attention_checks import broadcast, cast, check_inputs
 from ._attention_native import Want
 from ._attention_operators import NUMBERS
@@ -187,10 +187,9 @@ class _ColumnSum(torch.autograd.Function):
         if any(ctx.needs_input_grad[:TENSORS]):
             r = gamma.new_ones(()).expand(own.row_shape) if row_weight is None else row_weight
             d_w = r.transpose(1, 2)[..., None]
+            delta = zeros(gamma, *own.row_shape) if row is None else r * d_weight
             want = score_gradients(ctx.needs_input_grad)
-            d_q, d_k, *rest = operators.backward(
-                score, v, d_w, row, r * d_weight, want, ctx.backend
-            )
+            d_q, d_k, *rest = operators.backward(score, v, d_w, row, delta, want, ctx.backend)
             d_q, d_k = d_q.to(own.q.dtype), per_key_head(d_k, own.k.shape[2]).to(own.k.dtype)
             grads = returned(own, (d_q, d_k, *rest), want)
         wanted = d_weight if ctx.needs_input_grad[TENSORS] else None

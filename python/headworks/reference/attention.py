@@ -124,25 +124,27 @@ def attention_probs(
 ) -> Tensor:
     """p_{i, keys[n]} [B, Hq, Sq, n], p_{rows[n], j} [B, Hq, n, Sk] or p_{i, diagonal + offsets[n]}.
 
-    A key that is none, or not of the row's sequence, has weight 0.
+    All count within a sequence; what is not in it has weight 0.
     """
     p, _ = weights(q, k, **score)
     p = p.detach()
-    batch, heads, query_tokens, _ = p.shape
+    batch, heads, query_tokens, key_tokens = p.shape
+    bounds = score.get("cu_seqlens_q"), score.get("cu_seqlens_k")
     if rows is not None:
-        index = rows[:, None, :, None].expand(batch, heads, -1, k.shape[1])
-        return p.gather(2, index)
+        column = layout(k, q, *bounds[::-1])  # of every key: the rows of its sequence
+        index = (rows[..., None] + column.first)[:, None]
+        inside = (rows[:, None, :, None] >= 0) & (index < column.end)
+        index = torch.where(inside, index, query_tokens).expand(batch, heads, -1, key_tokens)
+        return torch.nn.functional.pad(p, (0, 0, 0, 1)).gather(2, index)
+    row = layout(q, k, *bounds)
     if keys is not None:
-        index = keys[:, None, None].expand(batch, heads, query_tokens, -1)
-        inside = (index >= 0) & (index < k.shape[1])
+        index = (keys[:, None] + row.first[:, None])[:, None]
     else:
         assert offsets is not None
-        place = layout(q, k, score.get("cu_seqlens_q"), score.get("cu_seqlens_k"))
-        index = place.diagonal[:, None] + offsets
-        inside = (index >= place.first[:, None]) & (index < place.end[:, None])
-        index = index.expand(batch, heads, -1, -1)
-    p = torch.nn.functional.pad(p, (0, 1))  # a key of weight 0, also where there is none
-    return torch.where(inside, p.gather(3, torch.where(inside, index, k.shape[1])), 0)
+        index = (row.diagonal[:, None] + offsets)[None, None]
+    inside = (index >= row.first[:, None]) & (index < row.end[:, None])
+    index = torch.where(inside, index, key_tokens).expand(batch, heads, query_tokens, -1)
+    return torch.nn.functional.pad(p, (0, 1)).gather(3, index)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
