@@ -123,7 +123,7 @@ def score_options(tensors, case):
     options = {n: tensors[n] for n in SCORE_TENSORS if n in tensors}
     if case.sizes["lengths"] is not None:
         for which, lengths in zip("qk", case.sizes["lengths"], strict=True):
-            options[f"max_seqlen_{which}"] = max(lengths, default=0)
+            options[f"max_seqlen_{which}"] = max((0, *lengths))
     return options
 
 

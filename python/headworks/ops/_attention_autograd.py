@@ -75,23 +75,22 @@ class _Attention(torch.autograd.Function):
     """(Score's tensors, v, gate, mix, mass_keys, Score's numbers, want_lse, entropy, p_max,
     sq_norm, backend) -> o, lse, entropy, p_max, sq_norm, mass; all but o and lse without gradient.
 
-    Saves w, the output before gate and mix. Without either that is o; with a gate that needs no
-    gradient o will do as well, since g_i <d_o_i, w_i> = <d_o_i, o_i>.
+    Saves w, the output before gate and mix; without either that is o.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, (v, gate, mix, mass_keys) = arguments[:TENSORS], arguments[TENSORS:][:4]
         numbers = arguments[TENSORS + 4 :][:NUMBERS]
-        save_w, want_lse, *statistics, backend = arguments[TENSORS + 4 + NUMBERS :]
+        want_lse, *statistics, backend = arguments[TENSORS + 4 + NUMBERS :]
         score = Score(*tensors, *numbers)
-        skip = not (save_w or want_lse or any(statistics) or mass_keys is not None)
+        save_w = gate is not None or mix is not None
         entropy, p_max, sq_norm = statistics
-        want = Want(save_w, score.has_row_statistic, entropy, p_max, sq_norm, skip)
+        want = Want(save_w, score.has_row_statistic, entropy, p_max, sq_norm, skip_dead=False)
         made = operators.forward(score, v, gate, mix, mass_keys, want, backend)
         row = made.row if score.has_row_statistic else None
         ctx.save_for_backward(*tensors, v, gate, mix, made.w if save_w else made.o, row)
-        ctx.numbers, ctx.save_w, ctx.want_lse, ctx.backend = numbers, save_w, want_lse, backend
+        ctx.numbers, ctx.want_lse, ctx.backend = numbers, want_lse, backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*made[3:])
         if not want_lse:
@@ -111,7 +110,7 @@ class _Attention(torch.autograd.Function):
         b = None
         if mix is not None and any(epilogue):
             b = row_dot(d_o, per_query_head(v, d_o.shape[2]))
-        d_w, d_direct, delta = _through_epilogue(d_o, a, gate, mix, ctx.save_w)
+        d_w, d_direct, delta = _through_epilogue(d_o, a, gate, mix)
         delta = delta.transpose(1, 2) if row is not None else zeros(a, *score.row_shape)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
@@ -127,13 +126,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _through_epilogue(
-    d_o: Tensor, a: Tensor, gate: Maybe, mix: Maybe, saved_w: bool
+    d_o: Tensor, a: Tensor, gate: Maybe, mix: Maybe
 ) -> tuple[Tensor, Maybe, Tensor]:
-    """d_w, what reaches d_v through the mix, D. `a` is <d_o, o> unless w was saved."""
+    """d_w, what reaches d_v through the mix, D."""
     if mix is None:
         if gate is None:
             return d_o, None, a
-        return (gate[..., None] * d_o).to(d_o.dtype), None, gate * a if saved_w else a
+        return (gate[..., None] * d_o).to(d_o.dtype), None, gate * a
     u = mix[:, None]
     g = u.new_ones(()) if gate is None else gate
     kept = g * (1 - u)

@@ -66,7 +66,7 @@ def _bounds_of_list(
     if host.numel():
         check_cu_seqlens_values(op, name, host, x.shape[1])
     if longest is None:
-        longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+        longest = max([0, *(b - a for a, b in itertools.pairwise(bounds))])
     if x.is_cuda:
         host = host.pin_memory()
     return host.to(x.device, non_blocking=True), longest

@@ -41,8 +41,8 @@ class Forward(NamedTuple):
 class Want(NamedTuple):
     """What a forward call is to make besides o and, with mass_keys, the mass.
 
-    skip_dead: rows that nobody can see (gate 0 or mix 1) may be skipped. Their row statistic is
-    then +inf, which gives them p = 0 in the backward pass.
+    skip_dead: rows that nobody can see (gate 0 or mix 1) may be skipped, as long as neither w nor
+    a statistic of the row is wanted.
     """
 
     w: bool = False

@@ -138,7 +138,7 @@ def score_of(
         scale = float(q.shape[3] ** -0.5)
     elif type(scale) is not float or not math.isfinite(scale):
         scale = require_number(op, "scale", scale)
-    if softcap:
+    if type(softcap) is not float or not 0.0 <= softcap < math.inf:
         softcap = check_softcap(op, softcap)
     a = n = 0
     if activation != "softmax" or normalizer is not None:

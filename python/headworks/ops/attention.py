@@ -195,10 +195,9 @@ def attention(
         v = widen(v)
     way = route(OP, (*score.tensors, v, gate, mix))
     if way == "autograd":
-        save_w = mix is not None or (gate is not None and gate.requires_grad)
         o, *made = differentiable(
             *score.tensors, v, gate, mix, mass_keys, *score.numbers,
-            save_w, aux.lse, aux.entropy, aux.p_max, aux.sq_norm, backend,
+            aux.lse, aux.entropy, aux.p_max, aux.sq_norm, backend,
         )  # fmt: skip
     else:
         want = _PLAIN if return_aux is None else _wanted(aux)

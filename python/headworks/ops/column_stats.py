@@ -112,9 +112,9 @@ def _column_stats(
     score: Score, lse: Maybe, kind: str, row_weight: Maybe, reduce_heads: bool, backend: str
 ) -> Tensor:
     largest = kind == "max"
-    if largest:
-        score = score.detached()
     way = route(_OP, (*score.tensors, row_weight, lse))
+    if largest:
+        score, way = score.detached(), "operator" if way == "autograd" else way
     result: Any
     if way == "autograd":
         result = _sum(*score.tensors, row_weight, lse, *score.numbers, backend)
