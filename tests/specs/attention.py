@@ -12,6 +12,7 @@ import torch
 import headworks as hw
 from headworks.ops import _attention_native as native
 from headworks.ops import attention as module
+from headworks.ops._attention_score import score_of
 from headworks.testing import EVERY_DTYPE, Case, Spec
 
 SOFTMAXES = ("softmax", "softmax1")
@@ -152,7 +153,8 @@ def operators(tensors, case):
     options = arguments(tensors, case)
     named = [options.pop(n, None) for n in ("head_gate", "identity_mix", "return_aux")]
     q, k, v = (tensors[n] for n in ("q", "k", "v"))
-    score, v, gate, mix, aux, mass = module._prepared(q, k, v, *named, **options)
+    score = score_of("attention", q, k, **options)
+    gate, mix, aux, mass = module._checked_rest(score, *named)
     want = native.Want(True, score.has_row_statistic, aux.entropy, aux.p_max, aux.sq_norm, False)
     forward = torch.ops.headworks.attention_fwd.default
     given = (*score.tensors, v, gate, mix, mass, *score.numbers, *want, "auto")

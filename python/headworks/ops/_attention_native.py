@@ -99,14 +99,16 @@ def _zero(tensors: tuple[Maybe, ...]) -> None:
 def outputs(score: Score, v: Maybe, mass_keys: Maybe, want: Want) -> Forward:
     """Unfilled."""
     q = score.q
-    shape, dtype, device = score.row_shape, ACCUMULATION[q.dtype], q.device
+    device = q.device
     o = w = row = entropy = p_max = sq_norm = mass = None
     if v is not None:
-        batch, tokens, heads, _ = q.shape
-        wide = (batch, tokens, heads, v.shape[3])
+        wide = (*q.shape[:3], v.shape[3])
         o = torch.empty(wide, dtype=q.dtype, device=device)
         if want.w:
             w = torch.empty(wide, dtype=q.dtype, device=device)
+    if mass_keys is None and not any(want[1:5]):
+        return Forward(o, w)
+    shape, dtype = score.row_shape, ACCUMULATION[q.dtype]
     if want.row:
         row = torch.empty(shape, dtype=dtype, device=device)
     if want.entropy:

@@ -171,14 +171,18 @@ def attention(
         >>> o.shape, aux.lse.shape
         (torch.Size([2, 100, 8, 64]), torch.Size([2, 8, 100]))
     """
-    score, v, gate, mix, aux, mass_keys = _prepared(
-        q, k, v, head_gate, identity_mix, return_aux,
-        is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
+    q, k, v = _checked(q, k, v)
+    score = score_of(
+        OP, q, k, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, bias=bias, key_bias=key_bias, key_gain=key_gain,
         gain_rows=gain_rows, row_temperature=row_temperature, activation=activation,
         normalizer=normalizer, **unknown,
     )  # fmt: skip
+    gate = mix = mass_keys = None
+    aux = _NO_AUX
+    if head_gate is not None or identity_mix is not None or return_aux is not None:
+        gate, mix, aux, mass_keys = _checked_rest(score, head_gate, identity_mix, return_aux)
     backend = backend_for(OP, backend, score.q)
     o: Any
     made: Any
@@ -208,20 +212,18 @@ def attention(
     return o if return_aux is None else (o, _result(aux, *made))
 
 
-def _prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head_gate: Maybe,
-    identity_mix: Maybe,
-    return_aux: Aux | None,
-    **options: Any,
-) -> tuple[Score, Tensor, Maybe, Maybe, Aux, Maybe]:
-    """The arguments cast, validated and in full shapes: score v gate mix aux mass_keys."""
+def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = cast(q, k, v)
     check_inputs(OP, q, k)
     check_values(OP, "v", v, "[B, Sk, Hkv, Dv]", k.shape[:3], q)
-    score = score_of(OP, q, k, **options)
+    return q, k, v
+
+
+def _checked_rest(
+    score: Score, head_gate: Maybe, identity_mix: Maybe, return_aux: Aux | None
+) -> tuple[Maybe, Maybe, Aux, Maybe]:
+    """What is beside the score, validated and in full shapes: gate mix aux mass_keys."""
+    q, k = score.q, score.k
     gate = mix = mass_keys = None
     aux = _NO_AUX
     if head_gate is not None:
@@ -232,7 +234,7 @@ def _prepared(
         aux = _check_aux(return_aux, score)
         if aux.mass is not None:
             mass_keys = _mass_keys(aux.mass, score)
-    return score, v, gate, mix, aux, mass_keys
+    return gate, mix, aux, mass_keys
 
 
 def _check_mix(identity_mix: object, q: Tensor, k: Tensor) -> Tensor:
@@ -317,9 +319,9 @@ def _native_call(
     backend: str = "auto",
     **options: Any,
 ) -> NativeCall:
-    score, v, gate, mix, aux, mass_keys = _prepared(
-        q, k, v, head_gate, identity_mix, return_aux, **options
-    )
+    q, k, v = _checked(q, k, v)
+    score = score_of(OP, q, k, **options)
+    gate, mix, aux, mass_keys = _checked_rest(score, head_gate, identity_mix, return_aux)
     backend = backend_for(OP, backend, score.q)
     return native.forward_call(score, v, gate, mix, mass_keys, _wanted(aux), backend)
 
