@@ -55,7 +55,7 @@ def require_sizes(op: str, expected: str, name: str, x: Tensor, sizes: tuple[int
         )
 
 
-def require_same_device(op: str, first: str, x: Tensor, **tensors: Tensor | None) -> None:
+def require_same_device(op: str, first: str, x: Tensor, /, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             fail(

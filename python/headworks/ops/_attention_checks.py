@@ -273,8 +273,10 @@ def check_index(op: str, name: str, index: object, q: Tensor) -> Tensor:
 
 
 def check_index_values(op: str, name: str, index: Tensor | None, size: int) -> None:
-    """0 <= index < size. On a GPU this would wait for the device: not done."""
-    if index is None or not index.is_cpu or not index.numel():
+    """0 <= index < size, of plain tensors on the CPU. A GPU would have to be waited for."""
+    if index is None or torch.compiler.is_compiling() or type(index) is not Tensor:
+        return
+    if not index.is_cpu or not index.numel():
         return
     low, high = index.aminmax()
     if low < 0 or high >= size:

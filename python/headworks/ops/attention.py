@@ -282,8 +282,7 @@ def _mass_keys(mass: object, score: Score) -> Tensor:
         )
     if mass.dtype == torch.int64:
         index = check_index(OP, "return_aux.mass", mass, q)
-        if type(index) is Tensor and not torch.compiler.is_compiling():
-            check_index_values(OP, "return_aux.mass", index, keys)
+        check_index_values(OP, "return_aux.mass", index, keys)
         # An index that is no key, unseen on a GPU, falls into a column that is cut off.
         index = torch.where((index >= 0) & (index < keys), index, keys)
         chosen = torch.zeros((batch, keys + 1), dtype=torch.bool, device=q.device)

@@ -78,8 +78,6 @@ def attention_probs(
     score, lse, keys, rows, offsets = _arguments(q, k, lse, keys, rows, offsets, options)
     backend = backend_for(_OP, backend, score.q)
     if backend == "reference":
-        check_index_values(_OP, "keys", keys, score.k.shape[1])
-        check_index_values(_OP, "rows", rows, score.q.shape[1])
         with as_written(score.q):
             return reference.attention_probs(
                 score.q, score.k, lse=lse, keys=keys, rows=rows, offsets=offsets,
@@ -110,6 +108,8 @@ def _arguments(
         )
     keys = None if keys is None else check_index(_OP, "keys", keys, q)
     rows = None if rows is None else check_index(_OP, "rows", rows, q)
+    check_index_values(_OP, "keys", keys, k.shape[1])
+    check_index_values(_OP, "rows", rows, q.shape[1])
     if offsets is not None:
         _check_offsets(offsets, q)
     score = score_of(_OP, q, k, **options)
