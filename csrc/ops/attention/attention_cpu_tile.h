@@ -47,11 +47,19 @@ struct Block {
   int64_t key(int64_t j) const { return at.k_begin + j; }
 };
 
+// [S, width] of one head.
+template <class T>
+Ref<const T, 2> rows_of_head(const Ref<const T, 4>& x, int64_t batch, int head) {
+  return {x.at(batch, 0, head), {x.size[1], x.size[3]}, {x.stride[1], x.stride[3]}};
+}
+
 // Rows of one head of a tensor as the broadcast operand of a product: in place if they have the
 // accumulation type, else widened into `room` [n, width].
 template <class T>
 Operand<Accum<T>> broadcast_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first, int n,
                                  int head, Accum<T>* room) {
+  const Ref<const T, 2> rows = rows_of_head(x, batch, head);
+  for (int i = 0; i < n; ++i) prefetch_row(rows, first + i + kKeys);
   if constexpr (std::is_same_v<T, Accum<T>>) {
     return {x.at(batch, first, head), x.stride[1], x.stride[3]};
   } else {
@@ -223,10 +231,11 @@ class Tile {
   // Bias of the tile, transposed.
   void load_bias(const Range& keys) {
     const int n = static_cast<int>(keys.count());
-    for (int i = 0; i < block_.count(); ++i)
-      widen(bias_rows_ + i * kKeys,
-            bias_.at(block_.at.batch, block_.head, block_.rows.begin + i, keys.begin), n,
-            bias_.stride[3]);
+    for (int i = 0; i < block_.count(); ++i) {
+      const T* row = bias_.at(block_.at.batch, block_.head, block_.rows.begin + i, keys.begin);
+      if (bias_.stride[3] == 1) prefetch(row + kKeys, kKeys * static_cast<int64_t>(sizeof(T)));
+      widen(bias_rows_ + i * kKeys, row, n, bias_.stride[3]);
+    }
     hw::transpose(bias_rows_, kKeys, block_.count(), n, bias_tile_, kRows);
     clear_columns(bias_tile_, kRows, n, block_.count(), width_);
   }
