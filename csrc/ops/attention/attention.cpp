@@ -2,6 +2,8 @@
 // Softmax-type attention, host side: arguments of a call, checks, and what each backend can take.
 #include "ops/attention/attention.h"
 
+#include "ops/attention/attention_simt_layout.cuh"
+
 #include "core/arguments.h"
 #include "core/registry.h"
 
@@ -53,7 +55,9 @@ std::string why_not(int, Backend, const Call&) { return {}; }
 
 int any_dim(int, Backend, const Call&) { return 0; }
 
-int64_t workspace(int, Backend, const Call&) { return 0; }
+int64_t workspace(int function, Backend backend, const Call& call) {
+  return backend == Backend::simt && function == kForward ? simt::workspace_bytes(call) : 0;
+}
 
 }  // namespace
 
