@@ -32,7 +32,7 @@ def fla_naive(operator):
 class Refused:
     """A call that must raise, and what the message must name."""
 
-    def __init__(self, kind, *words, **arguments):
+    def __init__(self, kind, /, *words, **arguments):
         self.kind, self.words, self.arguments = kind, words, arguments
 
     def __repr__(self):

@@ -84,8 +84,8 @@ def test_zero_stride_gradient(spec, case, backend, device, dtype):
     for which in (backend, "reference"):
         tensors = spec.make(case, torch.float64 if which == "reference" else dtype, device)
         inputs = [tensors[n].requires_grad_() for n in spec.differentiable if n in tensors]
-        outputs = spec.run(tensors, case, which)
-        grads.append(torch.autograd.grad([x.sum() for x in outputs.values()], inputs))
+        outputs = [x for x in spec.run(tensors, case, which).values() if x.requires_grad]
+        grads.append(torch.autograd.grad([x.sum() for x in outputs], inputs))
     for actual, oracle in zip(*grads, strict=True):
         compare(actual, oracle, dtype)
 
@@ -101,11 +101,14 @@ def test_each_output_alone(spec, case, backend, device, dtype):
             wanted = [n for n in spec.differentiable if n in tensors]
             inputs = [tensors[n].requires_grad_() for n in wanted]
             x = spec.run(tensors, case, which)[name]
+            if not x.requires_grad:  # without gradient on every backend
+                continue
             weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=device).view(x.shape)
             got = torch.autograd.grad((x * weight).sum(), inputs, allow_unused=True)
             grads.append([torch.zeros_like(i) if g is None else g
                           for g, i in zip(got, inputs, strict=True)])  # fmt: skip
-        for n, actual, oracle in zip(wanted, *grads, strict=True):
+        assert len(grads) in (0, 2)
+        for n, actual, oracle in zip(wanted, *grads, strict=True) if grads else ():
             compare(actual, oracle, dtype, name=f"d_{n} of {name}")
 
 

@@ -3,6 +3,7 @@
 //
 //   parallel_tasks(count, threads, f)   f(i) for i in [0, count), in any order
 //   Scratch                             a bump allocator that each thread keeps between calls
+//   Buffer                              memory of one call
 //
 // Results never depend on which thread runs a task: tasks write disjoint outputs, and sums over
 // tasks are made afterwards in index order. An exception in a task is rethrown by the caller.
@@ -81,6 +82,25 @@ class Scratch {
  private:
   char* base_ = nullptr;
   int64_t capacity_ = 0, used_ = 0;
+};
+
+// Memory of one call, 64-byte aligned, not initialised.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  void reserve(int64_t bytes) {
+    std::free(data_);
+    data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
+    if (data_ == nullptr && bytes > 0) throw std::bad_alloc();
+  }
+  char* data() const { return data_; }
+
+ private:
+  char* data_ = nullptr;
 };
 
 }  // namespace

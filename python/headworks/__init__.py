@@ -5,6 +5,11 @@
     o = hw.linear_attention(q, k, v)
 
 Functions
+    attention                                 softmax attention with all that rides in its one pass
+    attention_lse, attention_probs            log-sum-exp of its rows; chosen weights
+    attention_transpose, column_stats         what the keys receive
+    merge_attention                           results over parts of the keys made one
+    Aux, AuxResult                            read-outs of attention's rows
     linear_attention, linear_attention_step   linear attention with Taylor and other feature maps
     key_scan                                  running softmax average, scores from the key alone
     LinearState, KeyScanState                 what they keep of the tokens they have seen
@@ -21,23 +26,37 @@ from __future__ import annotations
 from ._build_info import build_info
 from ._explain import Explanation, explain
 from .cost import Cost, cost
+from .ops.attention import Aux, AuxResult, attention
+from .ops.attention_lse import attention_lse
+from .ops.attention_probs import attention_probs
+from .ops.attention_transpose import attention_transpose
+from .ops.column_stats import column_stats
 from .ops.key_scan import KeyScanState, key_scan
 from .ops.linear_attention import LinearState, linear_attention
 from .ops.linear_attention_step import linear_attention_step
+from .ops.merge_attention import merge_attention
 
 from . import models, nn  # isort: skip
 
 __all__ = [
+    "Aux",
+    "AuxResult",
     "Cost",
     "Explanation",
     "KeyScanState",
     "LinearState",
+    "attention",
+    "attention_lse",
+    "attention_probs",
+    "attention_transpose",
     "build_info",
+    "column_stats",
     "cost",
     "explain",
     "key_scan",
     "linear_attention",
     "linear_attention_step",
+    "merge_attention",
     "models",
     "nn",
 ]

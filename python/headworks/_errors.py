@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from typing import NoReturn
 
@@ -54,7 +55,7 @@ def require_sizes(op: str, expected: str, name: str, x: Tensor, sizes: tuple[int
         )
 
 
-def require_same_device(op: str, first: str, x: Tensor, **tensors: Tensor | None) -> None:
+def require_same_device(op: str, first: str, x: Tensor, /, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             fail(
@@ -89,3 +90,20 @@ def require_one_dtype(op: str, allowed: Container[torch.dtype], **tensors: Tenso
                 f"{x.dtype}, the dtype of {first}",
                 "Cast them to one dtype, or call under torch.autocast, which casts them for you.",
             )
+
+
+def require_number(op: str, name: str, x: object) -> float:
+    """A finite Python number as a float."""
+    if isinstance(x, (Tensor, str)) or not hasattr(x, "__float__"):
+        fail(
+            TypeError,
+            op,
+            name,
+            describe(x),
+            "a Python number",
+            "Pass a float; numbers are fixed when the call is made.",
+        )
+    x = float(x)
+    if not math.isfinite(x):
+        fail(ValueError, op, name, x, "a finite number", "Check how it was computed.")
+    return x

@@ -1,6 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """One module per operator; `SPECS` is what the generic tests and the GPU gate run."""
 
-from . import key_scan, linear_attention, linear_attention_step
+from . import (
+    attention,
+    attention_lse,
+    attention_probs,
+    attention_transpose,
+    column_stats,
+    key_scan,
+    linear_attention,
+    linear_attention_step,
+)
 
-SPECS = (linear_attention.SPEC, linear_attention_step.SPEC, key_scan.SPEC)
+SPECS = (
+    linear_attention.SPEC,
+    linear_attention_step.SPEC,
+    key_scan.SPEC,
+    attention.SPEC,
+    attention_lse.SPEC,
+    attention_transpose.SPEC,
+    column_stats.SPEC,
+    attention_probs.SPEC,
+)

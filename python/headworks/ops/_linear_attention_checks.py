@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from .._errors import (
     describe,
     fail,
+    require_number,
     require_one_dtype,
     require_rank,
     require_same_device,
@@ -57,30 +56,14 @@ def check_options(
             "Project q and k to fewer features (the paper uses 16), or choose another feature_map.",
         )
     if type(eps) is not float or not 0.0 <= eps < math.inf:
-        eps = _number(op, "eps", eps)
+        eps = require_number(op, "eps", eps)
         if eps < 0:
             fail(ValueError, op, "eps", eps, "a number >= 0", "Use 0.0 for none.")
     if scale is None:
         return number, float(d**-0.5)
     if type(scale) is not float or not math.isfinite(scale):
-        return number, _number(op, "scale", scale)
+        return number, require_number(op, "scale", scale)
     return number, scale
-
-
-def _number(op: str, name: str, x: object) -> float:
-    if isinstance(x, (Tensor, str)) or not hasattr(x, "__float__"):
-        fail(
-            TypeError,
-            op,
-            name,
-            describe(x),
-            "a Python number",
-            "Pass a float; a tensor of scales belongs into q.",
-        )
-    x = float(x)
-    if not math.isfinite(x):
-        fail(ValueError, op, name, x, "a finite number", "Check how it was computed.")
-    return x
 
 
 def reject_inputs(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
@@ -105,10 +88,6 @@ def reject_inputs(op: str, layout: str, q: Tensor, k: Tensor, v: Tensor) -> NoRe
         f"a positive multiple of k's {h}",
         "Each key head serves Hq / Hkv query heads.",
     )
-
-
-def heads_match(hq: int, h: int) -> bool:
-    return hq == h or (h > 0 and hq > 0 and hq % h == 0)
 
 
 def check_state(
@@ -180,62 +159,3 @@ def _reject_state(
             )
         require_same_device(op, "q", q, **{part: x})
     raise AssertionError("a state was rejected without a reason")
-
-
-def check_cu_seqlens(op: str, cu_seqlens: object, q: Tensor) -> Tensor:
-    """cu_seqlens [N + 1] as int64. The values are looked at by check_cu_seqlens_values."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fail(
-            TypeError,
-            op,
-            "cu_seqlens",
-            describe(cu_seqlens),
-            "an int32 or int64 tensor [N + 1]",
-            "Pass the running sum of the sequence lengths, from 0 to the total.",
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        fail(
-            ValueError,
-            op,
-            "cu_seqlens",
-            f"of shape {list(cu_seqlens.shape)}",
-            "[N + 1]",
-            "Pass the running sum of the sequence lengths, from 0 to the total.",
-        )
-    if q.shape[0] != 1:
-        fail(
-            ValueError,
-            op,
-            "the batch size B with cu_seqlens",
-            q.shape[0],
-            "1",
-            "Pack the sequences one after the other into [1, total, H, D].",
-        )
-    require_same_device(op, "q", q, cu_seqlens=cu_seqlens)
-    return cu_seqlens.to(torch.int64)
-
-
-def check_cu_seqlens_values(op: str, cu_seqlens: Tensor, total: int) -> None:
-    """From 0 to the total, never decreasing. On a GPU this would wait for the device: not done."""
-    if not cu_seqlens.is_cpu:
-        return
-    bounds = cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        if end < begin:
-            fail(
-                ValueError,
-                op,
-                f"cu_seqlens[{n + 1}]",
-                end,
-                f"at least cu_seqlens[{n}] = {begin}",
-                "Pass a running sum of lengths.",
-            )
-    if bounds[0] != 0 or bounds[-1] != total:
-        fail(
-            ValueError,
-            op,
-            "cu_seqlens",
-            f"from {bounds[0]} to {bounds[-1]}",
-            f"from 0 to the number of packed tokens, {total}",
-            "Pass a running sum of lengths.",
-        )

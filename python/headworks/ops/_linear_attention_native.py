@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._native import ACCUMULATION, Maybe, define, empties, fixed_arity, run
-from ._linear_attention_checks import OP, check_cu_seqlens_values, num_features
+from ._checks import check_cu_seqlens_values
+from ._linear_attention_checks import OP, num_features
 
 # feature map, causal, normalize, scale, eps
 Scalars = tuple[int, bool, bool, float, float]
@@ -53,7 +54,7 @@ def forward(
 ) -> tuple[Tensor, Maybe, Maybe, Maybe]:
     """o, z, kv1, z1; None for what is not asked for. `bounds` is cu_seqlens as int64."""
     if bounds is not None:
-        check_cu_seqlens_values(OP, bounds, q.shape[1])
+        check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
     o, z, kv1, z1 = outputs(q, v, bounds, scalars[0], final_state, save_z)
     tensors = [q, k, v, o, z, kv0, z0, kv1, z1, bounds]
     run("linear_attention.forward", backend, tensors, scalars)
@@ -91,7 +92,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *scalars, state_grad, backend = rest
     if bounds is not None:
-        check_cu_seqlens_values(OP, bounds, q.shape[1])
+        check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
     grads = empties(q, k, v, *((kv0, z0) if state_grad else (None, None)))
     tensors = [q, k, v, o, z, kv0, z0, bounds, d_o, d_kv1, d_z1, *grads]
     run("linear_attention.backward", backend, tensors, scalars)

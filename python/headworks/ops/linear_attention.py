@@ -23,13 +23,11 @@ from .._native import (
 )
 from ..reference import linear_attention as reference
 from . import _linear_attention_native as native
+from ._checks import check_cu_seqlens, check_cu_seqlens_values, heads_match
 from ._linear_attention_checks import (
     OP,
-    check_cu_seqlens,
-    check_cu_seqlens_values,
     check_options,
     check_state,
-    heads_match,
     num_features,
     reject_inputs,
 )
@@ -182,7 +180,7 @@ def _other_ways(
     start = None if kv0 is None or z0 is None else LinearState(kv0, z0)
     if backend == "reference":
         if bounds is not None:
-            check_cu_seqlens_values(OP, bounds, q.shape[1])
+            check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
         with as_written(q):
             o, state = reference.linear_attention(
                 q, k, v, initial_state=start, cu_seqlens=bounds, **options
@@ -236,7 +234,7 @@ def _checked(
     number, scale = check_options(OP, feature_map, scale, eps, d)
     bounds = None
     if cu_seqlens is not None:
-        bounds = check_cu_seqlens(OP, cu_seqlens, q)
+        bounds = check_cu_seqlens(OP, "cu_seqlens", cu_seqlens, q)
         batch = bounds.shape[0] - 1
     kv0 = z0 = None
     if initial_state is not None:

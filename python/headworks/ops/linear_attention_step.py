@@ -24,10 +24,10 @@ from .._native import (
     widen,
 )
 from ..reference import linear_attention as reference
+from ._checks import heads_match
 from ._linear_attention_checks import (
     check_options,
     check_state,
-    heads_match,
     num_features,
     reject_inputs,
 )

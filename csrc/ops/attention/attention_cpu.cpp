@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax-type attention on the CPU; the mathematics is in attention.h.
+//
+//   _cpu_tile.h       scores of 64 keys x 64 queries, and weights replayed from row statistics
+//   _cpu_forward.h    rows with a running softmax
+//   _cpu_backward.h   gradients
+//   _cpu_columns.h    columns given the row statistics; single weights
+#include "ops/attention/attention_cpu_backward.h"
+#include "ops/attention/attention_cpu_columns.h"
+#include "ops/attention/attention_cpu_forward.h"
+
+#include "core/registry.h"
+
+namespace hw::attention {
+namespace {
+
+template <class T>
+void forward(const Call& call) {
+  Forward<T>(call).run();
+}
+
+template <class T>
+void backward(const Call& call) {
+  Backward<T>(call).run();
+  if (shares_bias(backward_params(call))) SharedBias<T>(call).run();
+}
+
+template <class T>
+void columns(const Call& call) {
+  Columns<T>(call).run();
+}
+
+template <class T>
+void probs(const Call& call) {
+  Probs<T>(call).run();
+}
+
+}  // namespace
+}  // namespace hw::attention
+
+namespace hw {
+extern const FunctionTable HW_INSTANCE;
+const FunctionTable HW_INSTANCE = {
+    {&attention::forward<HW_ELEMENT>, &attention::backward<HW_ELEMENT>,
+     &attention::columns<HW_ELEMENT>, &attention::probs<HW_ELEMENT>}};
+}  // namespace hw

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass of attention on the CPU: loop R, rows with a running softmax.
+//
+// A task is a block of 64 queries of one head and walks the keys it may see, tile by tile. Tiles
+// that the mask empties are never visited, tiles whose activation is zero everywhere skip the
+// product with v. With few blocks and many keys (decoding) the keys are cut into spans, whose
+// partial results are merged in order. Cuts depend on shapes alone, so results do not depend on the
+// number of threads. Where q and k are the same for all batch entries (zero strides), one task
+// serves up to kPanels entries: scores and softmax are computed once.
+#pragma once
+
+#include <cmath>
+
+#include "ops/attention/attention_cpu_tile.h"
+
+namespace hw::attention {
+namespace {
+
+constexpr int64_t kFewTasks = 16;      // fewer than this: cut the keys
+constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
+constexpr int64_t kPanels = 8;         // batch entries that share scores
+
+// Running sums of a block's rows, over the keys so far; `shift` is what the exponents are relative
+// to: the maximum, 0 before any finite score.
+template <class A>
+struct RowSums {
+  alignas(64) A max[kRows];      // of s, -inf before any
+  alignas(64) A sum[kRows];      // softmaxes: sum e^(s - shift); others: sum a(s)
+  alignas(64) A tilt[kRows];     // sum e^(s - shift) (s - shift)
+  alignas(64) A squares[kRows];  // sum e^(2 (s - shift))
+  alignas(64) A mass[kRows];     // sum e^(s - shift) m
+
+  void clear() {
+    std::fill_n(max, kRows, -kInfinity<A>);
+    for (A* x : {sum, tilt, squares, mass}) std::fill_n(x, kRows, A(0));
+  }
+
+  // Moves row i to a new maximum; returns the factor of everything that was summed.
+  A move(int i, A to) {
+    const A from = max[i];
+    max[i] = to;
+    if (from == to || to == -kInfinity<A>) return 1;
+    if (from == -kInfinity<A>) return 0;  // nothing was summed
+    const A factor = std::exp(from - to);
+    tilt[i] = factor * (tilt[i] + (from - to) * sum[i]);
+    sum[i] *= factor;
+    squares[i] *= factor * factor;
+    mass[i] *= factor;
+    return factor;
+  }
+};
+
+template <class T>
+class Forward {
+ public:
+  using A = Accum<T>;
+  using V = Vec<A>;
+
+  explicit Forward(const Call& call)
+      : p_(forward_params(call)),
+        threads_(call.context.num_threads),
+        v_(p_.v.as<const T>()),
+        soft_(is_softmax(p_.activation)),
+        value_dim_(p_.value_dim()),
+        heads_(p_.query_heads()),
+        panels_(shared_scores() ? std::min(p_.batch(), kPanels) : 1),
+        groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
+        blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
+        tasks_(groups_ * heads_ * blocks_) {
+    if (tasks_ > 0 && tasks_ < kFewTasks)
+      spans_ = std::max<int64_t>(1, std::min(ceil_div(kFewTasks, tasks_), p_.max_k / kSpanTokens));
+    span_ = round_up(ceil_div(std::max<int64_t>(p_.max_k, 1), spans_), static_cast<int64_t>(kKeys));
+  }
+
+  void run() {
+    if (spans_ > 1) partials_.reserve(tasks_ * spans_ * partial_bytes());
+    parallel_tasks(tasks_ * spans_, threads_, [&](int64_t i) { work(i / spans_, i % spans_); });
+    if (spans_ > 1) parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
+  }
+
+ private:
+  // What a task keeps: sums of its rows, and w^T [panels, Dv, kRows] before the division.
+  struct State {
+    RowSums<A>* rows;
+    A* values;
+    bool dead = false;  // nobody can see what the loop would find: it did not run
+  };
+
+  bool shared_scores() const {
+    const auto same = [](const auto& x) { return !x || x.stride[0] == 0; };
+    return !p_.packed() && p_.batch() > 1 && same(p_.q) && same(p_.k) && same(p_.bias) &&
+           same(p_.key_bias) && same(p_.key_gain) && same(p_.row_temperature) &&
+           same(p_.mass_keys) && !p_.skip_dead;
+  }
+
+  int64_t values_size() const { return panels_ * value_dim_ * kRows; }
+  int64_t partial_bytes() const {
+    return round_up<int64_t>(sizeof(RowSums<A>), 64) + Scratch::bytes_of<A>(values_size());
+  }
+
+  // Blocks of a head lie together, the last one, which sees most keys, first.
+  Block block_of(int64_t task) const {
+    const int64_t block = blocks_ - 1 - task % blocks_, head = task / blocks_ % heads_;
+    const Sequence at =
+        sequence(p_, p_.packed() ? task / blocks_ / heads_ : task / blocks_ / heads_ * panels_);
+    const int64_t begin = block * kRows;
+    return {at,
+            mask_of(p_, at),
+            static_cast<int>(head),
+            {begin, std::min<int64_t>(begin + kRows, at.q_count)}};
+  }
+
+  int64_t panels_of(const Block& b) const {
+    return p_.packed() ? 1 : std::min(panels_, p_.batch() - b.at.batch);
+  }
+
+  Scratch& reserve() const {
+    Scratch& scratch = Scratch::of_thread();
+    scratch.reset(Tile<T>::bytes(p_) + partial_bytes() + Scratch::bytes_of<A>(kTile) +
+                  Scratch::bytes_of<A>(kKeys * std::max(value_dim_, 1)) +
+                  2 * Scratch::bytes_of<A>(kRows * padded_values()));
+    return scratch;
+  }
+
+  int padded_values() const { return round_up(std::max(value_dim_, 1), kLanes<A>); }
+
+  static State state_in(char* memory) {
+    return {reinterpret_cast<RowSums<A>*>(memory),
+            reinterpret_cast<A*>(memory + round_up<int64_t>(sizeof(RowSums<A>), 64))};
+  }
+
+  void work(int64_t task, int64_t span) {
+    const Block block = block_of(task);
+    if (block.rows.empty()) return;
+    Scratch& scratch = reserve();
+    State state = spans_ > 1 ? state_in(partials_.data() + (task * spans_ + span) * partial_bytes())
+                             : state_in(scratch.take<char>(partial_bytes()));
+    state.rows->clear();
+    std::fill_n(state.values, values_size(), A(0));
+    state.dead = dead(block);
+    if (!state.dead) walk(block, span, state, scratch);
+    if (spans_ == 1) finish(block, state, scratch);
+  }
+
+  bool dead(const Block& b) const {
+    if (!p_.skip_dead) return false;
+    if (p_.identity_mix && p_.identity_mix.template as<const A>()(b.at.batch, b.head) == 1)
+      return true;
+    if (!p_.head_gate) return false;
+    for (int i = 0; i < b.count(); ++i)
+      if (p_.head_gate.template as<const A>()(b.at.batch, b.row(i), b.head) != 0) return false;
+    return true;
+  }
+
+  void walk(const Block& block, int64_t span, State& state, Scratch& scratch) {
+    Tile<T> tile(p_);
+    A* s = scratch.take<A>(kTile);
+    A* room = scratch.take<A>(kKeys * std::max(value_dim_, 1));
+    tile.load_queries(block);
+    Range keys = block.mask.keys_of(block.rows);
+    keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
+    keys.end = std::min(keys.end, (span + 1) * span_);
+    for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
+      const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
+      tile.products(some, s);
+      tile.scores(some, s, s);
+      const bool any = soft_ ? soften(block, some, tile.width(), s, state)
+                             : activate(block, some, tile.width(), s, state);
+      if (any && v_) add_values(block, some, tile.width(), s, state, room);
+    }
+  }
+
+  // p relative to the running maximum, in place of s.
+  bool soften(const Block& block, const Range& keys, int width, A* s, State& state) {
+    RowSums<A>& r = *state.rows;
+    const int n = static_cast<int>(keys.count());
+    alignas(64) A shift[kRows], factor[kRows];
+    bool moved = false;
+    for (int l = 0; l < width; l += kLanes<A>) {
+      V top = load(r.max + l);
+      for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
+      store(shift + l, top);
+    }
+    for (int i = 0; i < width; ++i) {
+      moved |= shift[i] != r.max[i];
+      factor[i] = r.move(i, shift[i]);
+      if (shift[i] == -kInfinity<A>) shift[i] = 0;
+    }
+    if (moved) rescale(width, factor, state.values);
+    for (int l = 0; l < width; l += kLanes<A>) {
+      const V base = load(shift + l);
+      V total{};
+      for (int j = 0; j < n; ++j) {
+        A* at = s + j * kRows + l;
+        const V e = exp_of(load(at) - base);
+        total += e;
+        if (p_.entropy) tilt(at, base, e, r.tilt + l);
+        store(at, e);
+      }
+      store(r.sum + l, load(r.sum + l) + total);
+      if (p_.sq_norm) add_squares(s + l, n, r.squares + l);
+      if (p_.mass) add_mass(block, keys, s + l, r.mass + l);
+    }
+    return true;
+  }
+
+  // tilt += e (s - shift), 0 for e = 0
+  static void tilt(const A* s, V base, V e, A* sum) {
+    const V d = load(s) - base;
+    store(sum, load(sum) + e * (d < A(-1e4) ? V{} : d));
+  }
+
+  static void add_squares(const A* e, int n, A* sum) {
+    V total = load(sum);
+    for (int j = 0; j < n; ++j) total = fma(load(e + j * kRows), load(e + j * kRows), total);
+    store(sum, total);
+  }
+
+  void add_mass(const Block& block, const Range& keys, const A* e, A* sum) {
+    const Ref<const A, 3> m = p_.mass_keys.template as<const A>();
+    V total = load(sum);
+    for (int64_t j = keys.begin; j < keys.end; ++j)
+      total += load(e + (j - keys.begin) * kRows) * m(block.at.batch, block.head, block.key(j));
+    store(sum, total);
+  }
+
+  void rescale(int width, const A* factor, A* values) {
+    for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+      for (int l = 0; l < width; l += kLanes<A>) {
+        A* at = values + d * kRows + l;
+        store(at, load(at) * load(factor + l));
+      }
+  }
+
+  // a(s) in place of s; false if all of the tile is zero.
+  bool activate(const Block&, const Range& keys, int width, A* s, State& state) {
+    V any{};
+    for (int l = 0; l < width; l += kLanes<A>) {
+      V total{};
+      for (int j = 0; j < keys.count(); ++j) {
+        A* at = s + j * kRows + l;
+        const V a = activation(p_.activation, load(at));
+        total += a;
+        store(at, a);
+      }
+      store(state.rows->sum + l, load(state.rows->sum + l) + total);
+      any = total != A(0) ? splat(A(1)) : any;
+    }
+    return sum<A>(any) != 0;
+  }
+
+  // w^T += v^T p^T of the tile.
+  void add_values(const Block& block, const Range& keys, int width, const A* s, State& state,
+                  A* room) {
+    const int n = static_cast<int>(keys.count()), head = block.head / p_.group();
+    for (int64_t b = 0; b < panels_of(block); ++b) {
+      const Operand<A> v =
+          broadcast_rows(v_, block.at.batch + b, block.key(keys.begin), n, head, room);
+      multiply<true>(value_dim_, width, n, transposed(v), s, kRows,
+                     state.values + b * value_dim_ * kRows, kRows);
+    }
+  }
+
+  // Partial results of the spans, in their order, into the first.
+  void merge(int64_t task) {
+    const Block block = block_of(task);
+    if (block.rows.empty()) return;
+    Scratch& scratch = reserve();
+    State whole = state_in(partials_.data() + task * spans_ * partial_bytes());
+    whole.dead = dead(block);
+    const int width = round_up(block.count(), kLanes<A>);
+    for (int64_t span = 1; span < spans_; ++span) {
+      State part = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
+      alignas(64) A of_whole[kRows], of_part[kRows];
+      for (int i = 0; i < width; ++i) {
+        RowSums<A>&a = *whole.rows, &b = *part.rows;
+        const A top = std::max(a.max[i], b.max[i]);
+        of_whole[i] = a.move(i, top);
+        of_part[i] = b.move(i, top);
+        a.sum[i] += b.sum[i];
+        a.tilt[i] += b.tilt[i];
+        a.squares[i] += b.squares[i];
+        a.mass[i] += b.mass[i];
+      }
+      for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+        for (int l = 0; l < width; l += kLanes<A>) {
+          A* at = whole.values + d * kRows + l;
+          const V part_value = load(part.values + d * kRows + l) * load(of_part + l);
+          store(at, fma(load(at), load(of_whole + l), part_value));
+        }
+    }
+    finish(block, whole, scratch);
+  }
+
+  // Outputs of a block.
+  void finish(const Block& block, State& state, Scratch& scratch) {
+    alignas(64) A factor[kRows] = {};
+    for (int i = 0; i < block.count(); ++i)
+      factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
+    if (!v_) return;
+    const int padded = padded_values();
+    rescale(round_up(block.count(), kLanes<A>), factor, state.values);
+    A* rows = scratch.take<A>(kRows * padded);
+    A* v_row = scratch.take<A>(kRows * padded);
+    for (int64_t b = 0; b < panels_of(block); ++b) {
+      hw::transpose(state.values + b * value_dim_ * kRows, kRows, value_dim_, block.count(), rows,
+                    padded);
+      for (int i = 0; i < block.count(); ++i)
+        write_row(block, block.at.batch + b, i, rows + i * padded, v_row);
+    }
+  }
+
+  // Row statistic and read-outs of a softmax row; returns the factor of its values.
+  A settle(const Block& block, int i, State& state) {
+    RowSums<A>& r = *state.rows;
+    const bool one_more = p_.activation == Activation::softmax1;
+    const A before = r.max[i];
+    const A moved = one_more ? r.move(i, std::max(before, A(0))) : A(1);
+    const A top = r.max[i], weights = r.sum[i];
+    const A total = one_more ? weights + std::exp(-top) : weights;
+    const bool some = total != 0;
+    const A log_total = std::log(total);
+    const A row = state.dead ? kInfinity<A> : some ? top + log_total : -kInfinity<A>;
+    const A inverse = some ? 1 / total : A(0);
+    put(p_.row, block, i, row);
+    put(p_.entropy, block, i, some ? (weights * log_total - r.tilt[i]) * inverse : A(0));
+    put(p_.p_max, block, i, some && before != -kInfinity<A> ? std::exp(before - row) : A(0));
+    put(p_.sq_norm, block, i, r.squares[i] * inverse * inverse);
+    put(p_.mass, block, i, r.mass[i] * inverse);
+    return moved * inverse;
+  }
+
+  A normalize(const Block& block, int i, const State& state) {
+    const A n = p_.normalizer == Normalizer::sum ? state.rows->sum[i]
+                : p_.normalizer == Normalizer::length
+                    ? static_cast<A>(block.mask.visible_keys(block.rows.begin + i).count())
+                    : A(1);
+    if (p_.normalizer == Normalizer::sum) put(p_.row, block, i, state.dead ? kInfinity<A> : n);
+    return n != 0 ? 1 / n : A(0);
+  }
+
+  void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
+    for (int64_t b = 0; to && b < panels_of(block); ++b)
+      to.template as<A>()(block.at.batch + b, block.head, block.row(i)) = value;
+  }
+
+  // o = g ((1 - u) w + u v)
+  void write_row(const Block& block, int64_t batch, int i, A* w, A* v_row) {
+    const int64_t row = block.row(i);
+    if (p_.w) {
+      const Ref<T, 4> to = p_.w.template as<T>();
+      narrow(to.at(batch, row, block.head), w, value_dim_, to.stride[3]);
+    }
+    if (p_.identity_mix) {
+      const A u = p_.identity_mix.template as<const A>()(batch, block.head);
+      widen(v_row, v_.at(batch, block.key(block.rows.begin + i), block.head / p_.group()),
+            value_dim_, v_.stride[3]);
+      for (int d = 0; d < value_dim_; ++d) w[d] = (1 - u) * w[d] + u * v_row[d];
+    }
+    if (p_.head_gate) {
+      const A g = p_.head_gate.template as<const A>()(batch, row, block.head);
+      for (int d = 0; d < value_dim_; ++d) w[d] *= g;
+    }
+    const Ref<T, 4> o = p_.o.template as<T>();
+    narrow(o.at(batch, row, block.head), w, value_dim_, o.stride[3]);
+  }
+
+  const ForwardParams p_;
+  const int threads_;
+  const Ref<const T, 4> v_;
+  const bool soft_;
+  const int value_dim_, heads_;
+  const int64_t panels_, groups_, blocks_, tasks_;
+  int64_t spans_ = 1, span_ = 0;
+  Buffer partials_;
+};
+
+}  // namespace
+}  // namespace hw::attention

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax-type attention in plain CUDA: every dtype, every D and Dv, every option, sm_75 and later.
+// The mathematics is in attention.h.
+//
+//   _simt_layout.cuh     tile sizes, cut into blocks, workspace
+//   _simt_tile.cuh       positions, loading, the two products
+//   _simt_loop.cuh       the walk over tiles, scores and back
+//   _simt_rows.cuh       sums of a row and its end         _simt_forward.cuh   loop R, merge of spans
+//   _simt_gradient.cuh   gradients of a tile               _simt_backward.cuh  loops R2 and C
+//   _simt_columns.cuh    loop C: sums, maxima, P^T x; single pairs
+//
+// Compile-time choices: the dtype; whether rows or keys are owned, which decides what all indices
+// mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k and
+// d_v, since both together cost 64 registers. That is nine kernels. All options are run-time
+// flags, the same for all threads, looked at per score and not in the products, which are D times
+// as long.
+#pragma once
+
+#include "ops/attention/attention_simt_backward.cuh"
+#include "ops/attention/attention_simt_columns.cuh"
+#include "ops/attention/attention_simt_forward.cuh"
+
+namespace hw::attention {
+
+// kDim is 0: one instance takes every size.
+template <class Element, int kDim>
+struct Simt {
+  static_assert(kDim == 0, "the simt backend has one instance per dtype");
+  static void forward(const Call& call) { simt::forward<Element>(call); }
+  static void backward(const Call& call) { simt::backward<Element>(call); }
+  static void columns(const Call& call) { simt::columns<Element>(call); }
+  static void probs(const Call& call) { simt::probs<Element>(call); }
+};
+
+}  // namespace hw::attention

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores, backward: the row statistics are given, p is replayed.
+//
+//   QueryGradKernel   loop R2; a block: 64 rows of a query head         d_q, d_row_temperature, d_bias
+//   KeyGradKernel     loop C; a block: 64 keys of a key head, which walks the rows of all query
+//                     heads that share it          d_k, d_v, d_key_bias, d_key_gain
+//   BiasGradKernel    where the bias is broadcast: a block owns a tile of what was handed over and
+//                     walks all that share it
+// Every result has one owner: no atomics, one order of additions. Rows with d_w = 0 and D = dL, such
+// as those of a closed gate, cost one product.
+#pragma once
+
+#include "ops/attention/attention_simt_gradient.cuh"
+
+#include "core/launch.h"
+
+namespace hw::attention::simt {
+
+// Slices first .. of the own rows' gradient, kOwn x kVector columns each.
+template <class T, class Element, class A, int kCount, int kOwn>
+HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, bool vectors,
+                                        int first, int head, bool rows,
+                                        const A (&sum)[kCount][kOwn][kVector<A>]) {
+  const Ref<Element, 4> typed = to.as<Element>();
+  const int width = static_cast<int>(to.size[3]);
+  HW_UNROLL
+  for (int r = 0; r < kOwn; ++r) {
+    if (!tile.exists(r)) continue;
+    const int64_t at = rows ? tile.source.row(tile.own_at(r)) : tile.source.key(tile.own_at(r));
+    HW_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      const int column = (first + n) * kSide<A> + other_lane() * kVector<A>;
+      if (column >= width) continue;
+      store_columns(typed.at(tile.source.batch(), at, head, column), typed.stride[3], vectors,
+                    width - column, sum[n][r]);
+    }
+  }
+}
+
+template <class Element, class Source>
+struct QueryGradKernel {
+  using Params = GradParams<Element>;
+  using A = Accum<Element>;
+  static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
+  static constexpr int kMinBlocks = 2;
+  using Rows = Tile<Element, Source, kOwn, true>;
+
+  HW_DEVICE static void main(const Params& p) {
+    const BackwardParams& b = p.b;
+    const int64_t index = dev::block_index_x(), group = index / p.blocks;
+    const int64_t heads = b.query_heads();
+    const int part = static_cast<int>(group % p.parts), first = part * kSlices;
+    const int head = static_cast<int>(group / p.parts % heads);
+    Rows tile(b, Source::of(b, group / p.parts / heads), head,
+              (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.delta, nullptr);
+    if (tile.own.empty()) return;
+
+    A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
+    HW_UNROLL
+    for (int n = 0; n < kSlices; ++n) clear(d_q[n]);
+    const bool writes_bias = b.d_bias && !p.shared_bias && part == 0;
+    tile.load_own_terms();
+    tile.walk(tile.source.keys_of(tile.own), [&] {
+      typename Rows::Micro c, dp;
+      if (!tile.template multiply<true>(dp, p.d_w, p.v)) return;
+      tile.multiply(c, p.q, p.k);
+      for_gradients(
+          tile, c, dp,
+          [&](int r, int u, const PairGradient<A>& g) {
+            d_tau[0] += g.dx * g.c;
+            if (writes_bias && g.met) *bias_place(b, tile, r, u) = g.ds;
+            dp[0][u] = g.dc;
+          },
+          d_tau);
+      tile.put_weights(dp);
+      tile.apply(d_q, p.k, first);
+    });
+
+    store_gradient<Rows, Element>(tile, b.d_q, p.d_q_vectors, first, head, true, d_q);
+    if (!b.d_row_temperature || part != 0) return;
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const A sum = static_cast<A>(b.scale) * dev::warp_sum<kLanes>(d_tau[r]);
+      if (other_lane() != 0 || !tile.exists(r)) continue;
+      const int64_t row = tile.source.row(tile.own_at(r));
+      b.d_row_temperature.template as<A>()(tile.source.batch(), row, head) = sum;
+    }
+  }
+
+ private:
+  // d_bias is zeros where it was not visited.
+  HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const Rows& tile, int r,
+                                           int u) {
+    const int64_t i = tile.source.row(tile.row_at(r, u)), j = tile.source.key(tile.key_at(r, u));
+    return b.d_bias.template as<A>().at(tile.source.batch(), tile.head, i, j);
+  }
+};
+
+// kCount slices of d_k and of d_v each: one keeps the registers of the usual dims at two blocks per
+// multiprocessor, two compute the scores once for dims up to 128.
+template <class Element, class Source, int kCount>
+struct KeyGradKernel {
+  using Params = GradParams<Element>;
+  using A = Accum<Element>;
+  static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
+  static constexpr int kMinBlocks = kCount == 1 ? 2 : 1;
+  using Keys = Tile<Element, Source, kOwn, false>;
+
+  HW_DEVICE static void main(const Params& p) {
+    const BackwardParams& b = p.b;
+    const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = b.key_heads();
+    const int part = static_cast<int>(group % p.parts), first = part * kCount;
+    const int key_head = static_cast<int>(group / p.parts % heads);
+    Keys tile(b, Source::of(b, group / p.parts / heads), key_head * b.group(),
+              index % p.blocks * kSide<A>, &b.row, &b.delta, nullptr);
+    if (tile.own.empty()) return;
+
+    A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
+    HW_UNROLL
+    for (int n = 0; n < kCount; ++n) clear(d_k[n]), clear(d_v[n]);
+    for (int h = key_head * b.group(); h < (key_head + 1) * b.group(); ++h) {
+      A d_bias[kOwn] = {}, d_gain[kOwn] = {};
+      tile.set_head(h);
+      tile.load_own_terms();
+      tile.walk(tile.source.rows_of(tile.own), [&] {
+        typename Keys::Micro c, dp;
+        if (!tile.template multiply<true>(dp, p.v, p.d_w)) return;
+        tile.multiply(c, p.k, p.q);
+        for_gradients(
+            tile, c, dp,
+            [&](int, int u, const PairGradient<A>& g) {
+              d_bias[0] += g.ds;
+              d_gain[0] += g.d_gain;
+              c[0][u] = g.p;
+              dp[0][u] = g.dc;
+            },
+            d_bias, d_gain);
+        tile.put_weights(dp);
+        tile.apply(d_k, p.q, first);
+        if (!b.d_v) return;
+        tile.put_weights(c);
+        tile.apply(d_v, p.d_w, first);
+      });
+      if (part == 0) {
+        store_sums(b.d_key_bias, tile, d_bias);
+        store_sums(b.d_key_gain, tile, d_gain);
+      }
+    }
+    store_gradient<Keys, Element>(tile, b.d_k, p.d_k_vectors, first, key_head, false, d_k);
+    if (b.d_v)
+      store_gradient<Keys, Element>(tile, b.d_v, p.d_v_vectors, first, key_head, false, d_v);
+  }
+
+ private:
+  // [B, Hq, Sk], if wanted: the lanes' shares of the own keys' sums.
+  HW_DEVICE HW_INLINE static void store_sums(const Ref<void, 3>& to, const Keys& tile,
+                                             const A (&share)[kOwn]) {
+    if (!to) return;
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const A sum = dev::warp_sum<kLanes>(share[r]);
+      if (other_lane() != 0 || !tile.exists(r)) continue;
+      const int64_t key = tile.source.key(tile.own_at(r));
+      to.template as<A>()(tile.source.batch(), tile.head, key) = sum;
+    }
+  }
+};
+
+// The gradient of a bias that is broadcast over batch, heads, rows or keys. What is broadcast is
+// summed, in order, by the block that owns the tile; `blocks` are tiles of rows, `parts` of keys.
+template <class Element, class Source>
+struct BiasGradKernel {
+  using Params = GradParams<Element>;
+  using A = Accum<Element>;
+  static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
+  static constexpr int kMinBlocks = 2;
+  using Rows = Tile<Element, Source, kOwn, true>;
+
+  // Tiles, batch entries or heads that have results of their own.
+  HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
+    return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], side);
+  }
+  static Grid grid(const BackwardParams& b) {
+    const int64_t tiles = owners(b, 2, kSide<A>) * owners(b, 3, kSide<A>);
+    return {tiles * owners(b, 0, 1) * owners(b, 1, 1), 1, 1};
+  }
+
+  HW_DEVICE static void main(const Params& p) {
+    const BackwardParams& b = p.b;
+    int64_t rest = dev::block_index_x();
+    const auto take = [&](int64_t count) {
+      const int64_t at = rest % count;
+      rest /= count;
+      return at;
+    };
+    const int64_t key_tile = take(owners(b, 3, kSide<A>)), row_tile = take(owners(b, 2, kSide<A>));
+    const int64_t head = take(owners(b, 1, 1)), batch = rest;
+    const bool all_rows = b.d_bias.stride[2] == 0, all_keys = b.d_bias.stride[3] == 0;
+
+    typename Rows::Micro sum;
+    clear(sum);
+    for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
+      const Source source = Source::of(b, n);
+      const int64_t end = all_rows ? source.rows() : (row_tile + 1) * kSide<A>;
+      for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1))
+        for (int64_t first = row_tile * kSide<A>; first < end; first += kSide<A>)
+          visit(p, source, static_cast<int>(h), first, key_tile, all_keys, sum);
+    }
+    store(b, batch, head, row_tile * kSide<A>, key_tile * kSide<A>, all_rows, all_keys, sum);
+  }
+
+ private:
+  HW_DEVICE HW_INLINE static void visit(const Params& p, const Source& source, int head,
+                                        int64_t first, int64_t key_tile, bool all_keys,
+                                        typename Rows::Micro& sum) {
+    Rows tile(p.b, source, head, first, &p.b.row, &p.b.delta, nullptr);
+    Range keys = source.keys_of(tile.own);
+    if (!all_keys) {  // the whole tile: keys stay where their sums are
+      const int64_t begin = key_tile * kSide<A>, end = min_of(begin + kSide<A>, source.keys());
+      keys = begin < keys.end && keys.begin < end ? Range{begin, end} : Range{0, 0};
+    }
+    if (keys.empty()) return;
+    tile.load_own_terms();
+    tile.walk(keys, [&] {
+      typename Rows::Micro c, dp;
+      if (!tile.template multiply<true>(dp, p.d_w, p.v)) return;
+      tile.multiply(c, p.q, p.k);
+      for_gradients(
+          tile, c, dp, [&](int, int u, const PairGradient<A>& g) { sum[0][u] += g.ds; }, sum);
+    });
+  }
+
+  // Sums over lanes where keys are broadcast, then over the block where rows are.
+  HW_DEVICE HW_INLINE static void store(const BackwardParams& b, int64_t batch, int64_t head,
+                                        int64_t first_row, int64_t first_key, bool all_rows,
+                                        bool all_keys, typename Rows::Micro& sum) {
+    const Ref<A, 4> to = b.d_bias.template as<A>();
+    const int64_t rows = all_rows ? 1 : to.size[2], keys = all_keys ? 1 : to.size[3];
+    if (all_keys) {
+      HW_UNROLL
+      for (int r = 0; r < kOwn; ++r) {
+        HW_UNROLL
+        for (int u = 1; u < kOwn; ++u) sum[r][0] += sum[r][u];
+        sum[r][0] = dev::warp_sum<kLanes>(sum[r][0]);
+      }
+    }
+    if (all_rows) add_rows(sum);
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      HW_UNROLL
+      for (int u = 0; u < kOwn; ++u) {
+        const int64_t i = first_row + own_lane() + kLanes * r;
+        const int64_t j = first_key + other_lane() + kLanes * u;
+        if (i < rows && j < keys) to(batch, head, i, j) = sum[r][u];
+      }
+    }
+  }
+
+  // sum[0][u] of row 0 = the sum over all rows of the tile.
+  HW_DEVICE HW_INLINE static void add_rows(typename Rows::Micro& sum) {
+    A* room = dev::shared<A>();  // [kLanes, kStride]
+    dev::sync_block();
+    HW_UNROLL
+    for (int u = 0; u < kOwn; ++u) {
+      A own = 0;
+      HW_UNROLL
+      for (int r = 0; r < kOwn; ++r) own += sum[r][u];
+      room[own_lane() * kStride<A> + other_lane() + kLanes * u] = own;
+    }
+    dev::sync_block();
+    HW_UNROLL
+    for (int u = 0; u < kOwn; ++u) {
+      sum[0][u] = A(0);
+      for (int g = 0; g < kLanes; ++g)
+        sum[0][u] += room[g * kStride<A> + other_lane() + kLanes * u];
+    }
+  }
+};
+
+template <class Element, class Source>
+void run_gradients(GradParams<Element> p, const Context& context) {
+  using A = Accum<Element>;
+  const BackwardParams& b = p.b;
+  const int bytes = kSharedBytes<A, kVector<A>>;
+  const int slices = slices_of<A>(b.dim()), value_slices = slices_of<A>(b.value_dim());
+
+  p.blocks = ceil_div<int64_t>(b.max_q, kSide<A>);
+  p.parts = ceil_div(slices, kSlices);
+  const int64_t rows = b.sequences() * b.query_heads() * p.parts * p.blocks;
+  launch<QueryGradKernel<Element, Source>>({rows, 1, 1}, bytes, context, p);
+
+  const int most = max_of(slices, b.d_v ? value_slices : 1);
+  p.blocks = ceil_div<int64_t>(b.max_k, kSide<A>);
+  p.parts = most == 1 ? 1 : ceil_div(most, kSlices);
+  const Grid keys{b.sequences() * b.key_heads() * p.parts * p.blocks, 1, 1};
+  if (most == 1)
+    launch<KeyGradKernel<Element, Source, 1>>(keys, bytes, context, p);
+  else
+    launch<KeyGradKernel<Element, Source, kSlices>>(keys, bytes, context, p);
+
+  if (!p.shared_bias) return;
+  using Bias = BiasGradKernel<Element, Source>;
+  launch<Bias>(Bias::grid(b), bytes, context, p);
+}
+
+template <class Element>
+void backward(const Call& call) {
+  GradParams<Element> p{};
+  p.b = backward_params(call);
+  p.q = make_side<Element>(p.b.q);
+  p.k = make_side<Element>(p.b.k);
+  p.v = make_side<Element>(p.b.v);
+  p.d_w = make_side<Element>(p.b.d_w);
+  p.d_q_vectors = has_vectors(p.b.d_q.template as<Element>());
+  p.d_k_vectors = has_vectors(p.b.d_k.template as<Element>());
+  p.d_v_vectors = p.b.d_v && has_vectors(p.b.d_v.template as<Element>());
+  p.shared_bias = shares_bias(p.b);
+  run_gradients<Element, MaskedSequence>(p, call.context);
+}
+
+}  // namespace hw::attention::simt

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores: the one loop under all kernels.
+//
+// A block owns a tile of rows and walks over the keys they see (kOwnRows: loops R and R2), or owns a
+// tile of keys and walks over the rows that see them (loop C). What a kernel does at a tile is its
+// own few lines; what a tile is, is here: terms of its rows and keys in shared memory, products of
+// both sides, scores and back, weights times the other side.
+//
+// Order of a tile: the walk waits until the rooms are free and loads terms; `multiply` and `apply`
+// load what they read, between two barriers each; a slice that is in its room is not loaded again.
+#pragma once
+
+#include <limits>
+
+#include "ops/attention/attention_score.h"
+#include "ops/attention/attention_simt_tile.cuh"
+
+namespace hw::attention::simt {
+
+template <class A>
+HW_DEVICE HW_INLINE A infinity() {
+  return std::numeric_limits<A>::infinity();
+}
+
+// What replaying row i needs of its statistic: softmaxes L, with +inf for rows without weight; others
+// 1 / n.
+template <class A, class Source>
+HW_DEVICE HW_INLINE A replayed(const ScoreParams& p, const Source& source, int64_t i, A row) {
+  if (is_softmax(p.activation)) return row == -infinity<A>() ? infinity<A>() : row;
+  if (p.normalizer == Normalizer::none) return A(1);
+  const A n = p.normalizer == Normalizer::sum ? row : static_cast<A>(source.seen(i));
+  return n != A(0) && n < infinity<A>() ? A(1) / n : A(0);
+}
+
+// p from s and what replayed() gave.
+template <class A>
+HW_DEVICE HW_INLINE A replay(const ScoreParams& p, A s, A row) {
+  return is_softmax(p.activation) ? exp_of(s - row) : activation(p.activation, s) * row;
+}
+
+// A score and what its derivative needs.
+template <class A>
+struct Scored {
+  A y, gain, s;  // gain: gamma_j, 0 for rows that it is not for
+  bool met;      // row and key exist and meet
+};
+
+// The numbers of rows and keys that scores need, in shared memory.
+enum class Term : int { factor, gain_row, statistic, extra, key_gain, key_bias, mass, count };
+static_assert(static_cast<int>(Term::count) == kTerms);
+
+// Register arrays [rows of a thread] that take turns: the row at work is always row 0.
+template <class A, int N>
+HW_DEVICE HW_INLINE void turn(A (&x)[N]) {
+  const A first = x[0];
+  HW_UNROLL
+  for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
+  x[N - 1] = first;
+}
+template <class A, int N, int M>
+HW_DEVICE HW_INLINE void turn(A (&x)[N][M]) {
+  HW_UNROLL
+  for (int u = 0; u < M; ++u) {
+    const A first = x[0][u];
+    HW_UNROLL
+    for (int i = 0; i + 1 < N; ++i) x[i][u] = x[i + 1][u];
+    x[N - 1][u] = first;
+  }
+}
+
+// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop that
+// is not unrolled: what happens to a score is a hundred instructions, and registers are scarce.
+template <int kOwn, class Visit, class... Arrays>
+HW_DEVICE HW_INLINE void each_row(const Visit& visit, Arrays&... arrays) {
+  HW_UNROLL_BY(1)
+  for (int r = 0; r < kOwn; ++r) {
+    visit(r);
+    (turn(arrays), ...);
+  }
+}
+
+template <class Element, class Source, int kOwn, bool kOwnRows>
+class Tile {
+ public:
+  using A = Accum<Element>;
+  static constexpr int kOther = kVector<A>, kOwnSide = kOwn * kLanes, kOtherSide = kSide<A>;
+  using Micro = A[kOwn][kOther];
+
+  // `row`, `extra`: row statistic, and one more number per row (D - dL, or a weight); `key_extra`:
+  // one more per key (m of the read-out mass). Each may be absent.
+  HW_DEVICE HW_INLINE Tile(const ScoreParams& params, const Source& s, int query_head,
+                           int64_t first, const Ref<const void, 3>* row,
+                           const Ref<const void, 3>* extra, const Ref<const void, 3>* key_extra)
+      : source(s),
+        own{first, min_of(first + kOwnSide, kOwnRows ? s.rows() : s.keys())},
+        p(params),
+        row_(row),
+        extra_(extra),
+        key_extra_(key_extra),
+        shape(params.softcap) {
+    shaped_ = p.softcap > 0 || p.bias || p.key_bias || p.key_gain;
+    idle_ = dev::warp() * (dev::kWarp / kLanes) >= own.count();
+    set_head(query_head);
+  }
+
+  HW_DEVICE HW_INLINE void set_head(int query_head) {
+    head = query_head;
+    key_head = query_head / p.group();
+  }
+
+  // ---- Positions
+
+  HW_DEVICE HW_INLINE const Range& rows() const { return kOwnRows ? own : others; }
+  HW_DEVICE HW_INLINE const Range& keys() const { return kOwnRows ? others : own; }
+  // Row and key of the thread's pair (r, u), counted from the start of their tiles.
+  HW_DEVICE HW_INLINE static int row_in_tile(int r, int u) {
+    return kOwnRows ? own_lane() + kLanes * r : other_lane() + kLanes * u;
+  }
+  HW_DEVICE HW_INLINE static int key_in_tile(int r, int u) {
+    return kOwnRows ? other_lane() + kLanes * u : own_lane() + kLanes * r;
+  }
+  HW_DEVICE HW_INLINE int64_t row_at(int r, int u) const {
+    return rows().begin + row_in_tile(r, u);
+  }
+  HW_DEVICE HW_INLINE int64_t key_at(int r, int u) const {
+    return keys().begin + key_in_tile(r, u);
+  }
+  // Whether row and key of the pair exist and meet.
+  HW_DEVICE HW_INLINE bool meets(int r, int u) const {
+    const int64_t i = row_at(r, u), j = key_at(r, u);
+    return whole_ || (i < rows().end && j < keys().end && source.sees(i, j));
+  }
+  // Own row or key of the thread, if it exists.
+  HW_DEVICE HW_INLINE int64_t own_at(int r) const { return own.begin + own_lane() + kLanes * r; }
+  HW_DEVICE HW_INLINE bool exists(int r) const { return own_at(r) < own.end; }
+
+  // ---- The walk
+
+  // Terms of the own side; once per head.
+  HW_DEVICE HW_INLINE void load_own_terms() {
+    dev::sync_block();
+    some_ = false;
+    load_terms<kOwnRows, kOwnSide>(own);
+  }
+
+  // visit() at every tile of `range`. Tiles start at its begin, so that none is empty.
+  template <class Visit>
+  HW_DEVICE HW_INLINE void walk(const Range& range, const Visit& visit) {
+    for (int64_t at = range.begin; at < range.end; at += kOtherSide) {
+      others = {at, min_of(at + kOtherSide, range.end)};
+      whole_ =
+          own.count() == kOwnSide && others.count() == kOtherSide && source.whole(rows(), keys());
+      held_other_ = nullptr;
+      if constexpr (!kOwnRows) some_ = false;
+      dev::sync_block();
+      load_terms<!kOwnRows, kOtherSide>(others);
+      rooms_free_ = true;
+      visit();
+    }
+  }
+
+  // ---- Products
+
+  // c = own rows times other rows. With kVote the answer is whether the rows' side of this product,
+  // or one of the rows' extra numbers, has anything but zeros; the same in all threads.
+  template <bool kVote = false>
+  HW_DEVICE HW_INLINE bool multiply(Micro& c, const Side<Element>& own_side,
+                                    const Side<Element>& other_side) {
+    clear(c);
+    const int width = own_side.width();
+    int column = 0;
+    do {
+      if (!rooms_free_) dev::sync_block();
+      if (held_own_ != &own_side) {
+        const bool some = load_slice < kOwnSide,
+                   kVote &&
+                       kOwnRows > (own_room(), own_side, source.batch(), kOwnRows ? head : key_head,
+                                   column, own_count(), [this](int i) {
+                                     return kOwnRows ? source.row(own.begin + i)
+                                                     : source.key(own.begin + i);
+                                   });
+        if constexpr (kVote && kOwnRows) some_ |= some;
+      }
+      load_other<kVote && !kOwnRows>(other_side, column);
+      if constexpr (kVote) put_vote(some_);
+      dev::sync_block();
+      rooms_free_ = false;
+      if (!idle_) add_dot(c, own_room(), other_room(), min_of(width - column, kSide<A>));
+      column += kSide<A>;
+    } while (column < width);
+    held_own_ = own_side.slices() == 1 ? &own_side : nullptr;
+    held_other_ = other_side.slices() == 1 ? &other_side : nullptr;
+    if constexpr (kVote) return count_votes();
+    return true;
+  }
+
+  // weights[own][other] = w, for the lanes of the thread's half warp.
+  HW_DEVICE HW_INLINE void put_weights(const Micro& w) {
+    dev::sync_warp();
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      HW_UNROLL
+      for (int u = 0; u < kOther; ++u) {
+        weights()[(own_lane() + kLanes * r) * kStride<A> + other_lane() + kLanes * u] = w[r][u];
+      }
+    }
+  }
+
+  // acc[n] += weights times slice first + n of the other side.
+  template <int kCount>
+  HW_DEVICE HW_INLINE void apply(A (&acc)[kCount][kOwn][kOther], const Side<Element>& side,
+                                 int first) {
+    const bool held = held_other_ == &side;
+    if (held) dev::sync_warp();
+    HW_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      if (first + n >= side.slices()) continue;
+      if (!held) {
+        if (!rooms_free_) dev::sync_block();
+        load_other<false>(side, (first + n) * kSide<A>);
+        dev::sync_block();
+        rooms_free_ = false;
+      }
+      if (!idle_) add_weighted(acc[n], weights(), other_room(), static_cast<int>(others.count()));
+    }
+    held_other_ = side.slices() == 1 ? &side : nullptr;
+    rooms_free_ = false;
+  }
+
+  // Whether any thread of the block says yes. All threads have passed what they did before.
+  HW_DEVICE HW_INLINE bool vote(bool yes) {
+    put_vote(yes);
+    dev::sync_block();
+    rooms_free_ = true;
+    return count_votes();
+  }
+
+  // ---- Scores
+
+  // s from c = <q, k>; -inf where row and key do not meet.
+  HW_DEVICE HW_INLINE Scored<A> score(int r, int u, A c) const {
+    const A x = factor(r, u) * c;
+    const bool met = meets(r, u);
+    if (!shaped_) return {x, A(0), met ? x : -infinity<A>(), met};
+    const A y = shape.capped(x);
+    A added = 0, gain = 0;
+    if (p.bias && met) {
+      const int64_t i = source.row(row_at(r, u)), j = source.key(key_at(r, u));
+      added = static_cast<A>(p.bias.template as<const Element>()(source.batch(), head, i, j));
+    }
+    if (p.key_bias) added += terms(Term::key_bias)[key_in_tile(r, u)];
+    if (p.key_gain) gain = gain_row(r, u) * terms(Term::key_gain)[key_in_tile(r, u)];
+    const A s = p.key_gain ? shape.score(y, gain, added) : y + added;
+    return {y, gain, met ? s : -infinity<A>(), met};
+  }
+
+  // p from s and the row statistic.
+  HW_DEVICE HW_INLINE A weight(int r, int u, A s) const {
+    return replay(p, s, terms(Term::statistic)[row_in_tile(r, u)]);
+  }
+
+  // dp / ds apart from the normalisation of softmaxes: p itself, or a'(s) / n.
+  HW_DEVICE HW_INLINE A weight_slope(int r, int u, A s, A weight) const {
+    if (is_softmax(p.activation)) return weight;
+    return activation_slope(p.activation, s) * terms(Term::statistic)[row_in_tile(r, u)];
+  }
+
+  // dx / ds
+  HW_DEVICE HW_INLINE A slope(A y, A gain) const { return shape.slope(y, gain); }
+
+  HW_DEVICE HW_INLINE A factor(int r, int u) const {
+    return terms(Term::factor)[row_in_tile(r, u)];
+  }
+  HW_DEVICE HW_INLINE A extra(int r, int u) const { return terms(Term::extra)[row_in_tile(r, u)]; }
+  HW_DEVICE HW_INLINE A gain_row(int r, int u) const {
+    return terms(Term::gain_row)[row_in_tile(r, u)];
+  }
+  HW_DEVICE HW_INLINE A mass(int r, int u) const { return terms(Term::mass)[key_in_tile(r, u)]; }
+
+  const Source source;
+  const Range own;
+  Range others{};
+  int head = 0, key_head = 0;
+
+ private:
+  // Shared memory (attention_simt_layout.cuh); terms are of rows, then of keys.
+  HW_DEVICE HW_INLINE static A* own_room() { return dev::shared<A>(); }
+  HW_DEVICE HW_INLINE static A* other_room() { return own_room() + kOwnSide * kStride<A>; }
+  HW_DEVICE HW_INLINE static A* weights() { return other_room() + kOtherSide * kStride<A>; }
+  HW_DEVICE HW_INLINE static A* terms(Term t) {
+    return weights() + kOwnSide * kStride<A> + static_cast<int>(t) * kSide<A>;
+  }
+  HW_DEVICE HW_INLINE static int* flags() { return reinterpret_cast<int*>(terms(Term::count)); }
+
+  HW_DEVICE HW_INLINE static bool given(const Ref<const void, 3>* x) { return x && *x; }
+  HW_DEVICE HW_INLINE int own_count() const { return static_cast<int>(own.count()); }
+
+  template <bool kVote>
+  HW_DEVICE HW_INLINE void load_other(const Side<Element>& side, int column) {
+    const bool some = load_slice<kOtherSide, kVote>(
+        other_room(), side, source.batch(), kOwnRows ? key_head : head, column,
+        static_cast<int>(others.count()), [this](int i) {
+          return kOwnRows ? source.key(others.begin + i) : source.row(others.begin + i);
+        });
+    if constexpr (kVote) some_ |= some;
+  }
+
+  template <bool kRows, int kCount>
+  HW_DEVICE HW_INLINE void load_terms(const Range& range) {
+    for (int i = dev::thread_index(); i < kCount; i += kThreads) {
+      const int64_t place = range.begin + i;
+      if constexpr (kRows)
+        load_row_terms(i, place, place < range.end);
+      else
+        load_key_terms(i, place, place < range.end);
+    }
+  }
+
+  HW_DEVICE HW_INLINE void load_row_terms(int i, int64_t place, bool exists) {
+    const int64_t b = source.batch(), row = exists ? source.row(place) : 0;
+    const A scale = static_cast<A>(p.scale);
+    A factor = exists ? scale : A(0);
+    if (exists && p.row_temperature)
+      factor = scale * p.row_temperature.template as<const A>()(b, row, head);
+    terms(Term::factor)[i] = factor;
+    terms(Term::gain_row)[i] = place >= p.gain_begin && place < p.gain_end ? A(1) : A(0);
+    terms(Term::statistic)[i] =
+        exists ? replayed(p, source, place,
+                          given(row_) ? row_->template as<const A>()(b, head, row) : A(1))
+               : A(0);
+    const A extra = exists && given(extra_) ? extra_->template as<const A>()(b, head, row) : A(0);
+    terms(Term::extra)[i] = extra;
+    some_ |= extra != A(0);
+  }
+
+  HW_DEVICE HW_INLINE void load_key_terms(int i, int64_t place, bool exists) {
+    const int64_t b = source.batch(), key = exists ? source.key(place) : 0;
+    const auto term = [&](const Ref<const A, 3>& of) {
+      return exists && of ? of(b, head, key) : A(0);
+    };
+    terms(Term::key_gain)[i] = term(p.key_gain.template as<const A>());
+    terms(Term::key_bias)[i] = term(p.key_bias.template as<const A>());
+    terms(Term::mass)[i] = key_extra_ ? term(key_extra_->template as<const A>()) : A(0);
+  }
+
+  HW_DEVICE HW_INLINE void put_vote(bool yes) {
+    const bool any = dev::any(yes);
+    if (dev::lane() == 0) flags()[dev::warp()] = any;
+  }
+  HW_DEVICE HW_INLINE bool count_votes() const {
+    int yes = 0;
+    HW_UNROLL
+    for (int i = 0; i < kWarps; ++i) yes |= flags()[i];
+    return yes != 0;
+  }
+
+  const ScoreParams& p;
+  const Ref<const void, 3>*row_, *extra_, *key_extra_;  // or null
+  const ScoreShape<A> shape;
+  const Side<Element>*held_own_ = nullptr, *held_other_ = nullptr;  // what the rooms hold
+  bool shaped_, idle_;       // s is not x; the warp owns nothing that exists
+  bool whole_ = false;       // all pairs of the tile exist and meet
+  bool rooms_free_ = false;  // a barrier has been passed since the last read of the rooms
+  bool some_ = false;        // the thread saw a row that is not all zeros
+};
+
+}  // namespace hw::attention::simt

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores: the pieces that all loops are made of.
+//
+//   MaskedSequence   which rows and keys meet, and where they lie
+//   load_slice       room[i][c] = x[row i, column + c]
+//   add_dot          acc[r][u] += <own row g + 16 r, other row l + 16 u>
+//   add_weighted     acc[r][c] += sum_j weights[own row g + 16 r][j] x[j, columns V l + c]
+//
+// Thread (g, l) of 16 x 16 is the same in all of them, so weights pass only among the 16 lanes that
+// share g, half a warp. Every sum has one order, fixed by the shapes.
+#pragma once
+
+#include "ops/attention/attention_simt_layout.cuh"
+
+#include "core/device.h"
+#include "core/dtype.h"
+#include "core/vector.h"
+
+namespace hw::attention::simt {
+
+// The place of the calling thread: g along the own side, l along the other.
+HW_DEVICE HW_INLINE int own_lane() { return dev::thread_index() / kLanes; }
+HW_DEVICE HW_INLINE int other_lane() { return dev::thread_index() % kLanes; }
+
+// Rows and keys of one sequence, numbered from its start. Loops ask nothing else about positions:
+// operators whose rows and keys lie elsewhere (lists of indices, windows with a halo) supply another
+// struct with these members.
+struct MaskedSequence {
+  Sequence at;
+  Mask mask;
+
+  template <class Params>
+  HW_DEVICE HW_INLINE static MaskedSequence of(const Params& p, int64_t n) {
+    const Sequence s = sequence(p, n);
+    return {s, mask_of(p, s)};
+  }
+
+  HW_DEVICE HW_INLINE int64_t batch() const { return at.batch; }
+  HW_DEVICE HW_INLINE int64_t rows() const { return at.q_count; }
+  HW_DEVICE HW_INLINE int64_t keys() const { return at.k_count; }
+  // Row i and key j in the tensors; the key that stands where row i does.
+  HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
+  HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
+  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i) const { return at.k_begin + i; }
+  HW_DEVICE HW_INLINE int64_t diagonal(int64_t i) const { return mask.diagonal(i); }
+  // What a tile of rows, or of keys, has to visit.
+  HW_DEVICE HW_INLINE Range keys_of(const Range& rows) const { return mask.keys_of(rows); }
+  HW_DEVICE HW_INLINE Range rows_of(const Range& keys) const { return mask.rows_of(keys); }
+  HW_DEVICE HW_INLINE bool whole(const Range& rows, const Range& keys) const {
+    return mask.whole(rows, keys);
+  }
+  HW_DEVICE HW_INLINE bool sees(int64_t i, int64_t j) const {
+    const Range seen = mask.visible_keys(i);
+    return j >= seen.begin && j < seen.end;
+  }
+  HW_DEVICE HW_INLINE int64_t seen(int64_t i) const { return mask.visible_keys(i).count(); }
+};
+
+// ---- Loading ------------------------------------------------------------------------------------
+
+// A tensor whose rows go to a room.
+template <class Element>
+struct Side {
+  Ref<const Element, 4> x;  // [B, S, heads, width]
+  bool vectors = false;     // rows can be read 16 bytes at a time
+
+  HW_HOST_DEVICE int width() const { return static_cast<int>(x.size[3]); }
+  HW_HOST_DEVICE int slices() const { return slices_of<Accum<Element>>(x.size[3]); }
+};
+
+template <class Element>
+Side<Element> make_side(const Ref<const void, 4>& x) {
+  const Ref<const Element, 4> typed = x.as<const Element>();
+  return {typed, x && has_vectors(typed)};
+}
+
+// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on.
+// Returns, with kVote, whether the thread saw anything but zeros.
+template <int kRows, bool kVote, class Element, class RowOf>
+HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
+                                    int head, int column, int count, const RowOf& row_of) {
+  using A = Accum<Element>;
+  const int width = min_of(from.width() - column, kSide<A>);
+  bool some = false;
+  if (from.vectors) {
+    constexpr int kTogether = 16 / static_cast<int>(sizeof(Element));
+    constexpr int kGroups = kSide<A> / kTogether, kSteps = ceil_div(kRows * kGroups, kThreads);
+    Vec<Element, kTogether> x[kSteps] = {};
+    HW_UNROLL
+    for (int n = 0; n < kSteps; ++n) {
+      const int index = dev::thread_index() + n * kThreads;
+      const int i = index / kGroups, c = index % kGroups * kTogether;
+      if (i < count && c < width)
+        x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
+    }
+    HW_UNROLL
+    for (int n = 0; n < kSteps; ++n) {
+      const int index = dev::thread_index() + n * kThreads;
+      const int i = index / kGroups, c = index % kGroups * kTogether;
+      if (i >= kRows) continue;
+      HW_UNROLL
+      for (int e = 0; e < kTogether; e += kVector<A>) {
+        Vec<A, kVector<A>> wide;
+        HW_UNROLL
+        for (int v = 0; v < kVector<A>; ++v) {
+          wide.v[v] = static_cast<A>(x[n].v[e + v]);
+          if constexpr (kVote) some |= wide.v[v] != A(0);
+        }
+        store_vector(room + i * kStride<A> + c + e, wide);
+      }
+    }
+    return some;
+  }
+  HW_UNROLL_BY(4)
+  for (int index = dev::thread_index(); index < kRows * kSide<A>; index += kThreads) {
+    const int i = index / kSide<A>, c = index % kSide<A>;
+    A wide = 0;
+    if (i < count && c < width)
+      wide = static_cast<A>(*from.x.at(batch, row_of(i), head, column + c));
+    room[i * kStride<A> + c] = wide;
+    if constexpr (kVote) some |= wide != A(0);
+  }
+  return some;
+}
+
+// Stores kCount neighbouring columns, those below `available`.
+template <int kCount, class Element, class A>
+HW_DEVICE HW_INLINE void store_columns(Element* to, int64_t stride, bool vectors, int available,
+                                       const A (&x)[kCount]) {
+  if (vectors && available >= kCount) {
+    Vec<Element, kCount> packed;
+    HW_UNROLL
+    for (int i = 0; i < kCount; ++i) packed.v[i] = Element(x[i]);
+    store_vector(to, packed);
+    return;
+  }
+  HW_UNROLL
+  for (int i = 0; i < kCount; ++i)
+    if (i < available) to[i * stride] = Element(x[i]);
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+template <class A, int kOwn>
+HW_DEVICE HW_INLINE void clear(A (&x)[kOwn][kVector<A>]) {
+  HW_UNROLL
+  for (int i = 0; i < kOwn * kVector<A>; ++i) x[i / kVector<A>][i % kVector<A>] = A(0);
+}
+
+template <class A, int kOwn>
+HW_DEVICE HW_INLINE void add_dot(A (&acc)[kOwn][kVector<A>], const A* own, const A* other,
+                                 int columns) {
+  constexpr int kV = kVector<A>;
+  own += own_lane() * kStride<A>;
+  other += other_lane() * kStride<A>;
+  HW_UNROLL_BY(2)
+  for (int a = 0; a < columns; a += kV) {
+    Vec<A, kV> y[kV];
+    HW_UNROLL
+    for (int u = 0; u < kV; ++u) y[u] = load_vector<kV>(other + u * kLanes * kStride<A> + a);
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const auto x = load_vector<kV>(own + r * kLanes * kStride<A> + a);
+      HW_UNROLL
+      for (int u = 0; u < kV; ++u) {
+        HW_UNROLL
+        for (int i = 0; i < kV; ++i) acc[r][u] += x.v[i] * y[u].v[i];
+      }
+    }
+  }
+}
+
+// Rows of x from `others` on are multiplied by weights that are zero, up to a whole vector. Columns
+// that x lacks are zeros.
+template <class A, int kOwn>
+HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weights, const A* x,
+                                      int others) {
+  constexpr int kV = kVector<A>;
+  weights += own_lane() * kStride<A>;
+  x += other_lane() * kV;
+  HW_UNROLL_BY(2)
+  for (int j = 0; j < others; j += kV) {
+    Vec<A, kV> row[kV];
+    HW_UNROLL
+    for (int i = 0; i < kV; ++i) row[i] = load_vector<kV>(x + (j + i) * kStride<A>);
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const auto w = load_vector<kV>(weights + r * kLanes * kStride<A> + j);
+      HW_UNROLL
+      for (int i = 0; i < kV; ++i) {
+        HW_UNROLL
+        for (int c = 0; c < kV; ++c) acc[r][c] += w.v[i] * row[i].v[c];
+      }
+    }
+  }
+}
+
+}  // namespace hw::attention::simt

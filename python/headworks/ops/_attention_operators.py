@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native calls of the attention family as torch operators, with their fake kernels.
+
+    attention_fwd  attention_bwd  attention_columns  attention_probs
+
+each take the tensors of a Score, other tensors, the numbers of the Score, flags and a backend, and
+give an empty tensor for what is not asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import Maybe, define, fixed_arity
+from . import _attention_native as native
+from ._attention_native import Forward, Want, WantGrad
+from ._attention_score import TENSORS, Score
+
+NUMBERS = len(Score._fields) - TENSORS
+
+
+def _unpacked(arguments: tuple[Any, ...], others: int) -> tuple[Score, tuple[Any, ...]]:
+    """(score, the other arguments)."""
+    first = TENSORS + others
+    score = Score(*arguments[:TENSORS], *arguments[first : first + NUMBERS])
+    return score, arguments[TENSORS:first] + arguments[first + NUMBERS :]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    score, (v, gate, mix, mass_keys, *want, backend) = _unpacked(arguments, 4)
+    made = native.forward(score, v, gate, mix, mass_keys, Want(*want), backend)
+    return fixed_arity(made, score.q)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    score, (v, _gate, _mix, mass_keys, *want, _backend) = _unpacked(arguments, 4)
+    return fixed_arity(native.outputs(score, v, mass_keys, Want(*want)), score.q)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    score, (v, d_w, row, delta, *want, backend) = _unpacked(arguments, 4)
+    return fixed_arity(
+        native.backward(score, v, d_w, row, delta, WantGrad(*want), backend), score.q
+    )
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    score, (v, _d_w, _row, _delta, *want, _backend) = _unpacked(arguments, 4)
+    return fixed_arity(native.gradients(score, v, WantGrad(*want)), score.q)
+
+
+def _columns(*arguments: Any) -> tuple[Tensor, ...]:
+    score, (x, row, row_weight, total, largest, backend) = _unpacked(arguments, 3)
+    return fixed_arity(native.columns(score, x, row, row_weight, total, largest, backend), score.q)
+
+
+def _columns_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    score, (x, _row, _row_weight, total, largest, _backend) = _unpacked(arguments, 3)
+    return fixed_arity(native.column_outputs(score, x, total, largest), score.q)
+
+
+def _probs(*arguments: Any) -> Tensor:
+    score, rest = _unpacked(arguments, 4)
+    return native.probs(score, *rest)
+
+
+def _probs_fake(*arguments: Any) -> Tensor:
+    score, (_row, keys, rows, offsets, _backend) = _unpacked(arguments, 4)
+    return native.probs_output(score, keys, rows, offsets)
+
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor? bias, Tensor? key_bias, Tensor? key_gain,"
+    " Tensor? row_temperature, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+_NUMBERS = (
+    "float scale, float softcap, bool causal, SymInt left, SymInt right, int activation,"
+    " int normalizer, SymInt gain_begin, SymInt gain_end, SymInt max_q, SymInt max_k"
+)
+
+define(
+    f"attention_fwd({_TENSORS}, Tensor? v, Tensor? head_gate, Tensor? identity_mix,"
+    f" Tensor? mass_keys, {_NUMBERS}, bool want_w, bool want_row, bool want_entropy,"
+    " bool want_p_max, bool want_sq_norm, bool skip_dead, str backend)"
+    " -> (Tensor o, Tensor w, Tensor row, Tensor entropy, Tensor p_max, Tensor sq_norm,"
+    " Tensor mass)",
+    _forward,
+    _forward_fake,
+)
+define(
+    f"attention_bwd({_TENSORS}, Tensor v, Tensor d_w, Tensor? row, Tensor delta, {_NUMBERS},"
+    " bool want_v, bool want_bias, bool want_key_bias, bool want_key_gain,"
+    " bool want_row_temperature, str backend) -> (Tensor d_q, Tensor d_k, Tensor d_v,"
+    " Tensor d_bias, Tensor d_key_bias, Tensor d_key_gain, Tensor d_row_temperature)",
+    _backward,
+    _backward_fake,
+)
+define(
+    f"attention_columns({_TENSORS}, Tensor? x, Tensor? row, Tensor? row_weight, {_NUMBERS},"
+    " bool want_sum, bool want_max, str backend) -> (Tensor y, Tensor sum, Tensor max)",
+    _columns,
+    _columns_fake,
+)
+define(
+    f"attention_probs({_TENSORS}, Tensor? row, Tensor? keys, Tensor? rows, Tensor? offsets,"
+    f" {_NUMBERS}, str backend) -> Tensor",
+    _probs,
+    _probs_fake,
+)
+
+
+def forward(score: Score, *others: Any) -> Forward:
+    """native.forward through the dispatcher; empty tensors for what is not wanted."""
+    v, gate, mix, mass_keys, want, backend = others
+    made = torch.ops.headworks.attention_fwd(
+        *score.tensors, v, gate, mix, mass_keys, *score.numbers, *want, backend
+    )
+    return Forward(*made)
+
+
+def backward(score: Score, *others: Any) -> tuple[Tensor, ...]:
+    """native.backward through the dispatcher."""
+    v, d_w, row, delta, want, backend = others
+    made: tuple[Tensor, ...] = torch.ops.headworks.attention_bwd(
+        *score.tensors, v, d_w, row, delta, *score.numbers, *want, backend
+    )
+    return made
+
+
+def row_statistic(score: Score, way: str, backend: str) -> Maybe:
+    """What later passes need of every row, from a pass over the scores."""
+    if not score.has_row_statistic:
+        return None
+    call = native.forward if way == "direct" else forward
+    return call(score, None, None, None, None, Want(row=True, skip_dead=False), backend).row
+
+
+def columns(score: Score, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """native.columns through the dispatcher."""
+    x, row, row_weight, total, largest, backend = others
+    y, sums, maxima = torch.ops.headworks.attention_columns(
+        *score.tensors, x, row, row_weight, *score.numbers, total, largest, backend
+    )
+    return y, sums, maxima
+
+
+def probs(score: Score, *others: Any) -> Tensor:
+    """native.probs through the dispatcher."""
+    *tensors, backend = others
+    p: Tensor = torch.ops.headworks.attention_probs(
+        *score.tensors, *tensors, *score.numbers, backend
+    )
+    return p

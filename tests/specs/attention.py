@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of hw.attention, and the inputs of all its companions.
+
+Sizes: B, Sq, Sk, Hq, H, D, Dv; what the case has of optional tensors, by shape ("1" or a symbol
+per dimension); `lengths` of the queries and keys of packed sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import headworks as hw
+from headworks.ops import _attention_native as native
+from headworks.ops import attention as module
+from headworks.ops._attention_score import score_of
+from headworks.testing import EVERY_DTYPE, Case, Spec
+
+SOFTMAXES = ("softmax", "softmax1")
+WEIGHTS = (
+    *((a, None) for a in SOFTMAXES),
+    *((a, n) for a in ("sigmoid", "relu", "relu2") for n in (None, "length", "sum")),
+)
+STATISTICS = ("lse", "entropy", "p_max", "sq_norm", "mass")
+SCORE_TENSORS = ("bias", "key_bias", "key_gain", "row_temperature", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def case(
+    Sq=65, Sk=None, D=16, Dv=24, B=1, H=2, Hq=None, *, causal=False, window=None, scale=None,
+    softcap=0.0, bias=None, hidden=0.0, key_bias=None, key_gain=None, gain_rows=None,
+    temperature=None, weights=("softmax", None), gate=None, mix=None, lengths=None, aux=(),
+    spread=1.0, floor=2.0, label="", **more,
+):  # fmt: skip
+    """`hidden`: the share of -inf in the bias, and its row 3. `spread`: multiplies the scores.
+    `gate`: the share of zeros. `mix`: "h" or "bh". `more`: options of a companion."""
+    if lengths is not None:
+        Sq, Sk, B = sum(lengths[0]), sum(lengths[1]), 1
+    Sk = Sq if Sk is None else Sk
+    sizes = {"B": B, "Sq": Sq, "Sk": Sk, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv,
+             "lengths": lengths, "bias": bias, "hidden": hidden, "key_bias": key_bias,
+             "key_gain": key_gain, "temperature": temperature, "gate": gate, "mix": mix,
+             "aux": aux, "spread": spread}  # fmt: skip
+    activation, normalizer = weights
+    options = {"is_causal": causal, "activation": activation, "normalizer": normalizer}
+    options |= {} if window is None else {"window_size": window}
+    options |= {} if scale is None else {"scale": scale}
+    options |= {"softcap": softcap} if softcap else {}
+    options |= {} if gain_rows is None else {"gain_rows": gain_rows}
+    words = [f"S{Sq}:{Sk}", f"D{D}:{Dv}", f"B{B}", f"H{Hq or H}:{H}"]
+    words += [activation] if activation != "softmax" else []
+    words += [normalizer] if normalizer else []
+    words += ["causal"] if causal else []
+    words += [f"window{window[0]}:{window[1]}"] if window else []
+    words += [f"{n}{v:g}" for n, v in (("scale", scale), ("cap", softcap)) if v]
+    words += [f"{n}_{v}" for n, v in (("bias", bias), ("kbias", key_bias), ("gain", key_gain),
+              ("temp", temperature), ("mix", mix)) if v]  # fmt: skip
+    words += [f"hidden{hidden:g}"] if hidden else []
+    words += [f"rows{gain_rows[0]}:{gain_rows[1]}"] if gain_rows else []
+    words += [f"gate{gate:g}"] if gate is not None else []
+    words += [f"spread{spread:g}"] if spread != 1.0 else []
+    words += [f"packed{len(lengths[0])}"] if lengths is not None else []
+    words += ["aux" if len(aux) == len(STATISTICS) else "+".join(aux)] if aux else []
+    words += [f"{n}_{v}" for n, v in more.items()]
+    words += [label] if label else []
+    return Case("-".join(words), sizes, options | more, floor)
+
+
+def make(case, dtype, device="cpu", seed=0):
+    """q k v and the optional tensors that the case has."""
+    n = case.sizes
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def draw_as(spec, symbols):
+        shape = [1 if c == "1" else n[s] for c, s in zip(spec, symbols, strict=True)]
+        return draw(*shape)
+
+    q, k = draw(n["B"], n["Sq"], n["Hq"], n["D"]), draw(n["B"], n["Sk"], n["H"], n["D"])
+    if n["spread"] != 1.0:  # few digits, so that large scores are exact in every dtype
+        q, k = (n["spread"] * q).round(), (4 * k).round() / 4
+    tensors = {"q": q.to(device, dtype), "k": k.to(device, dtype)}
+    tensors["v"] = draw(n["B"], n["Sk"], n["H"], n["Dv"]).to(device, dtype)
+    if n["bias"]:
+        bias = draw_as(n["bias"], ("B", "Hq", "Sq", "Sk"))
+        if n["hidden"]:
+            uniform = torch.rand(bias.shape, generator=generator, dtype=torch.float64)
+            bias[uniform < n["hidden"]] = -torch.inf
+            bias[:, :, 3:4] = -torch.inf
+        tensors["bias"] = bias.to(device, dtype)
+    for name in ("key_bias", "key_gain"):
+        if n[name]:
+            tensors[name] = draw_as(n[name], ("B", "Hq", "Sk")).to(device, wide)
+    if n["temperature"]:
+        tau = draw_as(n["temperature"], ("B", "Sq", "Hq"))
+        tensors["row_temperature"] = tau.to(device, wide)
+    if n["gate"] is not None:
+        tensors["head_gate"] = _gate(draw, generator, n).to(device, wide)
+    if n["mix"]:
+        u = torch.tensor([0.3, 0.0, 1.0], dtype=torch.float64)
+        u = u.repeat(n["B"] * n["Hq"])[: n["B"] * n["Hq"]].view(n["B"], n["Hq"])
+        tensors["identity_mix"] = (u if n["mix"] == "bh" else u[0]).to(device, wide)
+    if "mass" in n["aux"]:
+        index = torch.randint(n["Sk"], (n["B"], 5), generator=generator) if n["Sk"] else None
+        tensors["mass"] = torch.zeros(n["B"], 0, dtype=torch.int64) if index is None else index
+        tensors["mass"] = tensors["mass"].to(device)
+    if n["lengths"] is not None:
+        for name, lengths in zip(("cu_seqlens_q", "cu_seqlens_k"), n["lengths"], strict=True):
+            tensors[name] = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return tensors
+
+
+def _gate(draw, generator, n):
+    """Single zeros, and from row 8 on whole heads of 64 rows."""
+    gate = draw(n["B"], n["Sq"], n["Hq"])
+    gate[torch.rand(gate.shape, generator=generator, dtype=torch.float64) < n["gate"]] = 0
+    gate[:, 8:72, ::2] = 0
+    return gate
+
+
+def score_options(tensors, case):
+    """Score tensors and numbers as keyword arguments; the longest lengths where there is a GPU."""
+    options = {n: tensors[n] for n in SCORE_TENSORS if n in tensors}
+    if case.sizes["lengths"] is not None:
+        for which, lengths in zip("qk", case.sizes["lengths"], strict=True):
+            options[f"max_seqlen_{which}"] = max((0, *lengths))
+    return options
+
+
+def arguments(tensors, case):
+    """Keyword arguments of hw.attention."""
+    options = score_options(tensors, case) | dict(case.options)
+    options |= {n: tensors[n] for n in ("head_gate", "identity_mix") if n in tensors}
+    asked = case.sizes["aux"]
+    if asked:
+        flags = {n: n in asked for n in STATISTICS[:4]}
+        options["return_aux"] = hw.Aux(**flags, mass=tensors.get("mass"))
+    return options
+
+
+def run(tensors, case, backend):
+    q, k, v = (tensors[n] for n in ("q", "k", "v"))
+    result = hw.attention(q, k, v, backend=backend, **arguments(tensors, case))
+    if not case.sizes["aux"]:
+        return {"o": result}
+    o, aux = result
+    return {"o": o} | {n: x for n, x in aux._asdict().items() if x is not None}
+
+
+def operators(tensors, case):
+    """The torch operators with the arguments this case gives them, for opcheck."""
+    options = arguments(tensors, case)
+    named = [options.pop(n, None) for n in ("head_gate", "identity_mix", "return_aux")]
+    q, k, v = (tensors[n] for n in ("q", "k", "v"))
+    score = score_of("attention", q, k, **options)
+    gate, mix, aux, mass = module._checked_rest(score, *named)
+    want = native.Want(True, score.has_row_statistic, aux.entropy, aux.p_max, aux.sq_norm, False)
+    forward = torch.ops.headworks.attention_fwd.default
+    given = (*score.tensors, v, gate, mix, mass, *score.numbers, *want, "auto")
+    _, w, row, *_ = forward(*given)
+    d_w = torch.randn_like(w)
+    delta = torch.randn(score.row_shape, dtype=native.ACCUMULATION[q.dtype])
+    grads = native.WantGrad(True, *(x is not None for x in score.tensors[2:6]))
+    row = row if score.has_row_statistic else None
+    backward = torch.ops.headworks.attention_bwd.default
+    given_back = (*score.tensors, v, d_w, row, delta, *score.numbers, *grads, "auto")
+    return [(forward, given), (backward, given_back)]
+
+
+ALL = {"softcap": 3.0, "key_bias": "bhk", "key_gain": "b1k", "temperature": "bq1", "gate": 0.3}
+LENGTHS = ((0, 5, 64, 1, 70, 3), (4, 5, 70, 0, 64, 3))
+
+MASKS = (
+    case(causal=True),
+    case(label="plain"),
+    *(
+        case(Sq=sq, Sk=sk, causal=c, aux=("lse",))
+        for sq, sk in ((1, 130), (40, 65), (130, 63), (65, 1))
+        for c in (True, False)
+    ),
+    *(case(Sq=s, causal=True) for s in (1, 2, 63, 64, 130)),
+    *(case(Sq=s) for s in (63, 64, 130)),
+    *(case(Sq=130, window=w) for w in ((0, 0), (5, None), (None, 7), (64, 3), (200, 200))),
+    *(
+        case(Sq=s, Sk=130, window=w, causal=True)
+        for s in (40, 130, 150)
+        for w in ((5, 0), (70, None))
+    ),
+    case(Sq=200, Sk=20, window=(3, 2), aux=("lse",), label="rows without keys"),
+)
+
+SHAPES = (
+    *(case(Sq=66, D=d, Dv=20, causal=True) for d in (1, 8, 40, 64, 96, 128)),
+    *(case(Sq=66, D=8, Dv=dv) for dv in (0, 1, 8, 40, 64, 96, 128, 200)),
+    *(case(Sq=66, B=2, H=h, Hq=hq, causal=True) for hq, h in ((4, 2), (6, 1), (3, 3))),
+    *(
+        case(Sq=sq, Sk=sk, B=b, H=h, aux=STATISTICS, weights=(a, None))
+        for b, sq, sk, h in ((0, 5, 5, 2), (2, 0, 5, 2), (2, 5, 0, 2), (2, 5, 5, 0))
+        for a in SOFTMAXES
+    ),
+    case(Sq=0, B=2, mix="bh", **ALL),
+    case(lengths=((), ()), causal=True),
+    case(lengths=((0,), (0,)), aux=STATISTICS),
+)
+
+SCORES = (
+    *(case(softcap=c, scale=1.0, causal=True, aux=("lse",)) for c in (0.5, 30.0)),
+    case(scale=-0.7),
+    case(scale=0.0),
+    *(
+        case(Sq=40, Sk=65, B=2, bias=b, causal=c)
+        for b in ("bhqk", "11qk", "b11k", "1hq1", "1h1k", "b1qk")
+        for c in (False, True)
+    ),
+    # Its gradient is 0, a sum of thousands of numbers that cancel.
+    case(Sq=40, Sk=65, B=2, bias="1111", floor=32.0),
+    case(bias="11qk", hidden=0.4, aux=STATISTICS),
+    case(bias="b1qk", B=2, hidden=0.9, causal=True, aux=STATISTICS, weights=("softmax1", None)),
+    case(bias="bhqk", hidden=1.0, aux=STATISTICS, label="all hidden"),
+    *(case(B=2, Hq=4, key_bias=b, causal=True) for b in ("bhk", "11k", "1hk")),
+    case(B=2, bias="b11k", key_bias="1hk"),
+    *(
+        case(B=2, Hq=4, key_gain=g, gain_rows=r)
+        for g in ("bhk", "11k")
+        for r in (None, (-1, None), (10, 64), (5, -3))
+    ),
+    *(case(B=2, Hq=4, temperature=t, causal=True) for t in ("bqh", "1q1")),
+    case(
+        B=2,
+        softcap=2.0,
+        bias="11qk",
+        key_bias="1hk",
+        key_gain="11k",
+        temperature="1qh",
+        aux=STATISTICS,
+    ),
+    case(spread=20.0, D=16, aux=STATISTICS, label="large scores"),
+    case(
+        spread=20.0,
+        D=16,
+        aux=STATISTICS,
+        causal=True,
+        weights=("softmax1", None),
+        label="large scores",
+    ),
+    case(spread=20.0, D=16, key_gain="11k", aux=STATISTICS),
+)
+
+REST = (
+    *(
+        case(Sq=66, weights=w, causal=c)
+        for w in WEIGHTS
+        for c in (True, False)
+        if w[1] != "sum" or not c
+    ),
+    *(
+        case(
+            Sq=50,
+            Sk=66,
+            B=2,
+            Hq=4,
+            weights=w,
+            softcap=2.0,
+            bias="11qk",
+            key_bias="1hk",
+            key_gain="11k",
+            gain_rows=(20, None),
+            temperature="bqh",
+            gate=0.2,
+        )
+        for w in WEIGHTS
+    ),
+    *(case(Sq=66, weights=w, window=(9, 4), bias="11qk", hidden=0.3) for w in WEIGHTS),
+    *(
+        case(Sq=130, B=2, H=1, Hq=3, gate=g, mix=m, causal=True)
+        for g, m in ((0.5, None), (1.0, None), (None, "bh"), (None, "h"), (0.3, "bh"))
+    ),
+    case(Sq=66, B=2, H=2, Hq=4, mix="bh", gate=0.2, weights=("sigmoid", "length"), aux=()),
+    *(case(aux=(a,), causal=True) for a in STATISTICS),
+    *(
+        case(Sq=130, Sk=66, B=2, Hq=4, aux=STATISTICS, weights=(a, None), causal=c)
+        for a in SOFTMAXES
+        for c in (True, False)
+    ),
+    *(
+        case(lengths=LENGTHS, Hq=4, aux=("lse", "entropy"), causal=c, window=w)
+        for c, w in ((False, None), (True, None), (False, (9, 2)))
+    ),
+    case(
+        lengths=LENGTHS,
+        key_bias="11k",
+        key_gain="1hk",
+        gain_rows=(2, 40),
+        temperature="1qh",
+        gate=0.3,
+        weights=("softmax1", None),
+    ),
+    case(lengths=LENGTHS, weights=("relu", "length"), causal=True),
+    case(lengths=((70, 5), (70, 5)), mix="h", gate=0.2, causal=True),
+    case(lengths=((300,), (300,)), causal=True, aux=STATISTICS),
+)
+
+CASES = (*MASKS, *SHAPES, *SCORES, *REST)
+
+SAMPLE_CASES = (
+    case(
+        Sq=70,
+        B=3,
+        H=1,
+        Hq=2,
+        D=24,
+        Dv=20,
+        causal=True,
+        window=(40, 0),
+        bias="b1qk",
+        mix="bh",
+        gain_rows=(-20, None),
+        aux=STATISTICS,
+        **ALL,
+    ),
+    case(Sq=300, Sk=330, B=2, H=2, causal=True),
+    case(Sq=70, Sk=90, B=2, Hq=4, weights=("relu2", "sum"), key_bias="bhk", gate=0.5),
+    case(Sq=66, B=2, weights=("sigmoid", "length"), temperature="bqh", causal=True),
+    case(lengths=LENGTHS, H=1, Hq=2, Dv=16, causal=True, key_gain="11k", aux=("lse", "p_max")),
+)
+
+EMULATOR_CASES = (
+    case(
+        Sq=70,
+        B=1,
+        H=1,
+        Hq=2,
+        D=16,
+        Dv=16,
+        causal=True,
+        bias="1hqk",
+        mix="bh",
+        aux=STATISTICS,
+        gain_rows=(9, None),
+        **ALL,
+    ),
+    case(Sq=40, Sk=130, H=1, D=16, Dv=8, causal=True, aux=("lse",)),
+    case(lengths=((0, 7, 66, 1), (3, 9, 66, 0)), H=1, D=8, Dv=8, aux=("lse",)),
+    case(Sq=0, H=1, aux=("lse",)),
+    case(Sq=5, Sk=0, H=1, aux=("lse",)),
+    *(case(Sq=s, H=1, Dv=8, causal=True) for s in (1, 63, 64, 65)),
+    *(
+        case(Sq=20, H=1, D=d, Dv=dv)
+        for d, dv in ((1, 1), (40, 8), (8, 40), (64, 64), (96, 20), (128, 128))
+    ),
+    case(Sq=1, Sk=200, H=1, Hq=4, causal=True, label="decode"),
+    case(Sq=70, H=1, window=(9, 3)),
+    case(Sq=33, H=1, bias="11qk", hidden=0.4, aux=STATISTICS),
+    case(Sq=33, Sk=20, H=1, bias="b11k", key_bias="1hk", causal=True),
+    case(Sq=33, H=1, softcap=2.0, temperature="1qh", key_gain="11k", gain_rows=(-1, None)),
+    *(case(Sq=33, Sk=40, H=1, Hq=2, weights=w) for w in WEIGHTS),
+    case(Sq=70, H=2, gate=0.4, mix="h"),
+    case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
+)
+
+# The speed table: B1 H8 D64.
+BENCHMARK_CASES = (
+    *(case(Sq=s, H=8, D=64, Dv=64, causal=c) for s in (1024, 2048, 4096) for c in (False, True)),
+    case(Sq=16384, H=8, D=64, Dv=64, window=(128, 0), causal=True),
+    *(
+        case(Sq=2048, H=8, D=64, Dv=64, **option)
+        for option in (
+            {"bias": "11qk"},
+            {"bias": "1hqk"},
+            {"key_bias": "11k"},
+            {"key_gain": "11k"},
+            {"temperature": "1q1"},
+            {"gate": 0.0},
+            {"mix": "h"},
+            {"softcap": 30.0},
+            {"aux": STATISTICS},
+        )
+    ),
+    case(Sq=65536, H=1, D=64, Dv=64, causal=True, label="memory"),
+    case(lengths=(tuple(range(16, 1040, 16)),) * 2, H=8, D=64, Dv=64, causal=True),
+)
+
+SPEC = Spec(
+    name="attention",
+    function=hw.attention,
+    make=make,
+    run=run,
+    differentiable=(
+        "q",
+        "k",
+        "v",
+        "bias",
+        "key_bias",
+        "key_gain",
+        "row_temperature",
+        "head_gate",
+        "identity_mix",
+    ),
+    cases=CASES,
+    emulator_cases=EMULATOR_CASES,
+    benchmark_cases=BENCHMARK_CASES,
+    sample_cases=SAMPLE_CASES,
+    dtypes={"cpu": EVERY_DTYPE},
+    operators=operators,
+)
