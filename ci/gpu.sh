@@ -25,7 +25,7 @@ step() {
 # The emulator's own tests, by the hardware: what the emulator was taught is what a GPU does.
 primitives() {
   nvcc -x cu -std=c++20 --expt-relaxed-constexpr -arch=native -Icsrc -Itests -o "$out/primitives" \
-    tests/emu/device_main.cpp tests/emu/test_{primitives,fragments,gemm}.cpp
+    tests/device/main.cpp tests/emu/test_{primitives,fragments,gemm}.cpp
   "$out/primitives"
 }
 export -f primitives
