@@ -39,7 +39,7 @@ class Rule:
 HARDWARE = (
     r"\b(threadIdx|blockIdx|blockDim|gridDim|warpSize)\b"
     r"|\b__sync(threads|warp)\w*|\b__shfl\w*|\b__(ballot|any|all|activemask)(_sync)?\s*\("
-    r"|\b(asm|__asm__?)\b\s*(volatile\b\s*)?\(|<<<|>>>\s*\(|\b__(shared|global|device)__\b"
+    r"|\b(asm|__asm__?)\b\s*(volatile\b\s*)?\(|<<<|\b__(shared|global|device)__\b"
 )
 
 RULES = (
