@@ -3,6 +3,7 @@
 #include "ops/attention/attention.h"
 
 #include "ops/attention/attention_simt_layout.cuh"
+#include "ops/attention/attention_sm80_layout.cuh"
 
 #include "core/arguments.h"
 #include "core/registry.h"
@@ -53,10 +54,15 @@ void check_call(int function, const Call& call) {
 
 std::string why_not(int, Backend, const Call&) { return {}; }
 
-int any_dim(int, Backend, const Call&) { return 0; }
+// Compared with the widths of the tensor-core instances; the other backends take any.
+int width(int, Backend backend, const Call& call) {
+  return backend == Backend::sm80 ? sm80::dim(call) : 0;
+}
 
 int64_t workspace(int function, Backend backend, const Call& call) {
-  return backend == Backend::simt && function == kForward ? simt::workspace_bytes(call) : 0;
+  if (backend == Backend::simt && function == kForward) return simt::workspace_bytes(call);
+  if (backend == Backend::sm80 && function == kForward) return sm80::workspace_bytes(call);
+  return 0;
 }
 
 }  // namespace
@@ -111,6 +117,6 @@ ProbsParams probs_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"attention", kFunctions, &check_call, &why_not, &any_dim, &workspace};
+const Operator kOperator = {"attention", kFunctions, &check_call, &why_not, &width, &workspace};
 
 }  // namespace hw::attention

@@ -26,12 +26,12 @@ HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, b
   HW_UNROLL
   for (int r = 0; r < kOwn; ++r) {
     if (!tile.exists(r)) continue;
-    const int64_t at = rows ? tile.source.row(tile.own_at(r)) : tile.source.key(tile.own_at(r));
+    const int64_t at = rows ? tile.source().row(tile.own_at(r)) : tile.source().key(tile.own_at(r));
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) {
       const int column = (first + n) * kSide<A> + other_lane() * kVector<A>;
       if (column >= width) continue;
-      store_columns(typed.at(tile.source.batch(), at, head, column), typed.stride[3], vectors,
+      store_columns(typed.at(tile.source().batch(), at, head, column), typed.stride[3], vectors,
                     width - column, sum[n][r]);
     }
   }
@@ -51,19 +51,19 @@ struct QueryGradKernel {
     const int64_t heads = b.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    Rows tile(b, Source::of(b, group / p.parts / heads), head,
+    Rows tile(b, Source::of(b, group / p.parts / heads),
               (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.delta, nullptr);
-    if (tile.own.empty()) return;
+    if (tile.own().empty()) return;
 
     A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
     HW_UNROLL
     for (int n = 0; n < kSlices; ++n) clear(d_q[n]);
     const bool writes_bias = b.d_bias && !p.shared_bias && part == 0;
-    tile.load_own_terms();
-    tile.walk(tile.source.keys_of(tile.own), [&] {
+    tile.start(head);
+    tile.walk(tile.source().keys_of(tile.own()), [&] {
       typename Rows::Micro c, dp;
-      if (!tile.template multiply<true>(dp, p.d_w, p.v)) return;
-      tile.multiply(c, p.q, p.k);
+      if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
+      tile.template multiply<false, false>(c, p.q, p.k);
       for_gradients(
           tile, c, dp,
           [&](int r, int u, const PairGradient<A>& g) {
@@ -73,7 +73,7 @@ struct QueryGradKernel {
           },
           d_tau);
       tile.put_weights(dp);
-      tile.apply(d_q, p.k, first);
+      tile.template apply<true>(d_q, p.k, first);
     });
 
     store_gradient<Rows, Element>(tile, b.d_q, p.d_q_vectors, first, head, true, d_q);
@@ -82,8 +82,8 @@ struct QueryGradKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A sum = static_cast<A>(b.scale) * dev::warp_sum<kLanes>(d_tau[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      const int64_t row = tile.source.row(tile.own_at(r));
-      b.d_row_temperature.template as<A>()(tile.source.batch(), row, head) = sum;
+      const int64_t row = tile.source().row(tile.own_at(r));
+      b.d_row_temperature.template as<A>()(tile.source().batch(), row, head) = sum;
     }
   }
 
@@ -91,8 +91,9 @@ struct QueryGradKernel {
   // d_bias is zeros where it was not visited.
   HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const Rows& tile, int r,
                                            int u) {
-    const int64_t i = tile.source.row(tile.row_at(r, u)), j = tile.source.key(tile.key_at(r, u));
-    return b.d_bias.template as<A>().at(tile.source.batch(), tile.head, i, j);
+    const int64_t i = tile.source().row(tile.row_at(r, u)),
+                  j = tile.source().key(tile.key_at(r, u));
+    return b.d_bias.template as<A>().at(tile.source().batch(), tile.head(), i, j);
   }
 };
 
@@ -111,21 +112,20 @@ struct KeyGradKernel {
     const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = b.key_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kCount;
     const int key_head = static_cast<int>(group / p.parts % heads);
-    Keys tile(b, Source::of(b, group / p.parts / heads), key_head * b.group(),
-              index % p.blocks * kSide<A>, &b.row, &b.delta, nullptr);
-    if (tile.own.empty()) return;
+    Keys tile(b, Source::of(b, group / p.parts / heads), index % p.blocks * kSide<A>, &b.row,
+              &b.delta, nullptr);
+    if (tile.own().empty()) return;
 
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) clear(d_k[n]), clear(d_v[n]);
     for (int h = key_head * b.group(); h < (key_head + 1) * b.group(); ++h) {
       A d_bias[kOwn] = {}, d_gain[kOwn] = {};
-      tile.set_head(h);
-      tile.load_own_terms();
-      tile.walk(tile.source.rows_of(tile.own), [&] {
+      tile.start(h);
+      tile.walk(tile.source().rows_of(tile.own()), [&] {
         typename Keys::Micro c, dp;
-        if (!tile.template multiply<true>(dp, p.v, p.d_w)) return;
-        tile.multiply(c, p.k, p.q);
+        if (!tile.template multiply<false, true>(dp, p.v, p.d_w)) return;
+        tile.template multiply<false, false>(c, p.k, p.q);
         for_gradients(
             tile, c, dp,
             [&](int, int u, const PairGradient<A>& g) {
@@ -136,10 +136,10 @@ struct KeyGradKernel {
             },
             d_bias, d_gain);
         tile.put_weights(dp);
-        tile.apply(d_k, p.q, first);
+        tile.template apply<true>(d_k, p.q, first);
         if (!b.d_v) return;
         tile.put_weights(c);
-        tile.apply(d_v, p.d_w, first);
+        tile.template apply<false>(d_v, p.d_w, first);
       });
       if (part == 0) {
         store_sums(b.d_key_bias, tile, d_bias);
@@ -160,8 +160,8 @@ struct KeyGradKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A sum = dev::warp_sum<kLanes>(share[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      const int64_t key = tile.source.key(tile.own_at(r));
-      to.template as<A>()(tile.source.batch(), tile.head, key) = sum;
+      const int64_t key = tile.source().key(tile.own_at(r));
+      to.template as<A>()(tile.source().batch(), tile.head(), key) = sum;
     }
   }
 };
@@ -173,7 +173,6 @@ struct BiasGradKernel {
   using Params = GradParams<Element>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
-  static constexpr int kMinBlocks = 2;
   using Rows = Tile<Element, Source, kOwn, true>;
 
   // Tiles, batch entries or heads that have results of their own.
@@ -213,18 +212,18 @@ struct BiasGradKernel {
   HW_DEVICE HW_INLINE static void visit(const Params& p, const Source& source, int head,
                                         int64_t first, int64_t key_tile, bool all_keys,
                                         typename Rows::Micro& sum) {
-    Rows tile(p.b, source, head, first, &p.b.row, &p.b.delta, nullptr);
-    Range keys = source.keys_of(tile.own);
+    Rows tile(p.b, source, first, &p.b.row, &p.b.delta, nullptr);
+    Range keys = source.keys_of(tile.own());
     if (!all_keys) {  // the whole tile: keys stay where their sums are
       const int64_t begin = key_tile * kSide<A>, end = min_of(begin + kSide<A>, source.keys());
       keys = begin < keys.end && keys.begin < end ? Range{begin, end} : Range{0, 0};
     }
     if (keys.empty()) return;
-    tile.load_own_terms();
+    tile.start(head);
     tile.walk(keys, [&] {
       typename Rows::Micro c, dp;
-      if (!tile.template multiply<true>(dp, p.d_w, p.v)) return;
-      tile.multiply(c, p.q, p.k);
+      if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
+      tile.template multiply<false, false>(c, p.q, p.k);
       for_gradients(
           tile, c, dp, [&](int, int u, const PairGradient<A>& g) { sum[0][u] += g.ds; }, sum);
     });

@@ -33,17 +33,17 @@ struct ColumnsKernel {
     const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = f.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    Keys tile(f, Source::of(f, group / p.parts / heads), head, index % p.blocks * kSide<A>, &f.row,
+    Keys tile(f, Source::of(f, group / p.parts / heads), index % p.blocks * kSide<A>, &f.row,
               &f.row_weight, nullptr);
-    if (tile.own.empty()) return;
+    if (tile.own().empty()) return;
 
     A y[kSlices][kOwn][kOwn], sum[kOwn] = {}, top[kOwn] = {};
     HW_UNROLL
     for (int n = 0; n < kSlices; ++n) clear(y[n]);
-    tile.load_own_terms();
-    tile.walk(tile.source.rows_of(tile.own), [&] {
+    tile.start(head);
+    tile.walk(tile.source().rows_of(tile.own()), [&] {
       typename Keys::Micro c;
-      tile.multiply(c, p.k, p.q);
+      tile.template multiply<true, false>(c, p.k, p.q);
       const auto weigh = [&](int r) {
         HW_UNROLL
         for (int u = 0; u < kOwn; ++u) {
@@ -57,14 +57,14 @@ struct ColumnsKernel {
       each_row<kOwn>(weigh, c, sum, top);
       if (!p.x.x) return;
       tile.put_weights(c);
-      tile.apply(y, p.x, first);
+      tile.template apply<false>(y, p.x, first);
     });
 
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       const A total = dev::warp_sum<kLanes>(sum[r]), largest = max_of_lanes(top[r]);
       if (!tile.exists(r)) continue;
-      const int64_t b = tile.source.batch(), key = tile.source.key(tile.own_at(r));
+      const int64_t b = tile.source().batch(), key = tile.source().key(tile.own_at(r));
       if (part == 0 && other_lane() == 0) {
         if (f.sum) f.sum.template as<A>()(b, head, key) = total;
         if (f.max) f.max.template as<A>()(b, head, key) = largest;

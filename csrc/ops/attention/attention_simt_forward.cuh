@@ -56,16 +56,16 @@ class Rows {
       : p(params),
         f(params.f),
         task(t),
-        tile(f, Source::of(f, t.sequence), t.head, t.first, nullptr, nullptr, &f.mass_keys),
+        tile(f, Source::of(f, t.sequence), t.first, nullptr, nullptr, &f.mass_keys),
         soft(is_softmax(f.activation)) {}
 
   HW_DEVICE HW_INLINE void run() {
-    if (tile.own.empty()) return;
+    if (tile.own().empty()) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].clear();
     HW_UNROLL
     for (int n = 0; n < kSlices; ++n) clear(values[n]);
-    tile.load_own_terms();
+    tile.start(task.head);
     if (!skips_block()) tile.walk(keys(), [this] { step(); });
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].add_lanes();
@@ -77,7 +77,7 @@ class Rows {
 
  private:
   HW_DEVICE HW_INLINE Range keys() const {
-    const Range seen = tile.source.keys_of(tile.own);
+    const Range seen = tile.source().keys_of(tile.own());
     return {max_of(seen.begin, task.span * p.plan.span),
             min_of(seen.end, (task.span + 1) * p.plan.span)};
   }
@@ -86,14 +86,14 @@ class Rows {
   HW_DEVICE HW_INLINE bool skips_block() {
     if (!f.skip_dead) return false;
     bool alive = false;
-    for (int64_t i = tile.own.begin + dev::thread_index(); i < tile.own.end; i += kThreads)
-      alive |= !is_dead<Element>(f, tile.source, tile.head, i);
+    for (int64_t i = tile.own().begin + dev::thread_index(); i < tile.own().end; i += kThreads)
+      alive |= !is_dead<Element>(f, tile.source(), tile.head(), i);
     return !tile.vote(alive);
   }
 
   HW_DEVICE HW_INLINE void step() {
     typename Tile<Element, Source, kOwn, true>::Micro s;
-    tile.multiply(s, p.q, p.k);
+    tile.template multiply<true, false>(s, p.q, p.k);
     bool some = false;
     A factor[kOwn];
     const auto row = [&](int r) {
@@ -107,7 +107,7 @@ class Rows {
     if (soft) rescale(factor);
     if (!p.v.x) return;
     tile.put_weights(s);
-    if (tile.vote(some)) tile.apply(values, p.v, task.part * kSlices);
+    if (tile.vote(some)) tile.template apply<false>(values, p.v, task.part * kSlices);
   }
 
   // p relative to the running maximum, in place of s; returns the factor of what was summed before.
@@ -170,7 +170,7 @@ class Rows {
     for (int r = 0; r < kOwn; ++r) {
       if (!tile.exists(r)) continue;
       const bool writes = task.part == 0 && other_lane() == 0;
-      const RowEnd<Element, Source> end(f, tile.source, tile.head, tile.own_at(r));
+      const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r));
       const A factor = end.settle(sums[r], writes);
       if (!p.v.x) continue;
       HW_UNROLL
@@ -196,7 +196,7 @@ template <class Element, class Source, int kOwn>
 struct RowsKernel {
   using Params = RowsParams<Element>;
   static constexpr int kThreads = simt::kThreads;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = kOwn == 1 ? 3 : 2;
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = dev::block_index_x();
     const RowsTask task = rows_task(p.f, p.plan, index / p.plan.spans, index % p.plan.spans);

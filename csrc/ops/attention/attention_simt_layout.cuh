@@ -37,11 +37,13 @@ inline constexpr int kSide = kLanes * kVector<A>;
 template <class A>
 inline constexpr int kStride = kSide<A> + kVector<A>;
 
-// Shared memory of a block that owns kOwn x 16 rows.
+// Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the rooms,
+// the terms.
+inline constexpr int kWorkBytes = 128;
+inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>
-inline constexpr int kSharedBytes =
-    ((2 * kOwn * kLanes + kSide<A>)*kStride<A> + kTerms * kSide<A>)*static_cast<int>(sizeof(A)) +
-    kWarps * static_cast<int>(sizeof(int));
+inline constexpr int kSharedBytes = kRoomsAt + ((2 * kOwn * kLanes + kSide<A>)*kStride<A> +
+                                                kTerms * kSide<A>)*static_cast<int>(sizeof(A));
 
 // Slices of `width` columns; one also where there is no column.
 template <class A>

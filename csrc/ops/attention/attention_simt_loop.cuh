@@ -6,11 +6,12 @@
 // own few lines; what a tile is, is here: terms of its rows and keys in shared memory, products of
 // both sides, scores and back, weights times the other side.
 //
-// Order of a tile: the walk waits until the rooms are free and loads terms; `multiply` and `apply`
-// load what they read, between two barriers each; a slice that is in its room is not loaded again.
+// Order of a tile: the walk waits until all are done with the last one, and loads terms; `multiply`
+// and `apply` load what they read between two barriers.
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "ops/attention/attention_score.h"
 #include "ops/attention/attention_simt_tile.cuh"
@@ -84,34 +85,54 @@ class Tile {
  public:
   using A = Accum<Element>;
   static constexpr int kOther = kVector<A>, kOwnSide = kOwn * kLanes, kOtherSide = kSide<A>;
+  static_assert(kOwn * kOther < 32, "a bit per pair");
   using Micro = A[kOwn][kOther];
 
   // `row`, `extra`: row statistic, and one more number per row (D - dL, or a weight); `key_extra`:
   // one more per key (m of the read-out mass). Each may be absent.
-  HW_DEVICE HW_INLINE Tile(const ScoreParams& params, const Source& s, int query_head,
-                           int64_t first, const Ref<const void, 3>* row,
-                           const Ref<const void, 3>* extra, const Ref<const void, 3>* key_extra)
-      : source(s),
-        own{first, min_of(first + kOwnSide, kOwnRows ? s.rows() : s.keys())},
-        p(params),
+  HW_DEVICE HW_INLINE Tile(const ScoreParams& params, const Source& s, int64_t first,
+                           const Ref<const void, 3>* row, const Ref<const void, 3>* extra,
+                           const Ref<const void, 3>* key_extra)
+      : p(params),
         row_(row),
         extra_(extra),
         key_extra_(key_extra),
-        shape(params.softcap) {
-    shaped_ = p.softcap > 0 || p.bias || p.key_bias || p.key_gain;
+        shape(params.softcap),
+        shaped_(p.softcap > 0 || p.bias || p.key_bias || p.key_gain) {
+    const Range own{first, min_of(first + kOwnSide, kOwnRows ? s.rows() : s.keys())};
     idle_ = dev::warp() * (dev::kWarp / kLanes) >= own.count();
-    set_head(query_head);
+    dev::sync_block();
+    if (dev::thread_index() == 0) work() = {s, own, {}, 0, 0};
+    dev::sync_block();
   }
 
-  HW_DEVICE HW_INLINE void set_head(int query_head) {
-    head = query_head;
-    key_head = query_head / p.group();
+  // Goes to a query head: loads the terms of the own side.
+  HW_DEVICE HW_INLINE void start(int query_head) {
+    dev::sync_block();
+    if (dev::thread_index() == 0) {
+      work().head = query_head;
+      work().key_head = query_head / p.group();
+    }
+    dev::sync_block();
+    some_ = false;
+    load_terms<kOwnRows, kOwnSide>(own());
   }
+
+  HW_DEVICE HW_INLINE static const Source& source() { return work().source; }
+  HW_DEVICE HW_INLINE static const Range& own() { return work().own; }
+  // What the walk has come to.
+  HW_DEVICE HW_INLINE Range others() const {
+    const Range& all = work().others;
+    const int64_t at = all.begin + static_cast<int64_t>(tile_) * kOtherSide;
+    return {at, min_of(at + kOtherSide, all.end)};
+  }
+  HW_DEVICE HW_INLINE static int head() { return work().head; }
+  HW_DEVICE HW_INLINE static int key_head() { return work().key_head; }
 
   // ---- Positions
 
-  HW_DEVICE HW_INLINE const Range& rows() const { return kOwnRows ? own : others; }
-  HW_DEVICE HW_INLINE const Range& keys() const { return kOwnRows ? others : own; }
+  HW_DEVICE HW_INLINE Range rows() const { return kOwnRows ? own() : others(); }
+  HW_DEVICE HW_INLINE Range keys() const { return kOwnRows ? others() : own(); }
   // Row and key of the thread's pair (r, u), counted from the start of their tiles.
   HW_DEVICE HW_INLINE static int row_in_tile(int r, int u) {
     return kOwnRows ? own_lane() + kLanes * r : other_lane() + kLanes * u;
@@ -126,70 +147,51 @@ class Tile {
     return keys().begin + key_in_tile(r, u);
   }
   // Whether row and key of the pair exist and meet.
-  HW_DEVICE HW_INLINE bool meets(int r, int u) const {
-    const int64_t i = row_at(r, u), j = key_at(r, u);
-    return whole_ || (i < rows().end && j < keys().end && source.sees(i, j));
-  }
+  HW_DEVICE HW_INLINE bool meets(int r, int u) const { return met_ >> (r * kOther + u) & 1; }
   // Own row or key of the thread, if it exists.
-  HW_DEVICE HW_INLINE int64_t own_at(int r) const { return own.begin + own_lane() + kLanes * r; }
-  HW_DEVICE HW_INLINE bool exists(int r) const { return own_at(r) < own.end; }
+  HW_DEVICE HW_INLINE int64_t own_at(int r) const { return own().begin + own_lane() + kLanes * r; }
+  HW_DEVICE HW_INLINE bool exists(int r) const { return own_at(r) < own().end; }
 
   // ---- The walk
-
-  // Terms of the own side; once per head.
-  HW_DEVICE HW_INLINE void load_own_terms() {
-    dev::sync_block();
-    some_ = false;
-    load_terms<kOwnRows, kOwnSide>(own);
-  }
 
   // visit() at every tile of `range`. Tiles start at its begin, so that none is empty.
   template <class Visit>
   HW_DEVICE HW_INLINE void walk(const Range& range, const Visit& visit) {
-    for (int64_t at = range.begin; at < range.end; at += kOtherSide) {
-      others = {at, min_of(at + kOtherSide, range.end)};
-      whole_ =
-          own.count() == kOwnSide && others.count() == kOtherSide && source.whole(rows(), keys());
-      held_other_ = nullptr;
+    dev::sync_block();
+    if (dev::thread_index() == 0) work().others = range;
+    const int tiles = static_cast<int>(ceil_div<int64_t>(range.count(), kOtherSide));
+    for (tile_ = 0; tile_ < tiles; ++tile_) {
       if constexpr (!kOwnRows) some_ = false;
       dev::sync_block();
-      load_terms<!kOwnRows, kOtherSide>(others);
-      rooms_free_ = true;
+      find_pairs();
+      load_terms<!kOwnRows, kOtherSide>(others());
       visit();
     }
   }
 
   // ---- Products
 
-  // c = own rows times other rows. With kVote the answer is whether the rows' side of this product,
-  // or one of the rows' extra numbers, has anything but zeros; the same in all threads.
-  template <bool kVote = false>
+  // c = own rows times other rows. kKeep: no other product of the walk has this own side, so that a
+  // single slice of it stays in its room. With kVote the answer is whether the rows' side of this
+  // product, or one of the rows' extra numbers, has anything but zeros; the same in all threads.
+  template <bool kKeep, bool kVote>
   HW_DEVICE HW_INLINE bool multiply(Micro& c, const Side<Element>& own_side,
                                     const Side<Element>& other_side) {
     clear(c);
     const int width = own_side.width();
+    const bool kept = kKeep && tile_ > 0 && width <= kSide<A>;
     int column = 0;
     do {
-      if (!rooms_free_) dev::sync_block();
-      if (held_own_ != &own_side) {
-        const bool some = load_slice < kOwnSide,
-                   kVote &&
-                       kOwnRows > (own_room(), own_side, source.batch(), kOwnRows ? head : key_head,
-                                   column, own_count(), [this](int i) {
-                                     return kOwnRows ? source.row(own.begin + i)
-                                                     : source.key(own.begin + i);
-                                   });
-        if constexpr (kVote && kOwnRows) some_ |= some;
-      }
-      load_other<kVote && !kOwnRows>(other_side, column);
+      dev::sync_block();
+      if (!kept)
+        load_rows<kOwnRows, kOwnSide, kVote && kOwnRows>(own_room(), own_side, own(), column);
+      load_rows<!kOwnRows, kOtherSide, kVote && !kOwnRows>(other_room(), other_side, others(),
+                                                           column);
       if constexpr (kVote) put_vote(some_);
       dev::sync_block();
-      rooms_free_ = false;
       if (!idle_) add_dot(c, own_room(), other_room(), min_of(width - column, kSide<A>));
       column += kSide<A>;
     } while (column < width);
-    held_own_ = own_side.slices() == 1 ? &own_side : nullptr;
-    held_other_ = other_side.slices() == 1 ? &other_side : nullptr;
     if constexpr (kVote) return count_votes();
     return true;
   }
@@ -206,32 +208,30 @@ class Tile {
     }
   }
 
-  // acc[n] += weights times slice first + n of the other side.
-  template <int kCount>
+  // acc[n] += weights times slice first + n of the other side. kHeld: it is the other side of the
+  // last product, whose last slice is in its room.
+  template <bool kHeld, int kCount>
   HW_DEVICE HW_INLINE void apply(A (&acc)[kCount][kOwn][kOther], const Side<Element>& side,
                                  int first) {
-    const bool held = held_other_ == &side;
+    const bool held = kHeld && side.slices() == 1;
     if (held) dev::sync_warp();
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) {
       if (first + n >= side.slices()) continue;
       if (!held) {
-        if (!rooms_free_) dev::sync_block();
-        load_other<false>(side, (first + n) * kSide<A>);
         dev::sync_block();
-        rooms_free_ = false;
+        load_rows<!kOwnRows, kOtherSide, false>(other_room(), side, others(),
+                                                (first + n) * kSide<A>);
+        dev::sync_block();
       }
-      if (!idle_) add_weighted(acc[n], weights(), other_room(), static_cast<int>(others.count()));
+      if (!idle_) add_weighted(acc[n], weights(), other_room(), static_cast<int>(others().count()));
     }
-    held_other_ = side.slices() == 1 ? &side : nullptr;
-    rooms_free_ = false;
   }
 
   // Whether any thread of the block says yes. All threads have passed what they did before.
   HW_DEVICE HW_INLINE bool vote(bool yes) {
     put_vote(yes);
     dev::sync_block();
-    rooms_free_ = true;
     return count_votes();
   }
 
@@ -245,8 +245,8 @@ class Tile {
     const A y = shape.capped(x);
     A added = 0, gain = 0;
     if (p.bias && met) {
-      const int64_t i = source.row(row_at(r, u)), j = source.key(key_at(r, u));
-      added = static_cast<A>(p.bias.template as<const Element>()(source.batch(), head, i, j));
+      const int64_t i = source().row(row_at(r, u)), j = source().key(key_at(r, u));
+      added = static_cast<A>(p.bias.template as<const Element>()(source().batch(), head(), i, j));
     }
     if (p.key_bias) added += terms(Term::key_bias)[key_in_tile(r, u)];
     if (p.key_gain) gain = gain_row(r, u) * terms(Term::key_gain)[key_in_tile(r, u)];
@@ -277,30 +277,53 @@ class Tile {
   }
   HW_DEVICE HW_INLINE A mass(int r, int u) const { return terms(Term::mass)[key_in_tile(r, u)]; }
 
-  const Source source;
-  const Range own;
-  Range others{};
-  int head = 0, key_head = 0;
-
  private:
-  // Shared memory (attention_simt_layout.cuh); terms are of rows, then of keys.
-  HW_DEVICE HW_INLINE static A* own_room() { return dev::shared<A>(); }
+  // What is the same for all threads and seldom used, in shared memory: registers are scarce.
+  struct Work {
+    Source source;
+    Range own, others;  // others: all that the walk visits
+    int head, key_head;
+  };
+  static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable_v<Source>);
+
+  // Shared memory: work, votes, rooms, weights, terms.
+  HW_DEVICE HW_INLINE static Work& work() { return *dev::shared<Work>(); }
+  HW_DEVICE HW_INLINE static int* flags() {
+    return reinterpret_cast<int*>(dev::shared<char>() + kWorkBytes);
+  }
+  HW_DEVICE HW_INLINE static A* own_room() {
+    return reinterpret_cast<A*>(dev::shared<char>() + kRoomsAt);
+  }
   HW_DEVICE HW_INLINE static A* other_room() { return own_room() + kOwnSide * kStride<A>; }
   HW_DEVICE HW_INLINE static A* weights() { return other_room() + kOtherSide * kStride<A>; }
   HW_DEVICE HW_INLINE static A* terms(Term t) {
     return weights() + kOwnSide * kStride<A> + static_cast<int>(t) * kSide<A>;
   }
-  HW_DEVICE HW_INLINE static int* flags() { return reinterpret_cast<int*>(terms(Term::count)); }
 
   HW_DEVICE HW_INLINE static bool given(const Ref<const void, 3>* x) { return x && *x; }
-  HW_DEVICE HW_INLINE int own_count() const { return static_cast<int>(own.count()); }
 
-  template <bool kVote>
-  HW_DEVICE HW_INLINE void load_other(const Side<Element>& side, int column) {
-    const bool some = load_slice<kOtherSide, kVote>(
-        other_room(), side, source.batch(), kOwnRows ? key_head : head, column,
-        static_cast<int>(others.count()), [this](int i) {
-          return kOwnRows ? source.key(others.begin + i) : source.row(others.begin + i);
+  // Which of the thread's pairs exist and meet.
+  HW_DEVICE HW_INLINE void find_pairs() {
+    met_ = (1u << (kOwn * kOther)) - 1;
+    if (own().count() == kOwnSide && others().count() == kOtherSide &&
+        source().whole(rows(), keys()))
+      return;
+    HW_UNROLL_BY(1)
+    for (int n = 0; n < kOwn * kOther; ++n) {
+      const int64_t i = row_at(n / kOther, n % kOther), j = key_at(n / kOther, n % kOther);
+      const bool met = i < rows().end && j < keys().end && source().sees(i, j);
+      if (!met) met_ &= ~(1u << n);
+    }
+  }
+
+  // Rows or keys of `range` to a room.
+  template <bool kRows, int kCount, bool kVote>
+  HW_DEVICE HW_INLINE void load_rows(A* room, const Side<Element>& side, const Range& range,
+                                     int column) {
+    const bool some = load_slice<kCount, kVote>(
+        room, side, source().batch(), kRows ? head() : key_head(), column,
+        static_cast<int>(range.count()), [&range](int i) {
+          return kRows ? source().row(range.begin + i) : source().key(range.begin + i);
         });
     if constexpr (kVote) some_ |= some;
   }
@@ -317,26 +340,26 @@ class Tile {
   }
 
   HW_DEVICE HW_INLINE void load_row_terms(int i, int64_t place, bool exists) {
-    const int64_t b = source.batch(), row = exists ? source.row(place) : 0;
+    const int64_t b = source().batch(), row = exists ? source().row(place) : 0;
     const A scale = static_cast<A>(p.scale);
     A factor = exists ? scale : A(0);
     if (exists && p.row_temperature)
-      factor = scale * p.row_temperature.template as<const A>()(b, row, head);
+      factor = scale * p.row_temperature.template as<const A>()(b, row, head());
     terms(Term::factor)[i] = factor;
     terms(Term::gain_row)[i] = place >= p.gain_begin && place < p.gain_end ? A(1) : A(0);
     terms(Term::statistic)[i] =
-        exists ? replayed(p, source, place,
-                          given(row_) ? row_->template as<const A>()(b, head, row) : A(1))
+        exists ? replayed(p, source(), place,
+                          given(row_) ? row_->template as<const A>()(b, head(), row) : A(1))
                : A(0);
-    const A extra = exists && given(extra_) ? extra_->template as<const A>()(b, head, row) : A(0);
+    const A extra = exists && given(extra_) ? extra_->template as<const A>()(b, head(), row) : A(0);
     terms(Term::extra)[i] = extra;
     some_ |= extra != A(0);
   }
 
   HW_DEVICE HW_INLINE void load_key_terms(int i, int64_t place, bool exists) {
-    const int64_t b = source.batch(), key = exists ? source.key(place) : 0;
+    const int64_t b = source().batch(), key = exists ? source().key(place) : 0;
     const auto term = [&](const Ref<const A, 3>& of) {
-      return exists && of ? of(b, head, key) : A(0);
+      return exists && of ? of(b, head(), key) : A(0);
     };
     terms(Term::key_gain)[i] = term(p.key_gain.template as<const A>());
     terms(Term::key_bias)[i] = term(p.key_bias.template as<const A>());
@@ -357,11 +380,11 @@ class Tile {
   const ScoreParams& p;
   const Ref<const void, 3>*row_, *extra_, *key_extra_;  // or null
   const ScoreShape<A> shape;
-  const Side<Element>*held_own_ = nullptr, *held_other_ = nullptr;  // what the rooms hold
-  bool shaped_, idle_;       // s is not x; the warp owns nothing that exists
-  bool whole_ = false;       // all pairs of the tile exist and meet
-  bool rooms_free_ = false;  // a barrier has been passed since the last read of the rooms
-  bool some_ = false;        // the thread saw a row that is not all zeros
+  const bool shaped_;  // s is not x
+  bool idle_;          // the warp owns nothing that exists
+  int tile_ = 0;       // of the walk
+  uint32_t met_ = 0;   // a bit per pair of the thread
+  bool some_ = false;  // the thread saw a row that is not all zeros
 };
 
 }  // namespace hw::attention::simt

@@ -84,34 +84,36 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
   bool some = false;
   if (from.vectors) {
     constexpr int kTogether = 16 / static_cast<int>(sizeof(Element));
-    constexpr int kGroups = kSide<A> / kTogether, kSteps = ceil_div(kRows * kGroups, kThreads);
-    Vec<Element, kTogether> x[kSteps] = {};
-    HW_UNROLL
-    for (int n = 0; n < kSteps; ++n) {
-      const int index = dev::thread_index() + n * kThreads;
-      const int i = index / kGroups, c = index % kGroups * kTogether;
-      if (i < count && c < width)
-        x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
-    }
-    HW_UNROLL
-    for (int n = 0; n < kSteps; ++n) {
-      const int index = dev::thread_index() + n * kThreads;
-      const int i = index / kGroups, c = index % kGroups * kTogether;
-      if (i >= kRows) continue;
+    // Two loads a thread are in flight: more would cost registers where sums are held.
+    constexpr int kGroups = kSide<A> / kTogether, kBatch = 2;
+    HW_UNROLL_BY(1)
+    for (int first = dev::thread_index(); first < kRows * kGroups; first += kBatch * kThreads) {
+      Vec<Element, kTogether> x[kBatch] = {};
       HW_UNROLL
-      for (int e = 0; e < kTogether; e += kVector<A>) {
-        Vec<A, kVector<A>> wide;
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
+        if (i < count && c < width)
+          x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
+      }
+      HW_UNROLL
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
+        if (i >= kRows) continue;
         HW_UNROLL
-        for (int v = 0; v < kVector<A>; ++v) {
-          wide.v[v] = static_cast<A>(x[n].v[e + v]);
-          if constexpr (kVote) some |= wide.v[v] != A(0);
+        for (int e = 0; e < kTogether; e += kVector<A>) {
+          Vec<A, kVector<A>> wide;
+          HW_UNROLL
+          for (int v = 0; v < kVector<A>; ++v) {
+            wide.v[v] = static_cast<A>(x[n].v[e + v]);
+            if constexpr (kVote) some |= wide.v[v] != A(0);
+          }
+          store_vector(room + i * kStride<A> + c + e, wide);
         }
-        store_vector(room + i * kStride<A> + c + e, wide);
       }
     }
     return some;
   }
-  HW_UNROLL_BY(4)
+  HW_UNROLL_BY(1)
   for (int index = dev::thread_index(); index < kRows * kSide<A>; index += kThreads) {
     const int i = index / kSide<A>, c = index % kSide<A>;
     A wide = 0;
@@ -153,7 +155,7 @@ HW_DEVICE HW_INLINE void add_dot(A (&acc)[kOwn][kVector<A>], const A* own, const
   constexpr int kV = kVector<A>;
   own += own_lane() * kStride<A>;
   other += other_lane() * kStride<A>;
-  HW_UNROLL_BY(2)
+  HW_UNROLL_BY(1)
   for (int a = 0; a < columns; a += kV) {
     Vec<A, kV> y[kV];
     HW_UNROLL
@@ -178,7 +180,7 @@ HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weigh
   constexpr int kV = kVector<A>;
   weights += own_lane() * kStride<A>;
   x += other_lane() * kV;
-  HW_UNROLL_BY(2)
+  HW_UNROLL_BY(1)
   for (int j = 0; j < others; j += kV) {
     Vec<A, kV> row[kV];
     HW_UNROLL

@@ -23,18 +23,6 @@ struct Tokens {
 };
 
 template <class Element>
-struct Input {
-  Ref<const Element, 4> ref;  // [B, S, heads, columns]
-  bool aligned = false;       // rows in 16-byte units
-};
-
-template <class Element>
-Input<Element> input_of(const Ref<const void, 4>& x) {
-  const Ref<const Element, 4> ref = x.template as<const Element>();
-  return {ref, rows_aligned(ref, 16)};
-}
-
-template <class Element>
 struct LoopParams {
   Plan plan;
   Tokens tokens;
@@ -165,10 +153,6 @@ HW_DEVICE HW_INLINE void load_scalars(float* factor, float* delta, const LoopPar
 
 enum class Loop { totals, apply, gradient };
 
-struct Nothing {};
-template <bool kPresent, class T>
-using If = std::conditional_t<kPresent, T, Nothing>;
-
 struct Scalars {
   float factor[kTile], delta[kTile];
 };
@@ -260,19 +244,5 @@ struct Chunks {
     state.template add<kByColumn, kQueries>(smem.b, s.x, column, factor, delta, count);
   }
 };
-
-// Stores two columns of a row, one word where the row allows it; columns beyond its end are dropped.
-template <class Element>
-HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, bool paired,
-                                    float lo, float hi) {
-  const uint32_t word = dev::pack<Element>(lo, hi);
-  if (paired && column + 1 < row.size[0]) {
-    *reinterpret_cast<Word*>(row.at(column)) = word;
-    return;
-  }
-  if (column < row.size[0]) row(column) = std::bit_cast<Element>(static_cast<uint16_t>(word));
-  if (column + 1 < row.size[0])
-    row(column + 1) = std::bit_cast<Element>(static_cast<uint16_t>(word >> 16));
-}
 
 }  // namespace hw::linear_attention::sm80

@@ -29,6 +29,7 @@
 #include "core/device.h"
 #include "core/mma.h"
 #include "core/packed.h"
+#include "core/tile.h"
 
 namespace hw::linear_attention::sm80 {
 
@@ -115,42 +116,12 @@ struct Wide {  // rows of v, do, ...
   alignas(16) Element at[kTile][kPitch];
 };
 
-// Rows of a matrix in global memory: element (i, c) is at origin[i row + c column].
-template <class Element>
-struct Rows {
-  const Element* origin = nullptr;
-  int64_t row = 0, column = 1;
-  int count = 0, columns = 0;  // beyond them: zeros
-  bool aligned = false;        // 16-byte copies are possible
-};
-
-// Whether every row of a tensor [B, S, H, *] is contiguous and starts at a multiple of `bytes`.
-template <class T>
-bool rows_aligned(const Ref<T, 4>& x, int bytes) {
-  const int64_t unit = bytes / static_cast<int>(sizeof(T));
-  bool aligned = reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0;
-  for (int i = 0; i < 3; ++i) aligned &= x.size[i] <= 1 || x.stride[i] % unit == 0;
-  return aligned && (x.size[3] <= 1 || x.stride[3] == 1);
-}
-
 // Starts loading a tile of kTile x kWidth elements; zeros beyond `rows`. Whole block of kThreads.
 template <int kWidth, int kThreads, class Element>
 HW_DEVICE HW_INLINE void load_rows(Element* tile, int pitch, const Rows<Element>& rows) {
-  constexpr int kUnits = kWidth / 8;
-  for (int i = dev::thread_index(); i < kTile * kUnits; i += kThreads) {
-    const int row = i / kUnits, column = i % kUnits * 8;
-    const int valid = row < rows.count ? max_of(min_of(rows.columns - column, 8), 0) : 0;
-    Element* to = tile + row * pitch + column;
-    const Element* from = rows.origin + (valid > 0 ? row * rows.row + column * rows.column : 0);
-    if (rows.aligned) {
-      dev::copy_async_16(to, from, valid * static_cast<int>(sizeof(Element)));
-    } else {
-      for (int e = 0; e < 8; ++e) to[e] = e < valid ? from[e * rows.column] : Element(0.0f);
-    }
-  }
+  load_units<kTile, kWidth / 8, kThreads>(
+      rows, [&](int row, int unit) { return tile + row * pitch + unit * 8; });
 }
-
-using Word __attribute__((may_alias)) = uint32_t;
 
 // Transposes 16 tokens (one warp).
 template <class Element>

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores, forward: loop R, rows with a running softmax,
+//
+//   w_i = sum_j e^(s_ij - M_i) v_j / l_i      M_i = max_j s_ij     l_i = sum_j e^(s_ij - M_i)
+//
+// A block owns kRows queries of one head, each of its 4 warps 16 kStrips of them, and walks tiles of
+// kKeys keys: those that some of its queries sees, cut by its span. Per tile and warp
+//
+//   c [rows, keys]   = q k^T        both from shared memory
+//   p [rows, keys]   in the registers of c, and there it is the A operand of
+//   w [rows, Dv]    += p v
+//
+// k and v have two stages: while one is multiplied, cp.async fills the other; one barrier per tile.
+// Warps whose own queries see nothing of a tile skip it; masks are applied on edge tiles only.
+#pragma once
+
+#include "ops/attention/attention_sm80_finish.cuh"
+
+namespace hw::attention::sm80 {
+
+template <class Element, int kDim, bool kPlain>
+struct ForwardKernel {
+  using Tiles = ForwardTiles<kDim>;
+  static constexpr int kWarps = Tiles::kWarps, kThreads = kWarps * dev::kWarp;
+  static constexpr int kStrips = Tiles::kStrips, kRows = Tiles::kRows, kKeys = Tiles::kKeys;
+  static constexpr int kMinBlocks = kDim <= 128 ? 2 : 1;
+  using Scores = Fragment<kStrips, kKeys / 8>;
+  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8>;
+  using Values = Fragment<kStrips, kDim / 8>;
+
+  struct Params {
+    ForwardParams f;
+    ScoreInputs<Element> in;
+    Input<Element> v;
+    Output<Element> o, w;
+    Units units;
+    Plan plan;
+    Partials partials;
+  };
+
+  struct KeyNumbers {
+    float bias[kKeys], gain[kKeys], mass[kKeys];
+  };
+  struct Stage {
+    Tile<Element, kKeys, kDim> k, v;
+    If<!kPlain, KeyNumbers> numbers;
+  };
+  struct Smem {
+    Tile<Element, kRows, kDim> q;
+    Stage stage[2];
+    If<!kPlain, float[kRows]> tau;
+    Place place;
+  };
+  static_assert(sizeof(Smem) <= 99 * 1024, "shared memory of every architecture from sm_80 on");
+
+  struct Block {
+    const Params& p;
+    Smem& smem;
+    const Place& place;        // in shared memory: registers are short
+    int64_t first;             // row of the block, in its sequence
+    int warp_row;              // of this warp, in the block
+    RowSums sums[kStrips][2];  // rows g and g + 8 of each strip; over this lane's columns, but max
+    Values w;                  // before the division
+
+    HW_DEVICE HW_INLINE Block(const Params& params, Smem& s) : p(params), smem(s), place(s.place) {
+      // The last rows see most keys: they come first.
+      first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
+      warp_row = dev::warp() * kStrips * 16;
+      const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
+      if (dev::thread_index() == 0)
+        smem.place = place_of(p.f, task / heads, static_cast<int>(task % heads));
+      dev::sync_block();
+    }
+
+    HW_DEVICE HW_INLINE Range rows() const {
+      return {first, min_of(first + kRows, place.mask.rows)};
+    }
+
+    // Of the block's first row, in Partials.
+    HW_DEVICE HW_INLINE int64_t index() const {
+      return dev::block_index_x() / p.plan.blocks * p.f.max_q + first;
+    }
+
+    // Tiles [begin, end) of the block's span.
+    HW_DEVICE HW_INLINE Range tiles() const {
+      Range keys = place.mask.keys_of(rows());
+      const int64_t from = dev::block_index_y() * p.plan.span;
+      keys = {max_of(keys.begin, from), min_of(keys.end, from + p.plan.span)};
+      if (keys.empty()) return {0, 0};
+      return {keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
+    }
+
+    // Whether nobody can see what the loop would find. Same for all warps.
+    HW_DEVICE HW_INLINE bool dead() const {
+      if constexpr (kPlain) return false;
+      const ForwardParams& f = p.f;
+      if (!f.skip_dead) return false;
+      const int64_t b = place.at.batch;
+      if (f.identity_mix && f.identity_mix.template as<const float>()(b, place.head) == 1.0f)
+        return true;
+      if (!f.head_gate) return false;
+      const Ref<const float, 3> g = f.head_gate.template as<const float>();
+      bool some = false;
+      for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp)
+        some |= g(b, place.at.q_begin + i, place.head) != 0.0f;
+      return !dev::any(some);
+    }
+
+    HW_DEVICE HW_INLINE void prefetch_queries() {
+      load_tile<kThreads>(smem.q, query_rows(p.in.q, place, first));
+      if constexpr (!kPlain)
+        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, first);
+    }
+
+    HW_DEVICE HW_INLINE void prefetch(int64_t tile) {
+      Stage& s = smem.stage[tile & 1];
+      const int64_t key = tile * kKeys;
+      load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
+      if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
+      if constexpr (!kPlain) {
+        key_numbers<kKeys, kThreads>(s.numbers.bias, p.f.key_bias, place, key);
+        key_numbers<kKeys, kThreads>(s.numbers.gain, p.f.key_gain, place, key);
+        key_numbers<kKeys, kThreads>(s.numbers.mass, p.f.mass_keys, place, key);
+      }
+    }
+
+    HW_DEVICE HW_INLINE void walk(const Range& tiles) {
+      if (tiles.empty()) return;
+      prefetch_queries();
+      prefetch(tiles.begin);
+      dev::copy_async_commit();
+      HW_UNROLL_BY(1)
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        dev::copy_async_wait<0>();
+        dev::sync_block();
+        if (tile + 1 < tiles.end) prefetch(tile + 1);
+        dev::copy_async_commit();
+        step(tile);
+      }
+    }
+
+    HW_DEVICE HW_INLINE void step(int64_t tile) {
+      const Stage& stage = smem.stage[tile & 1];
+      Spot spot{first + warp_row, tile * kKeys};
+      if constexpr (!kPlain) {
+        spot.tau = smem.tau + warp_row;
+        spot.key_bias = stage.numbers.bias;
+        spot.key_gain = stage.numbers.gain;
+      }
+      const Score score{p.f, p.in, place, spot};
+      if (score.unseen()) return;
+      Scores s;
+      s.clear();
+      multiply_rows<Element>(s, smem.q, warp_row, stage.k);
+      score.shape_products(s);
+      score.add_terms(s);
+      score.hide(s);
+      const bool some = score.soft() ? soften(s, stage) : activate(s);
+      if (some && (kPlain || p.f.v)) multiply_columns<Element>(w, pack<Element>(s), stage.v);
+    }
+
+    // e^(s - M) in place of s; sums and w move to the new maximum.
+    HW_DEVICE HW_INLINE bool soften(Scores& s, const Stage& stage) {
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        HW_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          RowSums& r = sums[strip][half];
+          float top = r.max;
+          HW_UNROLL
+          for (int j = 0; j < Scores::kTiles; ++j)
+            top = dev::larger(top,
+                              dev::larger(s.at[strip][j][2 * half], s.at[strip][j][2 * half + 1]));
+          const float factor = r.move(dev::warp_max<4>(top), p.units.unit);
+          HW_UNROLL
+          for (int j = 0; j < Values::kTiles; ++j) {
+            w.at[strip][j][2 * half] *= factor;
+            w.at[strip][j][2 * half + 1] *= factor;
+          }
+          exponentials(s.at[strip], half, r, stage);
+        }
+      }
+      return true;
+    }
+
+    // One row of a fragment.
+    HW_DEVICE HW_INLINE void exponentials(float (&s)[Scores::kTiles][4], int half, RowSums& r,
+                                          const Stage& stage) {
+      const float shift = r.max == -kInfinity ? 0.0f : r.max, base = shift * p.units.unit;
+      HW_UNROLL
+      for (int j = 0; j < Scores::kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float score = s[j][i], e = dev::exp2_fast(score * p.units.unit - base);
+          s[j][i] = e;
+          r.sum += e;
+          if constexpr (!kPlain) {
+            if (p.f.entropy) r.tilt += score - shift < -1e4f ? 0.0f : e * (score - shift);
+            if (p.f.sq_norm) r.squares += e * e;
+            if (p.f.mass) r.mass += e * stage.numbers.mass[Scores::column(j, i)];
+          }
+        }
+      }
+    }
+
+    // a(s) in place of s; false if all of it is zero.
+    HW_DEVICE HW_INLINE bool activate(Scores& s) {
+      bool some = false;
+      Scores::each([&](int strip, int j, int i) {
+        const Fast a = activation(p.f.activation, Fast(s.at[strip][j][i]));
+        s.at[strip][j][i] = a.v;
+        sums[strip][i / 2].sum += a.v;
+        some |= a.v != 0.0f;
+      });
+      return dev::any(some);
+    }
+
+    HW_DEVICE HW_INLINE void clear() {
+      w.clear();
+      for (int strip = 0; strip < kStrips; ++strip)
+        for (int half = 0; half < 2; ++half) {
+          sums[strip][half] = {};
+          if (!kPlain && !is_softmax(p.f.activation)) sums[strip][half].max = 0.0f;
+        }
+    }
+
+    // Outputs of the rows, or their partial results.
+    HW_DEVICE HW_INLINE void finish(bool is_dead) {
+      const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        HW_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int line = warp_row + Scores::row(strip, 2 * half);
+          RowSums r = sums[strip][half];
+          r.sum = dev::warp_sum<4>(r.sum);
+          if constexpr (!kPlain) {
+            r.tilt = dev::warp_sum<4>(r.tilt);
+            r.squares = dev::warp_sum<4>(r.squares);
+            r.mass = dev::warp_sum<4>(r.mass);
+          }
+          if (first + line >= place.mask.rows) continue;
+          if (p.plan.spans > 1) {
+            keep(strip, half, index() + line, r, is_dead);
+          } else {
+            const float factor = finish.settle(first + line, r, is_dead, dev::lane() % 4 == 0);
+            if (!kPlain && !p.f.v) continue;
+            HW_UNROLL
+            for (int j = 0; j < Values::kTiles; ++j)
+              if (const int column = Values::column(j, 0); column < p.f.value_dim())
+                finish.write(first + line, column, w.at[strip][j][2 * half] * factor,
+                             w.at[strip][j][2 * half + 1] * factor);
+          }
+        }
+      }
+    }
+
+    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r,
+                                  bool is_dead) {
+      const int64_t span = dev::block_index_y();
+      if (dev::lane() % 4 == 0) {
+        float* to = p.partials.sums_of(span, row);
+        to[0] = r.max, to[1] = is_dead ? Partials::kDead : r.sum, to[2] = r.tilt, to[3] = r.squares,
+        to[4] = r.mass;
+      }
+      float* to = p.partials.values_of(span, row);
+      HW_UNROLL
+      for (int j = 0; j < Values::kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i)
+          if (const int column = Values::column(j, i); column < p.partials.columns)
+            to[column] = w.at[strip][j][i];
+      }
+    }
+  };
+
+  HW_DEVICE static void main(const Params& p) {
+    Block block(p, *dev::shared<Smem>());
+    if (block.rows().empty()) return;
+    const bool dead = block.dead();
+    block.clear();
+    if (!dead) block.walk(block.tiles());
+    block.finish(dead);
+  }
+};
+
+}  // namespace hw::attention::sm80

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and scalars
+// only. No device code here: the host side asks `sm80::dim` and `workspace_bytes`.
+#pragma once
+
+#include "ops/attention/attention.h"
+
+namespace hw::attention::sm80 {
+
+// The compiled width that serves a call: both q and k, and v (or x of columns), are padded to it with
+// zeros on their way to shared memory.
+inline int dim(const Call& call) {
+  const Tensor &q = call.tensor(0), &v = call.tensor(8);
+  const int64_t values = v.ndim == 4 ? v.size[3] : 0;
+  return static_cast<int>(max_of(q.size[3], values));
+}
+
+// Tiles of the forward kernel of a compiled width.
+template <int kDim>
+struct ForwardTiles {
+  static constexpr int kWarps = 4, kStrips = kDim <= 128 ? 2 : 1;
+  static constexpr int kRows = kWarps * kStrips * 16, kKeys = kDim <= 64 ? 64 : 32;
+};
+
+// Few blocks of rows (decoding): the keys are cut into spans, whose partial results are merged.
+inline constexpr int64_t kFewTasks = 64, kWantedTasks = 256, kMinSpan = 128;
+
+struct Plan {
+  int64_t blocks = 0;           // of rows, per head of a sequence
+  int64_t tasks = 0;            // blocks of all heads
+  int64_t spans = 1, span = 0;  // keys of a span, a multiple of every tile
+};
+
+inline Plan plan_of(const ForwardParams& f, int rows) {
+  Plan p;
+  p.blocks = ceil_div<int64_t>(f.max_q, rows);
+  p.tasks = p.blocks * f.query_heads() * f.sequences();
+  if (p.tasks > 0 && p.tasks <= kFewTasks)
+    p.spans = max_of<int64_t>(1, min_of(kWantedTasks / p.tasks, ceil_div(f.max_k, kMinSpan)));
+  p.span = round_up(ceil_div(max_of<int64_t>(f.max_k, 1), p.spans), kMinSpan);
+  p.spans = ceil_div(max_of<int64_t>(f.max_k, 1), p.span);
+  return p;
+}
+
+// fp32, per span: w before its division [rows, Dv], then RowSums [rows], rows = [N, Hq, max_q].
+struct Workspace {
+  int64_t rows = 0, values = 0;  // values: Dv
+  int64_t sums = 0;              // offset of the sums, in floats
+  int64_t bytes = 0;
+};
+
+inline constexpr int kSumsOfRow = 5;  // members of RowSums
+
+inline Workspace make_workspace(const ForwardParams& f, const Plan& plan) {
+  Workspace w;
+  if (plan.spans == 1) return w;
+  w.rows = f.sequences() * f.query_heads() * f.max_q;
+  w.values = f.value_dim();
+  w.sums = plan.spans * w.rows * w.values;
+  w.bytes = (w.sums + plan.spans * w.rows * kSumsOfRow) * static_cast<int64_t>(sizeof(float));
+  return w;
+}
+
+inline int64_t workspace_bytes(const Call& call) {
+  const ForwardParams f = forward_params(call);
+  const int rows = dim(call) <= 128 ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows;
+  return make_workspace(f, plan_of(f, rows)).bytes;
+}
+
+}  // namespace hw::attention::sm80

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores: the place of a block, and scores in fragments.
+//
+// A fragment of products c lies one of two ways:
+//   queries down    rows are queries, columns keys     (forward, d_q, d_bias)
+//   keys down       rows are keys, columns queries     (d_k and d_v, columns)
+// so that what is multiplied next finds p or ds as its A operand in the registers where it is made.
+// All steps go through ScoreTile, which knows query and key of every element; the formulas are those
+// of attention_score.h, with fast functions by the type Fast.
+//
+// "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight into
+// the exponent, p = exp2(unit c - base), with unit = scale log2 e. In the others s is kept, and the
+// unit is log2 e.
+#pragma once
+
+#include <limits>
+
+#include "ops/attention/attention_score.h"
+
+#include "core/tile.h"
+
+namespace hw::attention::sm80 {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// A float whose elementary functions are the device's fast ones: 2 ulp, tanh to 2e-7 absolutely.
+struct Fast {
+  float v;
+  HW_DEVICE HW_INLINE Fast(float x) : v(x) {}
+  HW_DEVICE HW_INLINE explicit operator float() const { return v; }
+  HW_DEVICE HW_INLINE friend Fast operator+(Fast a, Fast b) { return a.v + b.v; }
+  HW_DEVICE HW_INLINE friend Fast operator-(Fast a, Fast b) { return a.v - b.v; }
+  HW_DEVICE HW_INLINE friend Fast operator*(Fast a, Fast b) { return a.v * b.v; }
+};
+HW_DEVICE HW_INLINE Fast tanh_of(Fast x) {
+  return 1.0f - 2.0f * dev::rcp_fast(1.0f + dev::exp2_fast(2.0f * kLog2e * x.v));
+}
+HW_DEVICE HW_INLINE Fast sigmoid_of(Fast x) {
+  return dev::rcp_fast(1.0f + dev::exp2_fast(-kLog2e * x.v));
+}
+HW_DEVICE HW_INLINE Fast abs_of(Fast x) { return hw::abs_of(x.v); }
+HW_DEVICE HW_INLINE Fast sign_of(Fast x) { return hw::sign_of(x.v); }
+HW_DEVICE HW_INLINE Fast positive_of(Fast x) { return hw::positive_of(x.v); }
+HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
+
+// ---- Where a block is ---------------------------------------------------------------------------
+
+struct Place {
+  Sequence at;
+  Mask mask;
+  int head, key_head;  // of the queries, of the keys
+};
+
+HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) {
+  const Sequence at = sequence(p, n);
+  return {at, mask_of(p, at), head, head / p.group()};
+}
+
+// Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` of them.
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequence& at, int head,
+                                             int64_t first, int64_t count) {
+  Rows<Element> rows;
+  rows.origin = x.ref.at(at.batch, first, head);
+  rows.row = x.ref.stride[1];
+  rows.column = x.ref.stride[3];
+  rows.count = static_cast<int>(min_of<int64_t>(max_of<int64_t>(count, 0), 1 << 20));
+  rows.columns = static_cast<int>(x.ref.size[3]);
+  rows.aligned = x.aligned;
+  return rows;
+}
+
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const Place& w, int64_t row) {
+  return token_rows(x, w.at, w.head, w.at.q_begin + row, w.at.q_count - row);
+}
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const Place& w, int64_t key) {
+  return token_rows(x, w.at, w.key_head, w.at.k_begin + key, w.at.k_count - key);
+}
+
+// Starts loading numbers [B, Hq, S] (acc) of kCount keys or queries into `to`; none where absent.
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+                                     int64_t key) {
+  if (!x) return;
+  const Ref<const float, 3> from = x.as<const float>();
+  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.k_begin + key),
+                                 from.stride[2], w.at.k_count - key);
+}
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+                                       int64_t row) {
+  if (!x) return;
+  const Ref<const float, 3> from = x.as<const float>();
+  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.q_begin + row),
+                                 from.stride[2], w.at.q_count - row);
+}
+// The same of [B, Sq, Hq].
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const Place& w,
+                                      int64_t row) {
+  if (!x) return;
+  const Ref<const float, 3> from = x.as<const float>();
+  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.at.q_begin + row, w.head),
+                                 from.stride[1], w.at.q_count - row);
+}
+
+// ---- Scores -------------------------------------------------------------------------------------
+
+// What every kernel has of the scores besides ScoreParams.
+template <class Element>
+struct ScoreInputs {
+  Input<Element> q, k;
+  ScoreShape<float> shape;
+  float scale;
+
+  explicit ScoreInputs(const ScoreParams& p)
+      : q(input_of<Element>(p.q)),
+        k(input_of<Element>(p.k)),
+        shape(p.softcap),
+        scale(static_cast<float>(p.scale)) {}
+};
+
+// First query and key of a fragment, in the sequence, and numbers in shared memory from these on, of
+// which those are read that the call has.
+struct Spot {
+  int64_t row, key;
+  const float* tau = nullptr;                            // per query
+  const float *key_bias = nullptr, *key_gain = nullptr;  // per key
+  const float *statistic = nullptr, *delta = nullptr;    // per query: row statistic, D - d_L
+};
+
+template <class Element, bool kPlain, bool kKeysDown, int kStrips, int kTiles>
+struct ScoreTile {
+  using F = Fragment<kStrips, kTiles>;
+  static constexpr int kLines = 16 * kStrips, kColumns = 8 * kTiles;
+  static constexpr int kQueries = kKeysDown ? kColumns : kLines;
+  static constexpr int kKeys = kKeysDown ? kLines : kColumns;
+
+  const ScoreParams& p;
+  const ScoreInputs<Element>& in;
+  const Place& place;
+  Spot spot;
+
+  HW_DEVICE static HW_INLINE int query(int s, int j, int i) {
+    return kKeysDown ? F::column(j, i) : F::row(s, i);
+  }
+  HW_DEVICE static HW_INLINE int key(int s, int j, int i) {
+    return kKeysDown ? F::row(s, i) : F::column(j, i);
+  }
+
+  // Whether no query of the fragment sees a key of it.
+  HW_DEVICE HW_INLINE bool unseen() const {
+    const Mask& m = place.mask;
+    const Range rows{spot.row, min_of(spot.row + kQueries, m.rows)};
+    const Range keys{spot.key, min_of(spot.key + kKeys, m.keys)};
+    if (rows.empty() || keys.empty()) return true;
+    const Range seen = m.keys_of(rows);
+    return seen.end <= keys.begin || seen.begin >= keys.end;
+  }
+
+  HW_DEVICE HW_INLINE bool soft() const { return kPlain || is_softmax(p.activation); }
+
+  // y of c in place.
+  HW_DEVICE HW_INLINE void shape_products(F& x) const {
+    if constexpr (kPlain) return;
+    F::each([&](int s, int j, int i) {
+      x.at[s][j][i] *= p.row_temperature ? in.scale * spot.tau[query(s, j, i)] : in.scale;
+    });
+    if (p.softcap > 0)
+      F::each([&](int s, int j, int i) {
+        x.at[s][j][i] = static_cast<float>(in.shape.capped(Fast(x.at[s][j][i])));
+      });
+  }
+
+  // s of y in place, without the mask.
+  HW_DEVICE HW_INLINE void add_terms(F& x) const {
+    if constexpr (kPlain) return;
+    if (p.key_gain)
+      F::each([&](int s, int j, int i) {
+        const float gain = gain_of(s, j, i);
+        x.at[s][j][i] = static_cast<float>(in.shape.score(Fast(x.at[s][j][i]), gain, 0.0f));
+      });
+    if (p.key_bias)
+      F::each([&](int s, int j, int i) { x.at[s][j][i] += spot.key_bias[key(s, j, i)]; });
+    if (p.bias) add_bias(x);
+  }
+
+  // -inf where a query does not see a key.
+  HW_DEVICE HW_INLINE void hide(F& x) const {
+    const Mask& m = place.mask;
+    if (spot.row + kQueries <= m.rows && spot.key + kKeys <= m.keys &&
+        m.whole({spot.row, spot.row + kQueries}, {spot.key, spot.key + kKeys}))
+      return;
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      HW_UNROLL
+      for (int half = 0; half < 4; half += 2) {
+        const Range seen = seen_by_line(F::row(s, half));
+        const int begin =
+            static_cast<int>(max_of<int64_t>(min_of<int64_t>(seen.begin, kColumns), 0));
+        const int end = static_cast<int>(max_of<int64_t>(min_of<int64_t>(seen.end, kColumns), 0));
+        HW_UNROLL
+        for (int j = 0; j < kTiles; ++j) {
+          HW_UNROLL
+          for (int i = half; i < half + 2; ++i) {
+            const int column = F::column(j, i);
+            if (column < begin || column >= end) x.at[s][j][i] = -kInfinity;
+          }
+        }
+      }
+    }
+  }
+
+  // What p of a query is relative to: unit times L (rows without weight: +inf), or 1 / n.
+  HW_DEVICE HW_INLINE float base(int q) const {
+    if (soft()) {
+      const float l = spot.statistic[q];
+      return l == -kInfinity ? kInfinity : l * kLog2e;
+    }
+    if (p.normalizer == Normalizer::none) return 1.0f;
+    if (p.normalizer == Normalizer::sum) {
+      const float n = spot.statistic[q];
+      return n != 0.0f && n < kInfinity ? 1.0f / n : 0.0f;
+    }
+    const int64_t seen = place.mask.visible_keys(spot.row + q).count();
+    return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
+  }
+
+  // p of s (plain: of c) in place.
+  HW_DEVICE HW_INLINE void weigh(F& x, float unit) const {
+    if (soft()) {
+      F::each([&](int s, int j, int i) {
+        x.at[s][j][i] = dev::exp2_fast(x.at[s][j][i] * unit - base(query(s, j, i)));
+      });
+    } else {
+      F::each([&](int s, int j, int i) {
+        const Fast a = activation(p.activation, Fast(x.at[s][j][i]));
+        x.at[s][j][i] = static_cast<float>(a) * base(query(s, j, i));
+      });
+    }
+  }
+
+  // dp / ds of s in place of s, where p is another fragment: softmaxes have p.
+  HW_DEVICE HW_INLINE void slopes(F& x, const F& weights) const {
+    if (soft()) {
+      x = weights;
+    } else {
+      F::each([&](int s, int j, int i) {
+        const Fast a = activation_slope(p.activation, Fast(x.at[s][j][i]));
+        x.at[s][j][i] = static_cast<float>(a) * base(query(s, j, i));
+      });
+    }
+  }
+
+  // ds of dp in place.
+  HW_DEVICE HW_INLINE void differentiate(F& dp, const F& slope) const {
+    F::each([&](int s, int j, int i) {
+      dp.at[s][j][i] = slope.at[s][j][i] * (dp.at[s][j][i] - spot.delta[query(s, j, i)]);
+    });
+  }
+
+  // Whether dx differs from ds.
+  HW_DEVICE HW_INLINE bool bends() const { return !kPlain && (p.softcap > 0 || p.key_gain); }
+
+  // dx of ds in place.
+  HW_DEVICE HW_INLINE void chain(F& ds, const F& y) const {
+    F::each([&](int s, int j, int i) {
+      const float gain = p.key_gain ? gain_of(s, j, i) : 0.0f;
+      ds.at[s][j][i] *= static_cast<float>(in.shape.slope(Fast(y.at[s][j][i]), gain));
+    });
+  }
+
+  HW_DEVICE HW_INLINE bool in_gain_rows(int q) const {
+    return spot.row + q >= p.gain_begin && spot.row + q < p.gain_end;
+  }
+
+ private:
+  HW_DEVICE HW_INLINE float gain_of(int s, int j, int i) const {
+    return in_gain_rows(query(s, j, i)) ? spot.key_gain[key(s, j, i)] : 0.0f;
+  }
+
+  // Indices beyond the sequence read its last element; what they give is hidden.
+  HW_DEVICE HW_INLINE void add_bias(F& x) const {
+    const Ref<const Element, 4> b = p.bias.template as<const Element>();
+    const Element* from = b.at(place.at.batch, place.head, spot.row, spot.key);
+    const int last_query =
+        static_cast<int>(min_of<int64_t>(place.mask.rows - spot.row, 1 << 20)) - 1;
+    const int last_key = static_cast<int>(min_of<int64_t>(place.mask.keys - spot.key, 1 << 20)) - 1;
+    F::each([&](int s, int j, int i) {
+      const int q = min_of(query(s, j, i), last_query), k = min_of(key(s, j, i), last_key);
+      x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
+    });
+  }
+
+  // The columns that a row of the fragment meets.
+  HW_DEVICE HW_INLINE Range seen_by_line(int line) const {
+    const Mask& m = place.mask;
+    if constexpr (kKeysDown) {
+      if (spot.key + line >= m.keys) return {0, 0};
+      const Range rows = m.seeing_rows(spot.key + line);
+      return {rows.begin - spot.row, rows.end - spot.row};
+    } else {
+      if (spot.row + line >= m.rows) return {0, 0};
+      const Range keys = m.visible_keys(spot.row + line);
+      return {keys.begin - spot.key, keys.end - spot.key};
+    }
+  }
+};
+
+}  // namespace hw::attention::sm80
