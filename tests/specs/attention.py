@@ -401,6 +401,6 @@ SPEC = Spec(
     emulator_cases=EMULATOR_CASES,
     benchmark_cases=BENCHMARK_CASES,
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
     operators=operators,
 )

@@ -76,6 +76,6 @@ SPEC = Spec(
     emulator_cases=(case(Sq=70, H=1, causal=True), case(Sq=20, Sk=40, H=1, bias="11qk")),
     benchmark_cases=(case(Sq=4096, H=8, D=64, Dv=64),),
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
     operators=operators,
 )

@@ -110,6 +110,6 @@ SPEC = Spec(
         case(70, 90, B=2, chosen="rows"),
         case(lengths=LENGTHS, H=1, chosen="offsets", causal=True),
     ),
-    dtypes={"cpu": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
     operators=operators,
 )

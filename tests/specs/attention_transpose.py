@@ -117,6 +117,6 @@ SPEC = Spec(
         case(s, H=8, D=64, Dv=64, lse=o) for s in (1024, 4096) for o in ("inside", "given")
     ),
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
     operators=operators,
 )
