@@ -154,19 +154,15 @@ def output(score: Score, v: Tensor, backend: str) -> Tensor | None:
     if not (plain and q.numel() and keys):
         return None
     o = torch.empty((*rows[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    tensors = [*score[:TENSORS], v, *_NO_REST, o, *_NO_READ_OUTS]
-    run(
-        "attention.forward",
-        backend,
-        tensors,
-        (*score[TENSORS:_GAIN_END], rows[1], rows[1], keys, 1),
-    )
+    tensors: list[Maybe] = [*score.tensors, v, *_NO_REST, o, *_NO_READ_OUTS]
+    numbers = (*score.numbers[:_GAIN_END], rows[1], rows[1], keys, 1)
+    run("attention.forward", backend, tensors, numbers)
     return o
 
 
 _NO_REST = (None,) * 3  # head_gate identity_mix mass_keys
 _NO_READ_OUTS = (None,) * 6
-_GAIN_END = Score._fields.index("gain_end")
+_GAIN_END = Score._fields.index("gain_end") - TENSORS
 
 
 def forward_call(

@@ -199,9 +199,9 @@ def attention(
         v = widen(v)
     way = route(OP, (*score.tensors, v, gate, mix))
     if way == "direct" and gate is None and mix is None and return_aux is None and has_width:
-        o = native.output(score, v, backend)
-        if o is not None:
-            return o
+        plain = native.output(score, v, backend)
+        if plain is not None:
+            return plain
     if way == "autograd":
         o, *made = differentiable(
             *score.tensors, v, gate, mix, mass_keys, *score.numbers,
