@@ -72,16 +72,20 @@ struct ApplyKernel {
     // y += Phi(a) S,  z += Phi(a) n.
     HW_DEVICE HW_INLINE void read_state() {
       const int g = dev::lane() / 4, t = dev::lane() % 4;
-      Pair<Element> own[kStrips][4];
-      load_own(own);
+      uint32_t own[kStrips][4];  // packed: registers are short
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip)
+        tokens_by_columns(own[strip], smem.chunks.a, strip, 0);
       for_each_block([&](auto block) {
         constexpr int r = block;
         Pair<Element> b[2][2];
         state_operand<r>(b);
         HW_UNROLL
         for (int strip = 0; strip < kStrips; ++strip) {
-          Pair<Element> phi[4];
-          features_of_tokens<Element, r>(phi, own[strip], smem.chunks.a, strip);
+          Pair<Element> phi[4], x[4];
+          HW_UNROLL
+          for (int i = 0; i < 4; ++i) x[i] = P::exact(own[strip][i]);
+          features_of_tokens<Element, r>(phi, x, smem.chunks.a, strip);
           P::mma(y[strip][0], phi, b[0]);
           P::mma(y[strip][1], phi, b[1]);
           if constexpr (!kQueries) {
@@ -91,15 +95,6 @@ struct ApplyKernel {
           }
         }
       });
-    }
-
-    HW_DEVICE HW_INLINE void load_own(Pair<Element> own[kStrips][4]) {
-      HW_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) {
-        uint32_t word[4];
-        tokens_by_columns(word, smem.chunks.a, strip, 0);
-        for (int i = 0; i < 4; ++i) own[strip][i] = P::exact(word[i]);
-      }
     }
 
     // c S of block r as B: (slots 2t, 2t+1 | + 8; column 8 j + g).
@@ -274,8 +269,10 @@ struct ApplyKernel {
     if (!find_walk<kQueries>(smem.chunks.walk, p, p.group)) return;
     Block block(p, smem, dev::block_index_z() * kDim);
     const Stream& stream = block.stream;
-    const bool reads_start = p.before.kv || p.before.z, stores_end = p.after.kv || p.after.z;
-    const bool adds = p.causal && !stream.walk.direct;
+    // Asked anew for every chunk: registers are short.
+    const auto reads_start = [&] { return p.before.kv || p.before.z; };
+    const auto stores_end = [&] { return p.after.kv || p.after.z; };
+    const auto adds = [&] { return p.causal && !stream.walk.direct; };
     stream.prefetch(Item{});
     block.start();
     for (Item item; stream.walk.has(item); item = stream.walk.next(item)) {
@@ -286,16 +283,16 @@ struct ApplyKernel {
       stream.turn(item);
       if (stream.walk.first_of_rows(item)) {
         block.clear();
-        if (!stream.walk.direct && (item.chunk > 0 || reads_start)) block.read_state();
+        if (!stream.walk.direct && (item.chunk > 0 || reads_start())) block.read_state();
       }
       if (stream.needs_keys()) block.read_chunk(item);
       if (last) block.store(stream.walk.row_chunk(item));
-      if (adds && (stream.walk.has(next) || stores_end)) {
+      if (adds() && (stream.walk.has(next) || stores_end())) {
         stream.template add<true>(block.state, item);
         if constexpr (!kQueries) block.publish_sums();
       }
     }
-    if (adds) block.finish();
+    if (adds()) block.finish();
   }
 };
 
