@@ -27,26 +27,46 @@
 
 namespace hw::dev {
 
-// Four matrices; every lane gives a row.                      ldmatrix.sync.aligned.m8n8.x4 (sm_75)
-HW_DEVICE HW_INLINE void load_matrix_x4(uint32_t regs[4], const void* row HW_AND_SITE) {
+// A row's address that differs from another one by constants: bits `flip` of it exclusive-ored, then
+// `shift` bytes. A few rows of a swizzled tile thus share one register.
+struct Detour {
+  int flip = 0, shift = 0;
+};
+
 #if defined(HW_EMULATE)
-  emu::load_matrix(emu::kLoadMatrixX4, regs, row, site);
+inline const void* by(const void* row, Detour detour) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(row) ^ static_cast<uintptr_t>(detour.flip);
+  return reinterpret_cast<const void*>(at + static_cast<uintptr_t>(detour.shift));
+}
+#else
+HW_DEVICE HW_INLINE uint32_t by(const void* row, Detour detour) {
+  return (shared_address(row) ^ static_cast<uint32_t>(detour.flip)) +
+         static_cast<uint32_t>(detour.shift);
+}
+#endif
+
+// Four matrices; every lane gives a row.                      ldmatrix.sync.aligned.m8n8.x4 (sm_75)
+HW_DEVICE HW_INLINE void load_matrix_x4(
+    uint32_t regs[4], const void* row, Detour detour = {} HW_AND_SITE) {
+#if defined(HW_EMULATE)
+  emu::load_matrix(emu::kLoadMatrixX4, regs, by(row, detour), site);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
-               : "r"(shared_address(row))
+               : "r"(by(row, detour))
                : "memory");
 #endif
 }
 
 // The same, each matrix transposed.
-HW_DEVICE HW_INLINE void load_matrix_x4_transposed(uint32_t regs[4], const void* row HW_AND_SITE) {
+HW_DEVICE HW_INLINE void load_matrix_x4_transposed(
+    uint32_t regs[4], const void* row, Detour detour = {} HW_AND_SITE) {
 #if defined(HW_EMULATE)
-  emu::load_matrix(emu::kLoadMatrixX4Transposed, regs, row, site);
+  emu::load_matrix(emu::kLoadMatrixX4Transposed, regs, by(row, detour), site);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
-               : "r"(shared_address(row))
+               : "r"(by(row, detour))
                : "memory");
 #endif
 }

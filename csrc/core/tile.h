@@ -4,6 +4,7 @@
 //   Rows                rows of a matrix in global memory
 //   Tile                [kRows, kColumns] in shared memory, swizzled
 //   load_tile           Rows -> Tile, 16 bytes at a time by cp.async where rows are aligned
+//   walk_stages         tiles that are read while the next ones load
 //   Fragment            an fp32 matrix spread over a warp, as mma leaves it (core/mma.h)
 //   multiply_rows       D += A B^T, both tiles
 //   multiply_columns    D += P B, P a fragment rounded to elements (pack), B a tile
@@ -136,6 +137,10 @@ struct Tile {
   static_assert(sizeof(Element) == 2 && kColumns % 32 == 0, "rows of 64 bytes or a multiple");
   alignas(128) Element at[kRows * kColumns];
 
+  // From unit 0 or 1 of a row to the unit that is `even` units further on.
+  static constexpr dev::Detour detour(int even) {
+    return {(even & (kGroup - 1)) * 16, (even & -kGroup) * 16};
+  }
   // The 8 elements (row, 8 unit ..).
   HW_DEVICE HW_INLINE Element* unit(int row, int u) { return at + place(row, u); }
   HW_DEVICE HW_INLINE const Element* unit(int row, int u) const { return at + place(row, u); }
@@ -146,9 +151,9 @@ struct Tile {
 
  private:
   // Units change places within groups of kGroup, so that addresses differ by constants from group to
-  // group.
+  // group, and within a group, which is aligned to its size, in fixed bits.
+  static constexpr int kGroup = kUnits % 8 == 0 ? 8 : 4;
   HW_DEVICE HW_INLINE static int place(int row, int u) {
-    constexpr int kGroup = kUnits % 8 == 0 ? 8 : 4;
     const int turn = kGroup == 8 ? row & 7 : (row >> 1) & 3;
     return (row * kUnits + (u & -kGroup) + ((u & (kGroup - 1)) ^ turn)) * 8;
   }
@@ -158,6 +163,24 @@ template <int kThreads, class Element, int kRows, int kColumns>
 HW_DEVICE HW_INLINE void load_tile(Tile<Element, kRows, kColumns>& tile,
                                    const Rows<Element>& rows) {
   load_units<kRows, kColumns / 8, kThreads>(rows, [&](int r, int u) { return tile.unit(r, u); });
+}
+
+// Tiles begin .. end - 1 through two stages: prefetch(tile) starts the copies of a tile to stage
+// tile % 2, visit(tile) reads it meanwhile the next is on its way. What was started before lands with
+// the first. One barrier per tile; none after the last. Whole block.
+template <class Prefetch, class Visit>
+HW_DEVICE HW_INLINE void walk_stages(int begin, int end, const Prefetch& prefetch,
+                                     const Visit& visit) {
+  prefetch(begin);
+  dev::copy_async_commit();
+  HW_UNROLL_BY(1)
+  for (int tile = begin; tile < end; ++tile) {
+    dev::copy_async_wait<0>();
+    dev::sync_block();
+    if (tile + 1 < end) prefetch(tile + 1);
+    dev::copy_async_commit();
+    visit(tile);
+  }
 }
 
 // ---- Fragments ----------------------------------------------------------------------------------
@@ -220,17 +243,18 @@ HW_DEVICE HW_INLINE Packed<kStrips, kTiles / 2> pack(const Fragment<kStrips, kTi
 template <class T>
 HW_DEVICE HW_INLINE void load_left(uint32_t regs[4], const T& tile, int row, int step) {
   const int lane = dev::lane();
-  dev::load_matrix_x4(regs, tile.unit(row + lane % 16, 2 * step + lane / 16));
+  dev::load_matrix_x4(regs, tile.unit(row + lane % 16, lane / 16), T::detour(2 * step));
 }
 template <class T>
 HW_DEVICE HW_INLINE void load_left_transposed(uint32_t regs[4], const T& tile, int row, int step) {
   const int lane = dev::lane();
-  dev::load_matrix_x4_transposed(regs, tile.unit(row + lane % 16, 2 * step + lane / 16));
+  dev::load_matrix_x4_transposed(regs, tile.unit(row + lane % 16, lane / 16), T::detour(2 * step));
 }
 template <class T>
 HW_DEVICE HW_INLINE void load_right(uint32_t regs[4], const T& tile, int row, int step) {
   const int lane = dev::lane();
-  dev::load_matrix_x4(regs, tile.unit(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+  dev::load_matrix_x4(regs, tile.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2),
+                      T::detour(2 * step));
 }
 
 // d += A B^T: rows a_row .. of a, rows b_row .. of b.

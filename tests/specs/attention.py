@@ -13,7 +13,7 @@ import headworks as hw
 from headworks.ops import _attention_native as native
 from headworks.ops import attention as module
 from headworks.ops._attention_score import score_of
-from headworks.testing import EVERY_DTYPE, Case, Spec
+from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
 SOFTMAXES = ("softmax", "softmax1")
 WEIGHTS = (
@@ -349,8 +349,13 @@ EMULATOR_CASES = (
         case(Sq=20, H=1, D=d, Dv=dv)
         for d, dv in ((1, 1), (40, 8), (8, 40), (64, 64), (96, 20), (128, 128))
     ),
+    case(Sq=70, H=1, Hq=2, D=100, Dv=128, causal=True),
+    case(Sq=40, H=1, D=200, Dv=150, causal=True),
+    case(Sq=40, H=1, D=200, Dv=150, causal=True, key_bias="11k"),
     case(Sq=1, Sk=200, H=1, Hq=4, causal=True, label="decode"),
     case(Sq=70, H=1, window=(9, 3)),
+    case(Sq=33, Sk=70, B=2, H=1, Hq=2, bias="11qk"),
+    case(Sq=70, Sk=66, H=1, Hq=2, bias="11q1", weights=("sigmoid", "length")),
     case(Sq=33, H=1, bias="11qk", hidden=0.4, aux=STATISTICS),
     case(Sq=33, Sk=20, H=1, bias="b11k", key_bias="1hk", causal=True),
     case(Sq=33, H=1, softcap=2.0, temperature="1qh", key_gain="11k", gain_rows=(-1, None)),
@@ -401,6 +406,6 @@ SPEC = Spec(
     emulator_cases=EMULATOR_CASES,
     benchmark_cases=BENCHMARK_CASES,
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
 )

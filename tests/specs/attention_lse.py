@@ -8,7 +8,7 @@ import torch
 import headworks as hw
 from headworks.ops import _attention_native as native
 from headworks.ops._attention_score import score_of
-from headworks.testing import EVERY_DTYPE, Spec
+from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
 from .attention import LENGTHS, SOFTMAXES, case
@@ -76,6 +76,6 @@ SPEC = Spec(
     emulator_cases=(case(Sq=70, H=1, causal=True), case(Sq=20, Sk=40, H=1, bias="11qk")),
     benchmark_cases=(case(Sq=4096, H=8, D=64, Dv=64),),
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
 )

@@ -10,7 +10,7 @@ import torch
 
 import headworks as hw
 from headworks.ops._attention_score import score_of
-from headworks.testing import EVERY_DTYPE, Spec
+from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
 from .attention import LENGTHS, WEIGHTS
@@ -117,6 +117,6 @@ SPEC = Spec(
         case(s, H=8, D=64, Dv=64, lse=o) for s in (1024, 4096) for o in ("inside", "given")
     ),
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
 )

@@ -11,7 +11,7 @@ import torch
 import headworks as hw
 from headworks.ops._attention_checks import broadcast
 from headworks.ops._attention_score import score_of
-from headworks.testing import EVERY_DTYPE, Spec
+from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
 from .attention import LENGTHS, WEIGHTS
@@ -137,6 +137,6 @@ SPEC = Spec(
         case(s, H=8, D=64, Dv=64, causal=True, kind="mean") for s in (1024, 4096)
     ),
     sample_cases=SAMPLE_CASES,
-    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
 )

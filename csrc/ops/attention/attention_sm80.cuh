@@ -4,9 +4,19 @@
 //   _sm80_layout.cuh     what it takes, how it is cut, workspace
 //   _sm80_score.cuh      place of a block, scores in fragments
 //   _sm80_finish.cuh     outputs of a row, merge of partial results
-//   _sm80_forward.cuh    loop R
+//   _sm80_forward.cuh    loop R: rows with a running softmax
+//   _sm80_loop.cuh       loops R2 and C: rows or keys, given the row statistics
+//   _sm80_backward.cuh   gradients
+//   _sm80_columns.cuh    sums, maxima, P^T x
+//
+// Compile-time choices: the dtype, the width that D and Dv are padded to, and whether scores are
+// plain, scale > 0 times products under a mask, which saves their registers and half of the
+// instructions per score. All options of scores that are not plain are run-time flags, the same for
+// all threads, looked at once per tile.
 #pragma once
 
+#include "ops/attention/attention_sm80_backward.cuh"
+#include "ops/attention/attention_sm80_columns.cuh"
 #include "ops/attention/attention_sm80_forward.cuh"
 
 #include "core/launch.h"
@@ -52,7 +62,7 @@ void forward(const Call& call, const ForwardParams& f) {
       f, ScoreInputs<Element>(f), input_of<Element>(f.v), o, w, units, plan, partials};
   launch<Kernel>({plan.tasks, plan.spans, 1}, sizeof(typename Kernel::Smem), call.context, params);
   if (plan.spans == 1) return;
-  using Merge = MergeKernel<Element>;
+  using Merge = MergeKernel<Element, kPlain>;
   const typename Merge::Params merge{f, o, w, partials, plan.spans, units};
   launch<Merge>({ceil_div<int64_t>(at.rows, Merge::kWarps), 1, 1}, 0, call.context, merge);
 }
@@ -63,6 +73,77 @@ void forward(const Call& call) {
   is_plain(f) ? forward<Element, kDim, true>(call, f) : forward<Element, kDim, false>(call, f);
 }
 
+// ---- Passes that know the row statistics --------------------------------------------------------
+
+template <class Element>
+LoopInputs<Element> loop_inputs(const ScoreParams& p, bool plain, const Ref<const void, 4>& queries,
+                                const Ref<const void, 4>& keys, const Ref<const void, 3>& statistic,
+                                const Ref<const void, 3>& extra) {
+  return {ScoreInputs<Element>(p),
+          input_of<Element>(queries),
+          input_of<Element>(keys),
+          statistic,
+          extra,
+          units_of(plain, p).unit};
+}
+
+template <class Kernel>
+void launch_blocks(int64_t groups, typename Kernel::Params params, int64_t rows,
+                   const Context& context) {
+  params.blocks = ceil_div<int64_t>(rows, Kernel::L::kOwn);
+  launch<Kernel>({groups * params.blocks, 1, 1}, sizeof(typename Kernel::Smem), context, params);
+}
+
+template <class Element, int kDim, bool kPlain>
+void backward(const Call& call, const BackwardParams& b) {
+  GradientParams<Element> p{b,
+                            loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row, b.delta),
+                            output_of<Element>(b.d_q),
+                            output_of<Element>(b.d_k),
+                            output_of<Element>(b.d_v),
+                            shares_bias(b),
+                            0};
+  const Context& context = call.context;
+  const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
+  launch_blocks<QueryGradKernel<Element, kDim, kPlain>>(queries, p, b.max_q, context);
+  if constexpr (kDim <= 128) {
+    launch_blocks<KeyGradKernel<Element, kDim, kPlain, KeyGrads::both>>(keys, p, b.max_k, context);
+  } else {
+    launch_blocks<KeyGradKernel<Element, kDim, kPlain, KeyGrads::keys>>(keys, p, b.max_k, context);
+    if (b.d_v)
+      launch_blocks<KeyGradKernel<Element, kDim, kPlain, KeyGrads::values>>(keys, p, b.max_k,
+                                                                            context);
+  }
+  if constexpr (!kPlain) {
+    if (!p.shared_bias) return;
+    using Bias = BiasGradKernel<Element, kDim>;
+    p.blocks = ceil_div<int64_t>(b.max_q, Bias::L::kOwn);
+    launch<Bias>(Bias::grid(p), sizeof(typename Bias::Smem), context, p);
+  }
+}
+
+template <class Element, int kDim>
+void backward(const Call& call) {
+  const BackwardParams b = backward_params(call);
+  has_plain_scores(b) ? backward<Element, kDim, true>(call, b)
+                      : backward<Element, kDim, false>(call, b);
+}
+
+template <class Element, int kDim, bool kPlain>
+void columns(const Call& call, const ColumnsParams& c) {
+  using Kernel = ColumnsKernel<Element, kDim, kPlain>;
+  const typename Kernel::Params p{c, loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.row_weight),
+                                  output_of<Element>(c.y), 0};
+  launch_blocks<Kernel>(c.sequences() * c.query_heads(), p, c.max_k, call.context);
+}
+
+template <class Element, int kDim>
+void columns(const Call& call) {
+  const ColumnsParams c = columns_params(call);
+  has_plain_scores(c) ? columns<Element, kDim, true>(call, c)
+                      : columns<Element, kDim, false>(call, c);
+}
+
 }  // namespace hw::attention::sm80
 
 namespace hw::attention {
@@ -71,6 +152,8 @@ namespace hw::attention {
 template <class Element, int kDim>
 struct Sm80 {
   static void forward(const Call& call) { sm80::forward<Element, kDim>(call); }
+  static void backward(const Call& call) { sm80::backward<Element, kDim>(call); }
+  static void columns(const Call& call) { sm80::columns<Element, kDim>(call); }
 };
 
 }  // namespace hw::attention

@@ -47,7 +47,8 @@ struct RowSums {
 
 // Partial results of the spans.
 struct Partials {
-  float *values = nullptr, *sums = nullptr;  // [spans, rows, Dv], [spans, rows, kSumsOfRow]
+  float *values = nullptr, *sums = nullptr;  // [spans, rows, Dv], [spans, rows, kSumsOfRow]; of the
+                                             // sums, plain ones have the first two
   int64_t rows = 0, columns = 0;             // rows = [N, Hq, max_q]
   static constexpr float kDead = -1.0f;      // in place of `sum`: the loop did not run
 
@@ -140,7 +141,7 @@ struct Finish {
 };
 
 // Merges the spans of a row, in their order. A warp per row.
-template <class Element>
+template <class Element, bool kPlain>
 struct MergeKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * dev::kWarp;
   struct Params {
@@ -168,7 +169,7 @@ struct MergeKernel {
       part.move(top, p.units.unit);
       whole.add(part);
     }
-    const Finish<Element, false> finish{p.f, p.o, p.w, place, p.units};
+    const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
     const float factor = finish.settle(row, whole, dead, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
@@ -185,6 +186,7 @@ struct MergeKernel {
 
   HW_DEVICE static HW_INLINE RowSums sums(const Params& p, int64_t span, int64_t index) {
     const float* s = p.partials.sums_of(span, index);
+    if constexpr (kPlain) return {s[0], s[1]};
     return {s[0], s[1], s[2], s[3], s[4]};
   }
 };

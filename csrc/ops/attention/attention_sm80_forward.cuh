@@ -3,7 +3,7 @@
 //
 //   w_i = sum_j e^(s_ij - M_i) v_j / l_i      M_i = max_j s_ij     l_i = sum_j e^(s_ij - M_i)
 //
-// A block owns kRows queries of one head, each of its 4 warps 16 kStrips of them, and walks tiles of
+// A block owns kRows queries of one head, each of its warps 16 kStrips of them, and walks tiles of
 // kKeys keys: those that some of its queries sees, cut by its span. Per tile and warp
 //
 //   c [rows, keys]   = q k^T        both from shared memory
@@ -21,9 +21,10 @@ namespace hw::attention::sm80 {
 template <class Element, int kDim, bool kPlain>
 struct ForwardKernel {
   using Tiles = ForwardTiles<kDim>;
-  static constexpr int kWarps = Tiles::kWarps, kThreads = kWarps * dev::kWarp;
-  static constexpr int kStrips = Tiles::kStrips, kRows = Tiles::kRows, kKeys = Tiles::kKeys;
-  static constexpr int kMinBlocks = kDim <= 128 ? 2 : 1;
+  static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
+  static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
+  static constexpr int kKeys = Tiles::kKeys;
+  static constexpr int kMinBlocks = kDim <= 128 && kPlain ? 2 : 1;
   using Scores = Fragment<kStrips, kKeys / 8>;
   using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8>;
   using Values = Fragment<kStrips, kDim / 8>;
@@ -50,25 +51,28 @@ struct ForwardKernel {
     Stage stage[2];
     If<!kPlain, float[kRows]> tau;
     Place place;
+    int64_t first;  // row of the block, in its sequence
   };
-  static_assert(sizeof(Smem) <= 99 * 1024, "shared memory of every architecture from sm_80 on");
+  static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
   struct Block {
     const Params& p;
     Smem& smem;
     const Place& place;        // in shared memory: registers are short
-    int64_t first;             // row of the block, in its sequence
+    const int64_t& first;      // likewise
     int warp_row;              // of this warp, in the block
     RowSums sums[kStrips][2];  // rows g and g + 8 of each strip; over this lane's columns, but max
     Values w;                  // before the division
 
-    HW_DEVICE HW_INLINE Block(const Params& params, Smem& s) : p(params), smem(s), place(s.place) {
-      // The last rows see most keys: they come first.
-      first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
+    HW_DEVICE HW_INLINE Block(const Params& params, Smem& s)
+        : p(params), smem(s), place(s.place), first(s.first) {
       warp_row = dev::warp() * kStrips * 16;
       const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
-      if (dev::thread_index() == 0)
+      if (dev::thread_index() == 0) {
         smem.place = place_of(p.f, task / heads, static_cast<int>(task % heads));
+        // The last rows see most keys: they come first.
+        smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
+      }
       dev::sync_block();
     }
 
@@ -112,9 +116,9 @@ struct ForwardKernel {
         temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, first);
     }
 
-    HW_DEVICE HW_INLINE void prefetch(int64_t tile) {
+    HW_DEVICE HW_INLINE void prefetch(int tile) {
       Stage& s = smem.stage[tile & 1];
-      const int64_t key = tile * kKeys;
+      const int64_t key = static_cast<int64_t>(tile) * kKeys;
       load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
       if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
       if constexpr (!kPlain) {
@@ -127,21 +131,14 @@ struct ForwardKernel {
     HW_DEVICE HW_INLINE void walk(const Range& tiles) {
       if (tiles.empty()) return;
       prefetch_queries();
-      prefetch(tiles.begin);
-      dev::copy_async_commit();
-      HW_UNROLL_BY(1)
-      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-        dev::copy_async_wait<0>();
-        dev::sync_block();
-        if (tile + 1 < tiles.end) prefetch(tile + 1);
-        dev::copy_async_commit();
-        step(tile);
-      }
+      walk_stages(
+          static_cast<int>(tiles.begin), static_cast<int>(tiles.end),
+          [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
     }
 
-    HW_DEVICE HW_INLINE void step(int64_t tile) {
+    HW_DEVICE HW_INLINE void step(int tile) {
       const Stage& stage = smem.stage[tile & 1];
-      Spot spot{first + warp_row, tile * kKeys};
+      Spot spot{first + warp_row, static_cast<int64_t>(tile) * kKeys};
       if constexpr (!kPlain) {
         spot.tau = smem.tau + warp_row;
         spot.key_bias = stage.numbers.bias;
@@ -260,8 +257,8 @@ struct ForwardKernel {
       const int64_t span = dev::block_index_y();
       if (dev::lane() % 4 == 0) {
         float* to = p.partials.sums_of(span, row);
-        to[0] = r.max, to[1] = is_dead ? Partials::kDead : r.sum, to[2] = r.tilt, to[3] = r.squares,
-        to[4] = r.mass;
+        to[0] = r.max, to[1] = is_dead ? Partials::kDead : r.sum;
+        if constexpr (!kPlain) to[2] = r.tilt, to[3] = r.squares, to[4] = r.mass;
       }
       float* to = p.partials.values_of(span, row);
       HW_UNROLL

@@ -15,12 +15,27 @@ inline int dim(const Call& call) {
   return static_cast<int>(max_of(q.size[3], values));
 }
 
-// Tiles of the forward kernel of a compiled width.
+// Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of keys
+// half as often as one; scores that are not plain need the registers of the second.
 template <int kDim>
 struct ForwardTiles {
-  static constexpr int kWarps = 4, kStrips = kDim <= 128 ? 2 : 1;
-  static constexpr int kRows = kWarps * kStrips * 16, kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kRows = kDim <= 128 ? 128 : 64, kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int strips(bool plain) { return plain && kDim <= 128 ? 2 : 1; }
+  static constexpr int warps(bool plain) { return kRows / (16 * strips(plain)); }
 };
+
+// Tiles of the loop of the other passes: own rows of a block, other rows of a tile. Two tensors of
+// either side, the other one twice, fit the shared memory of every architecture from sm_80 on; the
+// sums of both d_k and d_v beside scores that are not plain need narrow tiles.
+struct LoopTiles {
+  static constexpr int kOwn = 64;
+  static constexpr int others(int dim, bool plain) {
+    const int most = dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
+    return plain ? most : most < 32 ? 16 : most / 2;
+  }
+};
+
+inline constexpr int kSharedLimit = 99 * 1024;
 
 // Few blocks of rows (decoding): the keys are cut into spans, whose partial results are merged.
 inline constexpr int64_t kFewTasks = 64, kWantedTasks = 256, kMinSpan = 128;

@@ -129,7 +129,7 @@ struct Spot {
   int64_t row, key;
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key
-  const float *statistic = nullptr, *delta = nullptr;    // per query: row statistic, D - d_L
+  const float *statistic = nullptr, *extra = nullptr;    // per query: row statistic; D - d_L
 };
 
 template <class Element, bool kPlain, bool kKeysDown, int kStrips, int kTiles>
@@ -243,23 +243,21 @@ struct ScoreTile {
     }
   }
 
-  // dp / ds of s in place of s, where p is another fragment: softmaxes have p.
-  HW_DEVICE HW_INLINE void slopes(F& x, const F& weights) const {
+  // p in place of s, and ds in place of dp.
+  HW_DEVICE HW_INLINE void differentiate(F& x, F& dp, float unit) const {
     if (soft()) {
-      x = weights;
+      weigh(x, unit);
+      F::each([&](int s, int j, int i) {
+        dp.at[s][j][i] = x.at[s][j][i] * (dp.at[s][j][i] - spot.extra[query(s, j, i)]);
+      });
     } else {
       F::each([&](int s, int j, int i) {
-        const Fast a = activation_slope(p.activation, Fast(x.at[s][j][i]));
-        x.at[s][j][i] = static_cast<float>(a) * base(query(s, j, i));
+        const int q = query(s, j, i);
+        const Fast slope = activation_slope(p.activation, Fast(x.at[s][j][i]));
+        dp.at[s][j][i] = static_cast<float>(slope) * base(q) * (dp.at[s][j][i] - spot.extra[q]);
       });
+      weigh(x, unit);
     }
-  }
-
-  // ds of dp in place.
-  HW_DEVICE HW_INLINE void differentiate(F& dp, const F& slope) const {
-    F::each([&](int s, int j, int i) {
-      dp.at[s][j][i] = slope.at[s][j][i] * (dp.at[s][j][i] - spot.delta[query(s, j, i)]);
-    });
   }
 
   // Whether dx differs from ds.
@@ -270,6 +268,20 @@ struct ScoreTile {
     F::each([&](int s, int j, int i) {
       const float gain = p.key_gain ? gain_of(s, j, i) : 0.0f;
       ds.at[s][j][i] *= static_cast<float>(in.shape.slope(Fast(y.at[s][j][i]), gain));
+    });
+  }
+
+  // dc / scale of dx in place, where queries have temperatures.
+  HW_DEVICE HW_INLINE void heat(F& dx) const {
+    if (kPlain || !p.row_temperature) return;
+    F::each([&](int s, int j, int i) { dx.at[s][j][i] *= spot.tau[query(s, j, i)]; });
+  }
+
+  // Adds ds |y| of the rows that key_gain is for to the sums of the lane's keys (keys down).
+  HW_DEVICE HW_INLINE void add_gain_gradients(float (&share)[2], const F& ds, const F& y) const {
+    static_assert(kKeysDown && kStrips == 1, "sums of keys");
+    F::each([&](int s, int j, int i) {
+      if (in_gain_rows(query(s, j, i))) share[i / 2] += ds.at[s][j][i] * hw::abs_of(y.at[s][j][i]);
     });
   }
 

@@ -154,7 +154,8 @@ def rows_seeing(score: Score) -> Tensor:
 class _ColumnSum(torch.autograd.Function):
     """(Score's tensors, row_weight, lse or None, Score's numbers, backend) -> sums.
 
-    The backward pass of 16-bit inputs runs on fp32 copies: gamma, r and the sums are fp32.
+    The backward pass of 16-bit inputs runs on fp32 copies: gamma, r and the sums are fp32. Tensor
+    cores do not take these; after sm80 the CUDA cores do it.
     """
 
     @staticmethod
@@ -180,7 +181,8 @@ class _ColumnSum(torch.autograd.Function):
             bias=None if own.bias is None else own.bias.to(dtype),
         )
         v = gamma.transpose(1, 2)[..., None]  # [B, Sk, Hq, 1]
-        w = operators.forward(score, v, None, None, None, Want(skip_dead=False), ctx.backend).o
+        backend = ctx.backend.replace("sm80", "simt")
+        w = operators.forward(score, v, None, None, None, Want(skip_dead=False), backend).o
         assert w is not None
         d_weight = w[..., 0].transpose(1, 2)  # [B, Hq, Sq]
         grads: tuple[Maybe, ...] = (None,) * TENSORS
@@ -189,7 +191,7 @@ class _ColumnSum(torch.autograd.Function):
             d_w = r.transpose(1, 2)[..., None]
             delta = zeros(gamma, *own.row_shape) if row is None else r * d_weight
             want = score_gradients(ctx.needs_input_grad)
-            d_q, d_k, *rest = operators.backward(score, v, d_w, row, delta, want, ctx.backend)
+            d_q, d_k, *rest = operators.backward(score, v, d_w, row, delta, want, backend)
             d_q, d_k = d_q.to(own.q.dtype), per_key_head(d_k, own.k.shape[2]).to(own.k.dtype)
             grads = returned(own, (d_q, d_k, *rest), want)
         wanted = d_weight if ctx.needs_input_grad[TENSORS] else None
