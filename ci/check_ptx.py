@@ -28,6 +28,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,8 @@ class Budget:
 
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
+SOFT80 = "hw::attention::sm80::"
+TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 KIB = 1024
 
 BUDGETS = (
@@ -75,6 +78,16 @@ BUDGETS = (
     Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),
     Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + " true>", 255, 128, 2, 66 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + " false>", 224, 256, 1, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel<", 255, 128, 1, 99 * KIB, TENSOR),
+    Budget(SOFT80 + "QueryGradKernel" + TO_64, 168, 128, 3, 52 * KIB, TENSOR),
+    Budget(SOFT80 + "QueryGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "KeyGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "ColumnsKernel" + TO_128, 255, 128, 2, 52 * KIB, TENSOR),
+    Budget(SOFT80 + "(QueryGrad|KeyGrad|Columns)Kernel<", 255, 128, 1, 99 * KIB, TENSOR),
+    Budget(SOFT80 + "BiasGradKernel<", 255, 128, 1, 99 * KIB, TENSOR),
+    Budget(SOFT80 + "MergeKernel<", 96, 128, 4),
 )
 
 
@@ -134,7 +147,7 @@ def table(kernels: list[Kernel]) -> int:
     for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         wrong = faults(k, budget_of(k.name))
         faulty += bool(wrong)
-        name = re.sub(r"hw::|linear_attention::", "", k.name)
+        name = k.name.replace("hw::", "").replace("attention::", "")
         counts = [k.counts.get(i, 0) for i in ("mma", "ldmatrix", "cp.async")]
         print(f"{name:<64.64} {k.arch:>5} {k.registers:>5} {k.spills:>6} {k.stack:>6} "
               f"{k.shared:>7} {counts[0]:>5} {counts[1]:>5} {counts[2]:>4}  "
@@ -146,8 +159,9 @@ def table(kernels: list[Kernel]) -> int:
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, in CUDA_HOME, beside nvcc."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    """A program of the CUDA toolkit: on PATH, in CUDA_HOME, beside nvcc, or from PyPI's wheels."""
+    wheels = Path(sysconfig.get_path("purelib"), "nvidia/cu13")
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", str(wheels)]
     nvcc = shutil.which("nvcc")
     if nvcc and name != "nvcc":
         dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
@@ -169,7 +183,10 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    # cuobjdump calls nvdisasm, which lies beside it
+    path = os.pathsep.join([str(Path(command[0]).parent), os.environ.get("PATH", "")])
+    env = os.environ | {"PATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"check_ptx: failed: {shlex.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -266,10 +283,11 @@ def collect(build: Path, archs: list[str], only: str, jobs: int) -> list[Kernel]
 
 def dynamic_shared(names: set[str]) -> dict[str, int]:
     """sizeof(Kernel::Smem) of the kernels that have a plan, by the host compiler."""
-    planned = sorted(n for n in names if re.search(r"sm80::(Apply|Totals|Gradient)Kernel", n))
+    planned = sorted(n for n in names if (b := budget_of(n)) and b.shared)
     if not planned:
         return {}
-    lines = ['#include "ops/linear_attention/linear_attention_sm80.cuh"', "#include <cstdio>"]
+    lines = [f'#include "ops/{op}/{op}_sm80.cuh"' for op in ("attention", "linear_attention")]
+    lines += ["#include <cstdio>"]
     lines += ["int main() {"]
     lines += [f'  std::printf("%zu\\n", sizeof({name}::Smem));' for name in planned]
     with tempfile.TemporaryDirectory() as folder:

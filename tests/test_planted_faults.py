@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "cmake", "CMakeLists.txt", "CMakePresets.json", "pyproject.toml")
 LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
+SOFT = "ops/attention/attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
 # Compares the small cases of an operator on a backend in both orders of asynchronous copies.
@@ -72,8 +73,8 @@ def simt(name, file, right, wrong, operator="linear_attention"):
     return Fault(name, file, right, wrong, operator, "emulate:simt")
 
 
-def sm80(name, file, right, wrong):
-    return Fault(name, file, right, wrong, "linear_attention", "emulate:sm80", "bfloat16")
+def sm80(name, file, right, wrong, operator="linear_attention"):
+    return Fault(name, file, right, wrong, operator, "emulate:sm80", "bfloat16")
 
 
 FAULTS = (
@@ -105,6 +106,36 @@ FAULTS = (
          "{ return key < row; }"),
     sm80("wrong_sign", f"{LINEAR}_sm80_backward.cuh", "value *= p.scale * weight_derivative",
          "value *= -p.scale * weight_derivative"),
+    cpu("not_rescaled", f"{SOFT}_cpu_forward.h", "if (moved) rescale(", "if (false) rescale(",
+        "attention"),
+    cpu("wrong_sign", f"{SOFT}_cpu_backward.h", "(load(ds + at) - load(delta_of_ + l))",
+        "(load(ds + at) + load(delta_of_ + l))", "attention"),
+    cpu("mask_off_by_one", f"{SOFT}_cpu_tile.h", "load(last_ + l) <= key", "load(last_ + l) < key",
+        "attention"),
+    cpu("weight_ignored", f"{SOFT}_cpu_columns.h", "if (!p_.row_weight) return 1;",
+        "return 1;", "column_stats"),
+    simt("not_rescaled", f"{SOFT}_simt_forward.cuh", "if (soft) rescale(factor);", "",
+         "attention"),
+    simt("wrong_sign", f"{SOFT}_simt_gradient.cuh", "(dp[0][u] - tile.extra(r, u))",
+         "(dp[0][u] + tile.extra(r, u))", "attention"),
+    simt("mask_off_by_one", f"{SOFT}_simt_tile.cuh", "j < seen.end;", "j <= seen.end;",
+         "attention"),
+    simt("weight_ignored", f"{SOFT}_simt_columns.cuh", "weight * tile.extra(r, u) : weight;",
+         "weight : weight;", "column_stats"),
+    sm80("missing_wait", "core/tile.h", "dev::copy_async_wait<0>();", "", "attention"),
+    sm80("stage_reused", "core/tile.h", "wait<0>();\n    dev::sync_block();", "wait<0>();",
+         "attention"),
+    sm80("not_rescaled", f"{SOFT}_sm80_forward.cuh", "w.at[strip][j][2 * half] *= factor;", "",
+         "attention"),
+    sm80("wrong_sign", f"{SOFT}_sm80_score.cuh", "(dp.at[s][j][i] - spot.extra[query(s, j, i)])",
+         "(dp.at[s][j][i] + spot.extra[query(s, j, i)])", "attention"),
+    sm80("mask_off_by_one", f"{SOFT}_sm80_score.cuh", "column >= end)", "column > end)",
+         "attention"),
+    sm80("sums_of_one_head", f"{SOFT}_sm80_backward.cuh",
+         "head < (key_head + 1) * b.group(); ++head", "head < key_head * b.group() + 1; ++head",
+         "attention"),
+    sm80("weight_ignored", f"{SOFT}_sm80_columns.cuh",
+         "w * score.spot.extra[Pairs::column(j, i)] : w;", "w : w;", "column_stats"),
 )  # fmt: skip
 
 

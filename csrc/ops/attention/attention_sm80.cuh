@@ -107,12 +107,11 @@ void backward(const Call& call, const BackwardParams& b) {
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, kPlain>>(queries, p, b.max_q, context);
   if constexpr (kDim <= 128) {
-    launch_blocks<KeyGradKernel<Element, kDim, kPlain, KeyGrads::both>>(keys, p, b.max_k, context);
+    launch_blocks<KeyGradKernel<Element, kDim, kPlain, true, true>>(keys, p, b.max_k, context);
   } else {
-    launch_blocks<KeyGradKernel<Element, kDim, kPlain, KeyGrads::keys>>(keys, p, b.max_k, context);
+    launch_blocks<KeyGradKernel<Element, kDim, kPlain, true, false>>(keys, p, b.max_k, context);
     if (b.d_v)
-      launch_blocks<KeyGradKernel<Element, kDim, kPlain, KeyGrads::values>>(keys, p, b.max_k,
-                                                                            context);
+      launch_blocks<KeyGradKernel<Element, kDim, kPlain, false, true>>(keys, p, b.max_k, context);
   }
   if constexpr (!kPlain) {
     if (!p.shared_bias) return;

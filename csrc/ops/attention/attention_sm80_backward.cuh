@@ -120,12 +120,9 @@ struct QueryGradKernel {
   }
 };
 
-enum class KeyGrads { both, keys, values };
-
-template <class Element, int kDim, bool kPlain, KeyGrads kWhich>
+// kKeyGrads: d_k and the sums of keys, kValueGrads: d_v; at least one of them.
+template <class Element, int kDim, bool kPlain, bool kKeyGrads, bool kValueGrads>
 struct KeyGradKernel {
-  static constexpr bool kKeyGrads = kWhich != KeyGrads::values;
-  static constexpr bool kValueGrads = kWhich != KeyGrads::keys;
   using L = Loop<Element, kDim, kPlain, true, kKeyGrads>;
   using Pairs = typename L::Pairs;
   using Values = typename L::Values;
