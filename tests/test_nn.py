@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headworks import nn
 from headworks.nn import functional
 from headworks.nn.rotary import apply_rotary, rotary_tables
-from headworks.nn.sliding_window import banded_attention
 
 WIDTH = 32
 
@@ -32,6 +31,9 @@ LAYERS = {
     "conv_1": lambda: nn.GatedShortConv(WIDTH, conv_width=1, bias=False),
 }
 LENGTHS = (1, 2, 65, 130)
+
+# Deprecations of torch's own making.
+INSIDE_TORCH = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -192,20 +194,93 @@ def test_linear_attention_equals_its_formula():
     torch.testing.assert_close(layer(x)[0], layer.out_proj(o.flatten(1)))
 
 
-@pytest.mark.parametrize("window", [0, 1, 3, 63, 64, 65, 128, 500])
+def window_by_formula(layer, x, past, starts=(0,)):
+    """The layer by its definition: every score in fp64, a mask, a softmax. x [1, past + S, d_model]
+    with sequences from ``starts`` on -> y [1, S, d_model] of the tokens after ``past``."""
+    count, heads, width = x.shape[1], layer.num_heads, layer.head_dim
+    token, starts = torch.arange(count), torch.tensor(starts)
+    start = starts[torch.searchsorted(starts, token, right=True) - 1]
+    weight, out = layer.Wqkv.weight.double(), layer.out_proj.weight.double()
+    q, k, v = (x.double() @ weight.T).view(count, 3, heads, width).unbind(1)  # [past + S, H, D]
+    if layer.rotary_dim:
+        pair = torch.arange(layer.rotary_dim // 2, dtype=torch.float64)
+        angle = (token - start)[:, None] * layer.rotary_base ** (-2 * pair / layer.rotary_dim)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # [past + S, 1, R / 2]
+        q, k = (_turned(t, turn) for t in (q, k))
+    distance = token[:, None] - token
+    seen = (distance >= 0) & (distance <= layer.window) & (token >= start[:, None])
+    score = torch.einsum("ihd,jhd->hij", q, k) / width**0.5
+    p = score.masked_fill(~seen, -torch.inf).softmax(-1)  # [H, past + S, past + S]
+    o = torch.einsum("hij,jhd->ihd", p, v).flatten(1)
+    return (o @ out.T)[None, past:]
+
+
+def _turned(t, turn):
+    # t [S, H, D]: the channels (i, i + R / 2) as the complex number that `turn` [S, 1, R/2] turns.
+    half = turn.shape[-1]
+    z = torch.complex(t[..., :half], t[..., half : 2 * half]) * turn
+    return torch.cat([z.real, z.imag, t[..., 2 * half :]], dim=-1)
+
+
+WINDOWS = pytest.mark.parametrize("window", [0, 1, 3, 63, 64, 65, 128, 500])
+
+
+def window_layer(window, rotary_dim=4, **options):
+    layer = nn.SlidingWindowAttention(WIDTH, 4, window=window, rotary_dim=rotary_dim, **options)
+    with torch.no_grad():
+        layer.Wqkv.weight.mul_(2)
+    return layer
+
+
+@WINDOWS
 @pytest.mark.parametrize("tokens", [1, 64, 65, 129, 300])
-def test_banded_attention_equals_a_mask(window, tokens):
-    q, k, v = torch.randn(3, 2, tokens, 3, 8)
-    i = torch.arange(tokens)
-    distance = i[:, None] - i
-    mask = (distance >= 0) & (distance <= window)
-    expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    ).transpose(1, 2)
-    torch.testing.assert_close(banded_attention(q, k, v, window), expected, rtol=1e-4, atol=1e-5)
+def test_window_attention_equals_its_formula(window, tokens):
+    layer, x = window_layer(window), torch.randn(1, tokens, WIDTH)
+    compare(layer(x), window_by_formula(layer, x, 0))
 
 
-def test_banded_attention_never_makes_a_square():
+@WINDOWS
+@pytest.mark.parametrize("past", [1, 63, 130])
+def test_window_attention_after_a_past_equals_its_formula(window, past):
+    layer, x = window_layer(window), torch.randn(1, past + 70, WIDTH)
+    expected = window_by_formula(layer, x, past)
+    _, state = layer(x[:, :past], return_state=True)
+    compare(layer(x[:, past:], state), expected)
+    stepped = torch.stack([layer.step(x[:, t], state) for t in range(past, past + 70)], dim=1)
+    compare(stepped, expected)
+
+
+@WINDOWS
+def test_packed_window_attention_equals_its_formula(window):
+    layer, x = window_layer(window), torch.randn(1, 200, WIDTH)
+    for dtype in (torch.int32, torch.int64):
+        offsets = torch.tensor([0, 1, 1, 4, 70, 199, 200], dtype=dtype)
+        expected = window_by_formula(layer, x, 0, (0, 1, 4, 70, 199))
+        compare(layer(x, cu_seqlens=offsets), expected)
+
+
+@pytest.mark.parametrize("window", [0, 3, 64, 100])
+@pytest.mark.parametrize("packed", [False, True])
+def test_window_gradients_equal_those_of_the_formula(window, packed):
+    layer, x = window_layer(window), torch.randn(1, 150, WIDTH, requires_grad=True)
+    offsets = torch.tensor([0, 20, 150]) if packed else None
+    cotangent = torch.randn(1, 150, WIDTH)
+    inputs = (x, layer.Wqkv.weight, layer.out_proj.weight)
+    got = torch.autograd.grad(layer(x, cu_seqlens=offsets), inputs, cotangent)
+    formula = window_by_formula(layer, x, 0, (0, 20) if packed else (0,))
+    expected = torch.autograd.grad(formula, inputs, cotangent.double())
+    for a, b in zip(got, expected, strict=True):
+        compare(a, b)
+
+
+def compare(got, expected):
+    """fp32 against fp64: within 1e-5 of the largest number."""
+    assert got.shape == expected.shape and got.numel() > 0
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_window_attention_never_makes_a_square(train):
     class Largest(TorchDispatchMode):
         numbers = 0
 
@@ -216,11 +291,66 @@ def test_banded_attention_never_makes_a_square():
                     Largest.numbers = max(Largest.numbers, t.numel())
             return out
 
-    tokens, window = 4096, 64
-    q, k, v = torch.randn(3, 1, tokens, 2, 16)
-    with Largest():
-        banded_attention(q, k, v, window)
-    assert 0 < Largest.numbers <= tokens * 4 * window < tokens * tokens
+    tokens = 4096
+    layer = nn.SlidingWindowAttention(WIDTH, 2, window=64, rotary_dim=16)
+    x = torch.randn(1, tokens, WIDTH, requires_grad=train)
+    with Largest(), torch.set_grad_enabled(train):
+        y = layer(x)
+        if train:
+            y.backward(torch.ones_like(y))
+    assert tokens * WIDTH <= Largest.numbers <= tokens * 3 * WIDTH < tokens * tokens
+
+
+@INSIDE_TORCH
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_window_attention_compiles(dynamic):
+    layer = window_layer(20)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (50, 70):
+        x = torch.randn(1, tokens, WIDTH, requires_grad=True)
+        cotangent = torch.randn(1, tokens, WIDTH)
+        y = compiled(x)
+        compare(y, window_by_formula(layer, x, 0))
+        inputs = (x, *layer.parameters())
+        got = torch.autograd.grad(y, inputs, cotangent)
+        expected = torch.autograd.grad(layer(x), inputs, cotangent)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@INSIDE_TORCH
+def test_window_attention_exports():
+    layer, x = window_layer(20).eval(), torch.randn(1, 50, WIDTH)
+    program = torch.export.export(layer, (x,))
+    compare(program.module()(x), window_by_formula(layer, x, 0))
+
+
+def test_window_attention_under_autocast():
+    layer, x = window_layer(20), torch.randn(2, 50, WIDTH)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, state = layer(x[:, :30], return_state=True)
+        second, state = layer(x[:, 30:40], state, return_state=True)
+        stepped = torch.stack([layer.step(x[:, t], state) for t in range(40, 50)], dim=1)
+    got = torch.cat([first, second, stepped], dim=1)
+    assert got.dtype == torch.bfloat16 and state.k.dtype == torch.float32
+    assert (got - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_the_backend_of_window_attention_is_passed_on():
+    x = torch.randn(1, 9, WIDTH)
+    layer, other = window_layer(3), window_layer(3, backend="reference")
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), other(x), rtol=1e-4, atol=1e-5)
+    refused = window_layer(3, backend="simt")
+    for call in (
+        lambda: refused(x),
+        lambda: refused(x, cu_seqlens=torch.tensor([0, 4, 9])),
+        lambda: refused.step(x[:, 0], refused.init_state(1)),
+    ):
+        with pytest.raises(RuntimeError, match=r'backend="simt"'):
+            call()
 
 
 def test_window_attention_ignores_what_is_outside():

@@ -62,9 +62,9 @@ def check_packed(layer: nn.Module, x: Tensor, cu_seqlens: Tensor, stateful: bool
         )
 
 
-def packed_layout(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """For every token the sequence it belongs to and its position there, each [tokens] int64."""
+def packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The position of every token in its own sequence, [tokens] int64."""
     cu_seqlens = cu_seqlens.long()
     token = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return sequence, token - cu_seqlens[sequence]
+    return token - cu_seqlens[sequence]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_batch, check_packed, check_sequence, check_token, packed_layout
+from ._checks import check_batch, check_packed, check_sequence, check_token, packed_positions
 from ._types import Device, DType
 from .functional import gated_short_conv, short_conv
 
@@ -121,7 +121,7 @@ class GatedShortConv(nn.Module):
     def _packed(self, u: Tensor, cu_seqlens: Tensor) -> Tensor:
         # A tap reaches back only within its own sequence.
         a, b = u.chunk(2, -1)
-        position = packed_layout(cu_seqlens, u.shape[1])[1]
+        position = packed_positions(cu_seqlens, u.shape[1])
         taps = self.conv.conv.weight[:, 0].to(u.dtype)
         conv = a * taps[:, -1]
         for lag in range(1, min(self.conv_width, u.shape[1])):

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_batch, check_packed, check_sequence, check_token, packed_layout
+from ..ops.attention import attention
+from ._checks import check_batch, check_packed, check_sequence, check_token, packed_positions
 from ._types import Device, DType
 from .rotary import apply_rotary, rotary_tables
-
-# Queries are taken in blocks of at least this many, so that a tiny window still makes matrices.
-_MIN_BLOCK = 64
 
 
 @dataclass
@@ -43,8 +40,8 @@ class SlidingWindowAttention(nn.Module):
     ``window`` counts earlier tokens: 128 means 129 keys including the token's own. (A config of
     HazyResearch/based states twice that number: its 256 is 128 here.)
 
-    Time and memory grow as S * window: queries are taken in blocks of ``max(window, 64)``, and a
-    block needs only its own keys and those of the block before it.
+    Time grows as S * window and memory as S: :func:`headworks.attention` visits only the tiles of
+    scores that the window touches and stores none of them.
 
     Parameter names and shapes are those of HazyResearch/based: ``Wqkv.weight`` [3 H D, d_model]
     (rows: all of q, then k, then v; head by head) and ``out_proj.weight`` [d_model, H D].
@@ -56,6 +53,7 @@ class SlidingWindowAttention(nn.Module):
         rotary_dim: leading channels of a head that get rotary position embedding; 0 for none.
         rotary_base: base of its wavelengths.
         bias: give the two projections a bias.
+        backend: of both forms, as in :func:`headworks.attention`.
     """
 
     def __init__(
@@ -67,6 +65,7 @@ class SlidingWindowAttention(nn.Module):
         rotary_dim: int = 0,
         rotary_base: float = 10000.0,
         bias: bool = False,
+        backend: str = "auto",
         device: Device = None,
         dtype: DType = None,
     ) -> None:
@@ -89,6 +88,7 @@ class SlidingWindowAttention(nn.Module):
         self.window = window
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
+        self.backend = backend
         like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.Wqkv = nn.Linear(d_model, 3 * d_model, **like)
         self.out_proj = nn.Linear(d_model, d_model, **like)
@@ -114,10 +114,8 @@ class SlidingWindowAttention(nn.Module):
         check_sequence(self, x)
         if cu_seqlens is not None:
             check_packed(self, x, cu_seqlens, state is not None or return_state)
-            sequence, position = packed_layout(cu_seqlens, x.shape[1])
-            q, k, v = self._heads(x, position)
-            o = packed_banded_attention(q, k, v, self.window, sequence)
-            return self.out_proj(o.flatten(-2))
+            q, k, v = self._heads(x, packed_positions(cu_seqlens, x.shape[1]))
+            return self.out_proj(self._attend(q, k, v, cu_seqlens).flatten(-2))
         seen = 0
         if state is not None:
             check_batch(self, x, state.k.shape[0])
@@ -127,8 +125,7 @@ class SlidingWindowAttention(nn.Module):
             past_k, past_v = self._past(state)
             k = torch.cat([past_k.to(k.dtype), k], dim=1)
             v = torch.cat([past_v.to(v.dtype), v], dim=1)
-        o = banded_attention(q, k, v, self.window)
-        y = self.out_proj(o.flatten(-2))
+        y = self.out_proj(self._attend(q, k, v).flatten(-2))
         return (y, self._state_after(k, v, seen + x.shape[1])) if return_state else y
 
     @torch.no_grad()
@@ -143,12 +140,30 @@ class SlidingWindowAttention(nn.Module):
         state.v[:, :, slot] = v[:, 0]
         state.position += 1
         filled = min(state.position, self.window + 1)
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # [B, H, 1, D]
-            state.k[:, :, :filled].to(q.dtype),
-            state.v[:, :, :filled].to(q.dtype),
-        )
+        k, v = (t[:, :, :filled].transpose(1, 2).to(q.dtype) for t in state.tensors())
+        o: Any = attention(q, k, v, backend=self.backend)  # every slot is visible: [B, 1, H, D]
         return self.out_proj(o.flatten(1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """q [B, S, H, D], k and v [B, P + S, H, D] with P keys before the first query -> o like q.
+
+        The longest sequence is asked of cu_seqlens where that costs nothing, on the CPU; elsewhere
+        the sum of all lengths bounds it.
+        """
+        longest = None
+        if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+            longest = q.shape[1]
+        o: Any = attention(
+            q, k, v,
+            is_causal=True,
+            window_size=(self.window, 0),
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            backend=self.backend,
+        )  # fmt: skip
+        return o
 
     def _heads(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # x [B, S, d_model] -> q, k, v [B, S, H, D], q and k rotated. position [S]
@@ -182,77 +197,3 @@ class SlidingWindowAttention(nn.Module):
             f"d_model={self.d_model}, num_heads={self.num_heads}, window={self.window}, "
             f"rotary_dim={self.rotary_dim}"
         )
-
-
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Softmax attention in which query i sees the keys i + P - window .. i + P.
-
-    q [B, S, H, D], k and v [B, P + S, H, D] with P <= window keys before the first query
-    -> o [B, S, H, D].
-    """
-    tokens, past = q.shape[1], k.shape[1] - q.shape[1]
-    block = max(window, _MIN_BLOCK)
-    head = min(tokens, block)
-    if past == 0 and head <= window + 1:
-        o = _sdpa(q[:, :head], k[:, :head], v[:, :head], is_causal=True)
-    else:
-        mask = _band(head, past + head, past, window, q.device)
-        o = _sdpa(q[:, :head], k[:, : past + head], v[:, : past + head], attn_mask=mask)
-    if tokens == head:
-        return o
-    # From the second block on, a block's keys are its own and exactly one block before it.
-    mask = _band(block, 2 * block, block, window, q.device)
-    rest = _blockwise(q[:, head:], k[:, past:], v[:, past:], block, mask)
-    return torch.cat([o, rest], dim=1)
-
-
-def packed_banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sequence: Tensor
-) -> Tensor:
-    """The same within each of several sequences that lie one after the other.
-
-    q, k, v [1, S, H, D], sequence [S] the sequence of every token -> o [1, S, H, D].
-    """
-    tokens = q.shape[1]
-    block = max(window, _MIN_BLOCK)
-    blocks = -(-tokens // block)
-    before = (0, 0, 0, 0, block, 0)
-    band = _band(block, 2 * block, block, window, q.device)
-    query_sequence = F.pad(sequence, (0, blocks * block - tokens), value=-1).view(blocks, block, 1)
-    # The padding keeps a sequence of its own on either side; its queries are thrown away.
-    key_sequence = F.pad(sequence, (block, blocks * block - tokens), value=-1).view(-1, block)
-    key_sequence = torch.cat([key_sequence[:-1], key_sequence[1:]], dim=1).unsqueeze(1)
-    mask = (band & (query_sequence == key_sequence)).unsqueeze(1)  # [blocks, 1, block, 2 block]
-    return _blockwise(q, F.pad(k, before), F.pad(v, before), block, mask)
-
-
-def _blockwise(q: Tensor, k: Tensor, v: Tensor, block: int, mask: Tensor) -> Tensor:
-    """Every block of queries against its own keys and those of the block before.
-
-    q [B, S, H, D], k and v [B, block + S, H, D], mask broadcastable to [B * blocks, H, block,
-    2 * block] -> o [B, S, H, D]. The scores take S * 2 * block numbers per head, not S^2.
-    """
-    batch, tokens = q.shape[:2]
-    tail = (0, 0, 0, 0, 0, -tokens % block)
-    q = F.pad(q, tail).unflatten(1, (-1, block)).flatten(0, 1)  # [B * blocks, block, H, D]
-    k, v = (_with_previous(F.pad(t, tail).unflatten(1, (-1, block))) for t in (k, v))
-    o = _sdpa(q, k, v, attn_mask=mask)
-    return o.unflatten(0, (batch, -1)).flatten(1, 2)[:, :tokens]
-
-
-def _with_previous(t: Tensor) -> Tensor:
-    # [B, blocks + 1, block, H, D] -> [B * blocks, 2 * block, H, D]
-    return torch.cat([t[:, :-1], t[:, 1:]], dim=2).flatten(0, 1)
-
-
-def _band(rows: int, columns: int, offset: int, window: int, device: torch.device) -> Tensor:
-    """mask[i, j] = 0 <= i + offset - j <= window."""
-    i = torch.arange(offset, offset + rows, device=device).unsqueeze(1)
-    distance = i - torch.arange(columns, device=device)
-    return (distance >= 0) & (distance <= window)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    # [B, S, H, D] in and out
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
