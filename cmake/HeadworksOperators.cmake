@@ -4,7 +4,8 @@
 #   hw_add_operator(name FUNCTIONS f...  CPU t...  SIMT t...  SM80 t... SM80_DIMS d...  SM90 ...)
 #
 # One instance is one translation unit of a few lines, written under the build folder:
-#   cpu          per (dtype, instruction set), around csrc/ops/<name>/<name>_cpu.cpp
+#   cpu          per (dtype, instruction set), around csrc/ops/<name>/<name>_cpu.cpp; instruction
+#                sets with a list HW_ISA_INSTANCES_<isa> only for the instances in it
 #   simt, sm80   per (dtype, dim), around csrc/ops/<name>/<name>_<backend>.cuh; a .cu for nvcc and,
 #                for the emulator, the same text as .cpp
 # Files that would not change are not rewritten, so a second configure compiles nothing.
@@ -80,6 +81,10 @@ macro(hw_add_cpu)
   endif()
   foreach(HW_ISA IN LISTS HW_ISAS)
     foreach(HW_DTYPE IN LISTS hw_list)
+      if(HW_ISA_INSTANCES_${HW_ISA} AND
+          NOT ${HW_OP}_${HW_DTYPE} IN_LIST HW_ISA_INSTANCES_${HW_ISA})
+        continue()
+      endif()
       set(HW_TYPE ${HW_TYPE_${HW_DTYPE}})
       set(HW_INSTANCE ${HW_OP}_cpu_${HW_DTYPE}_${HW_ISA})
       set(hw_out ${hw_generated}/${HW_INSTANCE}.cpp)

@@ -260,6 +260,15 @@ def test_libraries_need_neither_torch_nor_the_driver(library):
         assert "$ORIGIN" in text
 
 
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")  # of x86, weakest first
+
+
+def isa_of(name: str) -> str:
+    """The instruction set that an object was compiled for, from its name."""
+    isa = re.search(r"_(avx[a-z0-9]+)\.cpp\.o$", name)
+    return isa.group(1) if isa else "baseline"
+
+
 def isa_objects() -> dict[str, list[Path]]:
     """The objects that libheadworks was linked from, by instruction set, where they still are."""
     preset = _library.info()["preset"]
@@ -267,10 +276,9 @@ def isa_objects() -> dict[str, list[Path]]:
     for folder in folders:
         objects = sorted((folder / "CMakeFiles" / "hw_native.dir").rglob("*.o"))
         if objects:
-            result: dict[str, list[Path]] = {"baseline": [], "avx2": [], "avx512": []}
+            result: dict[str, list[Path]] = {isa: [] for isa in ISAS}
             for file in objects:
-                isa = re.search(r"_(avx2|avx512)\.cpp\.o$", file.name)
-                result[isa.group(1) if isa else "baseline"].append(file)
+                result[isa_of(file.name)].append(file)
             return result
     pytest.skip("the object files are not there (not an editable or a CMake build)")
 
@@ -292,7 +300,7 @@ def test_no_function_of_a_wide_instruction_set_serves_the_others():
         pytest.skip("one instruction set only")
     own = {isa: shared_functions(files) for isa, files in objects.items() if files}
     # Ours must be inlined or of internal linkage; see core/simd.h.
-    ours = {name for isa in ("avx2", "avx512") for name in own.get(isa, ()) if "2hw" in name}
+    ours = {name for isa in ISAS[1:] for name in own.get(isa, ()) if "2hw" in name}
     assert not ours & own["baseline"], f"also in baseline objects: {sorted(ours & own['baseline'])}"
     build = objects["baseline"][0]
     while not (build / "build.ninja").exists():
@@ -300,11 +308,7 @@ def test_no_function_of_a_wide_instruction_set_serves_the_others():
     link = re.search(
         r"^build lib/libheadworks\.so: \S+ (.*?)(\||$)", (build / "build.ninja").read_text(), re.M
     )
-    order = [
-        {"avx2": 1, "avx512": 2}.get((re.search(r"_(avx2|avx512)\.cpp\.o", o) or [0, ""])[1], 0)
-        for o in link.group(1).split()
-        if ".cu.o" not in o
-    ]
+    order = [ISAS.index(isa_of(o)) for o in link.group(1).split() if ".cu.o" not in o]
     assert order == sorted(order), "objects must be linked from the weakest to the widest"
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import headworks as hw
 from headworks import _library
 
 native = _library._load()
@@ -210,6 +211,55 @@ def test_every_instruction_set_agrees():
     assert "baseline" in results or "neon" in results
     for result in results.values():
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_instruction_set_for_some_instances_only():
+    """Built for bf16 attention; the rest computes what the next weaker set does, bit for bit."""
+    if "avx512bf16" not in _library.info()["cpu"]["available"]:
+        pytest.skip("this machine or this build has no avx512bf16")
+    built = {
+        (op["name"], i["dtype"])
+        for op in _library.info()["operators"]
+        for i in op["instances"]
+        if i["isa"] == "avx512bf16"
+    }
+    assert built == {("attention", "bfloat16")}
+    for dtype, same in ((torch.float32, True), (torch.float16, True), (torch.bfloat16, False)):
+        x = torch.randn(3, 1, 70, 2, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results = {}
+        for isa in ("avx512", "avx512bf16", None):
+            _library.set_cpu_isa(isa)
+            results[isa] = hw.attention(*x, backend="cpu")
+        assert torch.equal(results["avx512"], results["avx512bf16"]) == same, dtype
+        assert torch.equal(results[None], results["avx512bf16"]), "the best that there is"
+        torch.testing.assert_close(results["avx512"], results["avx512bf16"], rtol=0.02, atol=0.02)
+
+
+def test_lanes_without_a_row_add_nothing():
+    """Behind an odd number of rows lies a lane whose weight, e^(0 + 100 - 0), is infinite. Neither
+    gradients of keys nor column sums may meet it: a bias that all keys share changes nothing."""
+    q, k, v, g = torch.randn(4, 1, 33, 2, 16, generator=torch.Generator().manual_seed(1)).unbind()
+    for isa in _library.info()["cpu"]["available"]:
+        _library.set_cpu_isa(isa)
+        for dtype in (torch.float32, torch.bfloat16):
+            results = []
+            for bias in (0.0, 100.0):
+                x = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+                options = {"key_bias": torch.full((1, 2, 33), bias), "backend": "cpu"}
+                grads = torch.autograd.grad(hw.attention(*x, **options), x, g.to(dtype))
+                results.append([*grads, hw.attention_transpose(*x[:2], g.to(dtype), **options)])
+            for plain, shifted in zip(*results, strict=True):
+                torch.testing.assert_close(shifted, plain, rtol=0.03, atol=0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what there is")
+def test_the_instruction_sets_are_those_of_the_machine():
+    needed = {"avx2": "avx2 fma f16c", "avx512": "avx512f avx512dq avx512bw avx512vl"}
+    needed["avx512bf16"] = needed["avx512"] + " avx512_bf16"
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    cpu = _library.info()["cpu"]
+    for isa in set(needed) & set(cpu["built"]):
+        assert (isa in cpu["available"]) == (set(needed[isa].split()) <= flags), isa
 
 
 def test_an_instruction_set_that_is_unknown():

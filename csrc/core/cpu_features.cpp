@@ -15,7 +15,8 @@
 namespace hw {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::baseline, Isa::neon, Isa::avx2, Isa::avx512};  // weakest first
+// Weakest first.
+constexpr Isa kIsas[] = {Isa::baseline, Isa::neon, Isa::avx2, Isa::avx512, Isa::avx512bf16};
 
 #if defined(__x86_64__)
 
@@ -48,12 +49,13 @@ bool detect(Isa isa) {
   const Registers one = cpuid(1, 0), seven = cpuid(7, 0);
   const bool avx2 = all(states, {kXmm, kYmm}) && all(one.c, {12, 28, 29}) &&  // FMA AVX F16C
                     all(seven.b, {5});                                        // AVX2
+  const bool avx512 = avx2 && all(states, {kOpmask, kZmmLow, kZmmHigh}) &&
+                      all(seven.b, {16, 17, 30, 31});  // F DQ BW VL
   switch (isa) {
     case Isa::baseline: return true;
     case Isa::avx2: return avx2;
-    case Isa::avx512:
-      return avx2 && all(states, {kOpmask, kZmmLow, kZmmHigh}) &&
-             all(seven.b, {16, 17, 30, 31});  // F DQ BW VL
+    case Isa::avx512: return avx512;
+    case Isa::avx512bf16: return avx512 && all(cpuid(7, 1).a, {5});  // AVX512_BF16
     default: return false;
   }
 }
@@ -101,6 +103,7 @@ const char* isa_name(Isa isa) {
     case Isa::baseline: return "baseline";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512bf16: return "avx512bf16";
     case Isa::neon: return "neon";
   }
   return "unknown";

@@ -3,6 +3,9 @@
 // and padded to whole vectors, A has any strides (so a transposed A costs nothing).
 //
 //   multiply<kAccumulate>(m, n, k, A, B, ldb, C, ldc)     C[m, n] (+)= A[m, k] B[k, n]
+//   multiply<false>(..., ldc, LaneFactors{f})             C[m, n] = A[m, k] B[k, n] diag(f[n])
+//
+// Elements of A and B are those of C or pairs of bf16 (core/pairs.h); k counts them.
 //
 // A register tile holds kRows x kVectors vectors of C while k runs: B is loaded once per tile row
 // group, elements of A are broadcast. 6 x 4 (32 registers) or 6 x 2 (16 registers) keep the fused
@@ -10,6 +13,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "core/pairs.h"
 #include "core/simd.h"
 
 namespace hw {
@@ -41,9 +45,27 @@ HW_INLINE Operand<T> transposed(const T* data, int64_t ld) {
   return {data, 1, ld};
 }
 
-template <bool kAccumulate, int kRows, int kVectors, class T>
-HW_INLINE void tile(int k, Operand<T> a, const T* __restrict b, int64_t ldb, T* __restrict c,
-                    int64_t ldc) {
+// What a product is multiplied by on its way into C.
+struct NoFactors {
+  template <class V>
+  HW_INLINE V operator()(V x, int) const {
+    return x;
+  }
+  HW_INLINE NoFactors from(int) const { return {}; }
+};
+template <class T>
+struct LaneFactors {
+  const T* factor;  // [n]
+
+  HW_INLINE Vec<T> operator()(Vec<T> x, int lane) const { return x * load(factor + lane); }
+  HW_INLINE LaneFactors from(int lane) const { return {factor + lane}; }
+};
+
+template <bool kAccumulate, int kRows, int kVectors, class E, class T, class Factors>
+HW_INLINE void tile(int k, Operand<E> a, const E* __restrict b, int64_t ldb, T* __restrict c,
+                    int64_t ldc, Factors factors) {
+  static_assert(kLanes<E> == kLanes<T>);
+  static_assert(!kAccumulate || std::is_same_v<Factors, NoFactors>);
   Vec<T> sum[kRows][kVectors];
   HW_UNROLL for (int i = 0; i < kRows; ++i) {
     HW_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -51,35 +73,41 @@ HW_INLINE void tile(int k, Operand<T> a, const T* __restrict b, int64_t ldb, T* 
     }
   }
   for (int p = 0; p < k; ++p) {
-    Vec<T> row[kVectors];
-    HW_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(b + p * ldb + v * kLanes<T>);
+    Vec<E> row[kVectors];
+    HW_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(b + p * ldb + v * kLanes<E>);
     HW_UNROLL for (int i = 0; i < kRows; ++i) {
-      const Vec<T> x = splat(a.data[i * a.row + p * a.col]);
+      const Vec<E> x = splat(a.data[i * a.row + p * a.col]);
       HW_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, row[v], sum[i][v]);
     }
   }
   HW_UNROLL for (int i = 0; i < kRows; ++i) {
-    HW_UNROLL for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kLanes<T>, sum[i][v]);
+    HW_UNROLL for (int v = 0; v < kVectors; ++v) {
+      store(c + i * ldc + v * kLanes<T>, factors(sum[i][v], v * kLanes<T>));
+    }
   }
 }
 
-// All rows of a column panel of kVectors vectors, the last rows by a smaller tile.
-template <bool kAccumulate, int kVectors, int kRows = kTileRows, class T>
-inline void panel(int m, int k, Operand<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+// All rows of a column panel of kVectors vectors, the last rows by a smaller tile. Never inlined:
+// amid other code the compiler would keep some of the sums in memory.
+template <bool kAccumulate, int kVectors, int kRows = kTileRows, class E, class T, class Factors>
+[[gnu::noinline]] void panel(int m, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
+                             Factors factors) {
   for (; m >= kRows; m -= kRows, a = a.rows(kRows), c += kRows * ldc)
-    tile<kAccumulate, kRows, kVectors>(k, a, b, ldb, c, ldc);
+    tile<kAccumulate, kRows, kVectors>(k, a, b, ldb, c, ldc, factors);
   if constexpr (kRows > 1)
-    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, ldb, c, ldc);
+    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, ldb, c, ldc, factors);
 }
 
-template <bool kAccumulate, int kVectors = kTileVectors, class T>
-inline void multiply(int m, int n, int k, Operand<T> a, const T* b, int64_t ldb, T* c,
-                     int64_t ldc) {
+template <bool kAccumulate, int kVectors = kTileVectors, class E, class T,
+          class Factors = NoFactors>
+inline void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
+                     Factors factors = {}) {
   constexpr int kColumns = kVectors * kLanes<T>;
-  for (; n >= kColumns; n -= kColumns, b += kColumns, c += kColumns)
-    panel<kAccumulate, kVectors>(m, k, a, b, ldb, c, ldc);
+  for (; n >= kColumns;
+       n -= kColumns, b += kColumns, c += kColumns, factors = factors.from(kColumns))
+    panel<kAccumulate, kVectors>(m, k, a, b, ldb, c, ldc, factors);
   if constexpr (kVectors > 1)
-    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, ldb, c, ldc);
+    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, ldb, c, ldc, factors);
 }
 
 }  // namespace

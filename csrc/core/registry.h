@@ -19,7 +19,7 @@ namespace hw {
 inline constexpr int kMaxFunctions = 4;
 
 // CPU instruction sets, weakest first. CUDA instances carry Isa::none.
-enum class Isa : int32_t { none = -1, baseline = 0, avx2 = 1, avx512 = 2, neon = 3 };
+enum class Isa : int32_t { none = -1, baseline, avx2, avx512, avx512bf16, neon };
 
 // The entry points of one instance, in the order of the operator's functions.
 struct FunctionTable {

@@ -30,7 +30,7 @@ void transpose(const A* __restrict from, int64_t from_ld, int rows, int columns,
 template <class A>
 void clear_columns(A* m, int64_t ld, int rows, int from, int to) {
   for (int i = 0; i < rows && from < to; ++i)
-    for (int j = from; j < to; ++j) m[i * ld + j] = 0;
+    for (int j = from; j < to; ++j) m[i * ld + j] = A{};
 }
 
 // Heads lie between the rows of one head, so the hardware does not see the next rows coming: each

@@ -24,6 +24,7 @@ template <class T>
 class Cotangents {
  public:
   using A = Accum<T>;
+  using E = Multiplied<T>;
   using V = Vec<A>;
 
   explicit Cotangents(const BackwardParams& p)
@@ -33,37 +34,30 @@ class Cotangents {
         v_(p.v.as<const T>()),
         replay_(p, p.row),
         value_dim_(p.value_dim()),
-        padded_(round_up(p.value_dim(), kLanes<A>)) {
+        rows_(p.value_dim()) {
     Scratch& scratch = Scratch::of_thread();
-    rows_ = scratch.take<A>(kRows * padded_);
-    columns_ = scratch.take<A>(std::max(value_dim_, 1) * kRows);
-    v_room_ = scratch.take<A>(kKeys * padded_);
+    v_room_ = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
     slope_ = scratch.take<A>(kTile);
   }
 
   static int64_t bytes(const BackwardParams& p) {
-    const int64_t padded = round_up(p.value_dim(), kLanes<A>);
-    return Scratch::bytes_of<A>(kRows * padded) + Scratch::bytes_of<A>(kKeys * padded) +
-           Scratch::bytes_of<A>(std::max(p.value_dim(), 1) * kRows) + Scratch::bytes_of<A>(kTile);
+    return BlockRows<T>::bytes(p.value_dim()) +
+           Scratch::bytes_of<E>(operand_room<T>(kKeys, p.value_dim())) +
+           Scratch::bytes_of<A>(kTile);
   }
 
-  int padded() const { return padded_; }
-  const A* rows() const { return rows_; }  // d_w [rows, padded()]
+  int padded() const { return rows_.padded(); }       // Dv in whole vectors
+  const E* over_rows() { return rows_.over_rows(); }  // d_w [steps(rows), padded()]
 
   // Loads d_w and the row statistics; false if nothing flows back through the block.
   bool load_rows(const Block& block, int width) {
-    bool some = false;
+    rows_.load(d_w_, block, width);
+    bool some = rows_.any();
     for (int i = 0; i < block.count(); ++i) {
-      A* to = rows_ + i * padded_;
-      widen(to, d_w_.at(block.at.batch, block.row(i), block.head), value_dim_, d_w_.stride[3]);
-      for (int d = 0; d < value_dim_; ++d) some |= to[d] != 0;
       delta_of_[i] = delta_ ? delta_(block.at.batch, block.head, block.row(i)) : A(0);
       some |= delta_of_[i] != 0;
     }
     if (!some) return false;
-    clear_columns(rows_, padded_, block.count(), value_dim_, padded_);
-    hw::transpose(rows_, padded_, block.count(), value_dim_, columns_, kRows);
-    clear_columns(columns_, kRows, value_dim_, block.count(), width);
     for (int i = block.count(); i < width; ++i) delta_of_[i] = 0;
     replay_.load_rows(block, width);
     return true;
@@ -77,10 +71,10 @@ class Cotangents {
       replay_.weights(n, s);
     else
       replay_.weights_and_slopes(n, s, slope_);
-    const Operand<A> v =
-        broadcast_rows(v_, block.at.batch, block.key(keys.begin), n, key_head, v_room_);
+    const Rows<T> v{v_, block.at.batch, block.key(keys.begin), n, key_head, v_room_};
     if (value_dim_ > 0)
-      multiply<false>(n, width, value_dim_, v, columns_, kRows, ds, kRows);
+      multiply<false>(n, width, steps<E>(value_dim_), over_width(v), rows_.over_width(), kRows, ds,
+                      kRows);
     else
       std::fill_n(ds, n * kRows, A(0));
     const A* slope = soft ? s : slope_;
@@ -97,8 +91,10 @@ class Cotangents {
   const Ref<const A, 3> delta_;
   const Ref<const T, 4> v_;
   Replay<T> replay_;
-  const int value_dim_, padded_;
-  A *rows_, *columns_, *v_room_, *slope_;
+  const int value_dim_;
+  BlockRows<T> rows_;  // d_w
+  E* v_room_;
+  A* slope_;
   alignas(64) A delta_of_[kRows];
 };
 
@@ -123,6 +119,7 @@ template <class T>
 class Backward {
  public:
   using A = Accum<T>;
+  using E = Multiplied<T>;
   using V = Vec<A>;
 
   explicit Backward(const Call& call)
@@ -249,6 +246,8 @@ class Backward {
       std::fill_n(d_q_, kRows * pass_.padded_, A(0));
       tile_.load_queries(block);
       if (!cotangents_.load_rows(block, tile_.width())) return;
+      q_ = tile_.q_over_rows();
+      d_w_ = cotangents_.over_rows();
       Range keys = block.mask.keys_of(block.rows);
       keys.begin = std::max(keys.begin / kKeys * kKeys, span.begin);
       keys.end = std::min(keys.end, span.end);
@@ -264,15 +263,16 @@ class Backward {
       cotangents_.gradients(block, keys, tile_.key_head(), tile_.width(), s_, ds_);
       const int64_t at = keys.begin - first;
       if (p_.d_v)
-        multiply<true>(n, cotangents_.padded(), rows, row_major(s_, kRows), cotangents_.rows(),
+        multiply<true>(n, cotangents_.padded(), steps<E>(rows), tile_.p_over_rows(s_, n), d_w_,
                        cotangents_.padded(), sums.d_v + at * sums.d_v_ld, sums.d_v_ld);
       if (p_.d_bias && !shares_bias(p_)) add_bias_gradient(p_.d_bias, block, keys, ds_);
       if (p_.d_key_bias) add_key_bias(block, keys);
       if (tile_.shapes_gradients()) shape(block, keys);
-      multiply<true>(n, pass_.padded_, rows, row_major(ds_, kRows), tile_.queries(), tile_.padded(),
-                     sums.d_k + at * sums.d_k_ld, sums.d_k_ld);
-      const Panel<A> k = tile_.keys_in_vectors(keys);
-      multiply<true>(rows, pass_.padded_, n, hw::transposed(ds_, kRows), k.data, k.ld, d_q_,
+      multiply<true>(n, pass_.padded_, steps<E>(rows), tile_.dc_over_rows(ds_, n), q_,
+                     tile_.padded(), sums.d_k + at * sums.d_k_ld, sums.d_k_ld);
+      const Panel<E> k = tile_.k_over_keys(keys);
+      multiply<true>(rows, pass_.padded_, steps<E>(n),
+                     hw::transposed(tile_.over_keys(ds_, n), kRows), k.data, k.ld, d_q_,
                      pass_.padded_);
     }
 
@@ -299,6 +299,7 @@ class Backward {
     Tile<T> tile_;
     Cotangents<T> cotangents_;
     A *x_, *s_, *ds_, *d_q_, *row_;
+    const E *q_ = nullptr, *d_w_ = nullptr;  // of the block, [steps(rows), padded]
   };
 
   void write_queries(const Block& block, Walk& walk, int64_t span) {

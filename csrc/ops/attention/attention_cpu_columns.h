@@ -16,6 +16,7 @@ template <class T>
 class Columns {
  public:
   using A = Accum<T>;
+  using E = Multiplied<T>;
   using V = Vec<A>;
 
   explicit Columns(const Call& call)
@@ -45,13 +46,15 @@ class Columns {
   void work(const Sequence& at, int head, const Range& keys) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
-                  Scratch::bytes_of<A>((kRows + kColumnKeys) * padded_) +
+                  Scratch::bytes_of<E>(operand_room<T>(kRows, width_)) +
+                  Scratch::bytes_of<A>(kColumnKeys * padded_) +
                   2 * Scratch::bytes_of<A>(kColumnKeys * kLanes<A>));
     Tile<T> tile(p_);
     Replay<T> replay(p_, p_.row);
     A* s = scratch.take<A>(kTile);
-    A* room = scratch.take<A>((kRows + kColumnKeys) * padded_);
-    const Sums sums{room + kRows * padded_, scratch.take<A>(kColumnKeys * kLanes<A>),
+    E* room = scratch.take<E>(operand_room<T>(kRows, width_));
+    const Sums sums{scratch.take<A>(kColumnKeys * padded_),
+                    scratch.take<A>(kColumnKeys * kLanes<A>),
                     scratch.take<A>(kColumnKeys * kLanes<A>)};
     std::fill_n(sums.y, kColumnKeys * padded_, A(0));
     for (A* to : {sums.sum, sums.max}) std::fill_n(to, kColumnKeys * kLanes<A>, A(0));
@@ -67,11 +70,12 @@ class Columns {
   }
 
   void add_block(const Block& block, const Range& keys, Tile<T>& tile, const Replay<T>& replay,
-                 A* s, A* room, const Sums& sums) {
+                 A* s, E* room, const Sums& sums) {
     alignas(64) A weight[kRows] = {};
     for (int i = 0; i < block.count(); ++i) weight[i] = weight_of(block, i);
-    Panel<A> x{};
-    if (x_) x = vector_rows(x_, block.at.batch, block.row(0), block.count(), block.head, room);
+    Panel<E> x{};
+    if (x_)
+      x = over_rows(Rows<T>{x_, block.at.batch, block.row(0), block.count(), block.head, room});
     const Range seen = block.mask.keys_of(block.rows);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
@@ -82,9 +86,10 @@ class Columns {
       const int64_t at = j - keys.begin;
       if (p_.sum) add_sums(some, tile.width(), s, weight, sums.sum + at * kLanes<A>);
       if (p_.max) raise(some, block.count(), s, sums.max + at * kLanes<A>);
+      const int n = static_cast<int>(some.count());
       if (x_)
-        multiply<true>(static_cast<int>(some.count()), padded_, block.count(), row_major(s, kRows),
-                       x.data, x.ld, sums.y + at * padded_, padded_);
+        multiply<true>(n, padded_, steps<E>(block.count()), tile.p_over_rows(s, n), x.data, x.ld,
+                       sums.y + at * padded_, padded_);
     }
   }
 

@@ -54,6 +54,7 @@ template <class T>
 class Forward {
  public:
   using A = Accum<T>;
+  using E = Multiplied<T>;
   using V = Vec<A>;
 
   explicit Forward(const Call& call)
@@ -117,7 +118,7 @@ class Forward {
   Scratch& reserve() const {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Tile<T>::bytes(p_) + partial_bytes() + Scratch::bytes_of<A>(kTile) +
-                  Scratch::bytes_of<A>(kKeys * std::max(value_dim_, 1)) +
+                  Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_)) +
                   2 * Scratch::bytes_of<A>(kRows * padded_values()));
     return scratch;
   }
@@ -155,7 +156,7 @@ class Forward {
   void walk(const Block& block, int64_t span, State& state, Scratch& scratch) {
     Tile<T> tile(p_);
     A* s = scratch.take<A>(kTile);
-    A* room = scratch.take<A>(kKeys * std::max(value_dim_, 1));
+    E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
     tile.load_queries(block);
     Range keys = block.mask.keys_of(block.rows);
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
@@ -166,7 +167,7 @@ class Forward {
       tile.scores(some, s, s);
       const bool any = soft_ ? soften(block, some, tile.width(), s, state)
                              : activate(block, some, tile.width(), s, state);
-      if (any && v_) add_values(block, some, tile.width(), s, state, room);
+      if (any && v_) add_values(block, some, tile, s, state, room);
     }
   }
 
@@ -250,13 +251,13 @@ class Forward {
   }
 
   // w^T += v^T p^T of the tile.
-  void add_values(const Block& block, const Range& keys, int width, const A* s, State& state,
-                  A* room) {
-    const int n = static_cast<int>(keys.count()), head = block.head / p_.group();
+  void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s, State& state,
+                  E* room) {
+    const int n = static_cast<int>(keys.count());
+    const E* p = tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
-      const Operand<A> v =
-          broadcast_rows(v_, block.at.batch + b, block.key(keys.begin), n, head, room);
-      multiply<true>(value_dim_, width, n, transposed(v), s, kRows,
+      const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      multiply<true>(value_dim_, tile.width(), steps<E>(n), over_rows_transposed(v), p, kRows,
                      state.values + b * value_dim_ * kRows, kRows);
     }
   }

@@ -2,104 +2,41 @@
 // The tile that every CPU loop of attention works on: scores of up to 64 keys x 64 queries.
 //
 // Tiles are [keys, kRows] with the queries along the lanes. So nothing is summed across lanes: the
-// running maximum and sum of a row are elements of vectors. And nothing is packed but the queries,
-// once per block: in all products the operand whose elements are broadcast may lie anywhere,
+// running maximum and sum of a row are elements of vectors. And nothing of the accumulation type is
+// packed but the queries, once per block: in all products the operand whose elements are broadcast
+// may lie anywhere,
 //
 //   x^T   [keys, rows] = k [keys, D]      q^T [D, rows]
 //   w^T   [Dv, rows]  += v^T [Dv, keys]   p^T [keys, rows]
 //   dp^T  [keys, rows] = v [keys, Dv]     d_w^T [Dv, rows]
 //   d_v   [keys, Dv]  += p^T [keys, rows] d_w [rows, Dv]
-//   d_k   [keys, D]   += dx^T [keys, rows] q [rows, D]
+//   d_k   [keys, D]   += dc^T [keys, rows] q [rows, D]
 //   d_q   [rows, D]   += dx [rows, keys]  k [keys, D]
 //
-// q is multiplied by scale tau_i when it is packed.
+// d_q is multiplied by scale tau_i at the end, q when it is packed: then dx takes the place of dc.
+// How operands are made, and what differs where pairs of bf16 are multiplied, is in
+// attention_cpu_operands.h.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 
+#include "ops/attention/attention_cpu_operands.h"
 #include "ops/attention/attention_score.h"
 
-#include "core/matmul.h"
-#include "core/parallel.h"
 #include "core/simd_math.h"
-#include "core/transpose.h"
 
 namespace hw::attention {
 namespace {
 
-constexpr int kRows = 64;  // queries of a block: distance of two keys in a tile
-constexpr int kKeys = 64;  // keys of a tile
-constexpr int kTile = kKeys * kRows;
-
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-// Queries of one head of one sequence; `rows` and all key ranges count from the sequence's start.
-struct Block {
-  Sequence at;
-  Mask mask;
-  int head;
-  Range rows;
-
-  int count() const { return static_cast<int>(rows.count()); }
-  int64_t row(int64_t i) const { return at.q_begin + rows.begin + i; }  // lane -> row of the tensor
-  int64_t key(int64_t j) const { return at.k_begin + j; }
-};
-
-// [S, width] of one head.
-template <class T>
-Ref<const T, 2> rows_of_head(const Ref<const T, 4>& x, int64_t batch, int head) {
-  return {x.at(batch, 0, head), {x.size[1], x.size[3]}, {x.stride[1], x.stride[3]}};
-}
-
-// Rows of one head of a tensor as the broadcast operand of a product: in place if they have the
-// accumulation type, else widened into `room` [n, width].
-template <class T>
-Operand<Accum<T>> broadcast_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first, int n,
-                                 int head, Accum<T>* room) {
-  const Ref<const T, 2> rows = rows_of_head(x, batch, head);
-  for (int i = 0; i < n; ++i) prefetch_row(rows, first + i + kKeys);
-  if constexpr (std::is_same_v<T, Accum<T>>) {
-    return {x.at(batch, first, head), x.stride[1], x.stride[3]};
-  } else {
-    const int64_t width = x.size[3];
-    for (int i = 0; i < n; ++i)
-      widen(room + i * width, x.at(batch, first + i, head), width, x.stride[3]);
-    return {room, width, 1};
-  }
-}
-
-template <class A>
-Operand<A> transposed(const Operand<A>& a) {
-  return {a.data, a.col, a.row};
-}
-
-// The same as the operand that is read in vectors: rows padded with zeros to whole ones.
-template <class A>
-struct Panel {
-  const A* data;
-  int64_t ld;
-};
-
-template <class T>
-Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first, int n, int head,
-                            Accum<T>* room) {
-  using A = Accum<T>;
-  const int width = static_cast<int>(x.size[3]), padded = round_up(width, kLanes<A>);
-  if constexpr (std::is_same_v<T, A>) {
-    if (x.stride[3] == 1 && width == padded) return {x.at(batch, first, head), x.stride[1]};
-  }
-  for (int i = 0; i < n; ++i)
-    widen(room + i * padded, x.at(batch, first + i, head), width, x.stride[3]);
-  clear_columns(room, padded, n, width, padded);
-  return {room, padded};
-}
 
 template <class T>
 class Tile {
  public:
   using A = Accum<T>;
+  using E = Multiplied<T>;
   using V = Vec<A>;
 
   explicit Tile(const ScoreParams& p)
@@ -112,11 +49,10 @@ class Tile {
         temperature_(p.row_temperature.as<const A>()),
         shape_(p.softcap),
         dim_(p.dim()),
-        padded_(round_up(p.dim(), kLanes<A>)) {
+        queries_(p.dim()) {
     Scratch& scratch = Scratch::of_thread();
-    q_rows_ = scratch.take<A>(kRows * padded_);
-    q_columns_ = scratch.take<A>(std::max(dim_, 1) * kRows);
-    k_room_ = scratch.take<A>(kKeys * padded_);
+    k_room_ = scratch.take<E>(operand_room<T>(kKeys, dim_));
+    if (kPaired<T>) tile_room_ = scratch.take<E>(kTile / 2);
     if (bias_) {
       bias_rows_ = scratch.take<A>(kTile);
       bias_tile_ = scratch.take<A>(kTile);
@@ -125,10 +61,8 @@ class Tile {
 
   // Scratch memory that the constructor takes.
   static int64_t bytes(const ScoreParams& p) {
-    const int64_t padded = round_up(p.dim(), kLanes<A>);
-    return Scratch::bytes_of<A>(kRows * padded) +
-           Scratch::bytes_of<A>(std::max(p.dim(), 1) * kRows) +
-           Scratch::bytes_of<A>(kKeys * padded) + 2 * Scratch::bytes_of<A>(kTile);
+    return BlockRows<T>::bytes(p.dim()) + Scratch::bytes_of<E>(operand_room<T>(kKeys, p.dim())) +
+           (kPaired<T> ? Scratch::bytes_of<E>(kTile / 2) : 0) + 2 * Scratch::bytes_of<A>(kTile);
   }
 
   // Whether s differs from x (masks apart), and whether dx differs from ds.
@@ -136,39 +70,32 @@ class Tile {
   bool shapes_gradients() const { return p_.softcap > 0 || key_gain_; }
 
   const Block& block() const { return block_; }
-  int width() const { return width_; }          // lanes in use, whole vectors
-  int padded() const { return padded_; }        // D in whole vectors
-  const A* queries() const { return q_rows_; }  // [rows, padded()], times scale tau
-  A factor(int i) const { return factor_[i]; }  // scale tau of lane i
+  int width() const { return width_; }              // lanes in use, whole vectors
+  int padded() const { return queries_.padded(); }  // D in whole vectors
+  A factor(int i) const { return factor_[i]; }      // scale tau of lane i
 
   void load_queries(const Block& block) {
     block_ = block;
     width_ = round_up(block.count(), kLanes<A>);
     const A scale = static_cast<A>(p_.scale);
     for (int i = 0; i < block.count(); ++i) {
-      const int64_t row = block.row(i);
-      factor_[i] = temperature_ ? scale * temperature_(block.at.batch, row, block.head) : scale;
-      A* to = q_rows_ + i * padded_;
-      widen(to, q_.at(block.at.batch, row, block.head), dim_, q_.stride[3]);
-      for (int d = 0; d < dim_; ++d) to[d] *= factor_[i];
+      factor_[i] =
+          temperature_ ? scale * temperature_(block.at.batch, block.row(i), block.head) : scale;
       const int64_t in_sequence = block.rows.begin + i;
       gain_rows_[i] = in_sequence >= p_.gain_begin && in_sequence < p_.gain_end ? A(1) : A(0);
     }
-    clear_columns(q_rows_, padded_, block.count(), dim_, padded_);
-    hw::transpose(q_rows_, padded_, block.count(), dim_, q_columns_, kRows);
-    clear_columns(q_columns_, kRows, dim_, block.count(), width_);
-    for (int i = block.count(); i < width_; ++i) gain_rows_[i] = 0;
+    for (int i = block.count(); i < width_; ++i) factor_[i] = gain_rows_[i] = 0;
+    queries_.load(q_, block, width_, kPaired<T> ? nullptr : factor_);
   }
 
   // x of the keys [keys.begin, keys.end), at most kKeys.
   void products(const Range& keys, A* x) {
-    const int n = static_cast<int>(keys.count());
-    const Operand<A> k =
-        broadcast_rows(k_, block_.at.batch, block_.key(keys.begin), n, key_head(), k_room_);
+    const Rows<T> k = key_rows(keys);
     if (dim_ > 0)
-      multiply<false>(n, width_, dim_, k, q_columns_, kRows, x, kRows);
+      multiply<false>(k.n, width_, steps<E>(dim_), over_width(k), queries_.over_width(), kRows, x,
+                      kRows, factors());
     else
-      std::fill_n(x, n * kRows, A(0));
+      std::fill_n(x, k.n * kRows, A(0));
   }
 
   // s from x, which may be the same array; -inf where a row does not see a key.
@@ -209,15 +136,36 @@ class Tile {
     }
   }
 
-  // k of the tile as products() read it, and as the operand that is read in vectors.
-  Panel<A> keys_in_vectors(const Range& keys) {
-    return vector_rows(k_, block_.at.batch, block_.key(keys.begin), static_cast<int>(keys.count()),
-                       key_head(), k_room_);
+  // Operands of the other products, see attention_cpu_operands.h. Those made of a tile of n keys, p
+  // or dx, stay until the next is made.
+  const E* q_over_rows() { return queries_.over_rows(); }
+  Panel<E> k_over_keys(const Range& keys) { return over_rows(key_rows(keys)); }
+  const E* over_keys(const A* tile, int n) {
+    return pairs_over_keys<E>(tile, n, width_, tile_room_);
+  }
+  Operand<E> p_over_rows(const A* p, int n) {
+    return pairs_over_rows<E>(p, n, block_.count(), NoFactors{}, tile_room_);
+  }
+  Operand<E> dc_over_rows(const A* dx, int n) {
+    return pairs_over_rows<E>(dx, n, block_.count(), factors(), tile_room_);
   }
 
   int key_head() const { return block_.head / p_.group(); }
 
  private:
+  Rows<T> key_rows(const Range& keys) const {
+    return {k_,         block_.at.batch, block_.key(keys.begin), static_cast<int>(keys.count()),
+            key_head(), k_room_};
+  }
+
+  // What products with q have to be multiplied by still.
+  auto factors() const {
+    if constexpr (kPaired<T>)
+      return LaneFactors<A>{factor_};
+    else
+      return NoFactors{};
+  }
+
   A gain_of(int64_t j) const {
     return key_gain_ ? key_gain_(block_.at.batch, block_.head, block_.key(j)) : A(0);
   }
@@ -266,11 +214,12 @@ class Tile {
   const Ref<const T, 4> q_, k_, bias_;
   const Ref<const A, 3> key_bias_, key_gain_, temperature_;
   const ScoreShape<A> shape_;
-  const int dim_, padded_;
+  const int dim_;
+  BlockRows<T> queries_;  // times scale tau, if not of pairs
 
   Block block_{};
   int width_ = 0;
-  A *q_rows_, *q_columns_, *k_room_;
+  E *k_room_, *tile_room_ = nullptr;
   A *bias_rows_ = nullptr, *bias_tile_ = nullptr;
   alignas(64) A factor_[kRows], gain_rows_[kRows], first_[kRows], last_[kRows];
 };
