@@ -11,6 +11,7 @@
 
 #include <cmath>
 
+#include "ops/attention/attention_cpu_few.h"
 #include "ops/attention/attention_cpu_tile.h"
 
 namespace hw::attention {
@@ -56,6 +57,7 @@ class Forward {
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
+  using Few = FewRows<T, RowSums<A>>;
 
   explicit Forward(const Call& call)
       : p_(forward_params(call)),
@@ -117,8 +119,9 @@ class Forward {
 
   Scratch& reserve() const {
     Scratch& scratch = Scratch::of_thread();
-    scratch.reset(Tile<T>::bytes(p_) + partial_bytes() + Scratch::bytes_of<A>(kTile) +
-                  Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_)) +
+    const int64_t tile = Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
+                         Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_));
+    scratch.reset(std::max(tile, Few::bytes(p_, panels_)) + partial_bytes() +
                   2 * Scratch::bytes_of<A>(kRows * padded_values()));
     return scratch;
   }
@@ -154,13 +157,15 @@ class Forward {
   }
 
   void walk(const Block& block, int64_t span, State& state, Scratch& scratch) {
+    Range keys = block.mask.keys_of(block.rows);
+    keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
+    keys.end = std::min(keys.end, (span + 1) * span_);
+    if (block.count() <= kFewRows)
+      return Few(p_, panels_).walk(block, keys, *state.rows, state.values);
     Tile<T> tile(p_);
     A* s = scratch.take<A>(kTile);
     E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
     tile.load_queries(block);
-    Range keys = block.mask.keys_of(block.rows);
-    keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
-    keys.end = std::min(keys.end, (span + 1) * span_);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
       tile.products(some, s);
