@@ -17,7 +17,7 @@ from typing import Any
 from bench import machine, peers, timing
 from headworks.cost import Cost
 
-SUITES = ("linear_attention", "attention", "key_scan")
+SUITES = ("linear_attention", "attention", "key_scan", "select_topk")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ AUTOCAST = ("q", "k", "v", "s", "x", "bias")
 
 
 @pytest.mark.parametrize("half", HALF, ids=identify)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.name != "select_topk"], ids=str)
 def test_autocast(spec, half):
     """Mixed inputs are cast to the autocast dtype; gradients come back in each input's own."""
     case = spec.sample_cases[0]
@@ -156,7 +156,7 @@ def test_negative_view(spec):
 
 
 @INSIDE_TORCH
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.differentiable], ids=str)
 def test_forward_mode_and_functorch(spec):
     """Refused by name on a compiled backend; never a silent zero tangent."""
     case = spec.sample_cases[0]

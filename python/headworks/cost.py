@@ -94,6 +94,9 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     ``"key_scan"``, per token and head: forward 3 Dv flops, e (1 + 2 Dv) bytes, 1 pass; backward
     7 Dv flops, e (2 + 4 Dv) + a bytes, 1 pass.
 
+    ``"select_topk"``, k of the N scores of each of B rows: e N + 8 k bytes, 1 pass; comparisons are
+    no FLOPs.
+
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
@@ -296,6 +299,11 @@ def _transpose(**shape: Any) -> Cost:
     return _columns(**shape, transpose=True)
 
 
+def _select_topk(*, N: int, k: int, B: int = 1, dtype: Any = "float32") -> Cost:
+    _check_sizes(B=B, N=N, k=k)
+    return Cost(0, B * (_element_size(dtype) * N + 8 * k), 1)
+
+
 _COSTS: dict[str, Callable[..., Cost]] = {
     "attention": _attention,
     "attention_transpose": _transpose,
@@ -303,4 +311,5 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,
+    "select_topk": _select_topk,
 }

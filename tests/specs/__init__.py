@@ -6,10 +6,12 @@ from . import (
     attention_lse,
     attention_probs,
     attention_transpose,
+    bilevel_route,
     column_stats,
     key_scan,
     linear_attention,
     linear_attention_step,
+    select_topk,
 )
 
 SPECS = (
@@ -21,4 +23,6 @@ SPECS = (
     attention_transpose.SPEC,
     column_stats.SPEC,
     attention_probs.SPEC,
+    select_topk.SPEC,
+    bilevel_route.SPEC,
 )
