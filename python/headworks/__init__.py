@@ -12,6 +12,11 @@ Functions
     Aux, AuxResult                            read-outs of attention's rows
     linear_attention, linear_attention_step   linear attention with Taylor and other feature maps
     key_scan                                  running softmax average, scores from the key alone
+    bilevel_route, bilevel_routing_attention  regions choose regions (BiFormer)
+    kmeans_route, kmeans_routing_attention,   attention within clusters (Routing Transformer)
+    kmeans_update
+    moh_attention                             heads chosen for each token (mixture of heads)
+    select_topk                               the k largest, deterministic, in order
     LinearState, KeyScanState                 what they keep of the tokens they have seen
 Modules
     nn, models                                layers and small language models made of them
@@ -30,11 +35,15 @@ from .ops.attention import Aux, AuxResult, attention
 from .ops.attention_lse import attention_lse
 from .ops.attention_probs import attention_probs
 from .ops.attention_transpose import attention_transpose
+from .ops.bilevel_routing import bilevel_route, bilevel_routing_attention
 from .ops.column_stats import column_stats
 from .ops.key_scan import KeyScanState, key_scan
+from .ops.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
 from .ops.linear_attention import LinearState, linear_attention
 from .ops.linear_attention_step import linear_attention_step
 from .ops.merge_attention import merge_attention
+from .ops.moh_attention import moh_attention
+from .ops.select_topk import select_topk
 
 from . import models, nn  # isort: skip
 
@@ -49,16 +58,23 @@ __all__ = [
     "attention_lse",
     "attention_probs",
     "attention_transpose",
+    "bilevel_route",
+    "bilevel_routing_attention",
     "build_info",
     "column_stats",
     "cost",
     "explain",
     "key_scan",
+    "kmeans_route",
+    "kmeans_routing_attention",
+    "kmeans_update",
     "linear_attention",
     "linear_attention_step",
     "merge_attention",
     "models",
+    "moh_attention",
     "nn",
+    "select_topk",
 ]
 
 

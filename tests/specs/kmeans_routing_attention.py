@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of hw.kmeans_routing_attention. Sizes: B, Sq, Sk, Hq, H, K, Wq, Wk, D, Dv; the lists."""
+
+from __future__ import annotations
+
+import torch
+
+import headworks as hw
+from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
+
+from .select_topk import no_operators
+
+
+def case(
+    Sq=100, K=4, Wq=25, D=16, Dv=24, B=1, H=2, Hq=None, *, Sk=None, Wk=None, lists="sorted",
+    causal=False, mask_self=False, eps=0.0, scale=None, spread=1.0, label="",
+):  # fmt: skip
+    """`lists`: sorted, shuffled, twice (drawn with replacement), holes (a third is -1), popular
+    (the same tokens in all clusters), empty (all -1), all (every token, in one cluster W = S). Keys
+    have lists of their own where Wk is given or Sk is another length."""
+    own = Wk is not None or Sk is not None
+    sizes = {"B": B, "Sq": Sq, "Sk": Sq if Sk is None else Sk, "Hq": Hq or H, "H": H, "K": K,
+             "Wq": Wq, "Wk": Wq if Wk is None else Wk, "D": D, "Dv": Dv, "lists": lists,
+             "own": own, "spread": spread}  # fmt: skip
+    options = {"is_causal": causal, "mask_self": mask_self, "mean_eps": eps}
+    options |= {} if scale is None else {"scale": scale}
+    words = [f"S{Sq}:{sizes['Sk']}", f"K{K}", f"W{Wq}:{sizes['Wk']}", f"D{D}:{Dv}", f"B{B}"]
+    words += [f"H{Hq or H}:{H}", lists]
+    words += ["causal"] if causal else []
+    words += ["mask_self"] if mask_self else []
+    words += [f"eps{eps:g}"] if eps else []
+    words += [f"scale{scale:g}"] if scale is not None else []
+    words += [f"spread{spread:g}"] if spread != 1.0 else []
+    words += [label] if label else []
+    return Case("-".join(words), sizes, options)
+
+
+def make(case, dtype, device="cpu", seed=0):
+    """q k v q_index, and k_index where keys have lists of their own."""
+    n = case.sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k = draw(n["B"], n["Sq"], n["Hq"], n["D"]), draw(n["B"], n["Sk"], n["H"], n["D"])
+    if n["spread"] != 1.0:  # few digits, so that large scores are exact in every dtype
+        q, k = (n["spread"] * q).round(), (4 * k).round() / 4
+    tensors = {"q": q.to(device, dtype), "k": k.to(device, dtype)}
+    tensors["v"] = draw(n["B"], n["Sk"], n["H"], n["Dv"]).to(device, dtype)
+    tensors["q_index"] = _lists(n, n["Sq"], n["Wq"], generator).to(device)
+    if n["own"]:
+        tensors["k_index"] = _lists(n, n["Sk"], n["Wk"], generator).to(device)
+    return tensors
+
+
+def _lists(n, tokens, window, generator):
+    shape = (n["B"], n["Hq"], n["K"])
+    if n["lists"] == "empty":
+        return torch.full((*shape, window), -1)
+    if n["lists"] == "twice":
+        return torch.randint(tokens, (*shape, window), generator=generator)
+    if n["lists"] == "popular":
+        return torch.randperm(tokens, generator=generator)[:window].expand(*shape, -1).clone()
+    index = torch.rand(*shape, tokens, generator=generator).argsort(-1)[..., :window]
+    if n["lists"] in ("sorted", "all"):
+        return index.sort(-1).values
+    if n["lists"] == "holes":
+        hole = torch.rand(index.shape, generator=generator) < 1 / 3
+        return torch.where(hole, -1, index)
+    return index
+
+
+def run(tensors, case, backend):
+    return {"o": hw.kmeans_routing_attention(**tensors, backend=backend, **case.options)}
+
+
+CASES = (
+    *(
+        case(lists=s, causal=c)
+        for s in ("sorted", "shuffled", "twice", "holes", "popular", "empty")
+        for c in (True, False)
+    ),
+    *(case(Sq=s, K=1, Wq=s, lists="all", causal=c) for s in (1, 65, 130) for c in (True, False)),
+    *(
+        case(Sq=s, K=k, Wq=w, causal=True)
+        for s, k, w in (
+            (5, 1, 1),
+            (64, 3, 63),
+            (64, 3, 64),
+            (130, 2, 65),
+            (0, 3, 0),
+            (9, 0, 3),
+            (9, 3, 0),
+        )
+    ),
+    *(case(mask_self=True, causal=c, lists="sorted") for c in (True, False)),
+    case(mask_self=True, lists="twice"),
+    case(Sq=30, K=9, Wq=1, mask_self=True, causal=True, label="alone"),
+    *(case(eps=e, causal=True) for e in (1e-5, 1e-2)),
+    *(
+        case(Sq=sq, Sk=sk, Wk=wk, causal=c, mask_self=m)
+        for sq, sk, wk in ((40, 65, 20), (65, 40, 33), (1, 50, 30), (30, 0, 0))
+        for c, m in ((True, False), (False, True))
+    ),
+    *(case(D=d, Dv=dv, causal=True) for d, dv in ((1, 1), (8, 0), (40, 64), (64, 100), (129, 128))),
+    *(case(B=2, H=h, Hq=hq, causal=True) for hq, h in ((4, 2), (6, 1), (3, 3))),
+    *(case(B=b, H=h) for b, h in ((0, 2), (2, 0))),
+    *(case(scale=s) for s in (1.0, -0.7, 0.0)),
+    *(case(spread=20.0, mask_self=m, causal=True) for m in (True, False)),
+    case(Sq=500, K=8, Wq=150, B=2, causal=True, label="overlap"),
+)
+
+EMULATOR_CASES = (
+    case(Sq=80, K=2, Wq=40, H=1, Hq=2, D=16, Dv=16, lists="holes", causal=True, mask_self=True),
+    case(Sq=70, K=2, Wq=66, H=1, D=16, Dv=8, causal=True, eps=1e-2),
+    case(Sq=40, Sk=90, K=2, Wq=20, Wk=70, H=1, D=8, Dv=8, lists="twice"),
+    *(case(Sq=s, K=1, Wq=s, lists="all", H=1, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
+    case(Sq=30, K=5, Wq=6, H=1, D=8, Dv=8, lists="empty"),
+    *(case(Sq=30, K=2, Wq=15, H=1, D=d, Dv=dv) for d, dv in ((1, 1), (40, 8), (8, 70), (64, 64))),
+    case(Sq=0, K=2, Wq=0, H=1, D=8, Dv=8),
+)
+
+SAMPLE_CASES = (
+    case(
+        Sq=150,
+        K=5,
+        Wq=40,
+        B=3,
+        H=1,
+        Hq=2,
+        D=24,
+        Dv=20,
+        lists="holes",
+        causal=True,
+        mask_self=True,
+        eps=1e-2,
+    ),
+    case(Sq=70, Sk=90, K=3, Wq=30, Wk=50, B=2, H=2, Hq=4, lists="twice", causal=True),
+    case(Sq=300, K=4, Wq=100, B=2, lists="popular"),
+)
+
+BENCHMARK_CASES = (
+    case(Sq=8192, K=16, Wq=512, H=8, D=64, Dv=64, causal=True),
+    case(Sq=32768, K=32, Wq=1024, H=8, D=64, Dv=64, causal=True),
+    *(
+        case(Sq=s * s, K=s, Wq=s, H=8, D=64, Dv=64, causal=True, label="growth")
+        for s in (32, 48, 64, 96)
+    ),
+)
+
+SPEC = Spec(
+    name="kmeans_routing_attention",
+    function=hw.kmeans_routing_attention,
+    make=make,
+    run=run,
+    differentiable=("q", "k", "v"),
+    cases=CASES,
+    emulator_cases=EMULATOR_CASES,
+    benchmark_cases=BENCHMARK_CASES,
+    sample_cases=SAMPLE_CASES,
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
+    operators=no_operators,
+)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of hw.moh_attention; sizes and inputs as in attention, whose head_gate is the gate here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import headworks as hw
+from headworks.testing import EVERY_DTYPE, HALF, Spec
+
+from . import attention
+from .select_topk import no_operators
+
+
+def case(*args, gate=0.5, **more):
+    """`gate`: the share of zeros. From row 8 on every second head has 64 rows of them."""
+    made = attention.case(*args, gate=gate, **more)
+    kept = {n: x for n, x in made.options.items() if n not in ("activation", "normalizer")}
+    return dataclasses.replace(made, options=kept)
+
+
+def make(case, dtype, device="cpu", seed=0):
+    """q k v gate, and the optional tensors that the case has."""
+    tensors = attention.make(case, dtype, device, seed)
+    tensors["gate"] = tensors.pop("head_gate")
+    return tensors
+
+
+def run(tensors, case, backend):
+    return {"o": hw.moh_attention(**tensors, backend=backend, **case.options)}
+
+
+CASES = (
+    *(case(gate=g, causal=c) for g in (0.0, 0.5, 0.9, 1.0) for c in (True, False)),
+    *(case(Sq=s, H=4, causal=True) for s in (1, 2, 63, 64, 130, 200)),
+    *(
+        case(Sq=sq, Sk=sk, causal=c)
+        for sq, sk in ((1, 130), (40, 65), (130, 63))
+        for c in (True, False)
+    ),
+    *(case(Sq=130, window=w) for w in ((5, None), (64, 3), (0, 0))),
+    case(Sq=130, window=(20, 0), causal=True),
+    *(
+        case(Sq=66, D=d, Dv=dv, causal=True)
+        for d, dv in ((1, 1), (8, 0), (40, 64), (64, 100), (128, 200))
+    ),
+    *(case(Sq=66, B=2, H=h, Hq=hq, causal=True) for hq, h in ((4, 2), (6, 1), (3, 3))),
+    *(
+        case(B=b, Sq=sq, Sk=sk, H=h)
+        for b, sq, sk, h in ((0, 5, 5, 2), (2, 0, 5, 2), (2, 5, 0, 2), (2, 5, 5, 0))
+    ),
+    *(
+        case(Sq=40, Sk=65, B=2, bias=b, causal=c)
+        for b in ("bhqk", "11qk", "b11k")
+        for c in (False, True)
+    ),
+    case(bias="11qk", hidden=0.4),
+    case(B=2, Hq=4, key_bias="1hk", temperature="bqh", softcap=2.0, causal=True),
+    *(case(scale=s) for s in (1.0, -0.7)),
+    case(spread=20.0, causal=True),
+)
+
+EMULATOR_CASES = (
+    case(Sq=90, H=1, Hq=2, D=16, Dv=16, causal=True, bias="1hqk", key_bias="bhk", softcap=3.0),
+    case(Sq=40, Sk=130, H=2, D=16, Dv=8, causal=True),
+    case(Sq=150, H=2, D=8, Dv=8, gate=0.9),
+    *(case(Sq=s, H=2, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
+    case(Sq=70, H=2, D=8, Dv=8, gate=1.0),
+    case(Sq=0, H=1, D=8, Dv=8),
+)
+
+SAMPLE_CASES = (
+    case(
+        Sq=90,
+        B=3,
+        H=1,
+        Hq=2,
+        D=24,
+        Dv=20,
+        causal=True,
+        window=(40, 0),
+        bias="b1qk",
+        key_bias="bhk",
+        temperature="bqh",
+        softcap=3.0,
+    ),
+    case(Sq=200, B=2, H=4, gate=0.75),
+)
+
+# 50 and 75 % of the heads, against dense attention.
+BENCHMARK_CASES = tuple(
+    case(Sq=1024, H=32, D=64, Dv=64, gate=g, causal=c)
+    for g in (0.5, 0.25, 0.0)
+    for c in (True, False)
+)
+
+SPEC = Spec(
+    name="moh_attention",
+    function=hw.moh_attention,
+    make=make,
+    run=run,
+    differentiable=("q", "k", "v", "gate", "bias", "key_bias", "row_temperature"),
+    cases=CASES,
+    emulator_cases=EMULATOR_CASES,
+    benchmark_cases=BENCHMARK_CASES,
+    sample_cases=SAMPLE_CASES,
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
+    operators=no_operators,
+)
