@@ -146,23 +146,23 @@ def forward(
     return made
 
 
-def output(score: Score, v: Tensor, backend: str) -> Tensor | None:
-    """o alone: what `forward` does for a call without options, in half its time; None: not such."""
-    q, rows, keys = score.q, score.q.shape, score.k.shape[1]
-    plain = score.bias is None and score.cu_seqlens_q is None
-    plain = plain and score.gain_begin == 0 and score.gain_end == LAST_ROW
-    if not (plain and q.numel() and keys):
-        return None
-    o = torch.empty((*rows[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    tensors: list[Maybe] = [*score.tensors, v, *_NO_REST, o, *_NO_READ_OUTS]
-    numbers = (*score.numbers[:_GAIN_END], rows[1], rows[1], keys, 1)
-    run("attention.forward", backend, tensors, numbers)
+def output(
+    q: Tensor, k: Tensor, v: Tensor, shape: tuple[float, float, bool, int, int], backend: str
+) -> Tensor:
+    """o alone, of a call without options: what `forward` does, in half its time.
+
+    shape: scale, softcap, causal, left, right. There is a query, a key, a head and a value column.
+    """
+    batch, rows, heads, _ = q.shape
+    o = torch.empty((batch, rows, heads, v.shape[3]), dtype=q.dtype, device=q.device)
+    tensors: list[Maybe] = [q, k, *_NO_SCORE, v, *_NO_REST, o, *_NO_READ_OUTS]
+    run("attention.forward", backend, tensors, (*shape, 0, 0, 0, rows, rows, k.shape[1], 1))
     return o
 
 
+_NO_SCORE = (None,) * (TENSORS - 2)
 _NO_REST = (None,) * 3  # head_gate identity_mix mass_keys
 _NO_READ_OUTS = (None,) * 6
-_GAIN_END = Score._fields.index("gain_end") - TENSORS
 
 
 def forward_call(

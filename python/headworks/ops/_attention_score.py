@@ -133,13 +133,7 @@ def score_of(
     """The score of inputs that check_inputs has passed."""
     if unknown:
         reject_unknown(op, unknown)
-    left, right = check_window(op, is_causal, window_size)
-    if scale is None:
-        scale = float(q.shape[3] ** -0.5)
-    elif type(scale) is not float or not math.isfinite(scale):
-        scale = require_number(op, "scale", scale)
-    if type(softcap) is not float or not 0.0 <= softcap < math.inf:
-        softcap = check_softcap(op, softcap)
+    scale, softcap, causal, left, right = shape_of(op, q, is_causal, window_size, scale, softcap)
     a = n = 0
     if activation != "softmax" or normalizer is not None:
         a, n = check_activation(op, activation, normalizer)
@@ -170,8 +164,27 @@ def score_of(
         bias, key_bias = _check_bias(op, bias, key_bias, packed, q, k)
     return Score(
         q, k, bias, key_bias, key_gain, row_temperature, bounds_q, bounds_k,
-        scale, softcap, bool(is_causal), left, right, a, n, begin, end, max_q, max_k,
+        scale, softcap, causal, left, right, a, n, begin, end, max_q, max_k,
     )  # fmt: skip
+
+
+def shape_of(
+    op: str,
+    q: Tensor,
+    is_causal: bool,
+    window_size: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float,
+) -> tuple[float, float, bool, int, int]:
+    """scale, softcap, causal, left, right of a Score, validated."""
+    left, right = check_window(op, is_causal, window_size)
+    if scale is None:
+        scale = float(q.shape[3] ** -0.5)
+    elif type(scale) is not float or not math.isfinite(scale):
+        scale = require_number(op, "scale", scale)
+    if type(softcap) is not float or not 0.0 <= softcap < math.inf:
+        softcap = check_softcap(op, softcap)
+    return scale, softcap, bool(is_causal), left, right
 
 
 def _check_bias(

@@ -35,7 +35,7 @@ from ._attention_checks import (
     require_softmax,
 )
 from ._attention_native import Want
-from ._attention_score import Score, reference_options, score_of
+from ._attention_score import Score, reference_options, score_of, shape_of
 
 if TYPE_CHECKING:
     pass
@@ -172,6 +172,16 @@ def attention(
         (torch.Size([2, 100, 8, 64]), torch.Size([2, 8, 100]))
     """
     q, k, v = _checked(q, k, v)
+    if (
+        bias is None and key_bias is None and key_gain is None and gain_rows is None
+        and row_temperature is None and head_gate is None and identity_mix is None
+        and return_aux is None and normalizer is None and activation == "softmax"
+        and cu_seqlens_q is None and cu_seqlens_k is None
+        and max_seqlen_q is None and max_seqlen_k is None and not unknown
+    ):  # fmt: skip
+        plain = _plain(q, k, v, is_causal, window_size, scale, softcap, backend)
+        if plain is not None:
+            return plain
     score = score_of(
         OP, q, k, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
@@ -198,10 +208,6 @@ def attention(
     if not has_width:
         v = widen(v)
     way = route(OP, (*score.tensors, v, gate, mix))
-    if way == "direct" and gate is None and mix is None and return_aux is None and has_width:
-        plain = native.output(score, v, backend)
-        if plain is not None:
-            return plain
     if way == "autograd":
         o, *made = differentiable(
             *score.tensors, v, gate, mix, mass_keys, *score.numbers,
@@ -221,6 +227,26 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(OP, q, k)
     check_values(OP, "v", v, "[B, Sk, Hkv, Dv]", k.shape[:3], q)
     return q, k, v
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    window_size: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float,
+    backend: str,
+) -> Tensor | None:
+    """o of a call without options, by the shortest way; None where that is not to be had."""
+    shape = shape_of(OP, q, is_causal, window_size, scale, softcap)
+    backend = backend_for(OP, backend, q)
+    if backend == "reference" or not (q.numel() and k.shape[1] and v.shape[3]):
+        return None
+    if route(OP, (q, k, v)) != "direct":
+        return None
+    return native.output(q, k, v, shape, backend)
 
 
 def _checked_rest(
