@@ -8,8 +8,8 @@
 namespace hw {
 namespace {
 
-// to[j, i] = from[i, j] for i < rows, j < columns: squares of whole vectors, then the rims.
-template <class A>
+// to[j, i] (+)= from[i, j] for i < rows, j < columns: squares of whole vectors, then the rims.
+template <bool kAdd = false, class A>
 void transpose(const A* __restrict from, int64_t from_ld, int rows, int columns, A* __restrict to,
                int64_t to_ld) {
   constexpr int kSide = kLanes<A>;
@@ -19,11 +19,20 @@ void transpose(const A* __restrict from, int64_t from_ld, int rows, int columns,
       Vec<A> square[kSide];
       HW_UNROLL for (int r = 0; r < kSide; ++r) square[r] = load(from + (i + r) * from_ld + j);
       transpose_square<A>(square);
-      HW_UNROLL for (int r = 0; r < kSide; ++r) store(to + (j + r) * to_ld + i, square[r]);
+      HW_UNROLL for (int r = 0; r < kSide; ++r) {
+        A* at = to + (j + r) * to_ld + i;
+        if constexpr (kAdd) square[r] += load(at);
+        store(at, square[r]);
+      }
     }
   for (int i = 0; i < rows; ++i)
-    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
-      to[j * to_ld + i] = from[i * from_ld + j];
+    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) {
+      A& cell = to[j * to_ld + i];
+      if constexpr (kAdd)
+        cell += from[i * from_ld + j];
+      else
+        cell = from[i * from_ld + j];
+    }
 }
 
 // Columns [from, to) of the first `rows` rows become 0.

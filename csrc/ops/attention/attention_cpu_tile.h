@@ -65,8 +65,9 @@ class Tile {
            (kPaired<T> ? Scratch::bytes_of<E>(kTile / 2) : 0) + 2 * Scratch::bytes_of<A>(kTile);
   }
 
-  // Whether s differs from x (masks apart), and whether dx differs from ds.
+  // Whether s differs from x (masks apart), and by the bias alone; whether dx differs from ds.
   bool shapes_scores() const { return p_.softcap > 0 || key_gain_ || key_bias_ || bias_; }
+  bool only_bias() const { return bias_ && !(p_.softcap > 0 || key_gain_ || key_bias_); }
   bool shapes_gradients() const { return p_.softcap > 0 || key_gain_; }
 
   const Block& block() const { return block_; }
@@ -107,7 +108,16 @@ class Tile {
       if (masked) hide(keys, s);
       return;
     }
-    if (bias_) load_bias(keys);
+    if (only_bias()) {
+      if (x != s) copy(keys, x, s);
+      transpose_bias<true>(keys, s);
+      if (masked) hide(keys, s);
+      return;
+    }
+    if (bias_) {
+      transpose_bias<false>(keys, bias_tile_);
+      clear_columns(bias_tile_, kRows, static_cast<int>(keys.count()), block_.count(), width_);
+    }
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const int64_t at = (j - keys.begin) * kRows;
       const A gain = gain_of(j), added = key_bias_ ? key_bias_of(j) : A(0);
@@ -176,16 +186,25 @@ class Tile {
       for (int l = 0; l < width_; l += kLanes<A>) store(s + j * kRows + l, load(x + j * kRows + l));
   }
 
-  // Bias of the tile, transposed.
-  void load_bias(const Range& keys) {
+  // Bias of the tile, transposed, from where it lies or through rows of the accumulation type; written
+  // or added to what is there.
+  template <bool kAdd>
+  void transpose_bias(const Range& keys, A* to) {
     const int n = static_cast<int>(keys.count());
+    const A* rows = bias_rows_;
+    int64_t ld = kKeys;
     for (int i = 0; i < block_.count(); ++i) {
       const T* row = bias_.at(block_.at.batch, block_.head, block_.rows.begin + i, keys.begin);
       if (bias_.stride[3] == 1) prefetch(row + kKeys, kKeys * static_cast<int64_t>(sizeof(T)));
+      if constexpr (std::is_same_v<T, A>) {
+        if (bias_.stride[3] == 1) {
+          if (i == 0) rows = row, ld = bias_.stride[2];
+          continue;
+        }
+      }
       widen(bias_rows_ + i * kKeys, row, n, bias_.stride[3]);
     }
-    hw::transpose(bias_rows_, kKeys, block_.count(), n, bias_tile_, kRows);
-    clear_columns(bias_tile_, kRows, n, block_.count(), width_);
+    hw::transpose<kAdd>(rows, ld, block_.count(), n, to, kRows);
   }
 
   // Lane i sees the keys [first_[i], last_[i]) of the tile.
