@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "cmake", "CMakeLists.txt", "CMakePresets.json", "pyproject.toml")
+SELECT = "ops/select_topk/select_topk"
 LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
 SOFT = "ops/attention/attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
@@ -136,6 +137,13 @@ FAULTS = (
          "attention"),
     sm80("weight_ignored", f"{SOFT}_sm80_columns.cuh",
          "w * score.spot.extra[Pairs::column(j, i)] : w;", "w : w;", "column_stats"),
+    cpu("sum_not_carried", f"{SOFT}_cpu_few.h", "sums.sum[i] += sum<A>(total);",
+        "sums.sum[i] = sum<A>(total);", "attention"),
+    cpu("tie_too_few", f"{SELECT}_cpu.cpp", "t.ties-- > 0", "t.ties-- > 1", "select_topk"),
+    simt("place_off_by_one", f"{SELECT}_simt.cuh", "if (w < dev::warp())", "if (w <= dev::warp())",
+         "select_topk"),
+    simt("tie_too_many", f"{SELECT}_simt.cuh", "equals + e.before < t.ties",
+         "equals + e.before <= t.ties", "select_topk"),
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,6 @@ from ._attention_checks import (
 )
 from ._attention_native import Want
 from ._attention_score import Score, reference_options, score_of, shape_of
-
-if TYPE_CHECKING:
-    pass
 
 OP = "attention"
 
