@@ -10,6 +10,7 @@ in turn, which is the fairer comparison, and judges the targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,9 @@ def least_cost(spec: Spec, case: Case, mode: str) -> Cost | None:
     options: dict[str, Any] = {names.get(n, n): case.sizes[n] for n in symbols if n in case.sizes}
     if "Sq" in case.sizes:
         options |= {n: case.options[n] for n in ("is_causal", "window_size") if n in case.options}
+    if "rows" in case.sizes:
+        options |= {"B": math.prod(case.sizes["rows"]), "N": case.sizes["N"]}
+        options |= {"k": case.options["k"]}
     total = cost(spec.name, **options, dtype=DTYPE)
     if mode == "train":
         total += cost(spec.name, **options, dtype=DTYPE, backward=True)

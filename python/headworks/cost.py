@@ -86,7 +86,8 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
         forward   flops  2 (D + Dv) P per query head      e [D + Dv] + e [D + Dv] bytes    1 pass
         backward  flops  2 (3 D + 2 Dv) P                 q o do dq; k v dk dv; lse      2 passes
 
-    ``"column_stats"`` and ``"attention_transpose"``, given lse: 2 D P and 2 (D + Dv) P, 1 pass.
+    ``"column_stats"`` and ``"attention_transpose"``, given lse: 2 D P and 2 (D + Dv) P, 1 pass;
+    backward 2 (4 D + 3 Dv) P, 3 passes, with Dv = 1 of sums.
 
     ``"linear_attention_step"``, per sequence: flops [2 F Dv] + [2 F Dv]; bytes
     2 a [F (Dv + 1)] over key heads, plus q, k, v, o; 1 pass.
@@ -282,6 +283,7 @@ def _columns(
     is_causal: bool = False,
     window_size: tuple[int | None, int | None] | None = None,
     transpose: bool = False,
+    backward: bool = False,
 ) -> Cost:
     """Given the row statistics: sums of columns, or with `transpose` P^T x."""
     dv, keys = (D if Dv is None else Dv) if transpose else 0, S if Sk is None else Sk
@@ -292,6 +294,8 @@ def _columns(
     pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
     out = e * (S + keys) * H * dv if transpose else a * keys * H
     moved = B * (e * D * (S * H + keys * heads) + a * S * H + out)
+    if backward:
+        return Cost(2 * (4 * D + 3 * max(dv, 1)) * pairs, 2 * moved, 3)
     return Cost(2 * (D + dv) * pairs, moved, 1)
 
 
