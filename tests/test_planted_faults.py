@@ -139,11 +139,10 @@ FAULTS = (
          "w * score.spot.extra[Pairs::column(j, i)] : w;", "w : w;", "column_stats"),
     cpu("sum_not_carried", f"{SOFT}_cpu_few.h", "sums.sum[i] += sum<A>(total);",
         "sums.sum[i] = sum<A>(total);", "attention"),
-    cpu("tie_too_few", f"{SELECT}_cpu.cpp", "t.ties-- > 0", "t.ties-- > 1", "select_topk"),
-    simt("place_off_by_one", f"{SELECT}_simt.cuh", "if (w < dev::warp())", "if (w <= dev::warp())",
-         "select_topk"),
-    simt("tie_too_many", f"{SELECT}_simt.cuh", "equals + e.before < t.ties",
-         "equals + e.before <= t.ties", "select_topk"),
+    cpu("tie_too_many", f"{SELECT}_cpu.cpp", "return {t, p_.k() - count(",
+        "return {t, 1 + p_.k() - count(", "select_topk"),
+    simt("ties_reversed", f"{SELECT}_simt.cuh", "(other == own && m < j)",
+         "(other == own && m > j)", "select_topk"),
 )  # fmt: skip
 
 
