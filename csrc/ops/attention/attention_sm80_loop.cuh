@@ -124,7 +124,7 @@ struct Loop {
     multiply_rows<Element>(dp, smem.second_own, warp_row(), stage.second);
   }
 
-  // Own row (s, i) of a fragment, in its sequence, and whether there is one.
+  // Own row of the lane in either half of its strip, counted in the sequence.
   HW_DEVICE HW_INLINE int64_t own_row(int half) const {
     return first + warp_row() + Values::row(0, 2 * half);
   }
