@@ -11,6 +11,7 @@ import importlib
 import torch
 
 import headworks as hw
+from headworks.ops import _routing_native as native
 from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
