@@ -9,6 +9,7 @@ from . import (
     bilevel_route,
     column_stats,
     key_scan,
+    kmeans_route,
     linear_attention,
     linear_attention_step,
     select_topk,
@@ -25,4 +26,5 @@ SPECS = (
     attention_probs.SPEC,
     select_topk.SPEC,
     bilevel_route.SPEC,
+    kmeans_route.SPEC,
 )

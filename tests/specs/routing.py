@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from . import (
     bilevel_routing_attention,
-    kmeans_route,
     kmeans_routing_attention,
     moh_attention,
 )
 
 SPECS = (
     bilevel_routing_attention.SPEC,
-    kmeans_route.SPEC,
     kmeans_routing_attention.SPEC,
     moh_attention.SPEC,
 )
