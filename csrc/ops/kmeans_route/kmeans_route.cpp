@@ -27,6 +27,8 @@ void check_similarity(const Call& call) {
         dtype_name(wide), " beside x of ", dtype_name(x.dtype));
   check_sizes("centroids", centroids, {x.size[2], p.clusters(), x.size[3]});
   check_sizes("d", d, {x.size[0], x.size[2], centroids.size[1], x.size[1]});
+  check(p.tokens() <= 1 || d.stride[3] == 1, ErrorKind::value, "kmeans_route: d has stride ",
+        d.stride[3], " along the tokens, expected 1");
 }
 
 void check_prefix(const Call& call) {

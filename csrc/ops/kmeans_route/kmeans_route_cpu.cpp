@@ -13,6 +13,7 @@
 #include "ops/kmeans_route/kmeans_route.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/matmul.h"
 #include "core/order.h"

@@ -18,6 +18,8 @@
 //                S^2 / 2 comparisons, all independent, and no order among them to lose.
 #pragma once
 
+#include <type_traits>
+
 #include "ops/kmeans_route/kmeans_route.h"
 
 #include "core/device.h"
@@ -258,17 +260,20 @@ void prefix(const Call& call) {
 
 namespace hw::kmeans_route {
 
+// d has the accumulation type: for 16-bit elements there is nothing to build.
+template <class Element>
+struct SimtPrefix {};
+template <class Element>
+  requires std::is_same_v<Element, Accum<Element>>
+struct SimtPrefix<Element> {
+  static void prefix(const Call& call) { simt::prefix<Element>(call); }
+};
+
 // kDim is 0: one instance takes every size.
 template <class Element, int kDim>
-struct Simt {
+struct Simt : SimtPrefix<Element> {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
   static void similarity(const Call& call) { simt::similarity<Element>(call); }
-  // d has the accumulation type: for 16-bit elements there is nothing to build.
-  static void prefix(const Call& call)
-    requires std::is_same_v<Element, Accum<Element>>
-  {
-    simt::prefix<Element>(call);
-  }
 };
 
 }  // namespace hw::kmeans_route
