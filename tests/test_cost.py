@@ -95,6 +95,16 @@ def test_key_scan():
     assert back == Cost(30 * 49, 30 * (4 * 30 + 4), 1)
 
 
+def test_kmeans_route():
+    total = cost("kmeans_route", B=2, S=100, H=3, K=5, D=8, W=7, dtype="bf16")
+    tokens, centroids, members = 2 * 100 * 3 * 8, 3 * 5 * 8, 2 * 3 * 5 * 7
+    assert total == Cost(2 * tokens * 5, 2 * tokens + 4 * centroids + 8 * members, 1)
+    # 2 n k d per head, as in the notes on routing: 16.8 MFLOP
+    assert cost(hw.kmeans_route, S=8192, H=1, K=16, D=64, W=512).flops == 16_777_216
+    wide = cost("kmeans_route", S=1, H=1, K=1, D=1, W=0, dtype="fp64")
+    assert wide == Cost(2, 16, 1)
+
+
 def test_empty_shapes_cost_nothing():
     assert cost("linear_attention", S=0, H=8, D=16) == Cost(0, 0, 1)
     assert cost("linear_attention", S=0, H=8, D=16).intensity == 0.0

@@ -98,6 +98,10 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     ``"select_topk"``, k of the N scores of each of B rows: e N + 8 k bytes, 1 pass; comparisons are
     no FLOPs.
 
+    ``"kmeans_route"``, K clusters of W members: 2 D K flops and e D bytes per token and head, a D K
+    bytes of centroids per head, 8 W of indices per cluster; 1 pass. Similarities need not leave the
+    chip; the prefix rule costs the same.
+
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
@@ -308,6 +312,15 @@ def _select_topk(*, N: int, k: int, B: int = 1, dtype: Any = "float32") -> Cost:
     return Cost(0, B * (_element_size(dtype) * N + 8 * k), 1)
 
 
+def _kmeans_route(
+    *, S: int, H: int, D: int, K: int, W: int, B: int = 1, dtype: Any = "float32"
+) -> Cost:
+    _check_sizes(B=B, S=S, H=H, D=D, K=K, W=W)
+    e = _element_size(dtype)
+    moved = e * B * S * H * D + max(e, 4) * H * K * D + 8 * B * H * K * W
+    return Cost(2 * B * S * H * K * D, moved, 1)
+
+
 _COSTS: dict[str, Callable[..., Cost]] = {
     "attention": _attention,
     "attention_transpose": _transpose,
@@ -315,5 +328,6 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,
+    "kmeans_route": _kmeans_route,
     "select_topk": _select_topk,
 }
