@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._native import Maybe, NativeCall, as_written, define, route, run, widen
-from ..reference.bilevel_routing import Grid, region_scores
+from .._native import Maybe, NativeCall, define, route, run, widen
+from ..reference.bilevel_routing import Grid
 from ._attention_native import Want
 from ._attention_score import Score
 from ._routing_attention import NO_READ_OUTS, attend
@@ -70,19 +70,6 @@ def select_topk_call(score: Tensor, k: int, keep_order: bool, backend: str) -> N
     rows = _rows(score)
     index = _select_fake(rows, k, keep_order, backend)
     return "select_topk.forward", backend, [rows, index, None], (keep_order,)
-
-
-def bilevel_route(
-    q: Tensor, k: Tensor, own: Grid, other: Grid, topk: int, per_head: bool, backend: str
-) -> Tensor:
-    """q [B, Y, X, Hq, D], k [B, Yk, Xk, H, D] -> int64 [B, R, topk] or [B, Hq, R, topk].
-
-    `own` cuts the image of q into R regions, `other` that of k into Rk; 1 <= topk <= Rk. Means and
-    their products are torch's; the selection is ours.
-    """
-    with as_written(q):
-        scores = region_scores(q, k, own, other, per_head)
-    return select_topk(scores, topk, False, backend)
 
 
 def bilevel_routing_attention(

@@ -13,6 +13,8 @@ from ..reference import bilevel_routing as reference
 from ..reference.bilevel_routing import Grid
 from . import _routing_native as native
 from ._attention_checks import cast
+from ._bilevel_route_native import bilevel_route as native_route
+from ._bilevel_route_native import bilevel_route_call
 from ._routing_checks import (
     check_graph,
     check_grid,
@@ -90,7 +92,7 @@ def bilevel_route(
     if backend == "reference":
         with as_written(q):
             return reference.bilevel_route(q, k, own, other, topk, per_head)
-    return native.bilevel_route(q.detach(), k.detach(), own, other, topk, per_head, backend)
+    return native_route(q.detach(), k.detach(), own, other, topk, per_head, backend)
 
 
 def _checked_route(
@@ -120,14 +122,10 @@ def _route_call(
     per_head: bool = False,
     backend: str = "auto",
 ) -> NativeCall:
-    """The selection, the only native call of bilevel_route."""
-    q, k, own, other, topk, per_head, backend = _checked_route(
+    q, k, own, _, _, _, backend = _checked_route(
         q, k, num_regions, topk, kv_num_regions, per_head, backend
     )
-    heads = (q.shape[3],) if per_head else ()
-    shape = (q.shape[0], *heads, own.regions, other.regions)
-    scores = q.new_empty(shape, dtype=ACCUMULATION[q.dtype])
-    return native.select_topk_call(scores, topk, False, backend)
+    return bilevel_route_call(q, k, own, backend)
 
 
 NATIVE_CALLS[bilevel_route] = _route_call
