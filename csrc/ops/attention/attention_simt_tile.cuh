@@ -5,6 +5,7 @@
 //   load_slice       room[i][c] = x[row i, column + c]
 //   add_dot          acc[r][u] += <own row g + 16 r, other row l + 16 u>
 //   add_weighted     acc[r][c] += sum_j weights[own row g + 16 r][j] x[j, columns V l + c]
+//   each_row         the rows of a thread, one after another
 //
 // Thread (g, l) of 16 x 16 is the same in all of them, so weights pass only among the 16 lanes that
 // share g, half a warp. Every sum has one order, fixed by the shapes.
@@ -23,9 +24,13 @@ HW_DEVICE HW_INLINE int own_lane() { return dev::thread_index() / kLanes; }
 HW_DEVICE HW_INLINE int other_lane() { return dev::thread_index() % kLanes; }
 
 // Rows and keys of one sequence, numbered from its start. Loops ask nothing else about positions:
-// operators whose rows and keys lie elsewhere (lists of indices, windows with a halo) supply another
-// struct with these members.
+// operators whose rows and keys lie elsewhere supply another struct with these members. Where rows
+// and keys are listed (kListed), tiles keep their tokens in shared memory, -1 where there is none,
+// and ask about tokens what they ask here about numbers (routing_attention_simt_lists.cuh).
 struct MaskedSequence {
+  static constexpr bool kListed = false;
+  using ForwardParams = attention::ForwardParams;
+  using BackwardParams = attention::BackwardParams;
   Sequence at;
   Mask mask;
 
@@ -35,6 +40,7 @@ struct MaskedSequence {
     return {s, mask_of(p, s)};
   }
 
+  HW_DEVICE HW_INLINE void enter(int) {}  // goes to a query head
   HW_DEVICE HW_INLINE int64_t batch() const { return at.batch; }
   HW_DEVICE HW_INLINE int64_t rows() const { return at.q_count; }
   HW_DEVICE HW_INLINE int64_t keys() const { return at.k_count; }
@@ -42,6 +48,9 @@ struct MaskedSequence {
   HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
   HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
   HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i) const { return at.k_begin + i; }
+  // Where results and statistics of row i, results of key j are, given their places in the tensors.
+  HW_DEVICE HW_INLINE int64_t row_result(int64_t, int64_t row) const { return row; }
+  HW_DEVICE HW_INLINE int64_t key_result(int64_t, int64_t key) const { return key; }
   HW_DEVICE HW_INLINE int64_t diagonal(int64_t i) const { return mask.diagonal(i); }
   // What a tile of rows, or of keys, has to visit.
   HW_DEVICE HW_INLINE Range keys_of(const Range& rows) const { return mask.keys_of(rows); }
@@ -74,9 +83,10 @@ Side<Element> make_side(const Ref<const void, 4>& x) {
   return {typed, x && has_vectors(typed)};
 }
 
-// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on.
-// Returns, with kVote, whether the thread saw anything but zeros.
-template <int kRows, bool kVote, class Element, class RowOf>
+// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on
+// and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything but
+// zeros.
+template <int kRows, bool kVote, bool kGaps, class Element, class RowOf>
 HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
                                     int head, int column, int count, const RowOf& row_of) {
   using A = Accum<Element>;
@@ -92,7 +102,7 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
       HW_UNROLL
       for (int n = 0; n < kBatch; ++n) {
         const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
-        if (i < count && c < width)
+        if (i < count && c < width && (!kGaps || row_of(i) >= 0))
           x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
       }
       HW_UNROLL
@@ -117,7 +127,7 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
   for (int index = dev::thread_index(); index < kRows * kSide<A>; index += kThreads) {
     const int i = index / kSide<A>, c = index % kSide<A>;
     A wide = 0;
-    if (i < count && c < width)
+    if (i < count && c < width && (!kGaps || row_of(i) >= 0))
       wide = static_cast<A>(*from.x.at(batch, row_of(i), head, column + c));
     room[i * kStride<A> + c] = wide;
     if constexpr (kVote) some |= wide != A(0);
@@ -194,6 +204,38 @@ HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weigh
         for (int c = 0; c < kV; ++c) acc[r][c] += w.v[i] * row[i].v[c];
       }
     }
+  }
+}
+
+// ---- Rows of a thread --------------------------------------------------------------------------
+
+// Register arrays [rows of a thread] that take turns: the row at work is always row 0.
+template <class A, int N>
+HW_DEVICE HW_INLINE void turn(A (&x)[N]) {
+  const A first = x[0];
+  HW_UNROLL
+  for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
+  x[N - 1] = first;
+}
+template <class A, int N, int M>
+HW_DEVICE HW_INLINE void turn(A (&x)[N][M]) {
+  HW_UNROLL
+  for (int u = 0; u < M; ++u) {
+    const A first = x[0][u];
+    HW_UNROLL
+    for (int i = 0; i + 1 < N; ++i) x[i][u] = x[i + 1][u];
+    x[N - 1][u] = first;
+  }
+}
+
+// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop that
+// is not unrolled: what happens to a score is a hundred instructions, and registers are scarce.
+template <int kOwn, class Visit, class... Arrays>
+HW_DEVICE HW_INLINE void each_row(const Visit& visit, Arrays&... arrays) {
+  HW_UNROLL_BY(1)
+  for (int r = 0; r < kOwn; ++r) {
+    visit(r);
+    (turn(arrays), ...);
   }
 }
 

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Room: hands out parts of a workspace one after another. The same lines that place arrays count
+// what they need: a Room without memory hands out null pointers.
+//
+//   Room room;  lay_out(room);                   room.bytes() is the size
+//   Room room(memory, bytes);  lay_out(room);    checks that it is enough
+#pragma once
+
+#include <cstdint>
+
+#include "core/call.h"
+#include "core/math.h"
+
+namespace hw {
+
+class Room {
+ public:
+  Room() = default;
+  // The tensor that a caller has handed over for `operation`, which names it in messages.
+  Room(const Tensor& memory, const char* operation)
+      : base_(static_cast<char*>(memory.data)),
+        size_(memory.present() ? memory.numel() * dtype_size(memory.dtype) : 0),
+        operation_(operation) {}
+
+  // `count` elements, aligned to 256 bytes of the workspace.
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = bytes_;
+    bytes_ += round_up<int64_t>(count * static_cast<int64_t>(sizeof(T)), 256);
+    if (!operation_) return nullptr;
+    check(bytes_ <= size_, ErrorKind::value, operation_, ": workspace has ", size_,
+          " bytes, expected at least ", bytes_);
+    return reinterpret_cast<T*>(base_ + at);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_ = nullptr;
+  int64_t size_ = 0, bytes_ = 0;
+  const char* operation_ = nullptr;
+};
+
+}  // namespace hw
