@@ -220,6 +220,7 @@ def bilevel_routing_attention(
             backend=backend,
         )[:, None]  # fmt: skip
     made: Any
+    asked = (aux.lse, aux.entropy, aux.p_max, aux.sq_norm)
     if backend == "reference":
         with as_written(q):
             o, made = reference.bilevel_routing_attention(
@@ -227,12 +228,11 @@ def bilevel_routing_attention(
                 kv_num_regions=kv_num_regions, scale=scale, mask_padding=mask_padding,
             )  # fmt: skip
     else:
-        o, made = native.bilevel_routing_attention(
-            q, k, v, graph, own, other, scale, mask_padding, return_aux is not None, backend
+        o, *made = native.bilevel_routing_attention(
+            q, k, v, graph, own, other, scale, mask_padding, asked, backend
         )
     if return_aux is None:
         return o
-    asked = (aux.lse, aux.entropy, aux.p_max, aux.sq_norm)
     chosen = (x if yes else None for yes, x in zip(asked, made[:4], strict=True))
     return o, AuxResult(*chosen)
 
