@@ -16,17 +16,17 @@
 
 namespace hw::attention::simt {
 
-// Slices first .. of the own rows' gradient, kOwn x kVector columns each.
-template <class T, class Element, class A, int kCount, int kOwn>
+// Slices first .. of the own rows' gradient, kOwn x kVector columns each, as Stored.
+template <class T, class Stored, class A, int kCount, int kOwn>
 HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, bool vectors,
-                                        int first, int head, bool rows,
+                                        int first, int head,
                                         const A (&sum)[kCount][kOwn][kVector<A>]) {
-  const Ref<Element, 4> typed = to.as<Element>();
+  const Ref<Stored, 4> typed = to.as<Stored>();
   const int width = static_cast<int>(to.size[3]);
   HW_UNROLL
   for (int r = 0; r < kOwn; ++r) {
     if (!tile.exists(r)) continue;
-    const int64_t at = rows ? tile.source().row(tile.own_at(r)) : tile.source().key(tile.own_at(r));
+    const int64_t at = tile.own_result(r);
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) {
       const int column = (first + n) * kSide<A> + other_lane() * kVector<A>;
@@ -37,16 +37,27 @@ HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, b
   }
 }
 
+// The same of a kernel: as elements, or where they are added up later, as numbers of the accumulation
+// type.
+template <class Element, bool kWide, class T, class A, int kCount, int kOwn>
+HW_DEVICE HW_INLINE void store_gradient_as(bool wide, const T& tile, const Ref<void, 4>& to,
+                                           bool vectors, int first, int head,
+                                           const A (&sum)[kCount][kOwn][kVector<A>]) {
+  if constexpr (kWide && !std::is_same_v<Element, A>)
+    if (wide) return store_gradient<T, A>(tile, to, vectors, first, head, sum);
+  store_gradient<T, Element>(tile, to, vectors, first, head, sum);
+}
+
 template <class Element, class Source>
 struct QueryGradKernel {
-  using Params = GradParams<Element>;
+  using Params = GradParams<Element, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = 2;
   using Rows = Tile<Element, Source, kOwn, true>;
 
   HW_DEVICE static void main(const Params& p) {
-    const BackwardParams& b = p.b;
+    const typename Source::BackwardParams& b = p.b;
     const int64_t index = dev::block_index_x(), group = index / p.blocks;
     const int64_t heads = b.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
@@ -76,13 +87,14 @@ struct QueryGradKernel {
       tile.template apply<true>(d_q, p.k, first);
     });
 
-    store_gradient<Rows, Element>(tile, b.d_q, p.d_q_vectors, first, head, true, d_q);
+    store_gradient_as<Element, Source::kListed>(p.wide_rows, tile, b.d_q, p.d_q_vectors, first,
+                                                head, d_q);
     if (!b.d_row_temperature || part != 0) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       const A sum = static_cast<A>(b.scale) * dev::warp_sum<kLanes>(d_tau[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      const int64_t row = tile.source().row(tile.own_at(r));
+      const int64_t row = tile.own_token(r);
       b.d_row_temperature.template as<A>()(tile.source().batch(), row, head) = sum;
     }
   }
@@ -91,8 +103,7 @@ struct QueryGradKernel {
   // d_bias is zeros where it was not visited.
   HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const Rows& tile, int r,
                                            int u) {
-    const int64_t i = tile.source().row(tile.row_at(r, u)),
-                  j = tile.source().key(tile.key_at(r, u));
+    const int64_t i = tile.row_token(r, u), j = tile.key_token(r, u);
     return b.d_bias.template as<A>().at(tile.source().batch(), tile.head(), i, j);
   }
 };
@@ -101,17 +112,19 @@ struct QueryGradKernel {
 // multiprocessor, two compute the scores once for dims up to 128.
 template <class Element, class Source, int kCount>
 struct KeyGradKernel {
-  using Params = GradParams<Element>;
+  using Params = GradParams<Element, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = kCount == 1 ? 2 : 1;
   using Keys = Tile<Element, Source, kOwn, false>;
 
   HW_DEVICE static void main(const Params& p) {
-    const BackwardParams& b = p.b;
-    const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = b.key_heads();
+    const typename Source::BackwardParams& b = p.b;
+    const bool apart = Source::kListed && p.wide_keys;  // query heads are added up later
+    const int64_t index = dev::block_index_x(), group = index / p.blocks;
+    const int64_t heads = apart ? b.query_heads() : b.key_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kCount;
-    const int key_head = static_cast<int>(group / p.parts % heads);
+    const int owner = static_cast<int>(group / p.parts % heads), share = apart ? 1 : b.group();
     Keys tile(b, Source::of(b, group / p.parts / heads), index % p.blocks * kSide<A>, &b.row,
               &b.delta, nullptr);
     if (tile.own().empty()) return;
@@ -119,7 +132,7 @@ struct KeyGradKernel {
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) clear(d_k[n]), clear(d_v[n]);
-    for (int h = key_head * b.group(); h < (key_head + 1) * b.group(); ++h) {
+    for (int h = owner * share; h < (owner + 1) * share; ++h) {
       A d_bias[kOwn] = {}, d_gain[kOwn] = {};
       tile.start(h);
       tile.walk(tile.source().rows_of(tile.own()), [&] {
@@ -146,9 +159,10 @@ struct KeyGradKernel {
         store_sums(b.d_key_gain, tile, d_gain);
       }
     }
-    store_gradient<Keys, Element>(tile, b.d_k, p.d_k_vectors, first, key_head, false, d_k);
+    constexpr bool kWide = Source::kListed;
+    store_gradient_as<Element, kWide>(apart, tile, b.d_k, p.d_k_vectors, first, owner, d_k);
     if (b.d_v)
-      store_gradient<Keys, Element>(tile, b.d_v, p.d_v_vectors, first, key_head, false, d_v);
+      store_gradient_as<Element, kWide>(apart, tile, b.d_v, p.d_v_vectors, first, owner, d_v);
   }
 
  private:
@@ -160,7 +174,7 @@ struct KeyGradKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A sum = dev::warp_sum<kLanes>(share[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      const int64_t key = tile.source().key(tile.own_at(r));
+      const int64_t key = tile.own_token(r);
       to.template as<A>()(tile.source().batch(), tile.head(), key) = sum;
     }
   }
@@ -170,7 +184,7 @@ struct KeyGradKernel {
 // summed, in order, by the block that owns the tile; `blocks` are tiles of rows, `parts` of keys.
 template <class Element, class Source>
 struct BiasGradKernel {
-  using Params = GradParams<Element>;
+  using Params = GradParams<Element, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   using Rows = Tile<Element, Source, kOwn, true>;
@@ -185,7 +199,7 @@ struct BiasGradKernel {
   }
 
   HW_DEVICE static void main(const Params& p) {
-    const BackwardParams& b = p.b;
+    const typename Source::BackwardParams& b = p.b;
     int64_t rest = dev::block_index_x();
     const auto take = [&](int64_t count) {
       const int64_t at = rest % count;
@@ -276,45 +290,64 @@ struct BiasGradKernel {
   }
 };
 
+// The kernels of `sequences`, whose longest has max_q rows and max_k keys.
 template <class Element, class Source>
-void run_gradients(GradParams<Element> p, const Context& context) {
+void run_query_grad(GradParams<Element, Source> p, int64_t sequences, const Context& context) {
   using A = Accum<Element>;
-  const BackwardParams& b = p.b;
-  const int bytes = kSharedBytes<A, kVector<A>>;
-  const int slices = slices_of<A>(b.dim()), value_slices = slices_of<A>(b.value_dim());
+  p.blocks = ceil_div<int64_t>(p.b.max_q, kSide<A>);
+  p.parts = ceil_div(slices_of<A>(p.b.dim()), kSlices);
+  const int64_t blocks = sequences * p.b.query_heads() * p.parts * p.blocks;
+  launch<QueryGradKernel<Element, Source>>({blocks, 1, 1}, kBytes<A, Source, kVector<A>>, context,
+                                           p);
+}
 
-  p.blocks = ceil_div<int64_t>(b.max_q, kSide<A>);
-  p.parts = ceil_div(slices, kSlices);
-  const int64_t rows = b.sequences() * b.query_heads() * p.parts * p.blocks;
-  launch<QueryGradKernel<Element, Source>>({rows, 1, 1}, bytes, context, p);
-
-  const int most = max_of(slices, b.d_v ? value_slices : 1);
-  p.blocks = ceil_div<int64_t>(b.max_k, kSide<A>);
+template <class Element, class Source>
+void run_key_grad(GradParams<Element, Source> p, int64_t sequences, int64_t heads,
+                  const Context& context) {
+  using A = Accum<Element>;
+  const int bytes = kBytes<A, Source, kVector<A>>;
+  const int most = max_of(slices_of<A>(p.b.dim()), p.b.d_v ? slices_of<A>(p.b.value_dim()) : 1);
+  p.blocks = ceil_div<int64_t>(p.b.max_k, kSide<A>);
   p.parts = most == 1 ? 1 : ceil_div(most, kSlices);
-  const Grid keys{b.sequences() * b.key_heads() * p.parts * p.blocks, 1, 1};
+  const Grid grid{sequences * heads * p.parts * p.blocks, 1, 1};
   if (most == 1)
-    launch<KeyGradKernel<Element, Source, 1>>(keys, bytes, context, p);
+    launch<KeyGradKernel<Element, Source, 1>>(grid, bytes, context, p);
   else
-    launch<KeyGradKernel<Element, Source, kSlices>>(keys, bytes, context, p);
-
-  if (!p.shared_bias) return;
-  using Bias = BiasGradKernel<Element, Source>;
-  launch<Bias>(Bias::grid(b), bytes, context, p);
+    launch<KeyGradKernel<Element, Source, kSlices>>(grid, bytes, context, p);
 }
 
 template <class Element>
-void backward(const Call& call) {
-  GradParams<Element> p{};
-  p.b = backward_params(call);
+void run_bias_grad(const GradParams<Element, MaskedSequence>& p, const Context& context) {
+  using A = Accum<Element>;
+  using Kernel = BiasGradKernel<Element, MaskedSequence>;
+  launch<Kernel>(Kernel::grid(p.b), kSharedBytes<A, kVector<A>>, context, p);
+}
+
+// What the kernels need of the tensors of p.b.
+template <class Element, class Source>
+void describe_tensors(GradParams<Element, Source>& p) {
   p.q = make_side<Element>(p.b.q);
   p.k = make_side<Element>(p.b.k);
   p.v = make_side<Element>(p.b.v);
   p.d_w = make_side<Element>(p.b.d_w);
-  p.d_q_vectors = has_vectors(p.b.d_q.template as<Element>());
-  p.d_k_vectors = has_vectors(p.b.d_k.template as<Element>());
-  p.d_v_vectors = p.b.d_v && has_vectors(p.b.d_v.template as<Element>());
+  const auto vectors = [](const Ref<void, 4>& x, bool wide) {
+    if (wide) return x && has_vectors(x.template as<Accum<Element>>());
+    return x && has_vectors(x.template as<Element>());
+  };
+  p.d_q_vectors = vectors(p.b.d_q, p.wide_rows);
+  p.d_k_vectors = vectors(p.b.d_k, p.wide_keys);
+  p.d_v_vectors = vectors(p.b.d_v, p.wide_keys);
   p.shared_bias = shares_bias(p.b);
-  run_gradients<Element, MaskedSequence>(p, call.context);
+}
+
+template <class Element>
+void backward(const Call& call) {
+  GradParams<Element, MaskedSequence> p{};
+  p.b = backward_params(call);
+  describe_tensors(p);
+  run_query_grad(p, p.b.sequences(), call.context);
+  run_key_grad(p, p.b.sequences(), p.b.key_heads(), call.context);
+  if (p.shared_bias) run_bias_grad(p, call.context);
 }
 
 }  // namespace hw::attention::simt

@@ -14,9 +14,9 @@
 
 namespace hw::attention::simt {
 
-template <class Element>
+template <class Element, class Source>
 struct RowsParams {
-  ForwardParams f;
+  typename Source::ForwardParams f;
   ForwardPlan plan;
   Side<Element> q, k, v;
   bool o_vectors, w_vectors;
@@ -40,8 +40,8 @@ HW_DEVICE HW_INLINE RowsTask rows_task(const ForwardParams& f, const ForwardPlan
           static_cast<int>(group % plan.parts)};
 }
 
-template <class Element>
-HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element>& p, int64_t task,
+template <class Element, class Source>
+HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element, Source>& p, int64_t task,
                                                int64_t span) {
   return p.partials + (task * p.plan.spans + span) * p.plan.partial_size();
 }
@@ -52,7 +52,7 @@ class Rows {
   using A = Accum<Element>;
   static constexpr int kV = kVector<A>;
 
-  HW_DEVICE HW_INLINE Rows(const RowsParams<Element>& params, const RowsTask& t)
+  HW_DEVICE HW_INLINE Rows(const RowsParams<Element, Source>& params, const RowsTask& t)
       : p(params),
         f(params.f),
         task(t),
@@ -69,10 +69,9 @@ class Rows {
     if (!skips_block()) tile.walk(keys(), [this] { step(); });
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].add_lanes();
-    if (p.plan.spans > 1)
-      store_partial();
-    else
-      finish();
+    if constexpr (!Source::kListed)
+      if (p.plan.spans > 1) return store_partial();
+    finish();
   }
 
  private:
@@ -168,7 +167,7 @@ class Rows {
   HW_DEVICE HW_INLINE void finish() {
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
-      if (!tile.exists(r)) continue;
+      if (!tile.has_result(r)) continue;
       const bool writes = task.part == 0 && other_lane() == 0;
       const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r));
       const A factor = end.settle(sums[r], writes);
@@ -183,8 +182,8 @@ class Rows {
     }
   }
 
-  const RowsParams<Element>& p;
-  const ForwardParams& f;
+  const RowsParams<Element, Source>& p;
+  const typename Source::ForwardParams& f;
   const RowsTask task;
   Tile<Element, Source, kOwn, true> tile;
   const bool soft;
@@ -194,7 +193,7 @@ class Rows {
 
 template <class Element, class Source, int kOwn>
 struct RowsKernel {
-  using Params = RowsParams<Element>;
+  using Params = RowsParams<Element, Source>;
   static constexpr int kThreads = simt::kThreads;
   static constexpr int kMinBlocks = kOwn == 1 ? 3 : 2;
   HW_DEVICE static void main(const Params& p) {
@@ -206,7 +205,7 @@ struct RowsKernel {
 
 template <class Element, class Source>
 struct MergeKernel {
-  using Params = RowsParams<Element>;
+  using Params = RowsParams<Element, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads;
 
@@ -243,16 +242,19 @@ struct MergeKernel {
 };
 
 template <class Element, class Source>
-void run_rows(const RowsParams<Element>& p, const Context& context) {
+void run_rows(const RowsParams<Element, Source>& p, const Context& context) {
   using A = Accum<Element>;
   const Grid grid{p.plan.tasks * p.plan.spans, 1, 1};
   if (p.plan.few)
-    launch<RowsKernel<Element, Source, 1>>(grid, kSharedBytes<A, 1>, context, p);
+    launch<RowsKernel<Element, Source, 1>>(grid, kBytes<A, Source, 1>, context, p);
   else
-    launch<RowsKernel<Element, Source, kVector<A>>>(grid, kSharedBytes<A, kVector<A>>, context, p);
-  if (p.plan.spans == 1) return;
-  const int64_t rows = p.plan.tasks * p.plan.rows;
-  launch<MergeKernel<Element, Source>>({ceil_div<int64_t>(rows, kWarps), 1, 1}, 0, context, p);
+    launch<RowsKernel<Element, Source, kVector<A>>>(grid, kBytes<A, Source, kVector<A>>, context,
+                                                    p);
+  if constexpr (!Source::kListed) {
+    if (p.plan.spans == 1) return;
+    const int64_t rows = p.plan.tasks * p.plan.rows;
+    launch<MergeKernel<Element, Source>>({ceil_div<int64_t>(rows, kWarps), 1, 1}, 0, context, p);
+  }
 }
 
 // The call's workspace; it must hold what workspace_bytes asked for.
@@ -267,7 +269,7 @@ inline void* workspace_of(const Call& call, int index, int64_t bytes) {
 template <class Element>
 void forward(const Call& call) {
   using A = Accum<Element>;
-  RowsParams<Element> p{};
+  RowsParams<Element, MaskedSequence> p{};
   p.f = forward_params(call);
   p.plan = forward_plan<A>(call);
   p.q = make_side<Element>(p.f.q);
@@ -277,7 +279,7 @@ void forward(const Call& call) {
   p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
   const int64_t bytes = p.plan.workspace() * static_cast<int64_t>(sizeof(A));
   p.partials = static_cast<A*>(workspace_of(call, kForwardWorkspace, bytes));
-  run_rows<Element, MaskedSequence>(p, call.context);
+  run_rows(p, call.context);
 }
 
 }  // namespace hw::attention::simt

@@ -45,6 +45,11 @@ template <class A, int kOwn>
 inline constexpr int kSharedBytes = kRoomsAt + ((2 * kOwn * kLanes + kSide<A>)*kStride<A> +
                                                 kTerms * kSide<A>)*static_cast<int>(sizeof(A));
 
+// The same where rows and keys are listed: their tokens, and a vote per warp, besides.
+template <class A, int kOwn>
+inline constexpr int kListedBytes =
+    kSharedBytes<A, kOwn> + (kOwn * kLanes + kSide<A> + kWarps) * static_cast<int>(sizeof(int32_t));
+
 // Slices of `width` columns; one also where there is no column.
 template <class A>
 HW_HOST_DEVICE constexpr int slices_of(int64_t width) {

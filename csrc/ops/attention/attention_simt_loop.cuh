@@ -7,7 +7,8 @@
 // both sides, scores and back, weights times the other side.
 //
 // Order of a tile: the walk waits until all are done with the last one, and loads terms; `multiply`
-// and `apply` load what they read between two barriers.
+// and `apply` load what they read between two barriers. Listed rows and keys may meet or not in any
+// order: then a tile where none meet is left by a vote before anything but its tokens is loaded.
 #pragma once
 
 #include <limits>
@@ -22,6 +23,10 @@ template <class A>
 HW_DEVICE HW_INLINE A infinity() {
   return std::numeric_limits<A>::infinity();
 }
+
+// Shared memory of a block.
+template <class A, class Source, int kOwn>
+inline constexpr int kBytes = Source::kListed ? kListedBytes<A, kOwn> : kSharedBytes<A, kOwn>;
 
 // What replaying row i needs of its statistic: softmaxes L, with +inf for rows without weight; others
 // 1 / n.
@@ -44,6 +49,7 @@ template <class A>
 struct Scored {
   A y, gain, s;  // gain: gamma_j, 0 for rows that it is not for
   bool met;      // row and key exist and meet
+  bool fixed;    // s is a constant: no gradient
 };
 
 // The numbers of rows and keys that scores need, in shared memory.
@@ -112,9 +118,12 @@ class Tile {
     if (dev::thread_index() == 0) {
       work().head = query_head;
       work().key_head = query_head / p.group();
+      work().source.enter(query_head);
     }
     dev::sync_block();
     some_ = false;
+    if constexpr (kListed) started_ = false;
+    if constexpr (kListed) list_own_tokens();
     load_terms<kOwnRows, kOwnSide>(own());
   }
 
@@ -150,7 +159,31 @@ class Tile {
   HW_DEVICE HW_INLINE bool meets(int r, int u) const { return met_ >> (r * kOther + u) & 1; }
   // Own row or key of the thread, if it exists.
   HW_DEVICE HW_INLINE int64_t own_at(int r) const { return own().begin + own_lane() + kLanes * r; }
-  HW_DEVICE HW_INLINE bool exists(int r) const { return own_at(r) < own().end; }
+  HW_DEVICE HW_INLINE bool exists(int r) const {
+    if constexpr (kListed) return tokens<true>()[own_lane() + kLanes * r] >= 0;
+    return own_at(r) < own().end;
+  }
+  // The own row or key in the tensors, and where its results are.
+  HW_DEVICE HW_INLINE int64_t own_token(int r) const {
+    return token<kOwnRows>(own_lane() + kLanes * r);
+  }
+  HW_DEVICE HW_INLINE int64_t own_result(int r) const {
+    return kOwnRows ? source().row_result(own_at(r), own_token(r))
+                    : source().key_result(own_at(r), own_token(r));
+  }
+  // Whether the own row has a result: by slot those without token have, too.
+  HW_DEVICE HW_INLINE bool has_result(int r) const {
+    if constexpr (kListed)
+      if (source().by_slot()) return own_at(r) < own().end;
+    return exists(r);
+  }
+  // Row and key of the pair in the tensors.
+  HW_DEVICE HW_INLINE int64_t row_token(int r, int u) const {
+    return token<true>(row_in_tile(r, u));
+  }
+  HW_DEVICE HW_INLINE int64_t key_token(int r, int u) const {
+    return token<false>(key_in_tile(r, u));
+  }
 
   // ---- The walk
 
@@ -163,9 +196,17 @@ class Tile {
     for (tile_ = 0; tile_ < tiles; ++tile_) {
       if constexpr (!kOwnRows) some_ = false;
       dev::sync_block();
+      if constexpr (kListed) {
+        if (!some_own_tokens()) return;
+        list_tokens<false>(others());
+        dev::sync_block();
+      }
       find_pairs();
+      if constexpr (kListed)
+        if (!vote(met_ != 0)) continue;
       load_terms<!kOwnRows, kOtherSide>(others());
       visit();
+      if constexpr (kListed) started_ = true;
     }
   }
 
@@ -179,7 +220,7 @@ class Tile {
                                     const Side<Element>& other_side) {
     clear(c);
     const int width = own_side.width();
-    const bool kept = kKeep && tile_ > 0 && width <= kSide<A>;
+    const bool kept = kKeep && (kListed ? started_ : tile_ > 0) && width <= kSide<A>;
     int column = 0;
     do {
       dev::sync_block();
@@ -241,17 +282,19 @@ class Tile {
   HW_DEVICE HW_INLINE Scored<A> score(int r, int u, A c) const {
     const A x = factor(r, u) * c;
     const bool met = meets(r, u);
-    if (!shaped_) return {x, A(0), met ? x : -infinity<A>(), met};
+    if constexpr (kListed)
+      if (is_fixed(r, u)) return {x, A(0), static_cast<A>(Source::kFixedScore), true, true};
+    if (!shaped_) return {x, A(0), met ? x : -infinity<A>(), met, false};
     const A y = shape.capped(x);
     A added = 0, gain = 0;
     if (p.bias && met) {
-      const int64_t i = source().row(row_at(r, u)), j = source().key(key_at(r, u));
+      const int64_t i = row_token(r, u), j = key_token(r, u);
       added = static_cast<A>(p.bias.template as<const Element>()(source().batch(), head(), i, j));
     }
     if (p.key_bias) added += terms(Term::key_bias)[key_in_tile(r, u)];
     if (p.key_gain) gain = gain_row(r, u) * terms(Term::key_gain)[key_in_tile(r, u)];
     const A s = p.key_gain ? shape.score(y, gain, added) : y + added;
-    return {y, gain, met ? s : -infinity<A>(), met};
+    return {y, gain, met ? s : -infinity<A>(), met, false};
   }
 
   // p from s and the row statistic.
@@ -278,6 +321,8 @@ class Tile {
   HW_DEVICE HW_INLINE A mass(int r, int u) const { return terms(Term::mass)[key_in_tile(r, u)]; }
 
  private:
+  static constexpr bool kListed = Source::kListed;
+
   // What is the same for all threads and seldom used, in shared memory: registers are scarce.
   struct Work {
     Source source;
@@ -286,7 +331,7 @@ class Tile {
   };
   static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable_v<Source>);
 
-  // Shared memory: work, votes, rooms, weights, terms.
+  // Shared memory: work, votes, rooms, weights, terms; if listed tokens, and votes about the own ones.
   HW_DEVICE HW_INLINE static Work& work() { return *dev::shared<Work>(); }
   HW_DEVICE HW_INLINE static int* flags() {
     return reinterpret_cast<int*>(dev::shared<char>() + kWorkBytes);
@@ -300,10 +345,68 @@ class Tile {
     return weights() + kOwnSide * kStride<A> + static_cast<int>(t) * kSide<A>;
   }
 
+  template <bool kOfOwn>
+  HW_DEVICE HW_INLINE static int32_t* tokens() {
+    return reinterpret_cast<int32_t*>(terms(Term::count)) + (kOfOwn ? 0 : kOwnSide);
+  }
+  HW_DEVICE HW_INLINE static int32_t* token_votes() { return tokens<false>() + kOtherSide; }
+
   HW_DEVICE HW_INLINE static bool given(const Ref<const void, 3>* x) { return x && *x; }
+
+  // ---- Tokens of listed rows and keys: -1 where a slot has none, -2 beyond the list
+
+  // Row (kRows) or key i of the tile in the tensors.
+  template <bool kRows>
+  HW_DEVICE HW_INLINE int64_t token(int i) const {
+    if constexpr (kListed) return tokens<kRows == kOwnRows>()[i];
+    return kRows ? source().row(rows().begin + i) : source().key(keys().begin + i);
+  }
+
+  // Thread i writes what it reads in load_terms. Returns whether it found a token.
+  template <bool kOfOwn>
+  HW_DEVICE HW_INLINE bool list_tokens(const Range& range) {
+    bool some = false;
+    for (int i = dev::thread_index(); i < (kOfOwn ? kOwnSide : kOtherSide); i += kThreads) {
+      const int64_t place = range.begin + i;
+      int64_t at = -2;
+      if (place < range.end) at = kOfOwn == kOwnRows ? source().row(place) : source().key(place);
+      tokens<kOfOwn>()[i] = static_cast<int32_t>(at);
+      some |= at >= 0;
+    }
+    return some;
+  }
+  HW_DEVICE HW_INLINE void list_own_tokens() {
+    const bool any = dev::any(list_tokens<true>(own()));
+    if (dev::lane() == 0) token_votes()[dev::warp()] = any;
+  }
+  // Behind a barrier after list_own_tokens.
+  HW_DEVICE HW_INLINE static bool some_own_tokens() {
+    int some = 0;
+    HW_UNROLL
+    for (int i = 0; i < kWarps; ++i) some |= token_votes()[i];
+    return some != 0;
+  }
+  HW_DEVICE HW_INLINE bool is_fixed(int r, int u) const { return fixed_ >> (r * kOther + u) & 1; }
 
   // Which of the thread's pairs exist and meet.
   HW_DEVICE HW_INLINE void find_pairs() {
+    if constexpr (kListed)
+      find_listed_pairs();
+    else
+      find_masked_pairs();
+  }
+  HW_DEVICE HW_INLINE void find_listed_pairs() {
+    met_ = fixed_ = 0;
+    HW_UNROLL_BY(1)
+    for (int n = 0; n < kOwn * kOther; ++n) {
+      const int64_t i = row_token(n / kOther, n % kOther), j = key_token(n / kOther, n % kOther);
+      if (!source().tokens_meet(i, j)) continue;
+      met_ |= 1u << n;
+      if (source().is_fixed(i, j)) fixed_ |= 1u << n;
+    }
+  }
+
+  HW_DEVICE HW_INLINE void find_masked_pairs() {
     met_ = (1u << (kOwn * kOther)) - 1;
     if (own().count() == kOwnSide && others().count() == kOtherSide &&
         source().whole(rows(), keys()))
@@ -320,9 +423,10 @@ class Tile {
   template <bool kRows, int kCount, bool kVote>
   HW_DEVICE HW_INLINE void load_rows(A* room, const Side<Element>& side, const Range& range,
                                      int column) {
-    const bool some = load_slice<kCount, kVote>(
+    const bool some = load_slice<kCount, kVote, kListed>(
         room, side, source().batch(), kRows ? head() : key_head(), column,
-        static_cast<int>(range.count()), [&range](int i) {
+        static_cast<int>(range.count()), [&range](int i) -> int64_t {
+          if constexpr (kListed) return tokens<kRows == kOwnRows>()[i];
           return kRows ? source().row(range.begin + i) : source().key(range.begin + i);
         });
     if constexpr (kVote) some_ |= some;
@@ -332,32 +436,41 @@ class Tile {
   HW_DEVICE HW_INLINE void load_terms(const Range& range) {
     for (int i = dev::thread_index(); i < kCount; i += kThreads) {
       const int64_t place = range.begin + i;
+      bool exists = place < range.end;
+      if constexpr (kListed) exists = token<kRows>(i) >= 0;
       if constexpr (kRows)
-        load_row_terms(i, place, place < range.end);
+        load_row_terms(i, place, exists);
       else
-        load_key_terms(i, place, place < range.end);
+        load_key_terms(i, place, exists);
     }
   }
 
+  HW_DEVICE HW_INLINE int64_t term_row(int i, int64_t place) const {
+    return kListed ? token<true>(i) : source().row(place);
+  }
   HW_DEVICE HW_INLINE void load_row_terms(int i, int64_t place, bool exists) {
-    const int64_t b = source().batch(), row = exists ? source().row(place) : 0;
+    const int64_t b = source().batch(), row = exists ? term_row(i, place) : 0;
+    const int64_t result = exists ? source().row_result(place, row) : 0;
+    const int64_t position = kListed ? row : place;  // in the sequence
     const A scale = static_cast<A>(p.scale);
     A factor = exists ? scale : A(0);
     if (exists && p.row_temperature)
       factor = scale * p.row_temperature.template as<const A>()(b, row, head());
     terms(Term::factor)[i] = factor;
-    terms(Term::gain_row)[i] = place >= p.gain_begin && place < p.gain_end ? A(1) : A(0);
+    terms(Term::gain_row)[i] = position >= p.gain_begin && position < p.gain_end ? A(1) : A(0);
     terms(Term::statistic)[i] =
         exists ? replayed(p, source(), place,
-                          given(row_) ? row_->template as<const A>()(b, head(), row) : A(1))
+                          given(row_) ? row_->template as<const A>()(b, head(), result) : A(1))
                : A(0);
-    const A extra = exists && given(extra_) ? extra_->template as<const A>()(b, head(), row) : A(0);
+    const A extra =
+        exists && given(extra_) ? extra_->template as<const A>()(b, head(), result) : A(0);
     terms(Term::extra)[i] = extra;
     some_ |= extra != A(0);
   }
 
   HW_DEVICE HW_INLINE void load_key_terms(int i, int64_t place, bool exists) {
-    const int64_t b = source().batch(), key = exists ? source().key(place) : 0;
+    const int64_t b = source().batch();
+    const int64_t key = !exists ? 0 : kListed ? token<false>(i) : source().key(place);
     const auto term = [&](const Ref<const A, 3>& of) {
       return exists && of ? of(b, head(), key) : A(0);
     };
@@ -380,11 +493,13 @@ class Tile {
   const ScoreParams& p;
   const Ref<const void, 3>*row_, *extra_, *key_extra_;  // or null
   const ScoreShape<A> shape;
-  const bool shaped_;  // s is not x
-  bool idle_;          // the warp owns nothing that exists
-  int tile_ = 0;       // of the walk
-  uint32_t met_ = 0;   // a bit per pair of the thread
-  bool some_ = false;  // the thread saw a row that is not all zeros
+  const bool shaped_;     // s is not x
+  bool idle_;             // the warp owns nothing that exists
+  int tile_ = 0;          // of the walk
+  uint32_t met_ = 0;      // a bit per pair of the thread
+  uint32_t fixed_ = 0;    // the same: scores that are constants; listed only
+  bool started_ = false;  // a tile was visited; listed only
+  bool some_ = false;     // the thread saw a row that is not all zeros
 };
 
 }  // namespace hw::attention::simt

@@ -75,6 +75,8 @@ HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, const Source& source, i
                                  int64_t i) {
   using A = Accum<Element>;
   const int64_t b = source.batch();
+  if constexpr (Source::kListed)
+    if (source.row(i) < 0) return true;
   if (f.identity_mix && f.identity_mix.template as<const A>()(b, head) == A(1)) return true;
   return f.head_gate && f.head_gate.template as<const A>()(b, source.row(i), head) == A(0);
 }
@@ -98,11 +100,11 @@ class RowEnd {
   template <int kCount>
   HW_DEVICE HW_INLINE void write(int column, int width, A (&w)[kCount], bool o_vectors,
                                  bool w_vectors) const {
-    const int64_t b = source.batch(), row = source.row(i);
+    const int64_t b = source.batch(), row = source.row(i), at = source.row_result(i, row);
     const int available = width - column;
     if (f.w) {
       const Ref<Element, 4> to = f.w.template as<Element>();
-      store_columns(to.at(b, row, head, column), to.stride[3], w_vectors, available, w);
+      store_columns(to.at(b, at, head, column), to.stride[3], w_vectors, available, w);
     }
     if (f.identity_mix) {
       const A u = f.identity_mix.template as<const A>()(b, head);
@@ -118,7 +120,7 @@ class RowEnd {
       for (int c = 0; c < kCount; ++c) w[c] *= g;
     }
     const Ref<Element, 4> to = f.o.template as<Element>();
-    store_columns(to.at(b, row, head, column), to.stride[3], o_vectors, available, w);
+    store_columns(to.at(b, at, head, column), to.stride[3], o_vectors, available, w);
   }
 
  private:
@@ -151,7 +153,9 @@ class RowEnd {
   }
 
   HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, A value) const {
-    if (to) to.template as<A>()(source.batch(), head, source.row(i)) = value;
+    if (!to) return;
+    const int64_t at = source.row_result(i, source.row(i));
+    to.template as<A>()(source.batch(), head, at) = value;
   }
 
   const ForwardParams& f;

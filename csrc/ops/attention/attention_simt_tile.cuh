@@ -23,9 +23,13 @@ HW_DEVICE HW_INLINE int own_lane() { return dev::thread_index() / kLanes; }
 HW_DEVICE HW_INLINE int other_lane() { return dev::thread_index() % kLanes; }
 
 // Rows and keys of one sequence, numbered from its start. Loops ask nothing else about positions:
-// operators whose rows and keys lie elsewhere (lists of indices, windows with a halo) supply another
-// struct with these members.
+// operators whose rows and keys lie elsewhere supply another struct with these members. Where rows
+// and keys are listed (kListed), tiles keep their tokens in shared memory, -1 where there is none,
+// and ask about tokens what they ask here about numbers (routing_attention_simt_lists.cuh).
 struct MaskedSequence {
+  static constexpr bool kListed = false;
+  using ForwardParams = attention::ForwardParams;
+  using BackwardParams = attention::BackwardParams;
   Sequence at;
   Mask mask;
 
@@ -35,6 +39,7 @@ struct MaskedSequence {
     return {s, mask_of(p, s)};
   }
 
+  HW_DEVICE HW_INLINE void enter(int) {}  // goes to a query head
   HW_DEVICE HW_INLINE int64_t batch() const { return at.batch; }
   HW_DEVICE HW_INLINE int64_t rows() const { return at.q_count; }
   HW_DEVICE HW_INLINE int64_t keys() const { return at.k_count; }
@@ -42,6 +47,9 @@ struct MaskedSequence {
   HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
   HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
   HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i) const { return at.k_begin + i; }
+  // Where results and statistics of row i, results of key j are, given their places in the tensors.
+  HW_DEVICE HW_INLINE int64_t row_result(int64_t, int64_t row) const { return row; }
+  HW_DEVICE HW_INLINE int64_t key_result(int64_t, int64_t key) const { return key; }
   HW_DEVICE HW_INLINE int64_t diagonal(int64_t i) const { return mask.diagonal(i); }
   // What a tile of rows, or of keys, has to visit.
   HW_DEVICE HW_INLINE Range keys_of(const Range& rows) const { return mask.keys_of(rows); }
@@ -74,9 +82,10 @@ Side<Element> make_side(const Ref<const void, 4>& x) {
   return {typed, x && has_vectors(typed)};
 }
 
-// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on.
-// Returns, with kVote, whether the thread saw anything but zeros.
-template <int kRows, bool kVote, class Element, class RowOf>
+// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on
+// and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything but
+// zeros.
+template <int kRows, bool kVote, bool kGaps, class Element, class RowOf>
 HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
                                     int head, int column, int count, const RowOf& row_of) {
   using A = Accum<Element>;
@@ -92,7 +101,7 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
       HW_UNROLL
       for (int n = 0; n < kBatch; ++n) {
         const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
-        if (i < count && c < width)
+        if (i < count && c < width && (!kGaps || row_of(i) >= 0))
           x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
       }
       HW_UNROLL
@@ -117,7 +126,7 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
   for (int index = dev::thread_index(); index < kRows * kSide<A>; index += kThreads) {
     const int i = index / kSide<A>, c = index % kSide<A>;
     A wide = 0;
-    if (i < count && c < width)
+    if (i < count && c < width && (!kGaps || row_of(i) >= 0))
       wide = static_cast<A>(*from.x.at(batch, row_of(i), head, column + c));
     room[i * kStride<A> + c] = wide;
     if constexpr (kVote) some |= wide != A(0);

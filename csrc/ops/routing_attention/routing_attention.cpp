@@ -3,6 +3,8 @@
 // backend can take.
 #include "ops/routing_attention/routing_attention.h"
 
+#include "ops/routing_attention/routing_attention_simt_layout.cuh"
+
 #include "core/arguments.h"
 #include "core/registry.h"
 
@@ -43,14 +45,14 @@ void check_lists(const char* which, const Lists& l, const attention::ScoreParams
   if (!l) return;
   check(l.blocks.size[0] == p.batch() && l.blocks.size[1] == p.query_heads(), ErrorKind::value,
         "routing_attention: lists of ", which, " are of [", l.blocks.size[0], ", ",
-        l.blocks.size[1], "] batch entries and heads, expected [", p.batch(), ", ",
-        p.query_heads(), "]");
+        l.blocks.size[1], "] batch entries and heads, expected [", p.batch(), ", ", p.query_heads(),
+        "]");
   const Cells& c = l.cells;
   check(c.columns > 0 && c.height > 0 && c.width > 0 &&
             c.rows_of_image * c.columns_of_image == tokens,
         ErrorKind::value, "routing_attention: an image of ", c.rows_of_image, " x ",
-        c.columns_of_image, " tokens in cells of ", c.height, " x ", c.width,
-        " does not fit the ", tokens, " tokens of the ", which);
+        c.columns_of_image, " tokens in cells of ", c.height, " x ", c.width, " does not fit the ",
+        tokens, " tokens of the ", which);
 }
 
 template <class Params>
@@ -80,7 +82,9 @@ std::string why_not(int, Backend, const Call&) { return {}; }
 
 int width(int, Backend, const Call&) { return 0; }
 
-int64_t workspace(int, Backend, const Call&) { return 0; }
+int64_t workspace(int function, Backend backend, const Call& call) {
+  return backend == Backend::cpu ? 0 : workspace_bytes(function == kBackward, call);
+}
 
 }  // namespace
 
@@ -106,7 +110,7 @@ BackwardParams backward_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"routing_attention", kFunctions, &check_call,
-                            &why_not,            &width,     &workspace};
+const Operator kOperator = {"routing_attention", kFunctions, &check_call, &why_not, &width,
+                            &workspace};
 
 }  // namespace hw::routing_attention

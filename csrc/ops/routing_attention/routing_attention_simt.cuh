@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed queries to listed keys in plain CUDA: every dtype, every D and Dv, sm_75 and
+// later. The mathematics is in routing_attention.h; the loops are those of ops/attention, over lists.
+//
+//   _simt_lists.cuh    where rows and keys lie            _simt_layout.cuh   workspace
+//   _slots.cuh         indices of slots and regions, sums over them
+//
+//   forward                       rows of groups (RowsKernel); by slot o is the mean of slots
+//   backward  by slot             d_q, d_k, d_v of slots, from D of slots, then sums per token
+//             keys listed         d_q per token; d_k, d_v of the spans of key regions, then sums
+//             all keys            all per token; a bias that is shared: the dense BiasGradKernel,
+//                                 for which rows in no list have weight 0
+#pragma once
+
+#include "ops/attention/attention_simt_backward.cuh"
+#include "ops/attention/attention_simt_forward.cuh"
+#include "ops/routing_attention/routing_attention_simt_lists.cuh"
+#include "ops/routing_attention/routing_attention_slots.cuh"
+
+namespace hw::routing_attention::simt {
+
+using attention::simt::GradParams;
+using attention::simt::RowsParams;
+
+inline constexpr const char* kName = "routing_attention";
+
+inline void check_tokens(const attention::ScoreParams& p) {
+  check(p.q.size[1] < INT32_MAX && p.k.size[1] < INT32_MAX, ErrorKind::value, kName, ": ",
+        p.q.size[1], " rows and ", p.k.size[1], " keys, at most 2^31 - 2 can be listed");
+}
+
+// ---- Forward ------------------------------------------------------------------------------------
+
+// Blocks of rows; keys are not cut into spans.
+template <class A>
+attention::simt::ForwardPlan plan_of(const ForwardParams& f) {
+  attention::simt::ForwardPlan plan = attention::simt::forward_plan<A>(
+      f.batch() * f.groups(), f.query_heads(), f.max_q, f.max_k, f.value_dim(), 0);
+  plan.spans = 1;
+  plan.span = max_of<int64_t>(f.max_k, 1);
+  return plan;
+}
+
+template <class Element>
+void forward(const Call& call) {
+  const ForwardParams f = forward_params(call);
+  check_tokens(f);
+  Room room(call.tensor(kForwardWorkspace), kName);
+  const ForwardRoom memory = forward_room(room, forward_shape(call));
+
+  RowsParams<Element, Listed> p{};
+  p.f = f;
+  if (f.by_slot) p.f.o = f.w, p.f.w = {};
+  p.plan = plan_of<Accum<Element>>(f);
+  p.q = attention::simt::make_side<Element>(f.q);
+  p.k = attention::simt::make_side<Element>(f.k);
+  p.v = attention::simt::make_side<Element>(f.v);
+  p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
+  p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
+  attention::simt::run_rows(p, call.context);
+  if (!f.by_slot || !f.o) return;
+  mean_slots<Element>(f, index_tokens(f.rows, memory.rows, call.context), call.context);
+}
+
+// ---- Backward -----------------------------------------------------------------------------------
+
+inline bool same_lists(const Lists& a, const Lists& b) {
+  bool same = a.blocks.data == b.blocks.data;
+  for (int d = 0; d < 4; ++d)
+    same &= a.blocks.size[d] == b.blocks.size[d] && a.blocks.stride[d] == b.blocks.stride[d];
+  const Cells &x = a.cells, &y = b.cells;
+  return same && x.columns == y.columns && x.height == y.height && x.width == y.width &&
+         x.rows_of_image == y.rows_of_image && x.columns_of_image == y.columns_of_image;
+}
+
+// Gradients of slots, then of tokens.
+template <class Element>
+void backward_by_slot(GradParams<Element, Listed>& p, const BackwardRoom<Accum<Element>>& memory,
+                      const Context& context) {
+  const BackwardParams b = p.b;
+  const int64_t batch = b.batch(), heads = b.query_heads();
+  const int64_t slots = b.groups() * b.rows.slots(), key_slots = b.groups() * b.keys.slots();
+  const Csr rows = index_tokens(b.rows, memory.rows, context);
+  const Csr keys = same_lists(b.rows, b.keys) ? rows : index_tokens(b.keys, memory.keys, context);
+  slot_deltas<Element>(b, memory.delta, context);
+
+  p.b.delta = {memory.delta, {batch, heads, slots}, {heads * slots, slots, 1}};
+  const auto d_q = place_array(memory.d_q, batch, slots, heads, b.dim());
+  const auto d_k = place_array(memory.d_k, batch, key_slots, heads, b.dim());
+  const auto d_v = place_array(memory.d_v, batch, key_slots, heads, b.value_dim());
+  p.b.d_q = d_q.template as<void>(), p.b.d_k = d_k.template as<void>();
+  if (b.d_v) p.b.d_v = d_v.template as<void>();
+  p.wide_rows = p.wide_keys = true;
+  describe_tensors(p);
+  run_query_grad(p, batch * b.groups(), context);
+  run_key_grad(p, batch * b.groups(), heads, context);
+
+  sum_slots<Element>(rows, d_q, b.d_q, context);
+  sum_slots<Element>(keys, d_k, b.d_k, context);
+  if (b.d_v) sum_slots<Element>(keys, d_v, b.d_v, context);
+}
+
+// d_q per token; d_k and d_v of spans, then of tokens.
+template <class Element>
+void backward_by_region(GradParams<Element, Listed>& p, const BackwardRoom<Accum<Element>>& memory,
+                        const Context& context) {
+  const BackwardParams b = p.b;
+  const int64_t batch = b.batch(), heads = b.query_heads(), cell = b.keys.cells.size();
+  const Regions regions = index_regions(b.keys, memory.regions, context);
+  describe_tensors(p);
+  run_query_grad(p, batch * b.groups(), context);
+
+  const auto d_k = place_array(memory.d_k, batch, regions.spans * cell, heads, b.dim());
+  const auto d_v = place_array(memory.d_v, batch, regions.spans * cell, heads, b.value_dim());
+  p.b.d_k = d_k.template as<void>();
+  if (b.d_v) p.b.d_v = d_v.template as<void>();
+  p.b.regions = regions;
+  p.b.by_spans = p.wide_keys = true;
+  p.b.max_k = cell;
+  describe_tensors(p);
+  run_key_grad(p, batch * regions.spans, heads, context);
+
+  sum_spans<Element>(regions, b.keys.cells, d_k, b.d_k, context);
+  if (b.d_v) sum_spans<Element>(regions, b.keys.cells, d_v, b.d_v, context);
+}
+
+// Listed rows and all keys: every gradient per token.
+template <class Element>
+void backward_all_keys(GradParams<Element, Listed>& p, const Context& context) {
+  describe_tensors(p);
+  run_query_grad(p, p.b.batch(), context);
+  run_key_grad(p, p.b.batch(), p.b.key_heads(), context);
+  if (!p.shared_bias) return;
+  GradParams<Element, attention::simt::MaskedSequence> dense{};
+  dense.b = p.b;
+  describe_tensors(dense);
+  run_bias_grad(dense, context);
+}
+
+template <class Element>
+void backward(const Call& call) {
+  GradParams<Element, Listed> p{};
+  static_cast<BackwardParams&>(p.b) = backward_params(call);
+  check_tokens(p.b);
+  Room room(call.tensor(kBackwardWorkspace), kName);
+  const auto memory = backward_room<Accum<Element>>(room, backward_shape(call));
+  if (p.b.by_slot)
+    backward_by_slot(p, memory, call.context);
+  else if (p.b.keys)
+    backward_by_region(p, memory, call.context);
+  else
+    backward_all_keys(p, call.context);
+}
+
+}  // namespace hw::routing_attention::simt
+
+namespace hw::routing_attention {
+
+// kDim is 0: one instance takes every size.
+template <class Element, int kDim>
+struct Simt {
+  static_assert(kDim == 0, "the simt backend has one instance per dtype");
+  static void forward(const Call& call) { simt::forward<Element>(call); }
+  static void backward(const Call& call) { simt::backward<Element>(call); }
+};
+
+}  // namespace hw::routing_attention
