@@ -52,7 +52,8 @@ struct QueryGradKernel {
   using Pairs = typename L::Pairs;
   using Params = GradientParams<Element, Feed>;
   using Smem = typename L::Smem;
-  static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1;
+  static constexpr int kThreads = L::kThreads;
+  static constexpr int kMinBlocks = (kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1) * 128 / kThreads;
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
@@ -141,7 +142,8 @@ struct KeyGradKernel {
   using Values = typename L::Values;
   using Params = GradientParams<Element, Feed>;
   using Smem = typename L::Smem;
-  static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 128 ? 2 : 1;
+  static constexpr int kThreads = L::kThreads;
+  static constexpr int kMinBlocks = (kDim <= 128 ? 2 : 1) * 128 / kThreads;
 
   // What a warp sums up over its keys.
   struct Sums {

@@ -21,9 +21,9 @@
 
 namespace hw::routing_attention::sm80 {
 
-template <class Params>
-Listed listed(const Params& p) {
-  Listed feed{};
+template <int kOwn, class Params>
+Listed<kOwn> listed(const Params& p) {
+  Listed<kOwn> feed{};
   feed.lists = p;
   feed.row_slots_of_list = static_cast<int>(p.max_q);
   feed.key_slots_of_list = static_cast<int>(p.max_k);
@@ -32,13 +32,13 @@ Listed listed(const Params& p) {
   return feed;
 }
 
-template <class Element, int kDim, bool kPlain>
+template <class Element, int kDim, bool kPlain, int kOwn>
 void forward(const Call& call, const ForwardParams& p, const attention::ForwardParams& f) {
-  using Kernel = attention::sm80::ForwardKernel<Element, kDim, kPlain, Listed>;
+  using Kernel = attention::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
   attention::sm80::Plan plan;
   plan.blocks = ceil_div<int64_t>(p.max_q, Kernel::kRows);
   plan.tasks = plan.blocks * p.query_heads() * p.batch() * p.groups();
-  const typename Kernel::Params params{listed(p),
+  const typename Kernel::Params params{listed<kOwn>(p),
                                        f,
                                        attention::sm80::ScoreInputs<Element>(f),
                                        input_of<Element>(f.v),
@@ -55,8 +55,14 @@ void forward(const Call& call) {
   const ForwardParams p = forward_params(call);
   attention::ForwardParams f = p;
   if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
-  attention::sm80::is_plain(f) ? forward<Element, kDim, true>(call, p, f)
-                               : forward<Element, kDim, false>(call, p, f);
+  if (!attention::sm80::is_plain(f))
+    forward<Element, kDim, false, kMedium>(call, p, f);
+  else if (p.max_q <= kNarrow)
+    forward<Element, kDim, true, kNarrow>(call, p, f);
+  else if (p.max_q <= kMedium)
+    forward<Element, kDim, true, kMedium>(call, p, f);
+  else
+    forward<Element, kDim, true, kWide>(call, p, f);
   if (!p.by_slot) return;
   Room room(call.tensor(kForwardWorkspace), "routing_attention.forward");
   const ForwardRoom at = forward_room(room, forward_shape(call));
@@ -74,45 +80,81 @@ inline Output<float> sums_of(float* data, const Shape& s, int64_t places, int64_
   return {place_array(data, s.batch, places, s.heads, width), true};
 }
 
-// The gradients of the attention itself; sums that are left to be made are in `at`.
-template <class Element, int kDim, bool kPlain>
-void attend(const Call& call, const BackwardParams& b, const Shape& s,
-            const BackwardRoom<float>& at) {
-  using namespace attention::sm80;  // NOLINT
-  const Context& context = call.context;
-  const auto inputs = loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row,
-                                           b.by_slot ? row_numbers(at.delta, s) : b.delta);
-  const bool shared_bias = attention::sm80::shares_bias(b);
-  const int64_t tasks = s.batch * s.groups * s.heads;
+// Everything that the kernels of the gradients have in common.
+template <class Element>
+struct Backward {
+  const Call& call;
+  const BackwardParams& b;
+  const Shape& s;
+  const BackwardRoom<float>& at;  // by slot or span: where sums that are still to be made begin
+  attention::sm80::LoopInputs<Element> inputs;
+  bool shared_bias;
 
-  GradientParams<Element, Listed> q{listed(b), b,  inputs,      output_of<Element>(b.d_q),
-                                    {},        {}, shared_bias, 0};
-  q.row_sums = sums_of(at.d_q, s, s.groups * s.row_slots, s.dim);
-  launch_blocks<QueryGradKernel<Element, kDim, kPlain, Listed>>(tasks, q, b.max_q, context);
+  bool by_span() const { return s.keys_listed && !s.by_slot; }
 
-  ListedKeys feed{listed(b)};
-  feed.regions = at.regions;
-  feed.by_span = s.keys_listed && !s.by_slot;
+  // Gradients fed with `feed`.
+  template <class Feed>
+  attention::sm80::GradientParams<Element, Feed> params(const Feed& feed) const {
+    return {feed,
+            b,
+            inputs,
+            output_of<Element>(b.d_q),
+            output_of<Element>(b.d_k),
+            output_of<Element>(b.d_v),
+            shared_bias,
+            0};
+  }
+};
+
+template <class Element, int kDim, bool kPlain, int kOwn>
+void query_gradients(const Backward<Element>& x) {
+  using Kernel = attention::sm80::QueryGradKernel<Element, kDim, kPlain, Listed<kOwn>>;
+  const Shape& s = x.s;
+  Listed<kOwn> feed = listed<kOwn>(x.b);
+  feed.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
+  attention::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(feed), s.row_slots,
+                                         x.call.context);
+}
+
+template <class Element, int kDim, bool kPlain, int kOwn>
+void key_gradients(const Backward<Element>& x) {
+  using Feed = ListedKeys<kOwn>;
+  using Kernel = attention::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, Feed>;
+  const Shape& s = x.s;
+  Feed feed{listed<kOwn>(x.b)};
+  feed.regions = x.at.regions;
+  feed.by_span = x.by_span();
   feed.blocks_of_list = static_cast<int>(s.key_blocks), feed.cell = static_cast<int>(s.key_cell);
-  const int64_t places = feed.by_span ? at.regions.spans * s.key_cell : s.groups * s.key_slots;
+  const int64_t groups = feed.by_span ? x.at.regions.spans : s.groups;
+  const int64_t slots = feed.by_span ? s.key_cell : s.key_slots;
   if (s.keys_listed) {
-    feed.key_sums = sums_of(at.d_k, s, places, s.dim);
-    feed.value_sums = sums_of(at.d_v, s, places, s.value_dim);
+    feed.key_sums = sums_of(x.at.d_k, s, groups * slots, s.dim);
+    feed.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
   }
-  const GradientParams<Element, ListedKeys> k{
-      feed, b, inputs, {}, output_of<Element>(b.d_k), output_of<Element>(b.d_v), shared_bias, 0};
-  using Keys = KeyGradKernel<Element, kDim, kPlain, true, true, ListedKeys>;
-  const int64_t owners = s.keys_listed ? s.heads : b.key_heads();
-  const int64_t groups = feed.by_span ? at.regions.spans : s.groups;
-  launch_blocks<Keys>(s.batch * groups * owners, k, feed.by_span ? s.key_cell : s.key_slots,
-                      context);
-  if constexpr (!kPlain) {
-    if (!shared_bias) return;
+  const int64_t owners = s.keys_listed ? s.heads : x.b.key_heads();
+  attention::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots,
+                                         x.call.context);
+}
+
+template <class Element, int kDim>
+void gradients(const Backward<Element>& x) {
+  using attention::sm80::has_plain_scores;
+  if (!has_plain_scores(x.b)) {
+    query_gradients<Element, kDim, false, kMedium>(x);
+    key_gradients<Element, kDim, false, kMedium>(x);
+    if (!x.shared_bias) return;
     // Rows that are not listed weigh nothing: their statistic is +inf.
-    attention::BackwardParams all = b;
-    all.max_q = s.rows, all.max_k = s.keys;
-    launch_bias<Element, kDim>({{}, all, inputs, {}, {}, {}, shared_bias, 0}, context);
+    attention::BackwardParams all = x.b;
+    all.max_q = x.s.rows, all.max_k = x.s.keys;
+    attention::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0},
+                                                x.call.context);
+    return;
   }
+  x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, true, kNarrow>(x)
+                           : query_gradients<Element, kDim, true, kMedium>(x);
+  (x.by_span() ? x.s.key_cell : x.s.key_slots) <= kNarrow
+      ? key_gradients<Element, kDim, true, kNarrow>(x)
+      : key_gradients<Element, kDim, true, kMedium>(x);
 }
 
 template <class Element, int kDim>
@@ -130,8 +172,10 @@ void backward(const Call& call) {
     at.regions = index_regions(b.keys, at.regions, context);
   }
 
-  attention::sm80::has_plain_scores(b) ? attend<Element, kDim, true>(call, b, s, at)
-                                       : attend<Element, kDim, false>(call, b, s, at);
+  const auto inputs =
+      attention::sm80::loop_inputs<Element>(b, attention::sm80::has_plain_scores(b), b.d_w, b.v,
+                                            b.row, s.by_slot ? row_numbers(at.delta, s) : b.delta);
+  gradients<Element, kDim>({call, b, s, at, inputs, attention::sm80::shares_bias(b)});
 
   const auto places = [&](float* data, int64_t count, int64_t width) {
     return place_array(data, s.batch, count, s.heads, width);

@@ -21,12 +21,13 @@ namespace hw::routing_attention::sm80 {
 using attention::ScoreParams;
 using attention::sm80::kNoToken;
 
+template <int kOwn>
 struct Listed {
   static constexpr bool kListed = true;
   static constexpr float kSelfScore = static_cast<float>(routing_attention::kSelfScore);
   template <int kDim>
-  using ForwardTiles = sm80::ForwardTiles<kDim>;
-  using LoopTiles = attention::sm80::LoopTiles;
+  using ForwardTiles = sm80::ForwardTiles<kOwn, kDim>;
+  using LoopTiles = sm80::LoopTiles<kOwn>;
 
   struct Place : attention::sm80::Place {
     int group;                // g, or span t
@@ -99,7 +100,12 @@ struct Listed {
   }
 };
 
-struct ListedKeys : Listed {
+template <int kOwn>
+struct ListedKeys : Listed<kOwn> {
+  using Base = Listed<kOwn>;
+  using Base::lists, Base::row_slots_of_list;
+  using typename Base::Place;
+
   Regions regions;
   bool by_span;
   int blocks_of_list, cell;  // N and n of the keys
@@ -107,8 +113,8 @@ struct ListedKeys : Listed {
   Output<float> key_sums, value_sums;
 
   HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) const {
-    if (!by_span) return Listed::place_of(p, n, head);
-    Place w = place_in(p, n / regions.spans, head);
+    if (!by_span) return Base::place_of(p, n, head);
+    Place w = Base::place_in(p, n / regions.spans, head);
     const int64_t span = n % regions.spans;
     w.list = static_cast<int>(regions.listed.list(w.at.batch, head));
     const Range listings = regions.listings(w.list, span);
@@ -121,13 +127,14 @@ struct ListedKeys : Listed {
   }
 
   HW_DEVICE HW_INLINE int row_token(const Place& w, int slot) const {
-    if (!by_span) return Listed::row_token(w, slot);
+    if (!by_span) return Base::row_token(w, slot);
     const int listing = w.first_listing + slot / row_slots_of_list;
     const int group = regions.listed.items_of(w.list)[listing] / blocks_of_list;
-    return token(lists.rows, row_cells, w, group, slot % row_slots_of_list);
+    return Base::token(lists.rows, Base::row_cells, w, group, slot % row_slots_of_list);
   }
   HW_DEVICE HW_INLINE int key_token(const Place& w, int slot) const {
-    return by_span ? token_of_cell(lists.keys.cells, w.region, slot) : Listed::key_token(w, slot);
+    return by_span ? Base::token_of_cell(lists.keys.cells, w.region, slot)
+                   : Base::key_token(w, slot);
   }
 
   HW_DEVICE HW_INLINE int64_t result_key(const Place& w, int slot, int token) const {

@@ -20,14 +20,29 @@ inline int64_t workspace_bytes(int function, const Call& call) {
   return routing_attention::workspace_bytes(function != 0, call);
 }
 
-// Lists are short: a block owns 64 rows, a strip of 16 for each of 4 warps. Of a list of fewer, warps
-// without rows only help to load.
-template <int kDim>
+// A block owns kOwn slots of a list, a strip or two of 16 for each warp:
+//
+//   kNarrow     a warp of its own, where all lists are this short (small regions of an image): little
+//               shared memory, so that many lists load side by side
+//   kMedium     of the shorter lists, warps without tokens only help to load
+//   kWide       two strips read a tile of keys half as often as one: forward, plain scores
+inline constexpr int kNarrow = 16, kMedium = 64, kWide = 128;
+
+template <int kOwn, int kDim>
 struct ForwardTiles {
-  static constexpr int kRows = 64, kKeys = kDim <= 64 ? 64 : 32;
-  static constexpr int strips(bool) { return 1; }
-  static constexpr int warps(bool) { return kRows / 16; }
-  static constexpr int blocks(bool plain) { return !plain ? 2 : kDim <= 64 ? 4 : 3; }
+  static constexpr int kRows = kOwn;
+  static constexpr int kKeys = kOwn == kNarrow ? (kDim <= 64 ? 32 : 16) : (kDim <= 64 ? 64 : 32);
+  static constexpr int strips(bool) { return kOwn == kWide ? 2 : 1; }
+  static constexpr int warps(bool) { return kRows / (16 * strips(true)); }
+  static constexpr int blocks(bool) { return kOwn == kNarrow ? 16 : kOwn == kMedium ? 3 : 2; }
+};
+
+template <int kSlots>
+struct LoopTiles : attention::sm80::LoopTiles {};
+template <>
+struct LoopTiles<kNarrow> {
+  static constexpr int kOwn = kNarrow;
+  static constexpr int others(int dim, bool) { return dim <= 64 ? 32 : 16; }
 };
 
 }  // namespace hw::routing_attention::sm80
