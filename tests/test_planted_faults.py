@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "cmake", "CMakeLists.txt", "CMakePresets.json", "pyproject.toml")
 SELECT = "ops/select_topk/select_topk"
 LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
-SOFT = "ops/attention/attention"
+SOFT, ROUTING = "ops/attention/attention", "ops/routing_attention/routing_attention"
+KMEANS, REGIONS = "kmeans_routing_attention", "bilevel_routing_attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
 # Compares the small cases of an operator on a backend in both orders of asynchronous copies.
@@ -133,10 +134,24 @@ FAULTS = (
     sm80("mask_off_by_one", f"{SOFT}_sm80_score.cuh", "column >= end)", "column > end)",
          "attention"),
     sm80("sums_of_one_head", f"{SOFT}_sm80_backward.cuh",
-         "head < (key_head + 1) * b.group(); ++head", "head < key_head * b.group() + 1; ++head",
+         "head < (owner + 1) * p.heads_of_owner(b); ++head",
+         "head < owner * p.heads_of_owner(b) + 1; ++head",
          "attention"),
     sm80("weight_ignored", f"{SOFT}_sm80_columns.cuh",
          "w * score.spot.extra[Pairs::column(j, i)] : w;", "w : w;", "column_stats"),
+    sm80("mask_off_by_one", f"{SOFT}_sm80_score.cuh", "token < end[s]", "token <= end[s]", KMEANS),
+    sm80("self_seen", f"{SOFT}_sm80_score.cuh", "seen && token == self[s]",
+         "seen && token < 0", KMEANS),
+    sm80("tokens_not_there", f"{SOFT}_sm80_loop.cuh", "begin * kOther);\n      dev::sync_block();",
+         "begin * kOther);", KMEANS),
+    sm80("tokens_of_the_last_tile", f"{SOFT}_sm80_loop.cuh", "other[(tile + 1) % 3], (tile + 1)",
+         "other[(tile + 1) % 3], tile", KMEANS),
+    sm80("padding_hidden", f"{SOFT}_sm80_score.cuh", "feed.pad_keys() ? kNoToken",
+         "false ? kNoToken", REGIONS),
+    sm80("rows_of_one_listing", f"{ROUTING}_sm80_feed.cuh",
+         "w.first_listing + slot / row_slots_of_list", "w.first_listing", REGIONS),
+    sm80("lists_of_one_head", f"{ROUTING}_sm80_feed.cuh", "blocks(w.at.batch, w.head, group,",
+         "blocks(w.at.batch, 0, group,", "moh_attention"),
     cpu("sum_not_carried", f"{SOFT}_cpu_few.h", "sums.sum[i] += sum<A>(total);",
         "sums.sum[i] = sum<A>(total);", "attention"),
     cpu("tie_too_many", f"{SELECT}_cpu.cpp", "return {t, p_.k() - count(",

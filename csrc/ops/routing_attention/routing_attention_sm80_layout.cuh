@@ -34,7 +34,9 @@ struct ForwardTiles {
   static constexpr int kKeys = kOwn == kNarrow ? (kDim <= 64 ? 32 : 16) : (kDim <= 64 ? 64 : 32);
   static constexpr int strips(bool) { return kOwn == kWide ? 2 : 1; }
   static constexpr int warps(bool) { return kRows / (16 * strips(true)); }
-  static constexpr int blocks(bool) { return kOwn == kNarrow ? 16 : kOwn == kMedium ? 3 : 2; }
+  static constexpr int blocks(bool plain) {
+    return kOwn == kNarrow ? 16 : kOwn == kWide ? 2 : plain && kDim <= 64 ? 4 : 3;
+  }
 };
 
 template <int kSlots>
