@@ -2,7 +2,7 @@
 """Attention by lists: how a validated call is made, and what torch does around its backward pass.
 
     by slot     d_w_i = d_o_i / (n_i + eps), n_i slots that hold token i
-    with gate   d_w_i = g_i d_o_i      D_i = g_i <d_o_i, w_i>      d_g_i = <d_o_i, w_i>
+    with gate   d_w_i = g_i d_o_i      D_i = <d_w_i, w_i>          d_g_i = <d_o_i, w_i>
     otherwise   d_w_i = d_o_i          D_i = <d_o_i, w_i>
 """
 
@@ -98,7 +98,8 @@ class _RoutingAttention(torch.autograd.Function):
             a = row_dot(d_o, w)
             d_w, d_gate = d_o, a
             if gate is not None:
-                d_w, a = (gate[..., None] * d_o).to(d_o.dtype), gate * a
+                d_w = (gate[..., None] * d_o).to(d_o.dtype)
+                a = row_dot(d_w, w)  # of d_w as rounded: then ds = 0 where a row sees one key
             delta = a.transpose(1, 2)
             if ctx.want_lse and d_lse is not None:
                 delta = delta - d_lse

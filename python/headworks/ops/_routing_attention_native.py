@@ -96,12 +96,12 @@ def forward(
     """routing_attention.forward. By slot, w and row are wanted."""
     made = outputs(score, v, routing, want)
     empty = _empty(score, routing)
-    if empty or not routing.covers:
+    if empty or not (routing.covers or routing.by_slot):
         for x in made:
             if x is not None:
                 x.zero_()
-        if made.row is not None:  # of rows without weight
-            made.row.fill_(-torch.inf if empty else torch.inf)
+    if made.row is not None and (empty or not routing.covers):  # of rows without weight
+        made.row.fill_(-torch.inf if empty else torch.inf)
     if not empty:
         run("routing_attention.forward", backend, *_forward_call(score, v, gate, routing, made))
     return made
