@@ -64,7 +64,8 @@ class Budget:
 OPERATORS80 = ("attention", "linear_attention", "routing_attention")
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
-SOFT80 = "hw::attention::sm80::"
+SOFT80, SOFT = "hw::attention::sm80::", "hw::attention::simt::"
+ROUTING = "hw::routing_attention::"
 LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 KIB = 1024
@@ -98,6 +99,12 @@ BUDGETS = (
     Budget(SOFT80 + "(QueryGrad|KeyGrad|Columns)Kernel<", 255, 128, 1, 99 * KIB, TENSOR),
     Budget(SOFT80 + "BiasGradKernel<", 255, 128, 1, 99 * KIB, TENSOR),
     Budget(SOFT80 + "MergeKernel<", 96, 128, 4),
+    Budget(SOFT + "RowsKernel<.*, 1>", 80, 256, 3),
+    Budget(SOFT + "(RowsKernel<|QueryGradKernel<|KeyGradKernel<.*, 1>)", 128, 256, 2),
+    Budget(SOFT + "KeyGradKernel<", 255, 256, 1),
+    Budget(ROUTING + "SumKernel<", 64, 256, 4),
+    Budget(ROUTING + "(Delta|Spans)Kernel", 64, 256, 4),
+    Budget(r"hw::CsrKernel<", 64, 512, 2),
 )
 
 

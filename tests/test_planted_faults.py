@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "cmake", "CMakeLists.txt", "CMakePresets.json", "pyproject.toml")
 SELECT = "ops/select_topk/select_topk"
 LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
-SOFT, ROUTING = "ops/attention/attention", "ops/routing_attention/routing_attention"
-KMEANS, REGIONS = "kmeans_routing_attention", "bilevel_routing_attention"
+SOFT = "ops/attention/attention"
+ROUTING = "ops/routing_attention/routing_attention"
+KMEANS, BILEVEL = "kmeans_routing_attention", "bilevel_routing_attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
 # Compares the small cases of an operator on a backend in both orders of asynchronous copies.
@@ -147,9 +148,9 @@ FAULTS = (
     sm80("tokens_of_the_last_tile", f"{SOFT}_sm80_loop.cuh", "other[(tile + 1) % 3], (tile + 1)",
          "other[(tile + 1) % 3], tile", KMEANS),
     sm80("padding_hidden", f"{SOFT}_sm80_score.cuh", "feed.pad_keys() ? kNoToken",
-         "false ? kNoToken", REGIONS),
+         "false ? kNoToken", BILEVEL),
     sm80("rows_of_one_listing", f"{ROUTING}_sm80_feed.cuh",
-         "w.first_listing + slot / row_slots_of_list", "w.first_listing", REGIONS),
+         "w.first_listing + slot / row_slots_of_list", "w.first_listing", BILEVEL),
     sm80("lists_of_one_head", f"{ROUTING}_sm80_feed.cuh", "blocks(w.at.batch, w.head, group,",
          "blocks(w.at.batch, 0, group,", "moh_attention"),
     cpu("sum_not_carried", f"{SOFT}_cpu_few.h", "sums.sum[i] += sum<A>(total);",
@@ -158,6 +159,31 @@ FAULTS = (
         "return {t, 1 + p_.k() - count(", "select_topk"),
     simt("ties_reversed", f"{SELECT}_simt.cuh", "(other == own && m < j)",
          "(other == own && m > j)", "select_topk"),
+    simt("first_bucket_lost", "core/csr.cuh", "return x >= 0 && x < p.csr.buckets ?",
+         "return x > 0 && x < p.csr.buckets ?", KMEANS),
+    simt("eps_ignored", f"{ROUTING}_slots.cuh",
+         "sum / (static_cast<A>(count) + static_cast<A>(p.eps))", "sum / static_cast<A>(count)",
+         KMEANS),
+    simt("sums_of_one_head", f"{ROUTING}_slots.cuh", "h < (head + 1) * p.share; ++h",
+         "h < head * p.share + 1; ++h", KMEANS),
+    simt("wrong_sign", f"{ROUTING}_slots.cuh", "* slots + slot] = sum;", "* slots + slot] = -sum;",
+         KMEANS),
+    simt("mask_off_by_one", f"{ROUTING}_simt_lists.cuh", "j <= at + mask.right",
+         "j < at + mask.right", KMEANS),
+    simt("self_seen", f"{ROUTING}_simt_lists.cuh",
+         "return routing->mask_self && j == mask.diagonal(i);", "return false;", KMEANS),
+    simt("self_has_gradient", f"{SOFT}_simt_gradient.cuh", "e.met && !e.fixed ?", "e.met ?",
+         KMEANS),
+    simt("padding_hidden", f"{ROUTING}_simt_lists.cuh", "return j == -1 && routing->pad_keys;",
+         "return false;", BILEVEL),
+    simt("first_span_again", f"{ROUTING}_simt_layout.cuh",
+         "begin[r] + most * (t - first_of(list)[r])", "begin[r]", BILEVEL),
+    simt("spans_not_merged", f"{ROUTING}_slots.cuh", "in_cell, first[0], first[1]};",
+         "in_cell, first[0], first[0] + 1};", BILEVEL),
+    simt("list_of_one_head", f"{ROUTING}_simt_lists.cuh", "head = query_head;", "head = 0;",
+         "moh_attention"),
+    simt("own_side_not_loaded", f"{SOFT}_simt_loop.cuh", "(kListed ? started_ : tile_ > 0)",
+         "tile_ > 0", "moh_attention"),
 )  # fmt: skip
 
 

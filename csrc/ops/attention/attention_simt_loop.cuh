@@ -56,36 +56,6 @@ struct Scored {
 enum class Term : int { factor, gain_row, statistic, extra, key_gain, key_bias, mass, count };
 static_assert(static_cast<int>(Term::count) == kTerms);
 
-// Register arrays [rows of a thread] that take turns: the row at work is always row 0.
-template <class A, int N>
-HW_DEVICE HW_INLINE void turn(A (&x)[N]) {
-  const A first = x[0];
-  HW_UNROLL
-  for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
-  x[N - 1] = first;
-}
-template <class A, int N, int M>
-HW_DEVICE HW_INLINE void turn(A (&x)[N][M]) {
-  HW_UNROLL
-  for (int u = 0; u < M; ++u) {
-    const A first = x[0][u];
-    HW_UNROLL
-    for (int i = 0; i + 1 < N; ++i) x[i][u] = x[i + 1][u];
-    x[N - 1][u] = first;
-  }
-}
-
-// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop that
-// is not unrolled: what happens to a score is a hundred instructions, and registers are scarce.
-template <int kOwn, class Visit, class... Arrays>
-HW_DEVICE HW_INLINE void each_row(const Visit& visit, Arrays&... arrays) {
-  HW_UNROLL_BY(1)
-  for (int r = 0; r < kOwn; ++r) {
-    visit(r);
-    (turn(arrays), ...);
-  }
-}
-
 template <class Element, class Source, int kOwn, bool kOwnRows>
 class Tile {
  public:

@@ -5,6 +5,7 @@
 //   load_slice       room[i][c] = x[row i, column + c]
 //   add_dot          acc[r][u] += <own row g + 16 r, other row l + 16 u>
 //   add_weighted     acc[r][c] += sum_j weights[own row g + 16 r][j] x[j, columns V l + c]
+//   each_row         the rows of a thread, one after another
 //
 // Thread (g, l) of 16 x 16 is the same in all of them, so weights pass only among the 16 lanes that
 // share g, half a warp. Every sum has one order, fixed by the shapes.
@@ -203,6 +204,38 @@ HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weigh
         for (int c = 0; c < kV; ++c) acc[r][c] += w.v[i] * row[i].v[c];
       }
     }
+  }
+}
+
+// ---- Rows of a thread --------------------------------------------------------------------------
+
+// Register arrays [rows of a thread] that take turns: the row at work is always row 0.
+template <class A, int N>
+HW_DEVICE HW_INLINE void turn(A (&x)[N]) {
+  const A first = x[0];
+  HW_UNROLL
+  for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
+  x[N - 1] = first;
+}
+template <class A, int N, int M>
+HW_DEVICE HW_INLINE void turn(A (&x)[N][M]) {
+  HW_UNROLL
+  for (int u = 0; u < M; ++u) {
+    const A first = x[0][u];
+    HW_UNROLL
+    for (int i = 0; i + 1 < N; ++i) x[i][u] = x[i + 1][u];
+    x[N - 1][u] = first;
+  }
+}
+
+// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop that
+// is not unrolled: what happens to a score is a hundred instructions, and registers are scarce.
+template <int kOwn, class Visit, class... Arrays>
+HW_DEVICE HW_INLINE void each_row(const Visit& visit, Arrays&... arrays) {
+  HW_UNROLL_BY(1)
+  for (int r = 0; r < kOwn; ++r) {
+    visit(r);
+    (turn(arrays), ...);
   }
 }
 

@@ -101,15 +101,20 @@ inline Regions index_regions(const Lists& keys, const Regions& memory, const Con
 
 // ---- Sums ---------------------------------------------------------------------------------------
 
+// Where a token stands in lists: place(i) for i in [begin, end).
+//
 // The slots of a token.
 struct SlotsOfToken {
   Csr csr;
-  HW_DEVICE HW_INLINE Range range(int64_t b, int64_t head, int64_t token) const {
-    const int32_t* begin = csr.begin_of(csr.list(b, head)) + token;
-    return {begin[0], begin[1]};
-  }
-  HW_DEVICE HW_INLINE int64_t place(int64_t b, int64_t head, int64_t, int64_t i) const {
-    return csr.items_of(csr.list(b, head))[i];
+  struct Places {
+    const int32_t* item;
+    int32_t begin, end;
+    HW_DEVICE HW_INLINE int64_t place(int32_t i) const { return item[i]; }
+  };
+  HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
+    const int64_t list = csr.list(b, head);
+    const int32_t* begin = csr.begin_of(list) + token;
+    return {csr.items_of(list), begin[0], begin[1]};
   }
 };
 
@@ -117,15 +122,17 @@ struct SlotsOfToken {
 struct SpansOfToken {
   Regions regions;
   Cells cells;
-  HW_DEVICE HW_INLINE Range range(int64_t b, int64_t head, int64_t token) const {
+  struct Places {
+    int64_t cell, in_cell;
+    int32_t begin, end;
+    HW_DEVICE HW_INLINE int64_t place(int32_t span) const { return span * cell + in_cell; }
+  };
+  HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
     const int64_t y = token / cells.columns_of_image, x = token % cells.columns_of_image;
     const int64_t region = y / cells.height * cells.columns + x / cells.width;
+    const int64_t in_cell = y % cells.height * cells.width + x % cells.width;
     const int32_t* first = regions.first_of(regions.listed.list(b, head)) + region;
-    return {first[0], first[1]};
-  }
-  HW_DEVICE HW_INLINE int64_t place(int64_t, int64_t, int64_t token, int64_t span) const {
-    const int64_t y = token / cells.columns_of_image, x = token % cells.columns_of_image;
-    return span * cells.size() + y % cells.height * cells.width + x % cells.width;
+    return {cells.size(), in_cell, first[0], first[1]};
   }
 };
 
@@ -133,7 +140,7 @@ struct SpansOfToken {
 template <class In, class Out, class Places>
 struct SumKernel {
   using A = Accum<Out>;
-  static constexpr int kThreads = kSlotThreads;
+  static constexpr int kThreads = kSlotThreads, kMinBlocks = 4;  // it waits for memory
   struct Params {
     Places places;
     Ref<const In, 4> from;  // [B, places, Hq, width]
@@ -148,18 +155,23 @@ struct SumKernel {
     const int64_t heads = p.to.size[2], head = index % heads, row = index / heads;
     const int64_t token = row % p.to.size[1], b = row / p.to.size[1];
     if (b >= p.to.size[0]) return;
-    for (int64_t c = dev::lane(); c < p.to.size[3]; c += dev::kWarp) {
-      A sum = 0;
-      int64_t count = 0;
-      for (int64_t h = head * p.share; h < (head + 1) * p.share; ++h) {
-        const Range range = p.places.range(b, h, token);
-        for (int64_t i = range.begin; i < range.end; ++i)
-          sum += static_cast<A>(p.from(b, p.places.place(b, h, token, i), h, c));
-        count += range.count();
-      }
-      if (p.mean) sum = count > 0 ? sum / (static_cast<A>(count) + static_cast<A>(p.eps)) : A(0);
-      p.to(b, token, head, c) = Out(sum);
+    for (int64_t c = dev::lane(); c < p.to.size[3]; c += dev::kWarp)
+      p.to(b, token, head, c) = Out(column(p, b, token, head, c));
+  }
+
+  HW_DEVICE HW_INLINE static A column(const Params& p, int64_t b, int64_t token, int64_t head,
+                                      int64_t c) {
+    A sum = 0;
+    int32_t count = 0;
+    for (int64_t h = head * p.share; h < (head + 1) * p.share; ++h) {
+      const auto places = p.places.of(b, h, token);
+      const In* from = p.from.at(b, 0, h, c);
+      for (int32_t i = places.begin; i < places.end; ++i)
+        sum += static_cast<A>(from[places.place(i) * p.from.stride[1]]);
+      count += places.end - places.begin;
     }
+    if (!p.mean) return sum;
+    return count > 0 ? sum / (static_cast<A>(count) + static_cast<A>(p.eps)) : A(0);
   }
 
   static void run(const Params& p, const Context& context) {
