@@ -79,8 +79,9 @@ struct ForwardKernel {
       }
       dev::sync_block();
       if constexpr (Feed::kListed) {
-        fill<kThreads>(smem.tokens.own, static_cast<int>(first), p.row_slots(place),
-                       [&](int slot) { return p.row_token(place, slot); });
+        const Side<Feed, false> side(p, place);
+        Coming<kThreads, kRows, Side<Feed, false>>(side, static_cast<int>(first))
+            .fill(smem.tokens.own);
         dev::sync_block();
       }
     }
@@ -158,15 +159,13 @@ struct ForwardKernel {
         temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, own_rows());
     }
 
-    // Listed: the tile's tokens are there; those of the next one follow, if there is one.
-    HW_DEVICE HW_INLINE void prefetch_listed(int tile, int end) {
+    // Listed: the tile's tokens are there; those of the next one follow.
+    HW_DEVICE HW_INLINE void prefetch_listed(int tile) {
+      const Side<Feed, true> side(p, place);
+      const Coming<kThreads, kKeys, Side<Feed, true>> next(side, (tile + 1) * kKeys);
       const Extent keys = smem.tokens.other[tile % 3].extent();
       if (may_meet(place.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
-      if (tile + 1 < end) fill_tokens(tile + 1);
-    }
-    HW_DEVICE HW_INLINE void fill_tokens(int tile) {
-      fill<kThreads>(smem.tokens.other[tile % 3], tile * kKeys, p.key_slots(place),
-                     [&](int slot) { return p.key_token(place, slot); });
+      next.fill(smem.tokens.other[(tile + 1) % 3]);
     }
 
     HW_DEVICE HW_INLINE void prefetch(int tile) {
@@ -186,11 +185,12 @@ struct ForwardKernel {
       prefetch_queries();
       const int begin = static_cast<int>(tiles.begin), end = static_cast<int>(tiles.end);
       if constexpr (Feed::kListed) {
-        fill_tokens(begin);
+        const Side<Feed, true> side(p, place);
+        Coming<kThreads, kKeys, Side<Feed, true>>(side, begin * kKeys)
+            .fill(smem.tokens.other[begin % 3]);
         dev::sync_block();
         walk_stages(
-            begin, end, [&](int tile) { prefetch_listed(tile, end); },
-            [&](int tile) { step(tile); });
+            begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
       } else {
         walk_stages(begin, end, [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
       }

@@ -17,7 +17,8 @@
 //   ForwardTiles, LoopTiles              as those of _sm80_layout.cuh
 //   Place, place_of(p, n, head)          of task n, with what the following need
 //   row_slots(place), key_slots(place)   slots of either side
-//   row_token(place, slot), key_token    kNoToken where a slot has none
+//   listed_row(place, slot)              what the list has for a slot, listed_key of a key
+//   row_token(place, slot, listed)       its token, key_token of a key; kNoToken where it has none
 //   result_row(place, slot, token)       where results of a row are, result_key of a key; negative:
 //                                        nowhere
 //   first_result(place, slot)            Slots::results from a row on
@@ -95,20 +96,59 @@ struct Tokens {
   HW_DEVICE HW_INLINE Extent extent() const { return merged<kParts>(parts); }
 };
 
-// Writes the tokens of slots first, first + 1, .. of `slots`, given by token_of(slot). Whole block;
-// they are visible behind the next barrier.
-template <int kThreads, int kCount, class TokenOf>
-HW_DEVICE HW_INLINE void fill(Tokens<kCount>& to, int first, int slots, const TokenOf& token_of) {
-  for (int i = dev::thread_index(); i - dev::lane() < kCount; i += kThreads) {
-    const int token = i < kCount && first + i < slots ? token_of(first + i) : kBeyond;
-    const int high = dev::warp_max<16>(token);
-    const int low = -dev::warp_max<16>(token < 0 ? -INT_MAX : -token);
-    const uint32_t holes = dev::ballot(token < 0) >> (dev::lane() & 16) & 0xffff;
-    if (i >= kCount) continue;
-    to.at[i] = token;
-    if (i % 16 == 0) to.parts[i / 16] = {low, high, holes == 0};
+// What a thread reads of the lists for the tokens of kCount slots from `first` on, asked for before
+// it starts the copies of another tile, so that it does not wait. Side: of(slot) what a list has for
+// a slot, token(slot, listed) the token that follows from it, `slots` that there are.
+template <int kThreads, int kCount, class Side>
+struct Coming {
+  static constexpr int kEach = ceil_div(kCount, kThreads);
+  const Side& side;
+  int first;
+  int64_t listed[kEach];
+
+  HW_DEVICE HW_INLINE Coming(const Side& from, int first_slot) : side(from), first(first_slot) {
+    HW_UNROLL
+    for (int n = 0; n < kEach; ++n) listed[n] = exists(n) ? side.of(first + place(n)) : kNoToken;
   }
-}
+  // Writes the tokens. Whole block; they are visible behind the next barrier.
+  HW_DEVICE HW_INLINE void fill(Tokens<kCount>& to) const {
+    HW_UNROLL
+    for (int n = 0; n < kEach; ++n) {
+      const int i = place(n);
+      if (i - dev::lane() >= kCount) continue;  // the same for a warp
+      const int token = exists(n) ? side.token(first + i, listed[n]) : kBeyond;
+      const int high = dev::warp_max<16>(token);
+      const int low = -dev::warp_max<16>(token < 0 ? -INT_MAX : -token);
+      const uint32_t holes = dev::ballot(token < 0) >> (dev::lane() & 16) & 0xffff;
+      if (i >= kCount) continue;
+      to.at[i] = token;
+      if (i % 16 == 0) to.parts[i / 16] = {low, high, holes == 0};
+    }
+  }
+
+ private:
+  HW_DEVICE HW_INLINE static int place(int n) { return dev::thread_index() + n * kThreads; }
+  HW_DEVICE HW_INLINE bool exists(int n) const {
+    return place(n) < kCount && first + place(n) < side.slots;
+  }
+};
+
+// The rows, the keys of a place.
+template <class Feed, bool kKeySide>
+struct Side {
+  const Feed& feed;
+  const typename Feed::Place& place;
+  int slots;
+
+  HW_DEVICE HW_INLINE Side(const Feed& f, const typename Feed::Place& w)
+      : feed(f), place(w), slots(kKeySide ? f.key_slots(w) : f.row_slots(w)) {}
+  HW_DEVICE HW_INLINE int64_t of(int slot) const {
+    return kKeySide ? feed.listed_key(place, slot) : feed.listed_row(place, slot);
+  }
+  HW_DEVICE HW_INLINE int token(int slot, int64_t listed) const {
+    return kKeySide ? feed.key_token(place, slot, listed) : feed.row_token(place, slot, listed);
+  }
+};
 
 // What a block keeps of its lists in shared memory; the other side's tile t is in other[t % 3].
 template <int kOwn, int kOther>

@@ -41,6 +41,9 @@ struct Loop {
   using Score = ScoreTile<Element, kPlain, kKeysDown, 1, kOther / 8, Feed>;
   using Values = Fragment<1, kDim / 8>;  // [own 16, columns]: what a warp sums up
 
+  using OwnSide = Side<Feed, kKeysDown>;
+  using OtherSide = Side<Feed, !kKeysDown>;
+
   struct QueryNumbers {
     float statistic[kQueries], extra[kQueries];
     If<!kPlain, float[kQueries]> tau;
@@ -88,7 +91,8 @@ struct Loop {
     }
     dev::sync_block();
     if constexpr (Feed::kListed) {
-      fill_side<kKeysDown>(smem.tokens.own, static_cast<int>(first_row));
+      const OwnSide side(feed, place);
+      Coming<kThreads, kOwn, OwnSide>(side, static_cast<int>(first_row)).fill(smem.tokens.own);
       dev::sync_block();
     }
   }
@@ -98,7 +102,7 @@ struct Loop {
 
   HW_DEVICE HW_INLINE Range own() const {
     if constexpr (Feed::kListed)
-      return {first, min_of<int64_t>(first + kOwn, slots<kKeysDown>())};
+      return {first, min_of<int64_t>(first + kOwn, OwnSide(feed, place).slots)};
     else
       return {first, min_of(first + kOwn, kKeysDown ? place.mask.keys : place.mask.rows)};
   }
@@ -113,7 +117,7 @@ struct Loop {
   HW_DEVICE HW_INLINE Range listed_others() const {
     const Extent tokens = smem.tokens.own.extent();
     if (tokens.none()) return {0, 0};
-    if (kKeysDown || !feed.keys_in_order()) return {0, slots<!kKeysDown>()};
+    if (kKeysDown || !feed.keys_in_order()) return {0, OtherSide(feed, place).slots};
     const Range keys = place.mask.keys_of(tokens.range());
     return keys.empty() ? Range{0, 0} : keys;
   }
@@ -126,11 +130,12 @@ struct Loop {
     const int begin = static_cast<int>(range.begin / kOther);
     const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
     if constexpr (Feed::kListed) {
-      fill_side<!kKeysDown>(smem.tokens.other[begin % 3], begin * kOther);
+      const OtherSide side(feed, place);
+      Coming<kThreads, kOther, OtherSide>(side, begin * kOther).fill(smem.tokens.other[begin % 3]);
       dev::sync_block();
     }
     walk_stages(
-        begin, end, [&](int tile) { prefetch_tile(tile, end); },
+        begin, end, [&](int tile) { prefetch_tile(tile); },
         [&](int tile) {
           const Stage& stage = smem.stage[tile & 1];
           const Score score{p, inputs.in, place, feed, spot(stage, tile)};
@@ -213,18 +218,6 @@ struct Loop {
   }
 
  private:
-  // Slots of the keys, of the rows; and the tokens of those from `at` on.
-  template <bool kKeySide>
-  HW_DEVICE HW_INLINE int slots() const {
-    return kKeySide ? feed.key_slots(place) : feed.row_slots(place);
-  }
-  template <bool kKeySide, int kCount>
-  HW_DEVICE HW_INLINE void fill_side(Tokens<kCount>& to, int at) const {
-    fill<kThreads>(to, at, slots<kKeySide>(), [&](int slot) {
-      return kKeySide ? feed.key_token(place, slot) : feed.row_token(place, slot);
-    });
-  }
-
   // What the loads of the own side, of a tile of the other side go by.
   HW_DEVICE HW_INLINE auto own_at() const {
     if constexpr (Feed::kListed)
@@ -239,15 +232,16 @@ struct Loop {
       return static_cast<int64_t>(tile) * kOther;
   }
 
-  // Listed: the tile's tokens are there; those of the next one follow, if there is one.
-  HW_DEVICE HW_INLINE void prefetch_tile(int tile, int end) {
+  // Listed: the tile's tokens are there; those of the next one follow.
+  HW_DEVICE HW_INLINE void prefetch_tile(int tile) {
     Stage& stage = smem.stage[tile & 1];
     if constexpr (Feed::kListed) {
+      const OtherSide side(feed, place);
+      const Coming<kThreads, kOther, OtherSide> next(side, (tile + 1) * kOther);
       const Extent own = smem.tokens.own.extent(), other = smem.tokens.other[tile % 3].extent();
       if (may_meet(place.mask, kKeysDown ? other : own, kKeysDown ? own : other, feed.pad_keys()))
         prefetch(stage, others_at(tile));
-      if (tile + 1 < end)
-        fill_side<!kKeysDown>(smem.tokens.other[(tile + 1) % 3], (tile + 1) * kOther);
+      next.fill(smem.tokens.other[(tile + 1) % 3]);
     } else {
       prefetch(stage, others_at(tile));
     }

@@ -121,7 +121,8 @@ void key_gradients(const Backward<Element>& x) {
   using Feed = ListedKeys<kOwn>;
   using Kernel = attention::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, Feed>;
   const Shape& s = x.s;
-  Feed feed{listed<kOwn>(x.b)};
+  Feed feed{};
+  static_cast<Listed<kOwn>&>(feed) = listed<kOwn>(x.b);
   feed.regions = x.at.regions;
   feed.by_span = x.by_span();
   feed.blocks_of_list = static_cast<int>(s.key_blocks), feed.cell = static_cast<int>(s.key_cell);

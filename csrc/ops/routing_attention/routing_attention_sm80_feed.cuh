@@ -50,11 +50,17 @@ struct Listed {
 
   HW_DEVICE HW_INLINE int row_slots(const Place& w) const { return w.rows; }
   HW_DEVICE HW_INLINE int key_slots(const Place& w) const { return w.keys; }
-  HW_DEVICE HW_INLINE int row_token(const Place& w, int slot) const {
-    return token(lists.rows, row_cells, w, w.group, slot);
+  HW_DEVICE HW_INLINE int64_t listed_row(const Place& w, int slot) const {
+    return block(lists.rows, w, w.group, slot);
   }
-  HW_DEVICE HW_INLINE int key_token(const Place& w, int slot) const {
-    return keys_in_order() ? slot : token(lists.keys, key_cells, w, w.group, slot);
+  HW_DEVICE HW_INLINE int row_token(const Place&, int slot, int64_t listed) const {
+    return token(lists.rows.cells, row_cells, slot, listed);
+  }
+  HW_DEVICE HW_INLINE int64_t listed_key(const Place& w, int slot) const {
+    return keys_in_order() ? slot : block(lists.keys, w, w.group, slot);
+  }
+  HW_DEVICE HW_INLINE int key_token(const Place&, int slot, int64_t listed) const {
+    return keys_in_order() ? slot : token(lists.keys.cells, key_cells, slot, listed);
   }
 
   HW_DEVICE HW_INLINE int64_t result_row(const Place& w, int slot, int token) const {
@@ -80,22 +86,20 @@ struct Listed {
     return w;
   }
 
-  // Lists::token in 32 bits, since divisions are dear; `cells`: how many there are.
-  HW_DEVICE HW_INLINE static int token(const Lists& l, int cells, const Place& w, int group,
-                                       int slot) {
+  // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: cells that there are.
+  HW_DEVICE HW_INLINE static int64_t block(const Lists& l, const Place& w, int group, int slot) {
     const Ref<const int64_t, 4>& blocks = l.blocks;
     const int size = static_cast<int>(l.cells.size());
-    const int at = size == 1 ? 0 : slot % size;
-    const int64_t block = blocks(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
-    if (block < 0 || block >= cells) return kNoToken;
-    return size == 1 ? static_cast<int>(block)
-                     : token_of_cell(l.cells, static_cast<int>(block), at);
+    return blocks(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
   }
-  HW_DEVICE HW_INLINE static int token_of_cell(const Cells& c, int block, int at) {
-    const int width = static_cast<int>(c.width), cells = static_cast<int>(c.columns);
-    const int columns = static_cast<int>(c.columns_of_image);
-    const int y = block / cells * static_cast<int>(c.height) + at / width;
-    const int x = block % cells * width + at % width;
+  HW_DEVICE HW_INLINE static int token(const Cells& c, int count, int slot, int64_t block) {
+    if (block < 0 || block >= count) return kNoToken;
+    const int size = static_cast<int>(c.size()), cell = static_cast<int>(block);
+    if (size == 1) return cell;
+    const int at = slot % size, cells = static_cast<int>(c.columns);
+    const int width = static_cast<int>(c.width), columns = static_cast<int>(c.columns_of_image);
+    const int y = cell / cells * static_cast<int>(c.height) + at / width;
+    const int x = cell % cells * width + at % width;
     return y < static_cast<int>(c.rows_of_image) && x < columns ? y * columns + x : kNoToken;
   }
 };
@@ -126,15 +130,18 @@ struct ListedKeys : Listed<kOwn> {
     return w;
   }
 
-  HW_DEVICE HW_INLINE int row_token(const Place& w, int slot) const {
-    if (!by_span) return Base::row_token(w, slot);
+  HW_DEVICE HW_INLINE int64_t listed_row(const Place& w, int slot) const {
+    if (!by_span) return Base::listed_row(w, slot);
     const int listing = w.first_listing + slot / row_slots_of_list;
     const int group = regions.listed.items_of(w.list)[listing] / blocks_of_list;
-    return Base::token(lists.rows, Base::row_cells, w, group, slot % row_slots_of_list);
+    return Base::block(lists.rows, w, group, slot % row_slots_of_list);
   }
-  HW_DEVICE HW_INLINE int key_token(const Place& w, int slot) const {
-    return by_span ? Base::token_of_cell(lists.keys.cells, w.region, slot)
-                   : Base::key_token(w, slot);
+  HW_DEVICE HW_INLINE int row_token(const Place&, int slot, int64_t listed) const {
+    return Base::token(lists.rows.cells, Base::row_cells, by_span ? slot % row_slots_of_list : slot,
+                       listed);
+  }
+  HW_DEVICE HW_INLINE int64_t listed_key(const Place& w, int slot) const {
+    return by_span ? w.region : Base::listed_key(w, slot);
   }
 
   HW_DEVICE HW_INLINE int64_t result_key(const Place& w, int slot, int token) const {
