@@ -290,7 +290,7 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish(bool is_dead) {
-      const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
+      const Finish<Element, kPlain, !kPlain || Feed::kListed> finish{p.f, p.o, p.w, place, p.units};
       HW_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) {
         HW_UNROLL

@@ -32,6 +32,12 @@ Listed<kOwn> listed(const Params& p) {
   return feed;
 }
 
+// Gates do not change scores: mixtures of heads are plain too.
+inline bool is_plain(const attention::ForwardParams& f) {
+  return attention::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
+         !f.mass;
+}
+
 template <class Element, int kDim, bool kPlain, int kOwn>
 void forward(const Call& call, const ForwardParams& p, const attention::ForwardParams& f) {
   using Kernel = attention::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
@@ -55,7 +61,7 @@ void forward(const Call& call) {
   const ForwardParams p = forward_params(call);
   attention::ForwardParams f = p;
   if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
-  if (!attention::sm80::is_plain(f))
+  if (!is_plain(f))
     forward<Element, kDim, false, kMedium>(call, p, f);
   else if (p.max_q <= kNarrow)
     forward<Element, kDim, true, kNarrow>(call, p, f);
