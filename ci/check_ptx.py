@@ -61,10 +61,12 @@ class Budget:
     needs: tuple[str, ...] = ()
 
 
+OPERATORS80 = ("attention", "linear_attention", "routing_attention")
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::attention::sm80::", "hw::attention::simt::"
 ROUTING = "hw::routing_attention::"
+LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 KIB = 1024
 
@@ -79,8 +81,16 @@ BUDGETS = (
     Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),
     Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + " true>", 255, 128, 2, 66 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + " false>", 224, 256, 1, 68 * KIB, TENSOR),
+    # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
+    Budget(LIST80 + "ForwardKernel" + TO_64 + ".*Listed<16>", 128, 32, 8, 20 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel.*Listed<16>", 128, 32, 7, 22 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + TO_64 + " true, .*Listed<64>", 128, 128, 3, 44 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel.*Listed<64>", 168, 128, 3, 52 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel.*Listed<128>", 255, 128, 2, 70 * KIB, TENSOR),
+    Budget(LIST80 + "QueryGradKernel" + TO_64 + ".*Listed<16>", 168, 32, 7, 23 * KIB, TENSOR),
+    Budget(LIST80 + "(QueryGrad|KeyGrad)Kernel.*<16>", 255, 32, 5, 30 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + " true,", 255, 128, 2, 66 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + " false,", 224, 256, 1, 68 * KIB, TENSOR),
     Budget(SOFT80 + "ForwardKernel<", 255, 128, 1, 99 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_64, 168, 128, 3, 52 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
@@ -293,7 +303,7 @@ def dynamic_shared(names: set[str]) -> dict[str, int]:
     planned = sorted(n for n in names if (b := budget_of(n)) and b.shared)
     if not planned:
         return {}
-    lines = [f'#include "ops/{op}/{op}_sm80.cuh"' for op in ("attention", "linear_attention")]
+    lines = [f'#include "ops/{op}/{op}_sm80.cuh"' for op in OPERATORS80]
     lines += ["#include <cstdio>"]
     lines += ["int main() {"]
     lines += [f'  std::printf("%zu\\n", sizeof({name}::Smem));' for name in planned]

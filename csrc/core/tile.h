@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles of 16-bit elements in shared memory, their way there, and their products.
 //
-//   Rows                rows of a matrix in global memory
+//   Rows                rows of a matrix in global memory; ListedRows: in the order of a list
 //   Tile                [kRows, kColumns] in shared memory, swizzled
 //   load_tile           Rows -> Tile, 16 bytes at a time by cp.async where rows are aligned
 //   walk_stages         tiles that are read while the next ones load
@@ -52,6 +52,16 @@ bool rows_aligned(const Ref<T, 4>& x, int bytes) {
   return aligned && (x.size[3] <= 1 || x.stride[3] == 1);
 }
 
+// Rows token[0], token[1], .. of such a matrix, the list in shared memory; negative: zeros.
+template <class Element>
+struct ListedRows {
+  const Element* origin = nullptr;
+  int64_t row = 0, column = 1;
+  const int* token = nullptr;
+  int columns = 0;
+  bool aligned = false;
+};
+
 template <class Element>
 struct Input {
   Ref<const Element, 4> ref;  // [B, S, heads, columns]
@@ -76,19 +86,25 @@ Output<Element> output_of(const Ref<void, 4>& x) {
   return {ref, rows_aligned(ref, 4)};
 }
 
+// Starts loading the first `valid` elements of a unit of 8, zeros in place of the others. `rows`: what
+// `from` belongs to.
+template <class Rows, class Element>
+HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element* from, int valid) {
+  if (rows.aligned) {
+    dev::copy_async_16(to, valid > 0 ? from : rows.origin,
+                       valid * static_cast<int>(sizeof(Element)));
+  } else {
+    for (int e = 0; e < 8; ++e) to[e] = e < valid ? from[e * rows.column] : Element(0.0f);
+  }
+}
+
 // Starts loading kRows x kUnits units of 8 elements, zeros beyond the rows. `to(row, unit)`: the
 // unit's place in shared memory. Whole block of kThreads.
 template <int kRows, int kUnits, int kThreads, class Element, class To>
 HW_DEVICE HW_INLINE void load_units(const Rows<Element>& rows, To&& to) {
   const auto load = [&](int row, int unit, const Element* from) {
     const int valid = row < rows.count ? max_of(min_of(rows.columns - unit * 8, 8), 0) : 0;
-    Element* place = to(row, unit);
-    if (rows.aligned) {
-      dev::copy_async_16(place, valid > 0 ? from : rows.origin,
-                         valid * static_cast<int>(sizeof(Element)));
-    } else {
-      for (int e = 0; e < 8; ++e) place[e] = e < valid ? from[e * rows.column] : Element(0.0f);
-    }
+    load_unit(rows, to(row, unit), from, valid);
   };
   const int thread = dev::thread_index();
   if constexpr (kThreads % kUnits == 0 && kRows * kUnits % kThreads == 0) {
@@ -106,12 +122,31 @@ HW_DEVICE HW_INLINE void load_units(const Rows<Element>& rows, To&& to) {
   }
 }
 
+template <int kRows, int kUnits, int kThreads, class Element, class To>
+HW_DEVICE HW_INLINE void load_units(const ListedRows<Element>& rows, To&& to) {
+  for (int i = dev::thread_index(); i < kRows * kUnits; i += kThreads) {
+    const int row = i / kUnits, unit = i % kUnits, token = rows.token[row];
+    const int valid = token >= 0 ? max_of(min_of(rows.columns - unit * 8, 8), 0) : 0;
+    load_unit(rows, to(row, unit), rows.origin + (token * rows.row + unit * 8 * rows.column),
+              valid);
+  }
+}
+
 // Starts loading kCount numbers from[i step], i < count; zeros beyond. Whole block of kThreads.
 template <int kCount, int kThreads>
 HW_DEVICE HW_INLINE void load_numbers(float* to, const float* from, int64_t step, int64_t count) {
   for (int i = dev::thread_index(); i < kCount; i += kThreads) {
     const bool valid = i < count;
     dev::copy_async_4(to + i, from + (valid ? i * step : 0), valid ? 4 : 0);
+  }
+}
+
+// The same of places at(i), none where negative.
+template <int kCount, int kThreads, class At>
+HW_DEVICE HW_INLINE void load_numbers_at(float* to, const float* from, int64_t step, const At& at) {
+  for (int i = dev::thread_index(); i < kCount; i += kThreads) {
+    const int64_t place = at(i);
+    dev::copy_async_4(to + i, from + (place < 0 ? 0 : place * step), place < 0 ? 0 : 4);
   }
 }
 
@@ -127,6 +162,13 @@ HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, 
   if (column < row.size[0]) row(column) = std::bit_cast<Element>(static_cast<uint16_t>(word));
   if (column + 1 < row.size[0])
     row(column + 1) = std::bit_cast<Element>(static_cast<uint16_t>(word >> 16));
+}
+
+// The same in fp32.
+HW_DEVICE HW_INLINE void store_pair(const Ref<float, 1>& row, int64_t column, bool, float lo,
+                                    float hi) {
+  if (column < row.size[0]) row(column) = lo;
+  if (column + 1 < row.size[0]) row(column + 1) = hi;
 }
 
 // ---- Shared memory ------------------------------------------------------------------------------
@@ -159,9 +201,9 @@ struct Tile {
   }
 };
 
-template <int kThreads, class Element, int kRows, int kColumns>
-HW_DEVICE HW_INLINE void load_tile(Tile<Element, kRows, kColumns>& tile,
-                                   const Rows<Element>& rows) {
+// From Rows or ListedRows.
+template <int kThreads, class Source, class Element, int kRows, int kColumns>
+HW_DEVICE HW_INLINE void load_tile(Tile<Element, kRows, kColumns>& tile, const Source& rows) {
   load_units<kRows, kColumns / 8, kThreads>(rows, [&](int r, int u) { return tile.unit(r, u); });
 }
 

@@ -59,7 +59,7 @@ void forward(const Call& call, const ForwardParams& f) {
   const Partials partials{floats, floats + at.sums, at.rows, at.values};
   const Output<Element> o = output_of<Element>(f.o), w = output_of<Element>(f.w);
   const typename Kernel::Params params{
-      f, ScoreInputs<Element>(f), input_of<Element>(f.v), o, w, units, plan, partials};
+      {}, f, ScoreInputs<Element>(f), input_of<Element>(f.v), o, w, units, plan, partials};
   launch<Kernel>({plan.tasks, plan.spans, 1}, sizeof(typename Kernel::Smem), call.context, params);
   if (plan.spans == 1) return;
   using Merge = MergeKernel<Element, kPlain>;
@@ -94,15 +94,24 @@ void launch_blocks(int64_t groups, typename Kernel::Params params, int64_t rows,
   launch<Kernel>({groups * params.blocks, 1, 1}, sizeof(typename Kernel::Smem), context, params);
 }
 
+// d_bias where it is broadcast.
+template <class Element, int kDim>
+void launch_bias(GradientParams<Element> p, const Context& context) {
+  using Bias = BiasGradKernel<Element, kDim>;
+  p.blocks = ceil_div<int64_t>(p.b.max_q, Bias::L::kOwn);
+  launch<Bias>(Bias::grid(p), sizeof(typename Bias::Smem), context, p);
+}
+
 template <class Element, int kDim, bool kPlain>
 void backward(const Call& call, const BackwardParams& b) {
-  GradientParams<Element> p{b,
-                            loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row, b.delta),
-                            output_of<Element>(b.d_q),
-                            output_of<Element>(b.d_k),
-                            output_of<Element>(b.d_v),
-                            shares_bias(b),
-                            0};
+  const GradientParams<Element> p{{},
+                                  b,
+                                  loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row, b.delta),
+                                  output_of<Element>(b.d_q),
+                                  output_of<Element>(b.d_k),
+                                  output_of<Element>(b.d_v),
+                                  shares_bias(b),
+                                  0};
   const Context& context = call.context;
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, kPlain>>(queries, p, b.max_q, context);
@@ -114,10 +123,7 @@ void backward(const Call& call, const BackwardParams& b) {
       launch_blocks<KeyGradKernel<Element, kDim, kPlain, false, true>>(keys, p, b.max_k, context);
   }
   if constexpr (!kPlain) {
-    if (!p.shared_bias) return;
-    using Bias = BiasGradKernel<Element, kDim>;
-    p.blocks = ceil_div<int64_t>(b.max_q, Bias::L::kOwn);
-    launch<Bias>(Bias::grid(p), sizeof(typename Bias::Smem), context, p);
+    if (p.shared_bias) launch_bias<Element, kDim>(p, context);
   }
 }
 
@@ -131,8 +137,11 @@ void backward(const Call& call) {
 template <class Element, int kDim, bool kPlain>
 void columns(const Call& call, const ColumnsParams& c) {
   using Kernel = ColumnsKernel<Element, kDim, kPlain>;
-  const typename Kernel::Params p{c, loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.row_weight),
-                                  output_of<Element>(c.y), 0};
+  const typename Kernel::Params p{{},
+                                  c,
+                                  loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.row_weight),
+                                  output_of<Element>(c.y),
+                                  0};
   launch_blocks<Kernel>(c.sequences() * c.query_heads(), p, c.max_k, call.context);
 }
 

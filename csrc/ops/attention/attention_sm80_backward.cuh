@@ -18,8 +18,8 @@
 
 namespace hw::attention::sm80 {
 
-template <class Element>
-struct GradientParams {
+template <class Element, class Feed = Dense>
+struct GradientParams : Feed {
   BackwardParams b;
   LoopInputs<Element> inputs;
   Output<Element> d_q, d_k, d_v;
@@ -46,18 +46,19 @@ HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c,
   score.differentiate(c, dp, unit);
 }
 
-template <class Element, int kDim, bool kPlain>
+template <class Element, int kDim, bool kPlain, class Feed = Dense>
 struct QueryGradKernel {
-  using L = Loop<Element, kDim, kPlain, false, true>;
+  using L = Loop<Element, kDim, kPlain, false, true, Feed>;
   using Pairs = typename L::Pairs;
-  using Params = GradientParams<Element>;
+  using Params = GradientParams<Element, Feed>;
   using Smem = typename L::Smem;
-  static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1;
+  static constexpr int kThreads = L::kThreads;
+  static constexpr int kMinBlocks = (kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1) * 128 / kThreads;
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
     const int64_t group = dev::block_index_x() / p.blocks, heads = b.query_heads();
-    L loop(b, p.inputs, *dev::shared<Smem>());
+    L loop(b, p.inputs, p, *dev::shared<Smem>());
     // The last rows see most keys: they come first.
     loop.go(group / heads, static_cast<int>(group % heads),
             (p.blocks - 1 - dev::block_index_x() % p.blocks) * L::kOwn);
@@ -75,13 +76,16 @@ struct QueryGradKernel {
       multiply_columns<Element>(d_q, pack<Element>(dp), stage.first);
     });
     if (!kPlain && b.d_row_temperature) store_temperatures(b, loop, d_q);
-    loop.store(p.d_q, loop.place.head, d_q, [&](int half) {
+    const auto factor = [&](int half) {
       if constexpr (!kPlain)
         if (b.row_temperature)
           return p.inputs.in.scale *
                  loop.smem.numbers.tau[loop.warp_row() + L::Pairs::row(0, 2 * half)];
       return p.inputs.in.scale;
-    });
+    };
+    if constexpr (Feed::kListed)
+      if (p.row_sums.ref) return loop.store(p.row_sums, loop.place.head, d_q, factor);
+    loop.store(p.d_q, loop.place.head, d_q, factor);
   }
 
  private:
@@ -90,6 +94,15 @@ struct QueryGradKernel {
   HW_DEVICE HW_INLINE static void store_bias(const BackwardParams& b, const L& loop,
                                              const Score& score, const Pairs& ds) {
     const Ref<float, 4> to = b.d_bias.template as<float>();
+    if constexpr (Feed::kListed) {
+      float* origin = to.at(loop.place.at.batch, loop.place.head);
+      Pairs::each([&](int s, int j, int i) {
+        const int q = score.spot.row_token[Pairs::row(s, i)];
+        const int k = score.spot.key_token[Pairs::column(j, i)];
+        if (q >= 0 && k >= 0) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
+      });
+      return;
+    }
     const int64_t row = score.spot.row, key = score.spot.key;
     float* origin = to.at(loop.place.at.batch, loop.place.head, row, key);
     const int64_t rows = loop.place.mask.rows - row, keys = loop.place.mask.keys - key;
@@ -112,8 +125,8 @@ struct QueryGradKernel {
         sum += d_q.at[0][j][2 * half] * q.lo + d_q.at[0][j][2 * half + 1] * q.hi;
       }
       sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
-      const int64_t at = loop.own_row(half);
-      if (dev::lane() % 4 == 0 && at < loop.own().end)
+      const int64_t at = loop.result_row(half);
+      if (dev::lane() % 4 == 0 && at >= 0)
         b.d_row_temperature.template as<float>()(loop.place.at.batch, loop.place.at.q_begin + at,
                                                  loop.place.head) = sum;
     }
@@ -121,14 +134,16 @@ struct QueryGradKernel {
 };
 
 // kKeyGrads: d_k and the sums of keys, kValueGrads: d_v; at least one of them.
-template <class Element, int kDim, bool kPlain, bool kKeyGrads, bool kValueGrads>
+template <class Element, int kDim, bool kPlain, bool kKeyGrads, bool kValueGrads,
+          class Feed = Dense>
 struct KeyGradKernel {
-  using L = Loop<Element, kDim, kPlain, true, kKeyGrads>;
+  using L = Loop<Element, kDim, kPlain, true, kKeyGrads, Feed>;
   using Pairs = typename L::Pairs;
   using Values = typename L::Values;
-  using Params = GradientParams<Element>;
+  using Params = GradientParams<Element, Feed>;
   using Smem = typename L::Smem;
-  static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 128 ? 2 : 1;
+  static constexpr int kThreads = L::kThreads;
+  static constexpr int kMinBlocks = (kDim <= 128 ? 2 : 1) * 128 / kThreads;
 
   // What a warp sums up over its keys.
   struct Sums {
@@ -139,14 +154,14 @@ struct KeyGradKernel {
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
-    const int64_t group = dev::block_index_x() / p.blocks, heads = b.key_heads();
-    const int key_head = static_cast<int>(group % heads);
-    L loop(b, p.inputs, *dev::shared<Smem>());
+    const int64_t group = dev::block_index_x() / p.blocks, heads = p.key_owners(b);
+    const int owner = static_cast<int>(group % heads);
+    L loop(b, p.inputs, p, *dev::shared<Smem>());
     Sums sums;
     if constexpr (kKeyGrads) sums.d_k.clear();
     if constexpr (kValueGrads) sums.d_v.clear();
     HW_UNROLL_BY(1)
-    for (int head = key_head * b.group(); head < (key_head + 1) * b.group(); ++head) {
+    for (int head = owner * p.heads_of_owner(b); head < (owner + 1) * p.heads_of_owner(b); ++head) {
       loop.go(group / heads, head, dev::block_index_x() % p.blocks * L::kOwn);
       if (loop.own().empty()) return;
       HW_UNROLL
@@ -158,10 +173,19 @@ struct KeyGradKernel {
         loop.store_sums(b.d_key_gain, sums.d_gain);
       }
     }
-    if constexpr (kKeyGrads)
-      loop.store(p.d_k, key_head, sums.d_k, [&](int) { return p.inputs.in.scale; });
+    const auto scale = [&](int) { return p.inputs.in.scale; };
+    const auto one = [](int) { return 1.0f; };
+    if constexpr (Feed::kListed) {
+      static_assert(kKeyGrads && kValueGrads, "listed keys are visited once");
+      if (p.key_sums.ref) {
+        loop.store(p.key_sums, owner, sums.d_k, scale);
+        if (b.d_v) loop.store(p.value_sums, owner, sums.d_v, one);
+        return;
+      }
+    }
+    if constexpr (kKeyGrads) loop.store(p.d_k, owner, sums.d_k, scale);
     if constexpr (kValueGrads)
-      if (b.d_v) loop.store(p.d_v, key_head, sums.d_v, [](int) { return 1.0f; });
+      if (b.d_v) loop.store(p.d_v, owner, sums.d_v, one);
   }
 
  private:
@@ -225,7 +249,7 @@ struct BiasGradKernel {
       rest /= count;
       return at;
     };
-    L loop(b, p.inputs, *dev::shared<Smem>());
+    L loop(b, p.inputs, p, *dev::shared<Smem>());
     const int64_t first = take(p.blocks) * L::kOwn;
     const int64_t key = take(owners(b, 3, L::kOther)) * L::kOther;
     const int64_t head = take(owners(b, 1, 1)), batch = rest;

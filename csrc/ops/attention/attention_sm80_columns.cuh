@@ -17,7 +17,7 @@ struct ColumnsKernel {
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 128 ? 2 : 1;
 
-  struct Params {
+  struct Params : Dense {
     ColumnsParams c;
     LoopInputs<Element> inputs;  // extra: row weights
     Output<Element> y;
@@ -27,7 +27,7 @@ struct ColumnsKernel {
   HW_DEVICE static void main(const Params& p) {
     const ColumnsParams& c = p.c;
     const int64_t group = dev::block_index_x() / p.blocks, heads = c.query_heads();
-    L loop(c, p.inputs, *dev::shared<Smem>());
+    L loop(c, p.inputs, p, *dev::shared<Smem>());
     loop.go(group / heads, static_cast<int>(group % heads),
             dev::block_index_x() % p.blocks * L::kOwn);
     if (loop.own().empty()) return;

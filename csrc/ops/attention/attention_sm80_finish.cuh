@@ -60,8 +60,9 @@ struct Partials {
   }
 };
 
-// Writes what becomes of rows. Plain: softmaxes, o and the row statistic only.
-template <class Element, bool kPlain>
+// Writes what becomes of rows. Plain: softmaxes, o and the row statistic only; kMixes: o may differ
+// from w.
+template <class Element, bool kPlain, bool kMixes = !kPlain>
 struct Finish {
   const ForwardParams& f;
   const Output<Element>& o;
@@ -100,7 +101,7 @@ struct Finish {
   // Two columns of w (before gate and mix).
   HW_DEVICE HW_INLINE void write(int64_t row, int column, float lo, float hi) const {
     const int64_t batch = place.at.batch, token = place.at.q_begin + row;
-    if constexpr (!kPlain) {
+    if constexpr (kMixes) {
       if (f.w) store_pair(row_of(w, batch, token), column, w.paired, lo, hi);
       if (f.identity_mix) {
         const float u = f.identity_mix.template as<const float>()(batch, place.head);

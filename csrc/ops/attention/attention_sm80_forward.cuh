@@ -12,24 +12,27 @@
 //
 // k and v have two stages: while one is multiplied, cp.async fills the other; one barrier per tile.
 // Warps whose own queries see nothing of a tile skip it; masks are applied on edge tiles only.
+//
+// Feed: where queries and keys come from (_sm80_lists.cuh).
 #pragma once
 
 #include "ops/attention/attention_sm80_finish.cuh"
 
 namespace hw::attention::sm80 {
 
-template <class Element, int kDim, bool kPlain>
+template <class Element, int kDim, bool kPlain, class Feed = Dense>
 struct ForwardKernel {
-  using Tiles = ForwardTiles<kDim>;
+  using Tiles = typename Feed::template ForwardTiles<kDim>;
+  using Place = typename Feed::Place;
   static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
   static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
   static constexpr int kKeys = Tiles::kKeys;
-  static constexpr int kMinBlocks = kDim <= 128 && kPlain ? 2 : 1;
+  static constexpr int kMinBlocks = Tiles::blocks(kPlain);
   using Scores = Fragment<kStrips, kKeys / 8>;
-  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8>;
+  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8, Feed>;
   using Values = Fragment<kStrips, kDim / 8>;
 
-  struct Params {
+  struct Params : Feed {
     ForwardParams f;
     ScoreInputs<Element> in;
     Input<Element> v;
@@ -51,7 +54,8 @@ struct ForwardKernel {
     Stage stage[2];
     If<!kPlain, float[kRows]> tau;
     Place place;
-    int64_t first;  // row of the block, in its sequence
+    int64_t first;  // row of the block, in its sequence or list
+    If<Feed::kListed, ListedTiles<kRows, kKeys>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
@@ -69,15 +73,30 @@ struct ForwardKernel {
       warp_row = dev::warp() * kStrips * 16;
       const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
       if (dev::thread_index() == 0) {
-        smem.place = place_of(p.f, task / heads, static_cast<int>(task % heads));
+        smem.place = p.place_of(p.f, task / heads, static_cast<int>(task % heads));
         // The last rows see most keys: they come first.
         smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
       }
       dev::sync_block();
+      if constexpr (Feed::kListed) {
+        const Side<Feed, false> side(p, place);
+        Coming<kThreads, kRows, Side<Feed, false>>(side, static_cast<int>(first))
+            .fill(smem.tokens.own);
+        dev::sync_block();
+      }
     }
 
     HW_DEVICE HW_INLINE Range rows() const {
-      return {first, min_of(first + kRows, place.mask.rows)};
+      if constexpr (Feed::kListed)
+        return {first, min_of<int64_t>(first + kRows, p.row_slots(place))};
+      else
+        return {first, min_of(first + kRows, place.mask.rows)};
+    }
+
+    // Whether a block of listed rows has none: it has nothing to write but zeros of slots.
+    HW_DEVICE HW_INLINE bool idle() const {
+      if constexpr (Feed::kListed) return smem.tokens.own.extent().none();
+      return false;
     }
 
     // Of the block's first row, in Partials.
@@ -87,6 +106,7 @@ struct ForwardKernel {
 
     // Tiles [begin, end) of the block's span.
     HW_DEVICE HW_INLINE Range tiles() const {
+      if constexpr (Feed::kListed) return listed_tiles();
       Range keys = place.mask.keys_of(rows());
       const int64_t from = dev::block_index_y() * p.plan.span;
       keys = {max_of(keys.begin, from), min_of(keys.end, from + p.plan.span)};
@@ -94,9 +114,18 @@ struct ForwardKernel {
       return {keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
     }
 
+    HW_DEVICE HW_INLINE Range listed_tiles() const {
+      if (idle()) return {0, 0};
+      const int slots = p.key_slots(place);
+      if (!p.keys_in_order()) return {0, ceil_div(slots, kKeys)};
+      const Range keys = place.mask.keys_of(smem.tokens.own.extent().range());
+      return keys.empty() ? Range{0, 0}
+                          : Range{keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
+    }
+
     // Whether nobody can see what the loop would find. Same for all warps.
     HW_DEVICE HW_INLINE bool dead() const {
-      if constexpr (kPlain) return false;
+      if constexpr (kPlain || Feed::kListed) return false;
       const ForwardParams& f = p.f;
       if (!f.skip_dead) return false;
       const int64_t b = place.at.batch;
@@ -110,15 +139,38 @@ struct ForwardKernel {
       return !dev::any(some);
     }
 
+    // What the loads of the rows, of a tile's keys go by.
+    HW_DEVICE HW_INLINE auto own_rows() const {
+      if constexpr (Feed::kListed)
+        return Slots{smem.tokens.own.at};
+      else
+        return int64_t{first};
+    }
+    HW_DEVICE HW_INLINE auto keys_of(int tile) const {
+      if constexpr (Feed::kListed)
+        return Slots{smem.tokens.other[tile % 3].at};
+      else
+        return static_cast<int64_t>(tile) * kKeys;
+    }
+
     HW_DEVICE HW_INLINE void prefetch_queries() {
-      load_tile<kThreads>(smem.q, query_rows(p.in.q, place, first));
+      load_tile<kThreads>(smem.q, query_rows(p.in.q, place, own_rows()));
       if constexpr (!kPlain)
-        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, first);
+        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, own_rows());
+    }
+
+    // Listed: the tile's tokens are there; those of the next one follow.
+    HW_DEVICE HW_INLINE void prefetch_listed(int tile) {
+      const Side<Feed, true> side(p, place);
+      const Coming<kThreads, kKeys, Side<Feed, true>> next(side, (tile + 1) * kKeys);
+      const Extent keys = smem.tokens.other[tile % 3].extent();
+      if (may_meet(place.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
+      next.fill(smem.tokens.other[(tile + 1) % 3]);
     }
 
     HW_DEVICE HW_INLINE void prefetch(int tile) {
       Stage& s = smem.stage[tile & 1];
-      const int64_t key = static_cast<int64_t>(tile) * kKeys;
+      const auto key = keys_of(tile);
       load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
       if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
       if constexpr (!kPlain) {
@@ -131,20 +183,35 @@ struct ForwardKernel {
     HW_DEVICE HW_INLINE void walk(const Range& tiles) {
       if (tiles.empty()) return;
       prefetch_queries();
-      walk_stages(
-          static_cast<int>(tiles.begin), static_cast<int>(tiles.end),
-          [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
+      const int begin = static_cast<int>(tiles.begin), end = static_cast<int>(tiles.end);
+      if constexpr (Feed::kListed) {
+        const Side<Feed, true> side(p, place);
+        Coming<kThreads, kKeys, Side<Feed, true>>(side, begin * kKeys)
+            .fill(smem.tokens.other[begin % 3]);
+        dev::sync_block();
+        walk_stages(
+            begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
+      } else {
+        walk_stages(begin, end, [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
+      }
     }
 
     HW_DEVICE HW_INLINE void step(int tile) {
       const Stage& stage = smem.stage[tile & 1];
-      Spot spot{first + warp_row, static_cast<int64_t>(tile) * kKeys};
+      Spot spot;
+      if constexpr (Feed::kListed) {
+        const Tokens<kKeys>& keys = smem.tokens.other[tile % 3];
+        spot.row_token = smem.tokens.own.at + warp_row, spot.key_token = keys.at;
+        spot.row_parts = smem.tokens.own.parts + warp_row / 16, spot.key_parts = keys.parts;
+      } else {
+        spot.row = first + warp_row, spot.key = static_cast<int64_t>(tile) * kKeys;
+      }
       if constexpr (!kPlain) {
         spot.tau = smem.tau + warp_row;
         spot.key_bias = stage.numbers.bias;
         spot.key_gain = stage.numbers.gain;
       }
-      const Score score{p.f, p.in, place, spot};
+      const Score score{p.f, p.in, place, p, spot};
       if (score.unseen()) return;
       Scores s;
       s.clear();
@@ -223,7 +290,7 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish(bool is_dead) {
-      const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
+      const Finish<Element, kPlain, !kPlain || Feed::kListed> finish{p.f, p.o, p.w, place, p.units};
       HW_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) {
         HW_UNROLL
@@ -236,20 +303,30 @@ struct ForwardKernel {
             r.squares = dev::warp_sum<4>(r.squares);
             r.mass = dev::warp_sum<4>(r.mass);
           }
-          if (first + line >= place.mask.rows) continue;
-          if (p.plan.spans > 1) {
+          const int64_t row = result_row(line);
+          if (row < 0) continue;
+          if (!Feed::kListed && p.plan.spans > 1) {
             keep(strip, half, index() + line, r, is_dead);
           } else {
-            const float factor = finish.settle(first + line, r, is_dead, dev::lane() % 4 == 0);
+            const float factor = finish.settle(row, r, is_dead, dev::lane() % 4 == 0);
             if (!kPlain && !p.f.v) continue;
             HW_UNROLL
             for (int j = 0; j < Values::kTiles; ++j)
               if (const int column = Values::column(j, 0); column < p.f.value_dim())
-                finish.write(first + line, column, w.at[strip][j][2 * half] * factor,
+                finish.write(row, column, w.at[strip][j][2 * half] * factor,
                              w.at[strip][j][2 * half + 1] * factor);
           }
         }
       }
+    }
+
+    // Where results of a line of the block are; negative: nowhere.
+    HW_DEVICE HW_INLINE int64_t result_row(int line) const {
+      const int64_t row = first + line;
+      if constexpr (Feed::kListed)
+        return p.result_row(place, static_cast<int>(row), smem.tokens.own.at[line]);
+      else
+        return row < place.mask.rows ? row : -1;
     }
 
     HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r,

@@ -22,6 +22,7 @@ struct ForwardTiles {
   static constexpr int kRows = kDim <= 128 ? 128 : 64, kKeys = kDim <= 64 ? 64 : 32;
   static constexpr int strips(bool plain) { return plain && kDim <= 128 ? 2 : 1; }
   static constexpr int warps(bool plain) { return kRows / (16 * strips(plain)); }
+  static constexpr int blocks(bool plain) { return kDim <= 128 && plain ? 2 : 1; }
 };
 
 // Tiles of the loop of the other passes: own rows of a block, other rows of a tile. Two tensors of

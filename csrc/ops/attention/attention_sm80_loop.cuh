@@ -28,16 +28,21 @@ struct LoopInputs {
   float unit;                          // exponents are unit x - base, to base 2
 };
 
-template <class Element, int kDim, bool kPlain, bool kKeysDown_, bool kOwnSecond_>
+template <class Element, int kDim, bool kPlain, bool kKeysDown_, bool kOwnSecond_,
+          class Feed = Dense>
 struct Loop {
+  using Tiles = typename Feed::LoopTiles;
+  using Place = typename Feed::Place;
   static constexpr bool kKeysDown = kKeysDown_, kOwnSecond = kOwnSecond_;
-  static constexpr int kWarps = 4, kThreads = kWarps * dev::kWarp;
-  static constexpr int kOwn = LoopTiles::kOwn, kOther = LoopTiles::others(kDim, kPlain);
+  static constexpr int kOwn = Tiles::kOwn, kOther = Tiles::others(kDim, kPlain);
+  static constexpr int kWarps = kOwn / 16, kThreads = kWarps * dev::kWarp;
   static constexpr int kQueries = kKeysDown ? kOther : kOwn, kKeys = kKeysDown ? kOwn : kOther;
-  static_assert(kOwn == 16 * kWarps, "a strip per warp");
   using Pairs = Fragment<1, kOther / 8>;
-  using Score = ScoreTile<Element, kPlain, kKeysDown, 1, kOther / 8>;
+  using Score = ScoreTile<Element, kPlain, kKeysDown, 1, kOther / 8, Feed>;
   using Values = Fragment<1, kDim / 8>;  // [own 16, columns]: what a warp sums up
+
+  using OwnSide = Side<Feed, kKeysDown>;
+  using OtherSide = Side<Feed, !kKeysDown>;
 
   struct QueryNumbers {
     float statistic[kQueries], extra[kQueries];
@@ -60,41 +65,61 @@ struct Loop {
     Stage stage[2];
     OwnNumbers numbers;
     Place place;
-    int64_t first;  // own row of the block, in its sequence
+    int64_t first;  // own row of the block, in its sequence or list
+    If<Feed::kListed, ListedTiles<kOwn, kOther>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
   const ScoreParams& p;
   const LoopInputs<Element>& inputs;
+  const Feed& feed;
   Smem& smem;
   const Place& place;    // in shared memory: registers are short
   const int64_t& first;  // likewise
 
-  HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in, Smem& s)
-      : p(params), inputs(in), smem(s), place(s.place), first(s.first) {}
+  HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in,
+                           const Feed& from, Smem& s)
+      : p(params), inputs(in), feed(from), smem(s), place(s.place), first(s.first) {}
 
   // Goes to the own rows from `first_row` on of a head of a sequence, once all warps are done with
   // those before.
   HW_DEVICE HW_INLINE void go(int64_t sequence, int head, int64_t first_row) {
     dev::sync_block();
     if (dev::thread_index() == 0) {
-      smem.place = place_of(p, sequence, head);
+      smem.place = feed.place_of(p, sequence, head);
       smem.first = first_row;
     }
     dev::sync_block();
+    if constexpr (Feed::kListed) {
+      const OwnSide side(feed, place);
+      Coming<kThreads, kOwn, OwnSide>(side, static_cast<int>(first_row)).fill(smem.tokens.own);
+      dev::sync_block();
+    }
   }
 
   // Own row of this warp, in the block.
   HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16; }
 
   HW_DEVICE HW_INLINE Range own() const {
-    return {first, min_of(first + kOwn, kKeysDown ? place.mask.keys : place.mask.rows)};
+    if constexpr (Feed::kListed)
+      return {first, min_of<int64_t>(first + kOwn, OwnSide(feed, place).slots)};
+    else
+      return {first, min_of(first + kOwn, kKeysDown ? place.mask.keys : place.mask.rows)};
   }
 
   // What the own rows meet.
   HW_DEVICE HW_INLINE Range others() const {
+    if constexpr (Feed::kListed) return listed_others();
     const Range meets = kKeysDown ? place.mask.rows_of(own()) : place.mask.keys_of(own());
     return meets.empty() ? Range{0, 0} : meets;
+  }
+
+  HW_DEVICE HW_INLINE Range listed_others() const {
+    const Extent tokens = smem.tokens.own.extent();
+    if (tokens.none()) return {0, 0};
+    if (kKeysDown || !feed.keys_in_order()) return {0, OtherSide(feed, place).slots};
+    const Range keys = place.mask.keys_of(tokens.range());
+    return keys.empty() ? Range{0, 0} : keys;
   }
 
   // visit(stage, score) at every tile of `range` of which the warp sees something.
@@ -102,13 +127,18 @@ struct Loop {
   HW_DEVICE HW_INLINE void walk(const Range& range, const Visit& visit) {
     if (range.empty()) return;
     prefetch_own();
+    const int begin = static_cast<int>(range.begin / kOther);
+    const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
+    if constexpr (Feed::kListed) {
+      const OtherSide side(feed, place);
+      Coming<kThreads, kOther, OtherSide>(side, begin * kOther).fill(smem.tokens.other[begin % 3]);
+      dev::sync_block();
+    }
     walk_stages(
-        static_cast<int>(range.begin / kOther),
-        static_cast<int>(ceil_div<int64_t>(range.end, kOther)),
-        [&](int tile) { prefetch(smem.stage[tile & 1], static_cast<int64_t>(tile) * kOther); },
+        begin, end, [&](int tile) { prefetch_tile(tile); },
         [&](int tile) {
           const Stage& stage = smem.stage[tile & 1];
-          const Score score{p, inputs.in, place, spot(stage, static_cast<int64_t>(tile) * kOther)};
+          const Score score{p, inputs.in, place, feed, spot(stage, tile)};
           if (!score.unseen()) visit(stage, score);
         });
   }
@@ -129,6 +159,23 @@ struct Loop {
     return first + warp_row() + Values::row(0, 2 * half);
   }
 
+  // Where results of that row are, among those of its sequence; negative: nowhere.
+  HW_DEVICE HW_INLINE int64_t result_row(int half) const {
+    const int64_t at = own_row(half);
+    if constexpr (Feed::kListed) {
+      const int token = own_token(half), slot = static_cast<int>(at);
+      if constexpr (kKeysDown)
+        return feed.result_key(place, slot, token);
+      else
+        return feed.result_row(place, slot, token);
+    } else {
+      return at < own().end ? at : -1;
+    }
+  }
+  HW_DEVICE HW_INLINE int own_token(int half) const {
+    return smem.tokens.own.at[warp_row() + Values::row(0, 2 * half)];
+  }
+
   // Row `at` of the own side's tensor [B, S, heads, columns].
   template <class T>
   HW_DEVICE HW_INLINE Ref<T, 1> row_of(const Ref<T, 4>& x, int64_t at, int head) const {
@@ -137,14 +184,14 @@ struct Loop {
   }
 
   // Writes factor(half) times the sums of the own rows that exist.
-  template <class Factor>
-  HW_DEVICE HW_INLINE void store(const Output<Element>& to, int head, const Values& sums,
+  template <class T, class Factor>
+  HW_DEVICE HW_INLINE void store(const Output<T>& to, int head, const Values& sums,
                                  const Factor& factor) const {
     HW_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = own_row(half);
-      if (at >= own().end) continue;
-      const Ref<Element, 1> row = row_of(to.ref, at, head);
+      const int64_t at = result_row(half);
+      if (at < 0) continue;
+      const Ref<T, 1> row = row_of(to.ref, at, head);
       const float times = factor(half);
       HW_UNROLL
       for (int j = 0; j < Values::kTiles; ++j)
@@ -165,27 +212,58 @@ struct Loop {
     }
   }
   HW_DEVICE HW_INLINE void store_of_key(const Ref<void, 3>& to, int half, float value) const {
-    const int64_t at = own_row(half);
-    if (dev::lane() % 4 == 0 && at < own().end)
+    const int64_t at = result_row(half);
+    if (dev::lane() % 4 == 0 && at >= 0)
       to.template as<float>()(place.at.batch, place.head, place.at.k_begin + at) = value;
   }
 
  private:
-  HW_DEVICE HW_INLINE void prefetch_own() {
-    if constexpr (kKeysDown) {
-      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, place, first));
-      if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, place, first));
-      load_key_numbers(smem.numbers, first);
+  // What the loads of the own side, of a tile of the other side go by.
+  HW_DEVICE HW_INLINE auto own_at() const {
+    if constexpr (Feed::kListed)
+      return Slots{smem.tokens.own.at, feed.first_result(place, static_cast<int>(first))};
+    else
+      return int64_t{first};
+  }
+  HW_DEVICE HW_INLINE auto others_at(int tile) const {
+    if constexpr (Feed::kListed)
+      return Slots{smem.tokens.other[tile % 3].at, feed.first_result(place, tile * kOther)};
+    else
+      return static_cast<int64_t>(tile) * kOther;
+  }
+
+  // Listed: the tile's tokens are there; those of the next one follow.
+  HW_DEVICE HW_INLINE void prefetch_tile(int tile) {
+    Stage& stage = smem.stage[tile & 1];
+    if constexpr (Feed::kListed) {
+      const OtherSide side(feed, place);
+      const Coming<kThreads, kOther, OtherSide> next(side, (tile + 1) * kOther);
+      const Extent own = smem.tokens.own.extent(), other = smem.tokens.other[tile % 3].extent();
+      if (may_meet(place.mask, kKeysDown ? other : own, kKeysDown ? own : other, feed.pad_keys()))
+        prefetch(stage, others_at(tile));
+      next.fill(smem.tokens.other[(tile + 1) % 3]);
     } else {
-      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, place, first));
-      if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, place, first));
-      load_query_numbers(smem.numbers, first);
+      prefetch(stage, others_at(tile));
     }
   }
 
-  HW_DEVICE HW_INLINE void prefetch(Stage& stage, int64_t at) {
+  HW_DEVICE HW_INLINE void prefetch_own() {
+    const auto at = own_at();
+    if constexpr (kKeysDown) {
+      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, place, at));
+      if constexpr (kOwnSecond)
+        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, place, at));
+      load_key_numbers(smem.numbers, at);
+    } else {
+      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, place, at));
+      if constexpr (kOwnSecond)
+        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, place, at));
+      load_query_numbers(smem.numbers, at);
+    }
+  }
+
+  template <class At>
+  HW_DEVICE HW_INLINE void prefetch(Stage& stage, const At& at) {
     const Input<Element>& second = kKeysDown ? inputs.of_queries : inputs.of_keys;
     if constexpr (kKeysDown) {
       load_tile<kThreads>(stage.first, query_rows(inputs.in.q, place, at));
@@ -198,12 +276,14 @@ struct Loop {
     }
   }
 
-  HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, int64_t at) const {
+  template <class At>
+  HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
     query_numbers<kQueries, kThreads>(to.statistic, inputs.statistic, place, at);
     query_numbers<kQueries, kThreads>(to.extra, inputs.extra, place, at);
     if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, place, at);
   }
-  HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, int64_t at) const {
+  template <class At>
+  HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, const At& at) const {
     if constexpr (!kPlain) {
       key_numbers<kKeys, kThreads>(to.bias, p.key_bias, place, at);
       key_numbers<kKeys, kThreads>(to.gain, p.key_gain, place, at);
@@ -211,9 +291,18 @@ struct Loop {
   }
 
   // The warp's pairs of a tile.
-  HW_DEVICE HW_INLINE Spot spot(const Stage& stage, int64_t other) const {
-    const int64_t mine = first + warp_row();
-    Spot at{kKeysDown ? other : mine, kKeysDown ? mine : other};
+  HW_DEVICE HW_INLINE Spot spot(const Stage& stage, int tile) const {
+    Spot at;
+    if constexpr (Feed::kListed) {
+      const Tokens<kOther>& other = smem.tokens.other[tile % 3];
+      const int* mine = smem.tokens.own.at + warp_row();
+      const Extent* part = smem.tokens.own.parts + warp_row() / 16;
+      at.row_token = kKeysDown ? other.at : mine, at.key_token = kKeysDown ? mine : other.at;
+      at.row_parts = kKeysDown ? other.parts : part, at.key_parts = kKeysDown ? part : other.parts;
+    } else {
+      const int64_t mine = first + warp_row(), other = static_cast<int64_t>(tile) * kOther;
+      at.row = kKeysDown ? other : mine, at.key = kKeysDown ? mine : other;
+    }
     if constexpr (kKeysDown) {
       point_to(at, stage.numbers, 0, smem.numbers, warp_row());
     } else {

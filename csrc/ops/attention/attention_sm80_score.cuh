@@ -16,6 +16,8 @@
 #include <limits>
 
 #include "ops/attention/attention_score.h"
+#include "ops/attention/attention_sm80_layout.cuh"
+#include "ops/attention/attention_sm80_lists.cuh"
 
 #include "core/tile.h"
 
@@ -46,16 +48,26 @@ HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
 
 // ---- Where a block is ---------------------------------------------------------------------------
 
-struct Place {
-  Sequence at;
-  Mask mask;
-  int head, key_head;  // of the queries, of the keys
-};
-
 HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) {
   const Sequence at = sequence(p, n);
   return {at, mask_of(p, at), head, head / p.group()};
 }
+
+// Where rows and keys come from: here those of a sequence, in their order (others: _sm80_lists.cuh).
+struct Dense {
+  static constexpr bool kListed = false;
+  using Place = sm80::Place;
+  template <int kDim>
+  using ForwardTiles = sm80::ForwardTiles<kDim>;
+  using LoopTiles = sm80::LoopTiles;
+
+  HW_DEVICE HW_INLINE static Place place_of(const ScoreParams& p, int64_t n, int head) {
+    return sm80::place_of(p, n, head);
+  }
+  // Keys have owners: how many there are in a sequence, and the query heads that each one walks.
+  HW_DEVICE HW_INLINE static int key_owners(const ScoreParams& p) { return p.key_heads(); }
+  HW_DEVICE HW_INLINE static int heads_of_owner(const ScoreParams& p) { return p.group(); }
+};
 
 // Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` of them.
 template <class Element>
@@ -124,15 +136,17 @@ struct ScoreInputs {
 };
 
 // First query and key of a fragment, in the sequence, and numbers in shared memory from these on, of
-// which those are read that the call has.
+// which those are read that the call has. Listed: tokens and their extents in place of the first.
 struct Spot {
-  int64_t row, key;
+  int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key
   const float *statistic = nullptr, *extra = nullptr;    // per query: row statistic; D - d_L
+  const int *row_token = nullptr, *key_token = nullptr;
+  const Extent *row_parts = nullptr, *key_parts = nullptr;  // of 16 each
 };
 
-template <class Element, bool kPlain, bool kKeysDown, int kStrips, int kTiles>
+template <class Element, bool kPlain, bool kKeysDown, int kStrips, int kTiles, class Feed>
 struct ScoreTile {
   using F = Fragment<kStrips, kTiles>;
   static constexpr int kLines = 16 * kStrips, kColumns = 8 * kTiles;
@@ -141,7 +155,8 @@ struct ScoreTile {
 
   const ScoreParams& p;
   const ScoreInputs<Element>& in;
-  const Place& place;
+  const typename Feed::Place& place;
+  const Feed& feed;
   Spot spot;
 
   HW_DEVICE static HW_INLINE int query(int s, int j, int i) {
@@ -153,6 +168,12 @@ struct ScoreTile {
 
   // Whether no query of the fragment sees a key of it.
   HW_DEVICE HW_INLINE bool unseen() const {
+    if constexpr (Feed::kListed)
+      return !may_meet(place.mask, row_extent(), key_extent(), feed.pad_keys());
+    else
+      return unseen_in_order();
+  }
+  HW_DEVICE HW_INLINE bool unseen_in_order() const {
     const Mask& m = place.mask;
     const Range rows{spot.row, min_of(spot.row + kQueries, m.rows)};
     const Range keys{spot.key, min_of(spot.key + kKeys, m.keys)};
@@ -161,7 +182,9 @@ struct ScoreTile {
     return seen.end <= keys.begin || seen.begin >= keys.end;
   }
 
-  HW_DEVICE HW_INLINE bool soft() const { return kPlain || is_softmax(p.activation); }
+  HW_DEVICE HW_INLINE bool soft() const {
+    return kPlain || Feed::kListed || is_softmax(p.activation);
+  }
 
   // y of c in place.
   HW_DEVICE HW_INLINE void shape_products(F& x) const {
@@ -185,11 +208,21 @@ struct ScoreTile {
       });
     if (p.key_bias)
       F::each([&](int s, int j, int i) { x.at[s][j][i] += spot.key_bias[key(s, j, i)]; });
-    if (p.bias) add_bias(x);
+    if constexpr (Feed::kListed) {
+      if (p.bias) add_bias_of_tokens(x);
+    } else {
+      if (p.bias) add_bias(x);
+    }
   }
 
   // -inf where a query does not see a key.
   HW_DEVICE HW_INLINE void hide(F& x) const {
+    if constexpr (Feed::kListed)
+      hide_tokens(x);
+    else
+      hide_in_order(x);
+  }
+  HW_DEVICE HW_INLINE void hide_in_order(F& x) const {
     const Mask& m = place.mask;
     if (spot.row + kQueries <= m.rows && spot.key + kKeys <= m.keys &&
         m.whole({spot.row, spot.row + kQueries}, {spot.key, spot.key + kKeys}))
@@ -245,6 +278,8 @@ struct ScoreTile {
 
   // p in place of s, and ds in place of dp.
   HW_DEVICE HW_INLINE void differentiate(F& x, F& dp, float unit) const {
+    if constexpr (Feed::kListed)
+      if (feed.mask_self()) return differentiate_but_self(x, dp, unit);
     if (soft()) {
       weigh(x, unit);
       F::each([&](int s, int j, int i) {
@@ -286,6 +321,8 @@ struct ScoreTile {
   }
 
   HW_DEVICE HW_INLINE bool in_gain_rows(int q) const {
+    if constexpr (Feed::kListed)
+      return spot.row_token[q] >= p.gain_begin && spot.row_token[q] < p.gain_end;
     return spot.row + q >= p.gain_begin && spot.row + q < p.gain_end;
   }
 
@@ -306,6 +343,81 @@ struct ScoreTile {
       x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
     });
   }
+
+  // ---- Listed
+
+  HW_DEVICE HW_INLINE Extent row_extent() const { return merged<kQueries / 16>(spot.row_parts); }
+  HW_DEVICE HW_INLINE Extent key_extent() const { return merged<kKeys / 16>(spot.key_parts); }
+
+  // What stands for the score of a token with itself.
+  HW_DEVICE HW_INLINE float self_score() const {
+    return kPlain ? Feed::kSelfScore / in.scale : Feed::kSelfScore;
+  }
+
+  // What is added where there is no token is hidden.
+  HW_DEVICE HW_INLINE void add_bias_of_tokens(F& x) const {
+    const Ref<const Element, 4> b = p.bias.template as<const Element>();
+    const Element* from = b.at(place.at.batch, place.head);
+    F::each([&](int s, int j, int i) {
+      const int q = max_of(spot.row_token[query(s, j, i)], 0);
+      const int k = max_of(spot.key_token[key(s, j, i)], 0);
+      x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
+    });
+  }
+
+  // Also replaces the scores of tokens with themselves. A key without token has the score 0.
+  HW_DEVICE HW_INLINE void hide_tokens(F& x) const {
+    if (all_meet(place.mask, row_extent(), key_extent(), feed.mask_self())) return;
+    const int* lines = kKeysDown ? spot.key_token : spot.row_token;
+    const int* columns = kKeysDown ? spot.row_token : spot.key_token;
+    const int pad = !kKeysDown && feed.pad_keys() ? kNoToken : kNever;
+    int begin[kStrips][2], end[kStrips][2], self[kStrips][2];  // columns that a line meets
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      HW_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Met met = met_by(lines[F::row(s, 2 * half)]);
+        begin[s][half] = met.begin, end[s][half] = met.end, self[s][half] = met.self;
+      }
+    }
+    const float score = self_score();
+    F::each([&](int s, int j, int i) {
+      const int token = columns[F::column(j, i)];
+      const bool seen = token == pad || (token >= begin[s][i / 2] && token < end[s][i / 2]);
+      if (!seen) x.at[s][j][i] = -kInfinity;
+      if (seen && token == self[s][i / 2]) x.at[s][j][i] = score;
+    });
+  }
+
+  // Tokens of the columns that a line with `token` meets, and itself among them.
+  struct Met {
+    int begin, end, self;
+  };
+  HW_DEVICE HW_INLINE Met met_by(int token) const {
+    if (token < 0) return {0, 0, kNever};
+    const Mask& m = place.mask;
+    const Range range = kKeysDown ? m.seeing_rows(token) : m.visible_keys(token);
+    const int gap = static_cast<int>(m.keys - m.rows), self = kKeysDown ? token - gap : token + gap;
+    return {static_cast<int>(range.begin), static_cast<int>(range.end),
+            feed.mask_self() && self >= 0 ? self : kNever};
+  }
+
+  // As differentiate; scores of tokens with themselves are constants. Their p is made from their own
+  // distance to L, for that of large numbers in `unit` is not exact enough.
+  HW_DEVICE HW_INLINE void differentiate_but_self(F& x, F& dp, float unit) const {
+    const float constant = self_score();
+    F::each([&](int s, int j, int i) {
+      const int q = query(s, j, i);
+      const bool self = x.at[s][j][i] == constant;
+      const float exponent =
+          self ? (Feed::kSelfScore - spot.statistic[q]) * kLog2e : x.at[s][j][i] * unit - base(q);
+      const float weight = dev::exp2_fast(exponent);
+      x.at[s][j][i] = weight;
+      dp.at[s][j][i] = self ? 0.0f : weight * (dp.at[s][j][i] - spot.extra[q]);
+    });
+  }
+
+  // ---- In order
 
   // The columns that a row of the fragment meets.
   HW_DEVICE HW_INLINE Range seen_by_line(int line) const {

@@ -4,6 +4,7 @@
 #include "ops/routing_attention/routing_attention.h"
 
 #include "ops/routing_attention/routing_attention_simt_layout.cuh"
+#include "ops/routing_attention/routing_attention_sm80_layout.cuh"
 
 #include "core/arguments.h"
 #include "core/registry.h"
@@ -73,7 +74,10 @@ void check_call(int function, const Call& call) {
 
 std::string why_not(int, Backend, const Call&) { return {}; }
 
-int width(int, Backend, const Call&) { return 0; }
+// Compared with the widths of the tensor-core instances; the other backends take any.
+int width(int function, Backend backend, const Call& call) {
+  return backend == Backend::sm80 ? sm80::dim(function, call) : 0;
+}
 
 int64_t workspace(int function, Backend backend, const Call& call) {
   return backend == Backend::cpu ? 0 : workspace_bytes(function == kBackward, call);

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and f16.
+//
+//   _sm80_layout.cuh    what it takes, how it is cut
+//   _sm80_feed.cuh      tasks, tokens of slots, places of results
+//   _slots.cuh          indices; sums over slots and over spans
+//   ops/attention/attention_sm80_*.cuh, of which the kernels are, fed with lists
+//
+// Results of what may be listed several times are by slot or by span, and then summed:
+//
+//                 by slot                       by token, keys listed        by token, all keys
+//   o, d_q        w, fp32 of row slots, summed  written                      written
+//   d_k, d_v      fp32 of key slots, summed     fp32 of spans, summed        written
+#pragma once
+
+#include "ops/attention/attention_sm80.cuh"
+#include "ops/routing_attention/routing_attention_slots.cuh"
+#include "ops/routing_attention/routing_attention_sm80_feed.cuh"
+
+#include "core/launch.h"
+
+namespace hw::routing_attention::sm80 {
+
+template <int kOwn, class Params>
+Listed<kOwn> listed(const Params& p) {
+  Listed<kOwn> feed{};
+  feed.lists = p;
+  feed.row_slots_of_list = static_cast<int>(p.max_q);
+  feed.key_slots_of_list = static_cast<int>(p.max_k);
+  feed.row_cells = static_cast<int>(p.rows.cells.count());
+  feed.key_cells = static_cast<int>(p.keys.cells.count());
+  return feed;
+}
+
+// Gates do not change scores: mixtures of heads are plain too.
+inline bool is_plain(const attention::ForwardParams& f) {
+  return attention::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
+         !f.mass;
+}
+
+template <class Element, int kDim, bool kPlain, int kOwn>
+void forward(const Call& call, const ForwardParams& p, const attention::ForwardParams& f) {
+  using Kernel = attention::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
+  attention::sm80::Plan plan;
+  plan.blocks = ceil_div<int64_t>(p.max_q, Kernel::kRows);
+  plan.tasks = plan.blocks * p.query_heads() * p.batch() * p.groups();
+  const typename Kernel::Params params{listed<kOwn>(p),
+                                       f,
+                                       attention::sm80::ScoreInputs<Element>(f),
+                                       input_of<Element>(f.v),
+                                       output_of<Element>(f.o),
+                                       output_of<Element>(f.w),
+                                       attention::sm80::units_of(kPlain, f),
+                                       plan,
+                                       {}};
+  launch<Kernel>({plan.tasks, 1, 1}, sizeof(typename Kernel::Smem), call.context, params);
+}
+
+template <class Element, int kDim>
+void forward(const Call& call) {
+  const ForwardParams p = forward_params(call);
+  attention::ForwardParams f = p;
+  if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
+  if (!is_plain(f))
+    forward<Element, kDim, false, kMedium>(call, p, f);
+  else if (p.max_q <= kNarrow)
+    forward<Element, kDim, true, kNarrow>(call, p, f);
+  else if (p.max_q <= kMedium)
+    forward<Element, kDim, true, kMedium>(call, p, f);
+  else
+    forward<Element, kDim, true, kWide>(call, p, f);
+  if (!p.by_slot) return;
+  Room room(call.tensor(kForwardWorkspace), "routing_attention.forward");
+  const ForwardRoom at = forward_room(room, forward_shape(call));
+  mean_slots<Element>(p, index_tokens(p.rows, at.rows, call.context), call.context);
+}
+
+// ---- Backward -----------------------------------------------------------------------------------
+
+inline Ref<const void, 3> row_numbers(const float* data, const Shape& s) {
+  const int64_t slots = s.groups * s.row_slots;
+  return {data, {s.batch, s.heads, slots}, {s.heads * slots, slots, 1}};
+}
+inline Output<float> sums_of(float* data, const Shape& s, int64_t places, int64_t width) {
+  if (!data) return {};
+  return {place_array(data, s.batch, places, s.heads, width), true};
+}
+
+// Everything that the kernels of the gradients have in common.
+template <class Element>
+struct Backward {
+  const Call& call;
+  const BackwardParams& b;
+  const Shape& s;
+  const BackwardRoom<float>& at;  // by slot or span: where sums that are still to be made begin
+  attention::sm80::LoopInputs<Element> inputs;
+  bool shared_bias;
+
+  bool by_span() const { return s.keys_listed && !s.by_slot; }
+
+  // Gradients fed with `feed`.
+  template <class Feed>
+  attention::sm80::GradientParams<Element, Feed> params(const Feed& feed) const {
+    return {feed,
+            b,
+            inputs,
+            output_of<Element>(b.d_q),
+            output_of<Element>(b.d_k),
+            output_of<Element>(b.d_v),
+            shared_bias,
+            0};
+  }
+};
+
+template <class Element, int kDim, bool kPlain, int kOwn>
+void query_gradients(const Backward<Element>& x) {
+  using Kernel = attention::sm80::QueryGradKernel<Element, kDim, kPlain, Listed<kOwn>>;
+  const Shape& s = x.s;
+  Listed<kOwn> feed = listed<kOwn>(x.b);
+  feed.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
+  attention::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(feed), s.row_slots,
+                                         x.call.context);
+}
+
+template <class Element, int kDim, bool kPlain, int kOwn>
+void key_gradients(const Backward<Element>& x) {
+  using Feed = ListedKeys<kOwn>;
+  using Kernel = attention::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, Feed>;
+  const Shape& s = x.s;
+  Feed feed{};
+  static_cast<Listed<kOwn>&>(feed) = listed<kOwn>(x.b);
+  feed.regions = x.at.regions;
+  feed.by_span = x.by_span();
+  feed.blocks_of_list = static_cast<int>(s.key_blocks), feed.cell = static_cast<int>(s.key_cell);
+  const int64_t groups = feed.by_span ? x.at.regions.spans : s.groups;
+  const int64_t slots = feed.by_span ? s.key_cell : s.key_slots;
+  if (s.keys_listed) {
+    feed.key_sums = sums_of(x.at.d_k, s, groups * slots, s.dim);
+    feed.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
+  }
+  const int64_t owners = s.keys_listed ? s.heads : x.b.key_heads();
+  attention::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots,
+                                         x.call.context);
+}
+
+template <class Element, int kDim>
+void gradients(const Backward<Element>& x) {
+  using attention::sm80::has_plain_scores;
+  if (!has_plain_scores(x.b)) {
+    query_gradients<Element, kDim, false, kMedium>(x);
+    key_gradients<Element, kDim, false, kMedium>(x);
+    if (!x.shared_bias) return;
+    // Rows that are not listed weigh nothing: their statistic is +inf.
+    attention::BackwardParams all = x.b;
+    all.max_q = x.s.rows, all.max_k = x.s.keys;
+    attention::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0},
+                                                x.call.context);
+    return;
+  }
+  x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, true, kNarrow>(x)
+                           : query_gradients<Element, kDim, true, kMedium>(x);
+  (x.by_span() ? x.s.key_cell : x.s.key_slots) <= kNarrow
+      ? key_gradients<Element, kDim, true, kNarrow>(x)
+      : key_gradients<Element, kDim, true, kMedium>(x);
+}
+
+template <class Element, int kDim>
+void backward(const Call& call) {
+  const BackwardParams b = backward_params(call);
+  const Shape s = backward_shape(call);
+  const Context& context = call.context;
+  Room room(call.tensor(kBackwardWorkspace), "routing_attention.backward");
+  BackwardRoom<float> at = backward_room<float>(room, s);
+  if (s.by_slot) {
+    at.rows = index_tokens(b.rows, at.rows, context);
+    at.keys = index_tokens(b.keys, at.keys, context);
+    slot_deltas<Element>(b, at.delta, context);
+  } else if (s.keys_listed) {
+    at.regions = index_regions(b.keys, at.regions, context);
+  }
+
+  const auto inputs =
+      attention::sm80::loop_inputs<Element>(b, attention::sm80::has_plain_scores(b), b.d_w, b.v,
+                                            b.row, s.by_slot ? row_numbers(at.delta, s) : b.delta);
+  gradients<Element, kDim>({call, b, s, at, inputs, attention::sm80::shares_bias(b)});
+
+  const auto places = [&](float* data, int64_t count, int64_t width) {
+    return place_array(data, s.batch, count, s.heads, width);
+  };
+  if (s.by_slot) {
+    sum_slots<Element>(at.rows, places(at.d_q, s.groups * s.row_slots, s.dim), b.d_q, context);
+    const int64_t slots = s.groups * s.key_slots;
+    sum_slots<Element>(at.keys, places(at.d_k, slots, s.dim), b.d_k, context);
+    if (b.d_v) sum_slots<Element>(at.keys, places(at.d_v, slots, s.value_dim), b.d_v, context);
+  } else if (s.keys_listed) {
+    const Cells& cells = b.keys.cells;
+    const int64_t slots = at.regions.spans * s.key_cell;
+    sum_spans<Element>(at.regions, cells, places(at.d_k, slots, s.dim), b.d_k, context);
+    if (b.d_v)
+      sum_spans<Element>(at.regions, cells, places(at.d_v, slots, s.value_dim), b.d_v, context);
+  }
+}
+
+}  // namespace hw::routing_attention::sm80
+
+namespace hw::routing_attention {
+
+// kDim: the width that D and Dv are padded to.
+template <class Element, int kDim>
+struct Sm80 {
+  static void forward(const Call& call) { sm80::forward<Element, kDim>(call); }
+  static void backward(const Call& call) { sm80::backward<Element, kDim>(call); }
+};
+
+}  // namespace hw::routing_attention
