@@ -8,8 +8,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from .demo_decode import DecodeRow, measure_decode, stream_text
 from .demo_plots import plot_decode, plot_training
 from .demo_train import RECIPES, Trainer
 from .progress import ctrl_c, progress
+from .training import fastest_threads
 
 # Seconds of the time limit that are kept for what follows the training.
 _RESERVE = 25.0
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     trainer = _trainer(plan)
     try:
-        with _fastest_threads(trainer):
+        with fastest_threads(trainer):
             return _demo(plan, trainer, start)
     except KeyboardInterrupt:
         _save(plan, trainer)
@@ -96,17 +96,6 @@ def _demo(plan: Plan, trainer: Trainer, start: float) -> int:
     _write_json(plan, results)
     say(f"\n{results['total_seconds']:.0f} s. Files in {plan.out}: {', '.join(_files(plan))}")
     return 0
-
-
-@contextmanager
-def _fastest_threads(trainer: Trainer) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if trainer.model.device.type == "cpu":
-            torch.set_num_threads(trainer.fastest_threads())
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _trainer(plan: Plan) -> Trainer:

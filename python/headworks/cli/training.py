@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,18 @@ class Loop(ABC):
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         falling = schedule.final_rate + (1 - schedule.final_rate) * cosine
         return schedule.learning_rate * warm * falling
+
+
+@contextmanager
+def fastest_threads(loop: Loop) -> Iterator[None]:
+    """On a CPU as many threads as are fastest for the loop, until the end of the block."""
+    before = torch.get_num_threads()
+    try:
+        if next(loop.model.parameters()).device.type == "cpu":
+            torch.set_num_threads(loop.fastest_threads())
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
