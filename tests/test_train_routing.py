@@ -73,7 +73,9 @@ def digit_loop(images, steps, learning_rate, learnt="", **options):
     """Training of a small BiFormer, of the parameters with `learnt` in their name."""
     model = tasks.digit_classifier("reference", CPU, **SMALL_BIFORMER, **options)
     _keep_fixed(model, learnt)
-    schedule = Schedule(steps=steps, batch=32, learning_rate=learning_rate, warmup=5)
+    schedule = Schedule(
+        steps=steps, batch=32, learning_rate=learning_rate, warmup=5, weight_decay=0.0
+    )
     return tasks.ImageLoop(model, images, schedule, steps, 0)
 
 
@@ -130,14 +132,16 @@ def test_the_classifier_learns(images):
     assert _end(run["train_curve"]) < 0.7 * run["train_curve"][0][1]
 
 
-# Loss of the last five steps: 3.0 to 3.3 untrained or without gradient.
-@pytest.mark.parametrize("part", ("q and k", "v"))
-def test_the_classifier_learns_by_attention(images, part, monkeypatch):
+# Loss of the last five steps: 3.29 untrained or without gradient, 2.96 and 2.24 trained.
+@pytest.mark.parametrize(("part", "bound"), [("q and k", 3.1), ("v", 2.7)])
+def test_the_classifier_learns_by_attention(images, part, bound, monkeypatch):
     def run():
         torch.manual_seed(0)
         loop = digit_loop(images, 25, 0.1, "qkv.qkv.weight", side_dwconv=0)
         for name, parameter in loop.model.named_parameters():
-            if name.endswith(("wo.weight", "head.weight")):  # so that attention matters
+            if name.endswith(
+                ("qkv.qkv.weight", "wo.weight", "head.weight")
+            ):  # so that attention matters
                 torch.nn.init.normal_(parameter, std=0.3)
             if parameter.requires_grad:
                 keep = torch.ones(len(parameter), 1)
@@ -146,7 +150,6 @@ def test_the_classifier_learns_by_attention(images, part, monkeypatch):
                 parameter.register_hook(lambda g, keep=keep: g * keep)
         return _end(train_routing.train_loop(loop)["train_curve"])
 
-    bound = 2.8
     assert run() < bound
     _without_gradient(monkeypatch, "bilevel_routing_attention")
     assert run() > bound
@@ -178,18 +181,21 @@ def test_files_of_a_run(task, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     if task == "digits":
         pytest.importorskip("sklearn", reason="scikit-learn has the digits")
-    whole = tasks.text()
-    monkeypatch.setattr(tasks, "text", lambda: (*whole[:2], whole[2][:2000]))
-    monkeypatch.setattr(tasks, "LM_CONFIG", dataclasses.replace(SMALL_LM, window=128))
-    monkeypatch.setattr(tasks.routing_lm, "__defaults__", (tasks.LM_CONFIG,))
-    monkeypatch.setattr(tasks.local_lm, "__defaults__", (tasks.LM_CONFIG,))
+    name, train, held_out = tasks.text()
+    monkeypatch.setattr(tasks, "text", lambda: (name, train, held_out[:2000]))
+    config = dataclasses.replace(SMALL_LM, window=128)  # two clusters of 128: windows of 256
+    monkeypatch.setattr(tasks.routing_lm, "__defaults__", (config,))
+    monkeypatch.setattr(tasks.local_lm, "__defaults__", (config,))
+    monkeypatch.setattr(tasks.digits, "__defaults__", (32,))
+    monkeypatch.setattr(tasks, "DIGITS_SIZES", {**tasks.DIGITS_SIZES, **SMALL_BIFORMER})
     options = ["--results", str(tmp_path), "--images", str(tmp_path), "--steps", "2", "--quiet"]
     assert train_routing.main([task, "--backend", "reference", *options]) == 0
+    printed = capsys.readouterr().out
     data = json.loads((tmp_path / f"train_routing_{task}.json").read_text())
     assert data["backend"] == "reference" and len(data["baselines"]) == 2
     for name, run in data["runs"].items():
         assert run["steps"] == 2 and len(run["train_curve"]) == 2
-        assert f"{run['held_out']:.3f}  {name}" in capsys.readouterr().out or name != "routing"
+        assert f"{run['held_out']:.3f}  {name}" in printed
     picture = tmp_path / train_routing.TASKS[task][2]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
