@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -43,11 +44,15 @@ def check_example(function):
     assert runner.summarize(verbose=False).failed == 0
 
 
-def check_no_kernel(op, call):
-    """Compiled backends say that they lack the operator, and what to do."""
-    for backend in ("auto", "cpu", "emulate:simt"):
-        with pytest.raises(NotImplementedError, match=rf"{op}\.forward: .*no \w.* code for {op}"):
-            call(backend)
+def on_both_backends(module, **functions):
+    """A fixture under which a test module's `functions` run on the reference, then on the CPU."""
+
+    @pytest.fixture(params=("reference", "cpu"))
+    def on_both(request, monkeypatch):
+        for name, function in functions.items():
+            monkeypatch.setitem(module, name, functools.partial(function, backend=request.param))
+
+    return on_both
 
 
 def routing_transformer():

@@ -14,7 +14,7 @@ import headworks as hw
 from headworks import nn
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
-from routing_checks import cases_of, check_example, check_no_kernel, check_reference
+from routing_checks import cases_of, check_example, check_reference, on_both_backends
 from specs import bilevel_route as route_spec
 from specs import bilevel_routing_attention as spec
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.operator
 F64, F32 = torch.float64, torch.float32
 route = functools.partial(hw.bilevel_route, backend="reference")
 attend = functools.partial(hw.bilevel_routing_attention, backend="reference")
+on_both = on_both_backends(globals(), attend=hw.bilevel_routing_attention)
 
 
 @pytest.mark.parametrize("case, dtype", cases_of(spec.SPEC))
@@ -81,6 +82,7 @@ def by_tokens(q, k, v, graph, regions, kv_regions=None, mask_padding=True, scale
 @pytest.mark.parametrize("mask", (True, False))
 @pytest.mark.parametrize("graph", ("shared", "head", "twice"))
 @pytest.mark.parametrize("sizes", ({}, {"y": 7, "x": 11, "hk": 1}, {"yk": 5, "xk": 7}), ids=str)
+@pytest.mark.usefixtures("on_both")
 def test_is_the_definition(sizes, graph, mask):
     q, k, v = inputs(**sizes)
     regions, kv_regions = (3, 4), (2, 3)
@@ -100,6 +102,7 @@ def test_is_the_definition(sizes, graph, mask):
 
 @pytest.mark.parametrize("heads", ((2, 2), (4, 2), (3, 1)), ids=str)
 @pytest.mark.parametrize("sizes", ((8, 12), (9, 11)), ids=str)
+@pytest.mark.usefixtures("on_both")
 def test_all_regions_are_full_attention(sizes, heads):
     q, k, v = inputs(*sizes, h=heads[0], hk=heads[1], b=2)
     _, count, _ = region_numbers(*sizes, (4, 3))
@@ -115,6 +118,7 @@ def test_all_regions_are_full_attention(sizes, heads):
         compare(actual.flatten(2), expected, F64)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_unmasked_padding_is_keys_of_zero():
     """2 x 2 regions asked of 5 x 5 tokens are 3 x 3 regions of 2 x 2, 36 places for 25 tokens."""
     q, k, v = inputs(5, 5)
@@ -126,6 +130,7 @@ def test_unmasked_padding_is_keys_of_zero():
     assert (hidden - o).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("on_both")
 def test_one_token_regions_with_themselves_give_their_value():
     q, k, v = inputs(4, 4)
     graph = torch.arange(16)[None, :, None]
@@ -173,6 +178,7 @@ def test_ties_and_nan_of_routing():
     assert route(q, k, num_regions=(4, 4), topk=1).unique().tolist() == [5]
 
 
+@pytest.mark.usefixtures("on_both")
 def test_regions_that_nobody_chose():
     """Gradients of exactly 0, and values that are never read."""
     q, k, v = inputs(8, 8)
@@ -187,6 +193,7 @@ def test_regions_that_nobody_chose():
         assert (grad[:, chosen] != 0).all()
 
 
+@pytest.mark.usefixtures("on_both")
 def test_routing_has_no_gradient():
     tensors = [t.requires_grad_() for t in inputs()]
     graph = route(*tensors[:2], num_regions=(3, 3), topk=2)
@@ -201,6 +208,7 @@ def test_routing_has_no_gradient():
 
 
 @pytest.mark.parametrize("mask", (True, False))
+@pytest.mark.usefixtures("on_both")
 def test_gradcheck(mask):
     tensors = [t.requires_grad_() for t in inputs(3, 5, h=2, d=2, dv=2)]
     graph = torch.randint(9, (1, 2, 9, 2))
@@ -214,6 +222,7 @@ def test_gradcheck(mask):
     compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_autocast():
     q, k, v = (t.float() for t in inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -224,6 +233,7 @@ def test_autocast():
     assert_same_bits(graph, route(*half[:2], num_regions=(3, 3), topk=2))
 
 
+@pytest.mark.usefixtures("on_both")
 def test_compiles():
     q, k, v = inputs()
     compiled = torch.compile(attend, backend="eager", fullgraph=True)
@@ -234,16 +244,6 @@ def test_compiles():
 @pytest.mark.parametrize("function", (hw.bilevel_route, hw.bilevel_routing_attention))
 def test_examples(function):
     check_example(function)
-    compare(torch.ones(1), torch.ones(1), F32)
-
-
-def test_without_a_kernel():
-    q, k, v = inputs(7, 7)
-    graph = route(q, k, topk=1)
-    check_no_kernel(
-        "bilevel_routing_attention",
-        lambda b: hw.bilevel_routing_attention(q, k, v, graph=graph, backend=b),
-    )
     compare(torch.ones(1), torch.ones(1), F32)
 
 

@@ -13,13 +13,14 @@ import headworks as hw
 from headworks import nn
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
-from routing_checks import cases_of, check_example, check_no_kernel, check_reference
+from routing_checks import cases_of, check_example, check_reference, on_both_backends
 from specs import moh_attention as spec
 
 pytestmark = pytest.mark.operator
 
 F64, F32 = torch.float64, torch.float32
 attend = functools.partial(hw.moh_attention, backend="reference")
+on_both = on_both_backends(globals(), attend=hw.moh_attention)
 
 
 @pytest.mark.parametrize("case, dtype", cases_of(spec.SPEC))
@@ -45,6 +46,7 @@ OPTIONS = (
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"))
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.usefixtures("on_both")
 def test_equals_gated_attention(options, backend):
     """The value, and every gradient but the gate's where it is 0."""
     *tensors, gate = inputs()
@@ -60,6 +62,7 @@ def test_equals_gated_attention(options, backend):
     assert (grads[1][3][gate == 0] != 0).any()
 
 
+@pytest.mark.usefixtures("on_both")
 def test_what_was_not_chosen_is_not_looked_at():
     q, k, v, gate = inputs(hk=4)
     o = attend(q, k, v, gate)
@@ -71,6 +74,7 @@ def test_what_was_not_chosen_is_not_looked_at():
     assert_same_bits(attend(q, k, v, gate), o)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_gradcheck():
     tensors = [t.requires_grad_() for t in inputs(s=5, d=2, dv=2, b=1)]
     chosen = (tensors[3].detach() != 0).double()
@@ -79,6 +83,7 @@ def test_gradcheck():
     compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_autocast_and_compile():
     q, k, v, gate = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -91,11 +96,6 @@ def test_autocast_and_compile():
 
 def test_example():
     check_example(hw.moh_attention)
-    compare(torch.ones(1), torch.ones(1), F32)
-
-
-def test_without_a_kernel():
-    check_no_kernel("moh_attention", lambda b: hw.moh_attention(*inputs(), backend=b))
     compare(torch.ones(1), torch.ones(1), F32)
 
 

@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace hw {
 namespace {
 
-constexpr Py_ssize_t kMaxTensors = 32, kMaxScalars = 16;
+constexpr Py_ssize_t kMaxTensors = 32, kMaxScalars = 32;
 constexpr size_t kMessageBytes = 8192;
 
 // A call's arguments in C. Beyond those given, tensors are absent and scalars are zero.

@@ -52,10 +52,17 @@ std::span<const Instance> instances_of(const Operator* op) {
 
 bool serves(const Instance& i, Backend b, DType t) { return i.backend == b && i.dtype == t; }
 
+// Of the first tensor of numbers that are not integers: lists of indices may come before it.
+DType element_type(const Call& call) {
+  for (const Tensor& t : call.tensors)
+    if (t.present() && t.dtype <= DType::f16) return t.dtype;
+  return call.tensor(0).dtype;
+}
+
 // On the CPU the strongest instruction set up to the one in use; on a GPU the smallest dim that
 // holds the call's.
 const Instance* find_instance(FunctionId f, Backend b, const Call& call) {
-  const DType dtype = call.tensor(0).dtype;
+  const DType dtype = element_type(call);
   const Isa isa = b == Backend::cpu ? cpu_isa() : Isa::none;
   const int dim = b == Backend::cpu ? 0 : f.op->dim(f.index, b, call);
   const Instance* best = nullptr;
@@ -114,7 +121,7 @@ std::string refuse_device(Backend b, const Call& call) {
 // Why find_instance found none.
 std::string explain_absence(FunctionId f, Backend b, const Call& call) {
   const std::string dtypes = built_dtypes(f, b);
-  const DType dtype = call.tensor(0).dtype;
+  const DType dtype = element_type(call);
   if (dtypes.empty()) return concat("this build has no ", public_name(b), " code for ", f.op->name);
   const std::string dims = built_dims(f, b, dtype);
   if (dims.empty()) return concat("no ", dtype_name(dtype), " (this build has ", dtypes, ")");

@@ -43,7 +43,7 @@ struct Operator {
 struct Instance {
   const Operator* op;
   Backend backend;
-  DType dtype;  // of tensor 0
+  DType dtype;  // of the first tensor of elements
   int dim;      // 0: any
   Isa isa;
   const FunctionTable* table;

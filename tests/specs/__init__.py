@@ -7,10 +7,13 @@ from . import (
     attention_probs,
     attention_transpose,
     bilevel_route,
+    bilevel_routing_attention,
     column_stats,
     key_scan,
+    kmeans_routing_attention,
     linear_attention,
     linear_attention_step,
+    moh_attention,
     select_topk,
 )
 
@@ -25,4 +28,7 @@ SPECS = (
     attention_probs.SPEC,
     select_topk.SPEC,
     bilevel_route.SPEC,
+    bilevel_routing_attention.SPEC,
+    kmeans_routing_attention.SPEC,
+    moh_attention.SPEC,
 )

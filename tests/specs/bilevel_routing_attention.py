@@ -6,15 +6,20 @@ Sizes: B, Y, X, Yk, Xk, Hq, H, D, Dv; regions of q and of k; the sort of graph.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 import headworks as hw
 from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
-from .select_topk import no_operators
+from .routing import operators_of
 
 STATISTICS = ("lse", "entropy", "p_max", "sq_norm")
+
+# The function shadows its module in the package.
+module = importlib.import_module("headworks.ops.bilevel_routing")
 
 
 def case(
@@ -86,6 +91,16 @@ def run(tensors, case, backend):
         return {"o": result}
     o, aux = result
     return {"o": o} | {n: x for n, x in aux._asdict().items() if x is not None}
+
+
+def operators(tensors, case):
+    """The torch operators with the arguments this case gives them, for opcheck."""
+    q, k, v = (tensors[n] for n in ("q", "k", "v"))
+    given, read_outs, _ = module._checked(
+        q, k, v, graph=tensors.get("graph"), return_aux=hw.Aux(lse=True), backend="cpu",
+        **case.options,
+    )  # fmt: skip
+    return operators_of(*native._bilevel_arguments(*given), read_outs)
 
 
 CASES = (
@@ -172,5 +187,5 @@ SPEC = Spec(
     benchmark_cases=BENCHMARK_CASES,
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
-    operators=no_operators,
+    operators=operators,
 )

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 import headworks as hw
+from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
-from .select_topk import no_operators
+from .routing import operators_of
+
+# The function shadows its module in the package.
+module = importlib.import_module("headworks.ops.kmeans_routing")
 
 
 def case(
@@ -73,6 +79,12 @@ def _lists(n, tokens, window, generator):
 
 def run(tensors, case, backend):
     return {"o": hw.kmeans_routing_attention(**tensors, backend=backend, **case.options)}
+
+
+def operators(tensors, case):
+    """The torch operators with the arguments this case gives them, for opcheck."""
+    given, _ = module._checked(**tensors, backend="cpu", **case.options)
+    return operators_of(*native._kmeans_arguments(*given))
 
 
 CASES = (
@@ -160,5 +172,5 @@ SPEC = Spec(
     benchmark_cases=BENCHMARK_CASES,
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
-    operators=no_operators,
+    operators=operators,
 )

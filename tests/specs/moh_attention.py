@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import importlib
 import dataclasses
 
 import headworks as hw
+from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
-from .select_topk import no_operators
+from .routing import operators_of
+
+# The function shadows its module in the package.
+module = importlib.import_module("headworks.ops.moh_attention")
 
 
 def case(*args, gate=0.5, **more):
@@ -28,6 +33,12 @@ def make(case, dtype, device="cpu", seed=0):
 
 def run(tensors, case, backend):
     return {"o": hw.moh_attention(**tensors, backend=backend, **case.options)}
+
+
+def operators(tensors, case):
+    """The torch operators with the arguments this case gives them, for opcheck."""
+    *given, _ = module._checked(**tensors, backend="cpu", **case.options)
+    return operators_of(*native._moh_arguments(*given))
 
 
 CASES = (
@@ -105,5 +116,5 @@ SPEC = Spec(
     benchmark_cases=BENCHMARK_CASES,
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
-    operators=no_operators,
+    operators=operators,
 )

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing operators' specifications, not in SPECS as long as no compiled backend has them.
-
-TO SWITCH ON: in tests/specs/__init__.py import `routing` and end SPECS with `*routing.SPECS`. Until
-then tests/test_select_topk.py and its siblings run the cases on the reference.
-"""
+"""What the specifications of attention by lists share."""
 
 from __future__ import annotations
 
-from . import (
-    bilevel_routing_attention,
-    kmeans_route,
-    kmeans_routing_attention,
-    moh_attention,
-)
+import torch
 
-SPECS = (
-    bilevel_routing_attention.SPEC,
-    kmeans_route.SPEC,
-    kmeans_routing_attention.SPEC,
-    moh_attention.SPEC,
-)
+from headworks.ops import _routing_attention as module
+from headworks.ops._routing_attention_native import packed
+
+
+def operators_of(score, v, gate, routing, read_outs=(False,) * 4):
+    """The torch operators of a validated call, for opcheck."""
+    want = module._wanted(routing, gate is not None, (True, *read_outs[1:]))
+    forward = torch.ops.headworks.routing_attention_fwd.default
+    given = (*packed(score, routing, v, gate), *want[:5], "auto")
+    o, w, row, *_ = forward(*given)
+    delta = None if routing.by_slot else torch.randn_like(row)
+    slots = w if routing.by_slot else None
+    wanted = [score.tensors[i] is not None for i in (2, 3, 5)]
+    backward = torch.ops.headworks.routing_attention_bwd.default
+    d_o = torch.randn_like(o)
+    given_back = (*packed(score, routing, v, d_o, row, delta, slots), *wanted, "auto")
+    return [(forward, given), (backward, given_back)]

@@ -31,18 +31,6 @@ void read_scalars(Arguments& a, ScoreParams& p) {
   p.max_q = a.integer(), p.max_k = a.integer();
 }
 
-void check_scores(const ScoreParams& p) {
-  check(p.q.size[3] == p.k.size[3], ErrorKind::value, "attention: q has head dim ", p.q.size[3],
-        ", k has ", p.k.size[3]);
-  check(p.key_heads() == 0 || p.query_heads() % p.key_heads() == 0, ErrorKind::value,
-        "attention: q has ", p.query_heads(), " heads, not a multiple of the ", p.key_heads(),
-        " heads of k");
-  check(p.packed() == (p.cu_seqlens_k.data != nullptr), ErrorKind::value,
-        "attention: cu_seqlens_q and cu_seqlens_k go together");
-  check(!p.bias || !p.packed(), ErrorKind::value,
-        "attention: bias [B, H, Sq, Sk] has no meaning for packed sequences");
-}
-
 void check_call(int function, const Call& call) {
   switch (function) {
     case kForward: return check_scores(forward_params(call));
@@ -67,9 +55,19 @@ int64_t workspace(int function, Backend backend, const Call& call) {
 
 }  // namespace
 
-ForwardParams forward_params(const Call& call) {
-  Arguments a(call);
-  ForwardParams p;
+void check_scores(const ScoreParams& p) {
+  check(p.q.size[3] == p.k.size[3], ErrorKind::value, "attention: q has head dim ", p.q.size[3],
+        ", k has ", p.k.size[3]);
+  check(p.key_heads() == 0 || p.query_heads() % p.key_heads() == 0, ErrorKind::value,
+        "attention: q has ", p.query_heads(), " heads, not a multiple of the ", p.key_heads(),
+        " heads of k");
+  check(p.packed() == (p.cu_seqlens_k.data != nullptr), ErrorKind::value,
+        "attention: cu_seqlens_q and cu_seqlens_k go together");
+  check(!p.bias || !p.packed(), ErrorKind::value,
+        "attention: bias [B, H, Sq, Sk] has no meaning for packed sequences");
+}
+
+void read_forward(Arguments& a, ForwardParams& p) {
   read_scores(a, p);
   p.v = a.input<4>(), p.head_gate = a.input<3>(), p.identity_mix = a.input<2>();
   p.mass_keys = a.input<3>();
@@ -78,18 +76,28 @@ ForwardParams forward_params(const Call& call) {
   p.sq_norm = a.output<3>(), p.mass = a.output<3>();
   read_scalars(a, p);
   p.skip_dead = a.flag();
+}
+
+ForwardParams forward_params(const Call& call) {
+  Arguments a(call);
+  ForwardParams p;
+  read_forward(a, p);
   return p;
 }
 
-BackwardParams backward_params(const Call& call) {
-  Arguments a(call);
-  BackwardParams p;
+void read_backward(Arguments& a, BackwardParams& p) {
   read_scores(a, p);
   p.v = a.input<4>(), p.d_w = a.input<4>(), p.row = a.input<3>(), p.delta = a.input<3>();
   p.d_q = a.output<4>(), p.d_k = a.output<4>(), p.d_v = a.output<4>(), p.d_bias = a.output<4>();
   p.d_key_bias = a.output<3>(), p.d_key_gain = a.output<3>();
   p.d_row_temperature = a.output<3>();
   read_scalars(a, p);
+}
+
+BackwardParams backward_params(const Call& call) {
+  Arguments a(call);
+  BackwardParams p;
+  read_backward(a, p);
   return p;
 }
 

@@ -47,6 +47,7 @@
 
 #include <cstdint>
 
+#include "core/arguments.h"
 #include "core/call.h"
 #include "core/macros.h"
 #include "core/math.h"
@@ -155,6 +156,9 @@ struct ProbsParams : ScoreParams {
 //                   max_q max_k; forward: skip_dead
 ForwardParams forward_params(const Call& call);
 BackwardParams backward_params(const Call& call);
+void read_forward(Arguments& a, ForwardParams& p);  // from the next argument on
+void read_backward(Arguments& a, BackwardParams& p);
+void check_scores(const ScoreParams& p);
 ColumnsParams columns_params(const Call& call);
 ProbsParams probs_params(const Call& call);
 

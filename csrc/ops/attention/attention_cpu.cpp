@@ -3,7 +3,7 @@
 //
 //   _cpu_tile.h       scores of 64 keys x 64 queries, and weights replayed from row statistics
 //   _cpu_forward.h    rows with a running softmax; _cpu_few.h the same for one to four rows
-//   _cpu_backward.h   gradients
+//   _cpu_backward.h   gradients; _cpu_walk.h those of one block of queries
 //   _cpu_columns.h    columns given the row statistics; single weights
 #include "ops/attention/attention_cpu_backward.h"
 #include "ops/attention/attention_cpu_columns.h"
@@ -21,8 +21,9 @@ void forward(const Call& call) {
 
 template <class T>
 void backward(const Call& call) {
-  Backward<T>(call).run();
-  if (shares_bias(backward_params(call))) SharedBias<T>(call).run();
+  const BackwardParams p = backward_params(call);
+  Backward<T>(p, call.context.num_threads).run();
+  if (shares_bias(p)) SharedBias<T>(p, call.context.num_threads).run();
 }
 
 template <class T>

@@ -136,9 +136,9 @@ class FewRows {
 
   // s of x in place; -inf where the row does not see a key.
   void scores(const Block& block, const Range& keys, int i, A* x) const {
-    const int64_t in_sequence = block.rows.begin + i;
     if (p_.softcap > 0 || bias_ || p_.key_bias || p_.key_gain) shape(block, keys, i, x);
-    const Range seen = block.mask.visible_keys(in_sequence);
+    if (block.self) put_own(block, keys, i, x);
+    const Range seen = block.visible_keys(i);
     const int64_t begin = std::clamp<int64_t>(seen.begin - keys.begin, 0, kKeys);
     const int64_t end =
         std::clamp<int64_t>(std::min(seen.end, keys.end) - keys.begin, begin, kKeys);
@@ -146,8 +146,14 @@ class FewRows {
     std::fill(x + end, x + kKeys, -kInfinity<A>);
   }
 
+  static void put_own(const Block& block, const Range& keys, int i, A* x) {
+    const Range own = block.self[block.rows.begin + i];
+    const int64_t end = std::min(own.end, keys.end);
+    for (int64_t j = std::max(own.begin, keys.begin); j < end; ++j) x[j - keys.begin] = kSelf<A>;
+  }
+
   void shape(const Block& block, const Range& keys, int i, A* x) const {
-    const int64_t b = block.at.batch, in_sequence = block.rows.begin + i;
+    const int64_t b = block.at.batch, in_sequence = block.place(i);
     const Ref<const A, 3> key_bias = p_.key_bias.template as<const A>(),
                           key_gain = p_.key_gain.template as<const A>();
     const bool gains = key_gain && in_sequence >= p_.gain_begin && in_sequence < p_.gain_end;

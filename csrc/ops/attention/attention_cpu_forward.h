@@ -60,20 +60,10 @@ class Forward {
   using Few = FewRows<T, RowSums<A>>;
 
   explicit Forward(const Call& call)
-      : p_(forward_params(call)),
-        threads_(call.context.num_threads),
-        v_(p_.v.as<const T>()),
-        soft_(is_softmax(p_.activation)),
-        value_dim_(p_.value_dim()),
-        heads_(p_.query_heads()),
-        panels_(shared_scores() ? std::min(p_.batch(), kPanels) : 1),
-        groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
-        blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
-        tasks_(groups_ * heads_ * blocks_) {
-    if (tasks_ > 0 && tasks_ < kFewTasks)
-      spans_ = std::max<int64_t>(1, std::min(ceil_div(kFewTasks, tasks_), p_.max_k / kSpanTokens));
-    span_ = round_up(ceil_div(std::max<int64_t>(p_.max_k, 1), spans_), static_cast<int64_t>(kKeys));
-  }
+      : Forward(forward_params(call), call.context.num_threads, true) {}
+
+  // For run_block() alone.
+  explicit Forward(const ForwardParams& p) : Forward(p, 1, false) {}
 
   void run() {
     if (spans_ > 1) partials_.reserve(tasks_ * spans_ * partial_bytes());
@@ -81,7 +71,32 @@ class Forward {
     if (spans_ > 1) parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
   }
 
+  // A block that is not empty, and all its keys.
+  void run_block(const Block& block) {
+    Scratch& scratch = reserve();
+    State state = state_in(scratch.take<char>(partial_bytes()));
+    fill(block, 0, state, scratch);
+    finish(block, state, scratch);
+  }
+
  private:
+  // `cuts`: into panels of batch entries, and spans of keys.
+  Forward(const ForwardParams& p, int threads, bool cuts)
+      : p_(p),
+        threads_(threads),
+        v_(p_.v.as<const T>()),
+        soft_(is_softmax(p_.activation)),
+        value_dim_(p_.value_dim()),
+        heads_(p_.query_heads()),
+        panels_(cuts && shared_scores() ? std::min(p_.batch(), kPanels) : 1),
+        groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
+        blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
+        tasks_(groups_ * heads_ * blocks_) {
+    if (cuts && tasks_ > 0 && tasks_ < kFewTasks)
+      spans_ = std::max<int64_t>(1, std::min(ceil_div(kFewTasks, tasks_), p_.max_k / kSpanTokens));
+    span_ = round_up(ceil_div(std::max<int64_t>(p_.max_k, 1), spans_), static_cast<int64_t>(kKeys));
+  }
+
   // What a task keeps: sums of its rows, and w^T [panels, Dv, kRows] before the division.
   struct State {
     RowSums<A>* rows;
@@ -136,14 +151,17 @@ class Forward {
   void work(int64_t task, int64_t span) {
     const Block block = block_of(task);
     if (block.rows.empty()) return;
-    Scratch& scratch = reserve();
-    State state = spans_ > 1 ? state_in(partials_.data() + (task * spans_ + span) * partial_bytes())
-                             : state_in(scratch.take<char>(partial_bytes()));
+    if (spans_ == 1) return run_block(block);
+    State state = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
+    fill(block, span, state, reserve());
+  }
+
+  // The sums of a span of keys.
+  void fill(const Block& block, int64_t span, State& state, Scratch& scratch) {
     state.rows->clear();
     std::fill_n(state.values, values_size(), A(0));
     state.dead = dead(block);
     if (!state.dead) walk(block, span, state, scratch);
-    if (spans_ == 1) finish(block, state, scratch);
   }
 
   bool dead(const Block& b) const {
@@ -157,7 +175,7 @@ class Forward {
   }
 
   void walk(const Block& block, int64_t span, State& state, Scratch& scratch) {
-    Range keys = block.mask.keys_of(block.rows);
+    Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
     keys.end = std::min(keys.end, (span + 1) * span_);
     if (block.count() <= kFewRows)
@@ -339,7 +357,7 @@ class Forward {
   A normalize(const Block& block, int i, const State& state) {
     const A n = p_.normalizer == Normalizer::sum ? state.rows->sum[i]
                 : p_.normalizer == Normalizer::length
-                    ? static_cast<A>(block.mask.visible_keys(block.rows.begin + i).count())
+                    ? static_cast<A>(block.visible_keys(i).count())
                     : A(1);
     if (p_.normalizer == Normalizer::sum) put(p_.row, block, i, state.dead ? kInfinity<A> : n);
     return n != 0 ? 1 / n : A(0);
@@ -347,24 +365,24 @@ class Forward {
 
   void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
     for (int64_t b = 0; to && b < panels_of(block); ++b)
-      to.template as<A>()(block.at.batch + b, block.head, block.row(i)) = value;
+      to.template as<A>()(block.at.batch + b, block.head, block.result(i)) = value;
   }
 
   // o = g ((1 - u) w + u v)
   void write_row(const Block& block, int64_t batch, int i, A* w, A* v_row) {
-    const int64_t row = block.row(i);
+    const int64_t row = block.result(i);
     if (p_.w) {
       const Ref<T, 4> to = p_.w.template as<T>();
       narrow(to.at(batch, row, block.head), w, value_dim_, to.stride[3]);
     }
     if (p_.identity_mix) {
       const A u = p_.identity_mix.template as<const A>()(batch, block.head);
-      widen(v_row, v_.at(batch, block.key(block.rows.begin + i), block.head / p_.group()),
+      widen(v_row, v_.at(batch, block.key(block.place(i)), block.head / p_.group()),
             value_dim_, v_.stride[3]);
       for (int d = 0; d < value_dim_; ++d) w[d] = (1 - u) * w[d] + u * v_row[d];
     }
     if (p_.head_gate) {
-      const A g = p_.head_gate.template as<const A>()(batch, row, block.head);
+      const A g = p_.head_gate.template as<const A>()(batch, block.row(i), block.head);
       for (int d = 0; d < value_dim_; ++d) w[d] *= g;
     }
     const Ref<T, 4> o = p_.o.template as<T>();

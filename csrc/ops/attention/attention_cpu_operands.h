@@ -31,17 +31,51 @@ constexpr int kTile = kKeys * kRows;
 template <class T>
 constexpr bool kPaired = kDepth<Multiplied<T>> == 2;
 
-// Queries of one head of one sequence; `rows` and all key ranges count from the sequence's start.
+// Queries of one head of one sequence, a lane each; `rows` and all key ranges count from the
+// sequence's start. Where rows are listed, `rows` counts places of the list.
 struct Block {
   Sequence at;
   Mask mask;
   int head;
   Range rows;
+  const int64_t* places = nullptr;  // rows of the sequence, increasing; null: all of them
+  const Range* seen = nullptr;      // keys that each row sees, in place of the mask; ends never
+                                    // decrease
+  const Range* self = nullptr;      // keys that are the row itself (kSelf); null: it is no matter
+  const int64_t* results = nullptr;  // where results of each row lie; null: at row()
 
   int count() const { return static_cast<int>(rows.count()); }
-  int64_t row(int64_t i) const { return at.q_begin + rows.begin + i; }  // lane -> row of the tensor
+  // Lane -> row of the sequence, row of the tensor.
+  int64_t place(int64_t i) const { return places ? places[rows.begin + i] : rows.begin + i; }
+  int64_t row(int64_t i) const { return at.q_begin + place(i); }
+  int64_t result(int64_t i) const { return results ? results[rows.begin + i] : row(i); }
   int64_t key(int64_t j) const { return at.k_begin + j; }
+
+  Range visible_keys(int64_t i) const {
+    return seen ? seen[rows.begin + i] : mask.visible_keys(place(i));
+  }
+  // Keys that any row of the block may see; every row sees all of `keys`.
+  Range keys() const { return {visible_keys(0).begin, visible_keys(count() - 1).end}; }
+  bool sees_whole(const Range& keys) const {
+    return visible_keys(count() - 1).begin <= keys.begin && visible_keys(0).end >= keys.end;
+  }
 };
+
+// The score of a token with itself where Block::self says so.
+template <class A>
+constexpr A kSelf = A(-5e4);
+
+// Sets the block's pairs of a token with itself in a tile of `keys`.
+template <class A>
+void put_self(const Block& block, const Range& keys, A* tile, A value) {
+  if (!block.self) return;
+  for (int i = 0; i < block.count(); ++i) {
+    const Range own = block.self[block.rows.begin + i];
+    const int64_t end = std::min(own.end, keys.end);
+    for (int64_t j = std::max(own.begin, keys.begin); j < end; ++j)
+      tile[(j - keys.begin) * kRows + i] = value;
+  }
+}
 
 // [S, width] of one head.
 template <class T>

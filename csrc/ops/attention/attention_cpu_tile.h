@@ -82,7 +82,7 @@ class Tile {
     for (int i = 0; i < block.count(); ++i) {
       factor_[i] =
           temperature_ ? scale * temperature_(block.at.batch, block.row(i), block.head) : scale;
-      const int64_t in_sequence = block.rows.begin + i;
+      const int64_t in_sequence = block.place(i);
       gain_rows_[i] = in_sequence >= p_.gain_begin && in_sequence < p_.gain_end ? A(1) : A(0);
     }
     for (int i = block.count(); i < width_; ++i) factor_[i] = gain_rows_[i] = 0;
@@ -101,10 +101,11 @@ class Tile {
 
   // s from x, which may be the same array; -inf where a row does not see a key.
   void scores(const Range& keys, const A* x, A* s) {
-    const bool masked = !block_.mask.whole(block_.rows, keys);
+    const bool masked = !block_.sees_whole(keys);
     if (masked) find_limits(keys);
     if (!shapes_scores()) {
       if (x != s) copy(keys, x, s);
+      put_self(block_, keys, s, kSelf<A>);
       if (masked) hide(keys, s);
       return;
     }
@@ -194,10 +195,10 @@ class Tile {
     const A* rows = bias_rows_;
     int64_t ld = kKeys;
     for (int i = 0; i < block_.count(); ++i) {
-      const T* row = bias_.at(block_.at.batch, block_.head, block_.rows.begin + i, keys.begin);
+      const T* row = bias_.at(block_.at.batch, block_.head, block_.place(i), keys.begin);
       if (bias_.stride[3] == 1) prefetch(row + kKeys, kKeys * static_cast<int64_t>(sizeof(T)));
       if constexpr (std::is_same_v<T, A>) {
-        if (bias_.stride[3] == 1) {
+        if (bias_.stride[3] == 1 && !block_.places) {
           if (i == 0) rows = row, ld = bias_.stride[2];
           continue;
         }
@@ -211,7 +212,7 @@ class Tile {
   void find_limits(const Range& keys) {
     for (int i = 0; i < width_; ++i) {
       Range seen{0, 0};
-      if (i < block_.count()) seen = block_.mask.visible_keys(block_.rows.begin + i);
+      if (i < block_.count()) seen = block_.visible_keys(i);
       first_[i] = static_cast<A>(std::clamp<int64_t>(seen.begin - keys.begin, 0, kKeys));
       last_[i] = static_cast<A>(std::clamp<int64_t>(seen.end - keys.begin, 0, kKeys));
     }
@@ -259,11 +260,11 @@ class Replay {
 
   // What of the row is used: softmaxes L, with +inf for rows without weight; others 1 / n.
   A of(const Block& block, int i) const {
-    const A row = row_ ? row_(block.at.batch, block.head, block.row(i)) : A(1);
+    const A row = row_ ? row_(block.at.batch, block.head, block.result(i)) : A(1);
     if (is_softmax(p_.activation)) return row == -kInfinity<A> ? kInfinity<A> : row;
     if (p_.normalizer == Normalizer::none) return 1;
     if (p_.normalizer == Normalizer::sum) return row != 0 && row < kInfinity<A> ? 1 / row : A(0);
-    const int64_t seen = block.mask.visible_keys(block.rows.begin + i).count();
+    const int64_t seen = block.visible_keys(i).count();
     return seen > 0 ? 1 / static_cast<A>(seen) : A(0);
   }
 

@@ -71,7 +71,7 @@ class RoutingLM(LanguageModel):
     forward in training.
 
     Example:
-        >>> model = RoutingLM(RoutingConfig.byte_level("tiny"), backend="reference")
+        >>> model = RoutingLM(RoutingConfig.byte_level("tiny"))
         >>> logits = model(torch.randint(256, (1, 100)))
         >>> loss = logits.logsumexp(-1).mean() + model.pop_loss()
     """

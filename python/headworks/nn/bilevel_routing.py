@@ -47,7 +47,7 @@ class BiLevelRoutingAttention(nn.Module):
         backend: as in :func:`headworks.bilevel_routing_attention`.
 
     Example:
-        >>> layer = BiLevelRoutingAttention(64, num_heads=2, n_win=7, topk=4, backend="reference")
+        >>> layer = BiLevelRoutingAttention(64, num_heads=2, n_win=7, topk=4)
         >>> layer(torch.randn(1, 28, 28, 64)).shape
         torch.Size([1, 28, 28, 64])
     """

@@ -124,7 +124,7 @@ class KMeansRoutingAttention(nn.Module):
 
     Example:
         >>> layer = KMeansRoutingAttention(
-        ...     64, 4, local_heads=2, num_clusters=4, window=16, backend="reference"
+        ...     64, 4, local_heads=2, num_clusters=4, window=16
         ... )
         >>> y = layer(torch.randn(2, 64, 64))
         >>> loss = layer.pop_loss()

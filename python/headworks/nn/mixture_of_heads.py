@@ -48,7 +48,7 @@ class MixtureOfHeads(nn.Module):
         backend: as in :func:`headworks.moh_attention`.
 
     Example:
-        >>> layer = MixtureOfHeads(64, 8, shared_heads=2, routed_heads=3, backend="reference")
+        >>> layer = MixtureOfHeads(64, 8, shared_heads=2, routed_heads=3)
         >>> y = layer(torch.randn(2, 10, 64))
         >>> loss = 0.01 * layer.pop_loss()
     """

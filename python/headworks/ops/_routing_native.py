@@ -9,15 +9,17 @@ the call is refused in the words of the dispatcher.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .._native import NativeCall, as_written, define, route, run
-from ..reference.attention import Statistics
+from .._native import Maybe, NativeCall, as_written, define, route, run, widen
 from ..reference.bilevel_routing import Grid, region_scores
+from ._attention_native import Want
 from ._attention_score import Score
+from ._routing_attention import NO_READ_OUTS, attend
+from ._routing_attention_native import Routing, forward_call, image_cells, sequence_cells
 
 
 def _refuse(op: str, backend: str) -> NoReturn:
@@ -92,17 +94,54 @@ def bilevel_routing_attention(
     other: Grid,
     scale: float,
     mask_padding: bool,
-    statistics: bool,
+    read_outs: tuple[bool, bool, bool, bool],
     backend: str,
-) -> tuple[Tensor, Statistics | None]:
+) -> tuple[Maybe, ...]:
     """q [B, Y, X, Hq, D], k [B, Yk, Xk, H, D], v [B, Yk, Xk, H, Dv], graph [B, Hq|1, R, topk].
 
-    -> o [B, Y, X, Hq, Dv] and, if asked for, the statistics [B, Hq, Y, X] in the accumulation
-    dtype. Gradients to q, k, v from o and from the lse. A region that a list names twice counts
-    twice; a list may be empty (topk = 0: o = 0, lse = -inf). Out of range (unchecked on a GPU):
-    nothing may be read outside the tensors; the result is unspecified.
+    -> o [B, Y, X, Hq, Dv] and what is asked for of lse, entropy, p_max, sq_norm [B, Hq, Y, X] in
+    the accumulation dtype. Gradients to q, k, v from o and from the lse. A region that a list names
+    twice counts twice; a list may be empty (topk = 0: o = 0, lse = -inf). Out of range (unchecked
+    on a GPU): nothing is read outside the tensors, such a region is not there.
     """
-    _refuse("bilevel_routing_attention", backend)
+    arguments = _bilevel_arguments(q, k, v, graph, own, other, scale, mask_padding)
+    o, *rest = attend("bilevel_routing_attention", *arguments, read_outs, backend)
+    assert o is not None
+    image = q.shape[1:3]
+    made = [None if x is None else x.unflatten(2, image) for x in rest]
+    return o.unflatten(1, image)[..., : v.shape[4]], *made
+
+
+def _bilevel_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Tensor,
+    own: Grid,
+    other: Grid,
+    scale: float,
+    mask_padding: bool,
+) -> tuple[Score, Tensor, None, Routing]:
+    """score, v, no gate, routing: groups are regions."""
+    batch, heads = q.shape[0], q.shape[3]
+    regions = torch.arange(own.regions, device=q.device)[:, None]
+    routing = Routing(
+        regions.expand(batch, heads, own.regions, 1),
+        graph.expand(batch, heads, own.regions, graph.shape[3]),
+        image_cells(own, (q.shape[1], q.shape[2])),
+        image_cells(other, (k.shape[1], k.shape[2])),
+        pad_keys=not mask_padding,
+    )
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+    return Score(q, k, scale=scale), v if v.shape[3] else widen(v), None, routing
+
+
+def bilevel_call(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any, read_outs: tuple[bool, ...], backend: str
+) -> NativeCall:
+    """The call that `bilevel_routing_attention` makes, for hw.explain."""
+    want = Want(False, *read_outs, skip_dead=False)
+    return forward_call(*_bilevel_arguments(q, k, v, *rest), want, backend)
 
 
 def kmeans_route(
@@ -134,11 +173,79 @@ def kmeans_routing_attention(
     k_index is q_index itself where the caller gave none. Lists are in any order, tokens may repeat
     in a list; a slot outside [0, S) is empty, as a query and as a key.
     """
-    _refuse("kmeans_routing_attention", backend)
+    arguments = _kmeans_arguments(
+        q, k, v, q_index, k_index, is_causal, mask_self, scale, mean_eps
+    )
+    o, *_ = attend("kmeans_routing_attention", *arguments, NO_READ_OUTS, backend)
+    assert o is not None
+    return o[..., : v.shape[3]]
+
+
+def _kmeans_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    is_causal: bool,
+    mask_self: bool,
+    scale: float,
+    mean_eps: float,
+) -> tuple[Score, Tensor, None, Routing]:
+    """score, v, no gate, routing: groups are clusters."""
+    routing = Routing(
+        q_index,
+        k_index,
+        sequence_cells(q.shape[1]),
+        sequence_cells(k.shape[1]),
+        by_slot=True,
+        mask_self=mask_self,
+        mean_eps=mean_eps,
+        covers=False,
+    )
+    score = Score(q, k, scale=scale, causal=is_causal)
+    return score, v if v.shape[3] else widen(v), None, routing
+
+
+def kmeans_call(*arguments: Any, backend: str) -> NativeCall:
+    """The call that `kmeans_routing_attention` makes, for hw.explain."""
+    want = Want(True, True, skip_dead=False)
+    return forward_call(*_kmeans_arguments(*arguments), want, backend)
 
 
 def moh_attention(score: Score, v: Tensor, gate: Tensor, backend: str) -> Tensor:
     """A Score without packed sequences and with the softmax activation, v [B, Sk, H, Dv], gate
     [B, Sq, Hq] in the accumulation dtype -> o [B, Sq, Hq, Dv]. Gradients to the tensors of the
     score, v and gate; that of a gate of 0 is 0."""
-    _refuse("moh_attention", backend)
+    o, *_ = attend("moh_attention", *_moh_arguments(score, v, gate), NO_READ_OUTS, backend)
+    assert o is not None
+    return o[..., : v.shape[3]]
+
+
+def _moh_arguments(
+    score: Score, v: Tensor, gate: Tensor
+) -> tuple[Score, Tensor, Tensor, Routing]:
+    """score, v, gate, routing: of each head one group, the rows with a gate."""
+    routing = Routing(
+        chosen_rows(gate.detach()),
+        None,
+        sequence_cells(score.q.shape[1]),
+        sequence_cells(score.k.shape[1]),
+        covers=False,
+    )
+    return score, v if v.shape[3] else widen(v), gate, routing
+
+
+def moh_call(score: Score, v: Tensor, gate: Tensor, backend: str) -> NativeCall:
+    """The call that `moh_attention` makes, for hw.explain."""
+    return forward_call(*_moh_arguments(score, v, gate), Want(skip_dead=False), backend)
+
+
+def chosen_rows(gate: Tensor) -> Tensor:
+    """Of gate [B, S, H] the rows that are not 0, by position, and -1 behind them: [B, H, 1, S]."""
+    chosen = (gate != 0).transpose(1, 2)
+    tokens = chosen.shape[2]
+    place = torch.where(chosen, chosen.cumsum(2) - 1, tokens)
+    rows = torch.arange(tokens, device=gate.device).expand(place.shape)
+    listed = torch.full((*place.shape[:2], tokens + 1), -1, device=gate.device)
+    return listed.scatter(2, place, rows)[:, :, None, :tokens]  # what is not chosen is cut off

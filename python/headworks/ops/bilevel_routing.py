@@ -196,10 +196,47 @@ def bilevel_routing_attention(
     Example:
         >>> import torch, headworks as hw
         >>> q, k, v = torch.randn(3, 1, 28, 28, 4, 32)
-        >>> o = hw.bilevel_routing_attention(q, k, v, topk=4, backend="reference")
+        >>> o = hw.bilevel_routing_attention(q, k, v, topk=4)
         >>> o.shape
         torch.Size([1, 28, 28, 4, 32])
     """
+    given, read_outs, backend = _checked(
+        q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
+        scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
+    )  # fmt: skip
+    q, k, v, graph, own, other, scale, mask_padding = given
+    made: Any
+    if backend == "reference":
+        with as_written(q):
+            o, made = reference.attend_regions(
+                q, k, v, graph.expand(-1, q.shape[3], -1, -1), own, other, scale, mask_padding
+            )
+    else:
+        o, *made = native.bilevel_routing_attention(*given, read_outs, backend)
+    if return_aux is None:
+        return o
+    return o, AuxResult(*(x if y else None for y, x in zip(read_outs, made[:4], strict=True)))
+
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Grid, Grid, float, bool]
+ReadOuts = tuple[bool, bool, bool, bool]
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_regions: Regions = (7, 7),
+    topk: int = 4,
+    graph: Tensor | None = None,
+    kv_num_regions: Regions | None = None,
+    scale: float | None = None,
+    mask_padding: bool = True,
+    return_aux: Aux | None = None,
+    backend: str = "auto",
+) -> tuple[Arguments, ReadOuts, str]:
+    """q k v graph, the grids of q and of k, scale, mask_padding; read-outs; the backend."""
     q, k, v = cast(q, k, v)
     check_images(_ATTEND, q, k)
     check_image_values(_ATTEND, v, k)
@@ -219,22 +256,16 @@ def bilevel_routing_attention(
             q, k, num_regions=num_regions, topk=topk, kv_num_regions=kv_num_regions,
             backend=backend,
         )[:, None]  # fmt: skip
-    made: Any
-    if backend == "reference":
-        with as_written(q):
-            o, made = reference.bilevel_routing_attention(
-                q, k, v, graph.expand(-1, q.shape[3], -1, -1), num_regions=num_regions,
-                kv_num_regions=kv_num_regions, scale=scale, mask_padding=mask_padding,
-            )  # fmt: skip
-    else:
-        o, made = native.bilevel_routing_attention(
-            q, k, v, graph, own, other, scale, mask_padding, return_aux is not None, backend
-        )
-    if return_aux is None:
-        return o
-    asked = (aux.lse, aux.entropy, aux.p_max, aux.sq_norm)
-    chosen = (x if yes else None for yes, x in zip(asked, made[:4], strict=True))
-    return o, AuxResult(*chosen)
+    read_outs = aux.lse, aux.entropy, aux.p_max, aux.sq_norm
+    return (q, k, v, graph, own, other, scale, mask_padding), read_outs, backend
+
+
+def _attend_call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> NativeCall:
+    given, read_outs, backend = _checked(q, k, v, **options)
+    return native.bilevel_call(*given, read_outs=read_outs, backend=backend)
+
+
+NATIVE_CALLS[bilevel_routing_attention] = _attend_call
 
 
 def _grids(

@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from .._errors import describe, fail, require_number
-from .._native import ACCUMULATION, as_written, backend_for
+from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, as_written, backend_for
 from ..reference import kmeans_routing as reference
 from . import _routing_native as native
 from ._attention_checks import cast, check_inputs, check_values
@@ -86,7 +86,7 @@ def kmeans_route(
         >>> import torch, headworks as hw
         >>> x = torch.nn.functional.normalize(torch.randn(1, 64, 2, 16), dim=-1)
         >>> centroids = torch.nn.functional.normalize(torch.randn(2, 4, 16), dim=-1)
-        >>> hw.kmeans_route(x, centroids, window=16, backend="reference").shape
+        >>> hw.kmeans_route(x, centroids, window=16).shape
         torch.Size([1, 2, 4, 16])
     """
     (x,) = cast(x)
@@ -176,11 +176,42 @@ def kmeans_routing_attention(
     Example:
         >>> import torch, headworks as hw
         >>> q, k, v = torch.randn(3, 1, 64, 2, 16)
-        >>> index = hw.kmeans_route(q, torch.randn(2, 4, 16), window=16, backend="reference")
-        >>> o = hw.kmeans_routing_attention(q, k, v, q_index=index, backend="reference")
+        >>> index = hw.kmeans_route(q, torch.randn(2, 4, 16), window=16)
+        >>> o = hw.kmeans_routing_attention(q, k, v, q_index=index)
         >>> o.shape
         torch.Size([1, 64, 2, 16])
     """
+    given, backend = _checked(
+        q, k, v, q_index=q_index, k_index=k_index, is_causal=is_causal, scale=scale,
+        mean_eps=mean_eps, mask_self=mask_self, backend=backend,
+    )  # fmt: skip
+    if backend == "reference":
+        q, k, v, q_index, k_index, is_causal, mask_self, scale, mean_eps = given
+        with as_written(q):
+            return reference.kmeans_routing_attention(
+                q, k, v, q_index=q_index, k_index=k_index, is_causal=is_causal, scale=scale,
+                mean_eps=mean_eps, mask_self=mask_self,
+            )  # fmt: skip
+    return native.kmeans_routing_attention(*given, backend)
+
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool, float, float]
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_index: Tensor,
+    k_index: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    mean_eps: float = 0.0,
+    mask_self: bool = False,
+    backend: str = "auto",
+) -> tuple[Arguments, str]:
+    """q k v q_index k_index is_causal mask_self scale mean_eps; the backend."""
     q, k, v = cast(q, k, v)
     check_inputs(_ATTEND, q, k)
     check_values(_ATTEND, "v", v, "[B, Sk, Hkv, Dv]", k.shape[:3], q)
@@ -205,15 +236,15 @@ def kmeans_routing_attention(
     if mean_eps < 0:
         fail(ValueError, _ATTEND, "mean_eps", mean_eps, "a number >= 0", "Use 0.0 for a mean.")
     backend = backend_for(_ATTEND, backend, q)
-    if backend == "reference":
-        with as_written(q):
-            return reference.kmeans_routing_attention(
-                q, k, v, q_index=q_index, k_index=k_index, is_causal=is_causal, scale=scale,
-                mean_eps=mean_eps, mask_self=mask_self,
-            )  # fmt: skip
-    return native.kmeans_routing_attention(
-        q, k, v, q_index, k_index, is_causal, mask_self, scale, mean_eps, backend
-    )
+    return (q, k, v, q_index, k_index, is_causal, mask_self, scale, mean_eps), backend
+
+
+def _attend_call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> NativeCall:
+    given, backend = _checked(q, k, v, **options)
+    return native.kmeans_call(*given, backend=backend)
+
+
+NATIVE_CALLS[kmeans_routing_attention] = _attend_call
 
 
 def kmeans_update(

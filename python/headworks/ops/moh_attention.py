@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .._native import as_written, backend_for
+from .._native import NATIVE_CALLS, NativeCall, as_written, backend_for
 from ..reference import moh_attention as reference
 from . import _routing_native as native
 from ._attention_checks import broadcast, cast, check_inputs, check_values
-from ._attention_score import reference_options, score_of
+from ._attention_score import Score, reference_options, score_of
 
 OP = "moh_attention"
 
@@ -66,21 +66,36 @@ def moh_attention(
         >>> q, k, v = torch.randn(3, 1, 100, 8, 64)
         >>> gate = torch.rand(1, 100, 8)
         >>> gate[:, :, 4:] = 0
-        >>> o = hw.moh_attention(q, k, v, gate, is_causal=True, backend="reference")
+        >>> o = hw.moh_attention(q, k, v, gate, is_causal=True)
         >>> o[:, :, 4:].count_nonzero()
         tensor(0)
     """
-    q, k, v = cast(q, k, v)
-    check_inputs(OP, q, k)
-    check_values(OP, "v", v, "[B, Sk, Hkv, Dv]", k.shape[:3], q)
-    score = score_of(
-        OP, q, k, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
-        bias=bias, key_bias=key_bias, row_temperature=row_temperature,
+    score, v, gate, backend = _checked(
+        q, k, v, gate, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
+        bias=bias, key_bias=key_bias, row_temperature=row_temperature, backend=backend,
     )  # fmt: skip
-    gate = broadcast(OP, "gate", gate, "[B, Sq, Hq]", q.shape[:3], 0, q)
-    backend = backend_for(OP, backend, score.q)
     if backend == "reference":
         options: dict[str, Any] = reference_options(OP, score)
         with as_written(q):
             return reference.moh_attention(score.q, score.k, v, gate, **options)
     return native.moh_attention(score, v, gate, backend)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *, backend: str = "auto", **options: Any
+) -> tuple[Score, Tensor, Tensor, str]:
+    """score v gate, the backend."""
+    q, k, v = cast(q, k, v)
+    check_inputs(OP, q, k)
+    check_values(OP, "v", v, "[B, Sk, Hkv, Dv]", k.shape[:3], q)
+    score = score_of(OP, q, k, **options)
+    gate = broadcast(OP, "gate", gate, "[B, Sq, Hq]", q.shape[:3], 0, q)
+    return score, v, gate, backend_for(OP, backend, score.q)
+
+
+def _native_call(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **options: Any) -> NativeCall:
+    score, v, gate, backend = _checked(q, k, v, gate, **options)
+    return native.moh_call(score, v, gate, backend)
+
+
+NATIVE_CALLS[moh_attention] = _native_call

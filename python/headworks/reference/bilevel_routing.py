@@ -78,11 +78,27 @@ def bilevel_routing_attention(
     mask_padding: bool = True,
 ) -> tuple[Tensor, Statistics]:
     """The output [B, Y, X, Hq, Dv], and the statistics of its rows [B, Hq, Y, X]."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    own, other = grid_of(q, num_regions), grid_of(k, kv_num_regions)
-    batch, heads = q.shape[0], q.shape[3]
+    heads = q.shape[3]
     if graph.dim() == 3:
         graph = graph[:, None].expand(-1, heads, -1, -1)
+    scale = (heads * q.shape[-1]) ** -0.5 if scale is None else scale
+    own, other = grid_of(q, num_regions), grid_of(k, kv_num_regions)
+    return attend_regions(q, k, v, graph, own, other, scale, mask_padding)
+
+
+def attend_regions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Tensor,  # [B, Hq, R, topk]
+    own: Grid,
+    other: Grid,
+    scale: float,
+    mask_padding: bool,
+) -> tuple[Tensor, Statistics]:
+    """The same, of resolved arguments."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads = q.shape[0], q.shape[3]
     real = to_regions(k.new_ones(1, *k.shape[1:3], 1, 1), other)[0, 0, :, :, 0] > 0  # [Rk, n]
 
     # Of every query region the tokens of its key regions, one after the other: j = 1 .. topk n.
@@ -92,7 +108,7 @@ def bilevel_routing_attention(
     image, q = q, to_regions(q, own)  # [B, Hq, R, n, D]
 
     s = torch.einsum("bhrid,bhrjd->bhrij", q.to(dtype), k.to(dtype))
-    s = s * ((heads * q.shape[-1]) ** -0.5 if scale is None else scale)
+    s = s * scale
     if mask_padding:
         s = torch.where(real[graph].flatten(3)[..., None, :], s, -torch.inf)
     p, lse = _softmax(s, False, None)

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed queries to listed keys: the loops of ops/attention fed with index lists.
+//
+// Of every batch entry and query head there are G groups. Group g has a list of rows and a list of
+// keys; each row of the group attends to the group's keys. A list names blocks of n tokens:
+//
+//   token(slot) = cell(block[slot / n], slot % n)        n = height width tokens of a cell
+//
+// A cell is a rectangle of an image, cells are counted row by row from the upper left, and tokens of
+// an image likewise. Sequences are images of one row with cells of one token: then a block is a
+// token. A slot beyond the image, or in a block that does not exist, has no token.
+//
+//   bi-level routing   groups are regions: rows = the region itself, keys = those the graph lists
+//   k-means routing    groups are clusters: rows and keys are lists of tokens
+//   mixture of heads   one group: rows = those with a gate, keys absent: all of them
+//
+// Scores, weights and results of a row are those of attention.h; i and j are positions of tokens in
+// the sequence there, in masks and biases too. Besides
+//
+//   pad_keys     a slot without token is a key 0 with the value 0 that is seen (score 0); without
+//                it such a slot is not there. Rows without token never are.
+//   mask_self    s_ij = kSelfScore where j = i + Sk - Sq, with d s_ij = 0
+//
+// A token may stand in several lists, and several times in one. Where rows may (by_slot), every slot
+// has a result w of its own, and
+//
+//   o_i = sum_{slots of i} w_slot / (n_i + eps)           n_i slots that hold token i; n_i = 0: 0
+//   d_w = d_o_i / (n_i + eps)                             made by the caller
+//   D_slot = <d_w_i, w_slot>
+//
+// Otherwise a token is in one list at most, and once: o, w and row statistics are written where the
+// token is; those of the others are left alone.
+//
+// Symbols beside those of attention.h: G groups, N blocks of a list, n tokens of a block, Wq, Wk
+// slots of a list (N n; without lists Sq, Sk).
+#pragma once
+
+#include "ops/attention/attention.h"
+
+namespace hw::routing_attention {
+
+using attention::Mask;
+using attention::Range;
+
+// exp(kSelfScore - L) is 0 beside any other key; finite, so that a row alone attends to itself.
+inline constexpr double kSelfScore = -5e4;
+
+// How an image is cut into cells. The cells of the last row and column may reach beyond it.
+struct Cells {
+  int64_t columns = 1;            // cells in a row of cells
+  int64_t height = 1, width = 1;  // of a cell
+  int64_t rows_of_image = 1, columns_of_image = 1;
+
+  HW_HOST_DEVICE int64_t size() const { return height * width; }
+  HW_HOST_DEVICE int64_t count() const { return columns * ceil_div(rows_of_image, height); }
+  HW_HOST_DEVICE bool single() const { return height * width == 1; }  // a block is a token
+
+  // Token of place t of a cell; -1 where there is none.
+  HW_HOST_DEVICE int64_t token(int64_t block, int64_t t) const {
+    if (block < 0) return -1;
+    const int64_t y = block / columns * height + t / width;
+    const int64_t x = block % columns * width + t % width;
+    return y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1;
+  }
+};
+
+// Lists of rows or of keys: absent, all tokens in their order are the one list.
+struct Lists {
+  Ref<const int64_t, 4> blocks;  // [B, Hq, G, N]; zero strides where lists are shared
+  Cells cells;
+
+  HW_HOST_DEVICE explicit operator bool() const { return static_cast<bool>(blocks); }
+  HW_HOST_DEVICE int64_t slots() const { return blocks.size[3] * cells.size(); }
+  HW_HOST_DEVICE int64_t token(int64_t b, int64_t head, int64_t group, int64_t slot) const {
+    if (!blocks) return slot;
+    const int64_t n = cells.size();
+    return cells.token(blocks(b, head, group, slot / n), slot % n);
+  }
+};
+
+struct Routing {
+  Lists rows, keys;
+  bool by_slot, pad_keys, mask_self;
+  double mean_eps;
+
+  HW_HOST_DEVICE int64_t groups() const { return rows ? rows.blocks.size[2] : 1; }
+};
+
+// "routing_attention.forward". By slot: o [B, Sq, Hq, Dv] is the mean, w [B, G Wq, Hq, Dv] and row
+// [B, Hq, G Wq] are those of slots, and there are no other read-outs. Slots without token: w = 0 is
+// written, row is not read later.
+struct ForwardParams : attention::ForwardParams, Routing {};
+
+// "routing_attention.backward". By slot: row as left by forward, `slots` its w, delta absent, d_w
+// [B, Sq, Hq, Dv]. Gradients are per token in any case. They are complete, 0 for tokens in no list;
+// but not by slot, d_q and d_row_temperature of tokens in no list are left alone, as o is, and
+// d_bias is added to or written where rows are listed: the caller hands over zeros.
+struct BackwardParams : attention::BackwardParams, Routing {
+  Ref<const void, 4> slots;  // [B, G Wq, Hq, Dv]
+};
+
+// Tensors of a call, in order:
+//   forward    row_blocks key_blocks, then those of attention.forward (workspace last)
+//   backward   row_blocks key_blocks slots, then those of attention.backward (workspace last)
+// Scalars: cells of the rows (columns height width rows_of_image columns_of_image), cells of the
+// keys, by_slot pad_keys mask_self mean_eps, then those of the attention call. max_q and max_k are
+// not read: they become the slots of a list.
+inline constexpr int kForwardWorkspace = 2 + 19, kBackwardWorkspace = 3 + 19;
+ForwardParams forward_params(const Call& call);
+BackwardParams backward_params(const Call& call);
+
+}  // namespace hw::routing_attention

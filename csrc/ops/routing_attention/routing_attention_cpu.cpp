@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed queries to listed keys on the CPU; the mathematics is in routing_attention.h.
+//
+//   _cpu_group.h    a group: its tokens by position, what each row sees, its keys side by side
+//   _cpu_lists.h    groups with lists of keys: forward, slots to tokens, backward
+//   _cpu_rows.h     all keys: rows of a list, in blocks of the engine
+#include "ops/routing_attention/routing_attention_cpu_lists.h"
+#include "ops/routing_attention/routing_attention_cpu_rows.h"
+
+#include "core/registry.h"
+
+namespace hw::routing_attention {
+namespace {
+
+template <class T>
+void forward(const Call& call) {
+  const ForwardParams p = forward_params(call);
+  if (!p.keys) return RowsForward<T>(p, call.context.num_threads).run();
+  GroupsForward<T>(p, call.context.num_threads).run();
+  if (p.by_slot) Mean<T>(p, call.context.num_threads).run();
+}
+
+template <class T>
+void backward(const Call& call) {
+  const BackwardParams p = backward_params(call);
+  if (!p.keys) {
+    RowsBackward<T>(p, call.context.num_threads).run();
+    if (attention::shares_bias(p)) attention::SharedBias<T>(p, call.context.num_threads).run();
+    return;
+  }
+  GroupsBackward<T>(p, call.context.num_threads).run();
+}
+
+}  // namespace
+}  // namespace hw::routing_attention
+
+namespace hw {
+extern const FunctionTable HW_INSTANCE;
+const FunctionTable HW_INSTANCE = {
+    {&routing_attention::forward<HW_ELEMENT>, &routing_attention::backward<HW_ELEMENT>}};
+}  // namespace hw

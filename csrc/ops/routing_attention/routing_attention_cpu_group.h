@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// A group of listed rows and keys on the CPU, as a small sequence that the engine's blocks can take.
+//
+//   rows     tokens of q, read where they lie; slots without token are left out
+//   keys     gathered side by side into memory of the task, [Wk, D] and [Wk, Dv], which stays in L2
+//            while the rows of the group meet them
+//
+// Where positions matter (masks, a token's score with itself), both lists are sorted by position:
+// then each row sees an interval of the keys, and the ends of these never decrease, as the engine
+// wants it. The order of slots has no other meaning.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops/attention/attention_cpu_operands.h"
+#include "ops/routing_attention/routing_attention.h"
+
+namespace hw::routing_attention {
+namespace {
+
+using attention::Block;
+using attention::kRows;
+
+// A list by position: tokens, and the slots where they stood.
+struct List {
+  int64_t *token, *slot;  // [slots]
+  int64_t count;
+};
+
+template <class T>
+class Group {
+ public:
+  // The first group is still to be loaded.
+  template <class Params>
+  explicit Group(const Params& p)
+      : routing_(p),
+        k_(p.k.template as<const T>()),
+        v_(p.v.template as<const T>()),
+        heads_per_key_(p.group()),
+        rows_in_sequence_(p.q.size[1]),
+        most_rows_(p.rows.slots()),
+        most_keys_(p.keys.slots()) {
+    const attention::Sequence at = sequence(p, 0);
+    by_position_ = mask_of(p, at);
+    ordered_ = by_position_.left >= 0 || by_position_.right >= 0 || p.mask_self;
+    Layout layout{nullptr};
+    lay_out(layout);
+    memory_.reserve(layout.used);
+    layout = {memory_.data()};
+    lay_out(layout);
+  }
+
+  // The tensors that a pass over the group reads its keys from: any batch entry, any head.
+  Ref<const void, 4> keys() const { return side_by_side(k_, k_room_); }
+  Ref<const void, 4> values() const { return side_by_side(v_, v_room_); }
+
+  int64_t rows() const { return row_list_.count; }
+  int64_t key_count() const { return key_list_.count; }
+  int64_t row_token(int64_t i) const { return row_list_.token[i]; }
+  int64_t row_slot(int64_t i) const { return row_list_.slot[i]; }  // in the group
+  int64_t result(int64_t i) const { return result_[i]; }
+  int64_t key_token(int64_t j) const { return key_list_.token[j]; }  // -1: a zero key
+
+  // Goes to a group of a query head.
+  void load(int64_t batch, int head, int64_t group) {
+    batch_ = batch, head_ = head;
+    read(routing_.rows, batch, head, group, false, row_list_);
+    read(routing_.keys, batch, head, group, routing_.pad_keys, key_list_);
+    for (int64_t i = 0; i < rows(); ++i)
+      result_[i] = routing_.by_slot ? group * most_rows_ + row_slot(i) : row_token(i);
+    gather(k_, k_room_);
+    if (v_) gather(v_, v_room_);
+    if (ordered_) find_seen();
+  }
+
+  // Rows [begin, begin + kRows) of the group.
+  Block block(int64_t begin) const {
+    const attention::Sequence at{batch_, 0, rows_in_sequence_, 0, key_count()};
+    return {at,
+            {rows_in_sequence_, key_count(), -1, -1},
+            head_,
+            {begin, std::min<int64_t>(begin + kRows, rows())},
+            row_list_.token,
+            ordered_ ? seen_ : nullptr,
+            routing_.mask_self ? self_ : nullptr,
+            result_};
+  }
+
+ private:
+  // Hands out pieces of the task's memory; without memory it only counts.
+  struct Layout {
+    char* base;
+    int64_t used = 0;
+
+    template <class U>
+    U* take(int64_t count) {
+      char* at = base + used;
+      used += Scratch::bytes_of<U>(count);
+      return reinterpret_cast<U*>(at);
+    }
+  };
+
+  void lay_out(Layout& l) {
+    row_list_ = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
+    key_list_ = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
+    result_ = l.take<int64_t>(most_rows_);
+    order_ = l.take<Place>(std::max(most_rows_, most_keys_));
+    seen_ = l.take<Range>(most_rows_);
+    self_ = l.take<Range>(most_rows_);
+    k_room_ = l.take<T>(most_keys_ * k_.size[3]);
+    v_room_ = l.take<T>(most_keys_ * (v_ ? v_.size[3] : 0));
+  }
+
+  Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
+    Ref<const void, 4> r;
+    if (!x) return r;
+    r.data = room;
+    const int64_t sizes[] = {x.size[0], most_keys_, x.size[2], x.size[3]};
+    const int64_t strides[] = {0, x.size[3], 0, 1};
+    std::copy_n(sizes, 4, r.size);
+    std::copy_n(strides, 4, r.stride);
+    return r;
+  }
+
+  // The list's tokens, with those that are absent if wanted, by position if it matters.
+  void read(const Lists& lists, int64_t batch, int head, int64_t group, bool absent, List& to) {
+    const int64_t* blocks = lists.blocks.at(batch, head, group, 0);
+    const int64_t step = lists.blocks.stride[3], n = lists.cells.size();
+    int64_t count = 0, slot = 0;
+    bool sorted = true;
+    for (int64_t b = 0; b < lists.blocks.size[3]; ++b)
+      for (int64_t t = 0; t < n; ++t, ++slot) {
+        const int64_t token = lists.cells.token(blocks[b * step], t);
+        if (token < 0 && !absent) continue;
+        to.token[count] = token;
+        to.slot[count] = slot;
+        sorted &= count == 0 || to.token[count - 1] <= token;
+        ++count;
+      }
+    to.count = count;
+    if (ordered_ && !sorted) sort(to);
+  }
+
+  struct Place {
+    int64_t token, slot;
+  };
+  void sort(List& list) const {
+    for (int64_t i = 0; i < list.count; ++i) order_[i] = {list.token[i], list.slot[i]};
+    std::sort(order_, order_ + list.count, [](const Place& a, const Place& b) {
+      return a.token != b.token ? a.token < b.token : a.slot < b.slot;
+    });
+    for (int64_t i = 0; i < list.count; ++i)
+      list.token[i] = order_[i].token, list.slot[i] = order_[i].slot;
+  }
+
+  void gather(const Ref<const T, 4>& x, T* to) const {
+    const int64_t width = x.size[3], key_head = head_ / heads_per_key_;
+    for (int64_t j = 0; j < key_count(); ++j, to += width) {
+      const int64_t token = key_token(j);
+      if (token < 0)
+        std::fill_n(to, width, T(0.0f));
+      else
+        attention::copy_row(to, x.at(batch_, token, key_head), width, x.stride[3]);
+    }
+  }
+
+  // Of each row the keys it sees, and those that are the row itself: two walks side by side.
+  void find_seen() {
+    const int64_t n = key_count(), *key = key_list_.token;
+    int64_t begin = 0, end = 0, self_begin = 0, self_end = 0;
+    const auto first_not_below = [&](int64_t from, int64_t token) {
+      while (from < n && key[from] < token) ++from;
+      return from;
+    };
+    for (int64_t i = 0; i < rows(); ++i) {
+      const Range visible = by_position_.visible_keys(row_token(i));
+      const int64_t self = by_position_.diagonal(row_token(i));
+      begin = first_not_below(begin, visible.begin);
+      end = first_not_below(end, visible.end);
+      self_begin = first_not_below(self_begin, self);
+      self_end = first_not_below(self_end, self + 1);
+      seen_[i] = {begin, std::max(begin, end)};
+      self_[i] = {self_begin, self_end};
+    }
+  }
+
+  const Routing routing_;
+  const Ref<const T, 4> k_, v_;
+  const int heads_per_key_;
+  const int64_t rows_in_sequence_, most_rows_, most_keys_;
+  Mask by_position_;
+  bool ordered_;  // positions matter
+  Buffer memory_;
+
+  int64_t batch_ = 0;
+  int head_ = 0;
+  List row_list_{}, key_list_{};
+  int64_t* result_ = nullptr;  // [rows] where results of a row lie
+  Place* order_ = nullptr;
+  Range *seen_ = nullptr, *self_ = nullptr;  // [rows]
+  T *k_room_ = nullptr, *v_room_ = nullptr;  // [keys, D], [keys, Dv]
+};
+
+}  // namespace
+}  // namespace hw::routing_attention

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed rows to listed keys on the CPU.
+//
+//   GroupsForward     a task: some groups of a query head; results go where they belong, no two
+//                     tasks write the same
+//   Mean              by slot: o of tokens from w of slots, a task per query head, slots in order
+//   GroupsBackward    a task: a key head, all its groups in their order (or, where heads are few, a
+//                     part of the groups with sums of its own, added up afterwards, in order);
+//                     d_q, d_k and d_v of a group are added to those of its tokens
+//
+// No atomics: every sum has one owner and one order.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "ops/attention/attention_cpu_backward.h"
+#include "ops/attention/attention_cpu_forward.h"
+#include "ops/routing_attention/routing_attention_cpu_group.h"
+
+namespace hw::routing_attention {
+namespace {
+
+constexpr int64_t kRowsOfTask = 512;  // groups of a forward task have about as many rows together
+constexpr int64_t kFewTasks = 8;      // fewer key heads than this: cut the groups into parts
+
+template <class T>
+class GroupsForward {
+ public:
+  GroupsForward(const ForwardParams& p, int threads)
+      : p_(p),
+        threads_(threads),
+        groups_(p.groups()),
+        at_once_(std::max<int64_t>(kRowsOfTask / std::max<int64_t>(p.rows.slots(), 1), 1)),
+        pieces_(ceil_div(groups_, at_once_)) {}
+
+  void run() {
+    parallel_tasks(p_.batch() * p_.query_heads() * pieces_, threads_,
+                   [&](int64_t task) { work(task); });
+  }
+
+ private:
+  void work(int64_t task) const {
+    const int64_t pair = task / pieces_, first = task % pieces_ * at_once_;
+    Group<T> group(p_);
+    attention::Forward<T> pass(engine_params(group));
+    for (int64_t g = first; g < std::min(first + at_once_, groups_); ++g) {
+      const int head = static_cast<int>(pair % p_.query_heads());
+      group.load(pair / p_.query_heads(), head, g);
+      if (p_.by_slot && group.rows() < p_.rows.slots()) clear_slots(pair, g);
+      for (int64_t begin = 0; begin < group.rows(); begin += kRows)
+        pass.run_block(group.block(begin));
+    }
+  }
+
+  attention::ForwardParams engine_params(const Group<T>& group) const {
+    attention::ForwardParams e = p_;
+    e.k = group.keys();
+    e.v = group.values();
+    if (p_.by_slot) e.o = p_.w, e.w = {};
+    return e;
+  }
+
+  // w of a group's slots is 0 where they have no token.
+  void clear_slots(int64_t pair, int64_t group) const {
+    const Ref<T, 4> w = p_.w.template as<T>();
+    const int64_t slots = p_.rows.slots(), heads = p_.query_heads();
+    for (int64_t s = group * slots; s < (group + 1) * slots; ++s)
+      for (int64_t d = 0; d < w.size[3]; ++d) w(pair / heads, s, pair % heads, d) = T(0.0f);
+  }
+
+  const ForwardParams& p_;
+  const int threads_;
+  const int64_t groups_, at_once_, pieces_;
+};
+
+// o_i = sum of w over the slots of token i / (n_i + eps)
+template <class T>
+class Mean {
+ public:
+  using A = Accum<T>;
+
+  Mean(const ForwardParams& p, int threads) : p_(p), threads_(threads) {}
+
+  void run() const {
+    parallel_tasks(p_.batch() * p_.query_heads(), threads_, [&](int64_t pair) {
+      average(pair / p_.query_heads(), static_cast<int>(pair % p_.query_heads()));
+    });
+  }
+
+ private:
+  void average(int64_t batch, int head) const {
+    const Ref<const T, 4> w = p_.w.template as<const T>();
+    const Ref<T, 4> o = p_.o.template as<T>();
+    const int64_t tokens = p_.q.size[1], width = o.size[3], padded = round_up<int64_t>(width, kLanes<A>);
+    Buffer memory;
+    memory.reserve((tokens + 1) * (padded + 1) * static_cast<int64_t>(sizeof(A)));
+    A* sums = reinterpret_cast<A*>(memory.data());  // [tokens, padded]
+    A* row = sums + tokens * padded;                // [padded]
+    A* count = row + padded;                        // [tokens]
+    std::fill_n(sums, tokens * padded, A(0));
+    std::fill_n(row, padded, A(0));
+    std::fill_n(count, tokens, A(0));
+    const int64_t slots = p_.rows.slots();
+    for (int64_t s = 0; s < p_.groups() * slots; ++s) {
+      const int64_t token = p_.rows.token(batch, head, s / slots, s % slots);
+      if (token < 0) continue;
+      widen(row, w.at(batch, s, head), width, w.stride[3]);
+      A* sum = sums + token * padded;
+      for (int64_t d = 0; d < padded; d += kLanes<A>) store(sum + d, load(sum + d) + load(row + d));
+      count[token] += 1;
+    }
+    for (int64_t i = 0; i < tokens; ++i) {
+      A* sum = sums + i * padded;
+      const A share = count[i] > 0 ? 1 / (count[i] + static_cast<A>(p_.mean_eps)) : A(0);
+      for (int64_t d = 0; d < padded; d += kLanes<A>) store(sum + d, load(sum + d) * share);
+      narrow(o.at(batch, i, head), sum, width, o.stride[3]);
+    }
+  }
+
+  const ForwardParams& p_;
+  const int threads_;
+};
+
+// ---- Backward -----------------------------------------------------------------------------------
+
+// A head of a gradient [B, S, heads, width] that a task adds to: rows of whole vectors in `room`, or
+// where they lie if that will do.
+template <class T>
+class TokenSums {
+ public:
+  using A = Accum<T>;
+
+  // A room is used if there is one; of in_place(to) none is needed.
+  TokenSums(const Ref<void, 4>& to, int64_t batch, int head, A* room)
+      : to_(to.as<T>()), batch_(batch), head_(head), padded_(padded(to)), room_(room) {
+    at_ = room;
+    ld_ = padded_;
+    if constexpr (std::is_same_v<T, A>)
+      if (room == nullptr) at_ = to_.at(batch, 0, head), ld_ = to_.stride[1];
+  }
+
+  static bool in_place(const Ref<void, 4>& to) {
+    return std::is_same_v<T, A> && to.stride[3] == 1 && padded(to) == to.size[3];
+  }
+  static int64_t padded(const Ref<void, 4>& to) { return round_up<int64_t>(to.size[3], kLanes<A>); }
+  static int64_t room(const Ref<void, 4>& to) { return to.size[1] * padded(to); }
+
+  void clear() {
+    for (int64_t i = 0; i < to_.size[1]; ++i) std::fill_n(at_ + i * ld_, padded_, A(0));
+  }
+  // Row += factor times x.
+  void add(int64_t token, const A* x, A factor = A(1)) {
+    A* sum = at_ + token * ld_;
+    for (int64_t d = 0; d < padded_; d += kLanes<A>)
+      store(sum + d, fma(load(x + d), splat(factor), load(sum + d)));
+  }
+  void add(const TokenSums& part) {
+    for (int64_t i = 0; i < to_.size[1]; ++i) add(i, part.at_ + i * part.ld_);
+  }
+  // Rows to where they belong.
+  void write() const {
+    for (int64_t i = 0; room_ != nullptr && i < to_.size[1]; ++i)
+      narrow(to_.at(batch_, i, head_), at_ + i * ld_, to_.size[3], to_.stride[3]);
+  }
+
+ private:
+  const Ref<T, 4> to_;
+  const int64_t batch_;
+  const int head_;
+  const int64_t padded_;
+  A* const room_;
+  A* at_;
+  int64_t ld_;
+};
+
+template <class T>
+class GroupsBackward {
+ public:
+  using A = Accum<T>;
+
+  GroupsBackward(const BackwardParams& p, int threads)
+      : p_(p),
+        threads_(threads),
+        heads_(p.key_heads()),
+        group_(p.group()),
+        groups_(p.groups()),
+        pairs_(p.batch() * heads_) {
+    if (pairs_ > 0 && pairs_ < kFewTasks)
+      parts_ = std::max<int64_t>(1, std::min(ceil_div(kFewTasks, pairs_), groups_));
+    in_place_ = parts_ == 1 && TokenSums<T>::in_place(p.d_q) && TokenSums<T>::in_place(p.d_k) &&
+                TokenSums<T>::in_place(p.d_v);
+  }
+
+  void run() {
+    if (parts_ > 1) memory_.reserve(pairs_ * parts_ * room() * static_cast<int64_t>(sizeof(A)));
+    parallel_tasks(pairs_ * parts_, threads_, [&](int64_t task) { work(task); });
+    if (parts_ > 1) parallel_tasks(pairs_, threads_, [&](int64_t pair) { add_parts(pair); });
+  }
+
+ private:
+  // Sums of a task: d_k, d_v, d_q of the query heads that share the key head.
+  struct Sums {
+    TokenSums<T> d_k, d_v;
+    GroupsBackward* pass;
+    int64_t pair;
+    A* d_q_room;
+
+    TokenSums<T> d_q(int h) const {
+      const Ref<void, 4>& to = pass->p_.d_q;
+      A* room = d_q_room == nullptr ? nullptr : d_q_room + h * TokenSums<T>::room(to);
+      const int64_t head = pair % pass->heads_ * pass->group_ + h;
+      return {to, pair / pass->heads_, static_cast<int>(head), room};
+    }
+  };
+
+  int64_t room() const {
+    return TokenSums<T>::room(p_.d_k) + TokenSums<T>::room(p_.d_v) +
+           group_ * TokenSums<T>::room(p_.d_q);
+  }
+
+  Sums sums_of(int64_t pair, A* room) {
+    const int64_t batch = pair / heads_;
+    const int head = static_cast<int>(pair % heads_);
+    A* d_v = room == nullptr ? nullptr : room + TokenSums<T>::room(p_.d_k);
+    A* d_q = room == nullptr ? nullptr : d_v + TokenSums<T>::room(p_.d_v);
+    return {{p_.d_k, batch, head, room}, {p_.d_v, batch, head, d_v}, this, pair, d_q};
+  }
+
+  void work(int64_t task) {
+    const int64_t pair = task / parts_, part = task % parts_;
+    Buffer memory;
+    A* room = nullptr;
+    if (parts_ > 1) {
+      room = reinterpret_cast<A*>(memory_.data()) + task * this->room();
+    } else if (!in_place_) {
+      memory.reserve(this->room() * static_cast<int64_t>(sizeof(A)));
+      room = reinterpret_cast<A*>(memory.data());
+    }
+    Sums sums = sums_of(pair, room);
+    sums.d_k.clear();
+    sums.d_v.clear();
+    Groups groups(*this);
+    for (int h = 0; h < group_; ++h) {
+      TokenSums<T> d_q = sums.d_q(h);
+      d_q.clear();
+      const int head = static_cast<int>(pair % heads_) * group_ + h;
+      for (int64_t g = groups_ * part / parts_; g < groups_ * (part + 1) / parts_; ++g)
+        groups.add(pair / heads_, head, g, d_q, sums.d_k, sums.d_v);
+      if (parts_ == 1) d_q.write();
+    }
+    if (parts_ > 1) return;
+    sums.d_k.write();
+    sums.d_v.write();
+  }
+
+  void add_parts(int64_t pair) {
+    A* rooms = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * room();
+    Sums whole = sums_of(pair, rooms);
+    for (int64_t part = 1; part < parts_; ++part) {
+      const Sums more = sums_of(pair, rooms + part * room());
+      whole.d_k.add(more.d_k);
+      whole.d_v.add(more.d_v);
+      for (int h = 0; h < group_; ++h) whole.d_q(h).add(more.d_q(h));
+    }
+    whole.d_k.write();
+    whole.d_v.write();
+    for (int h = 0; h < group_; ++h) whole.d_q(h).write();
+  }
+
+  // The walk over groups, and the gradients of one group's keys.
+  class Groups {
+   public:
+    explicit Groups(const GroupsBackward& pass)
+        : p_(pass.p_),
+          group_(p_),
+          padded_(TokenSums<T>::padded(p_.d_k)),
+          padded_values_(TokenSums<T>::padded(p_.d_v)),
+          engine_(engine_params()),
+          walk_(engine_) {}
+
+    void add(int64_t batch, int head, int64_t g, TokenSums<T>& d_q, TokenSums<T>& d_k,
+             TokenSums<T>& d_v) {
+      group_.load(batch, head, g);
+      const int64_t keys = group_.key_count();
+      if (group_.rows() == 0 || keys == 0) return;
+      if (p_.by_slot) find_deltas(batch, head);
+      std::fill_n(d_k_, keys * padded_, A(0));
+      std::fill_n(d_v_, keys * padded_values_, A(0));
+      const attention::KeySums<A> sums{d_k_, d_v_, padded_, padded_values_, false};
+      for (int64_t begin = 0; begin < group_.rows(); begin += kRows) {
+        const Block block = group_.block(begin);
+        walk_.block(block, {0, keys}, sums);
+        for (int i = 0; i < block.count(); ++i)
+          d_q.add(block.row(i), walk_.d_q() + i * padded_, walk_.factor(i));
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t token = group_.key_token(j);
+        if (token < 0) continue;
+        d_k.add(token, d_k_ + j * padded_);
+        d_v.add(token, d_v_ + j * padded_values_);
+      }
+    }
+
+   private:
+    // What the walk reads; and room for it in scratch memory.
+    attention::BackwardParams engine_params() {
+      const int64_t keys = p_.keys.slots(), slots = p_.groups() * p_.rows.slots();
+      const int64_t deltas = p_.by_slot ? slots : 0;
+      memory_.reserve((keys * (padded_ + padded_values_) + deltas + 2 * padded_values_) *
+                      static_cast<int64_t>(sizeof(A)));
+      d_k_ = reinterpret_cast<A*>(memory_.data());
+      d_v_ = d_k_ + keys * padded_;
+      rows_ = d_v_ + keys * padded_values_;
+      delta_ = rows_ + 2 * padded_values_;
+      attention::BackwardParams e = p_;
+      e.k = group_.keys();
+      e.v = group_.values();
+      if (p_.by_slot) {
+        e.delta = {};
+        e.delta.data = delta_;
+        e.delta.size[2] = slots;
+        e.delta.stride[2] = 1;
+      }
+      Scratch::of_thread().reset(attention::Walk<T>::bytes(e));
+      return e;
+    }
+
+    // D of the group's slots.
+    void find_deltas(int64_t batch, int head) {
+      const Ref<const T, 4> d_w = p_.d_w.template as<const T>(), w = p_.slots.as<const T>();
+      const int width = p_.value_dim();
+      A *x = rows_, *y = rows_ + padded_values_;  // [Dv]
+      for (int64_t i = 0; i < group_.rows(); ++i) {
+        widen(x, d_w.at(batch, group_.row_token(i), head), width, d_w.stride[3]);
+        widen(y, w.at(batch, group_.result(i), head), width, w.stride[3]);
+        delta_[group_.result(i)] = inner_product(x, y, width);
+      }
+    }
+
+    const BackwardParams& p_;
+    Group<T> group_;
+    const int64_t padded_, padded_values_;
+    Buffer memory_;
+    A *d_k_, *d_v_, *rows_;  // of the group's keys [Wk, padded]; two rows of values
+    A* delta_;               // [G Wq], by slot
+    const attention::BackwardParams engine_;
+    attention::Walk<T> walk_;
+  };
+
+  const BackwardParams& p_;
+  const int threads_;
+  const int heads_, group_;  // key heads; query heads that share one
+  const int64_t groups_, pairs_;
+  int64_t parts_ = 1;
+  bool in_place_;
+  Buffer memory_;  // rooms of all tasks, if there are parts
+};
+
+}  // namespace
+}  // namespace hw::routing_attention

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by lists: how a validated call is made, and what torch does around its backward pass.
+
+    by slot     d_w_i = d_o_i / (n_i + eps), n_i slots that hold token i
+    with gate   d_w_i = g_i d_o_i      D_i = <d_w_i, w_i>          d_g_i = <d_o_i, w_i>
+    otherwise   d_w_i = d_o_i          D_i = <d_o_i, w_i>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._native import ACCUMULATION, Maybe, route
+from . import _routing_attention_native as native
+from ._attention_autograd import row_dot, zeros
+from ._attention_native import Want
+from ._attention_score import TENSORS, Score
+from ._routing_attention_native import NUMBERS, Routing, packed
+
+NO_READ_OUTS = (False, False, False, False)
+
+
+def attend(
+    op: str,
+    score: Score,
+    v: Tensor,
+    gate: Maybe,
+    routing: Routing,
+    read_outs: tuple[bool, bool, bool, bool],
+    backend: str,
+) -> tuple[Maybe, ...]:
+    """o and the read-outs lse, entropy, p_max, sq_norm that are asked for."""
+    way = route(op, (*score.tensors, v, gate, routing.rows, routing.keys))
+    made: tuple[Maybe, ...]
+    if way == "autograd":
+        made = _differentiable(*packed(score, routing, v, gate), *read_outs, backend)
+    else:
+        want = _wanted(routing, False, read_outs)
+        call = native.forward if way == "direct" else _forward
+        o, _, *rest = call(score, v, gate, routing, want, backend)
+        made = o, *rest
+    asked = (True, *read_outs)
+    return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=True))
+
+
+def _wanted(routing: Routing, w: bool, read_outs: tuple[bool, ...]) -> Want:
+    """By slot, o is made from w, and the row statistic is left for the backward pass."""
+    lse, *others = read_outs
+    return Want(w or routing.by_slot, lse or routing.by_slot, *others, skip_dead=False)
+
+
+def _forward(
+    score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
+) -> tuple[Tensor, ...]:
+    """native.forward through the dispatcher; empty tensors for what is not wanted."""
+    made: tuple[Tensor, ...] = torch.ops.headworks.routing_attention_fwd(
+        *packed(score, routing, v, gate), *want[:5], backend
+    )
+    return made
+
+
+class _RoutingAttention(torch.autograd.Function):
+    """`packed` arguments with v and gate, four read-outs, backend -> o, row statistic, entropy,
+    p_max, sq_norm; all but o and the lse without gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        score, routing, (v, gate, *read_outs, backend) = native._unpacked(arguments, 2)
+        want = _wanted(routing, gate is not None, (True, *read_outs[1:]))
+        o, w, row, *others = _forward(score, v, gate, routing, want, backend)
+        w = w if want.w else o
+        ctx.save_for_backward(*score.tensors, routing.rows, routing.keys, v, gate, w, row)
+        ctx.numbers, ctx.routing = score.numbers, routing[2:]
+        ctx.want_lse, ctx.backend = read_outs[0] and not routing.by_slot, backend
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*others)
+        if not ctx.want_lse:
+            ctx.mark_non_differentiable(row)
+        return o, row, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Maybe, d_lse: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
+        *tensors, rows, keys, v, gate, w, row = ctx.saved_tensors
+        score, routing = Score(*tensors, *ctx.numbers), Routing(rows, keys, *ctx.routing)
+        needs = ctx.needs_input_grad
+        if d_o is None:
+            d_o = zeros(v, *score.q.shape[:3], v.shape[3])
+        delta = slots = d_gate = None
+        if routing.by_slot:
+            d_w, slots = _shared_by_slots(d_o, routing, score), w
+        else:
+            a = row_dot(d_o, w)
+            d_w, d_gate = d_o, a
+            if gate is not None:
+                d_w = (gate[..., None] * d_o).to(d_o.dtype)
+                a = row_dot(d_w, w)  # of d_w as rounded: then ds = 0 where a row sees one key
+            delta = a.transpose(1, 2)
+            if ctx.want_lse and d_lse is not None:
+                delta = delta - d_lse
+        bias, key_bias, _, temperature = needs[2:6]
+        made = torch.ops.headworks.routing_attention_bwd(
+            *packed(score, routing, v, d_w, row, delta, slots),
+            bias, key_bias, temperature, ctx.backend,
+        )  # fmt: skip
+        d_q, d_k, d_v, d_bias, d_key_bias, _, d_temperature = made
+        grads = (
+            d_q,
+            d_k,
+            d_bias.to(score.bias.dtype) if bias and score.bias is not None else None,
+            d_key_bias if key_bias else None,
+            None,
+            d_temperature if temperature else None,
+            *(None,) * 4,  # cu_seqlens, lists
+            d_v,
+            d_gate if gate is not None and needs[TENSORS + 3] else None,
+        )
+        return *grads, *(None,) * (len(needs) - len(grads))
+
+
+def _shared_by_slots(d_o: Tensor, routing: Routing, score: Score) -> Tensor:
+    """d_o_i / (n_i + eps); 0 for tokens in no slot."""
+    batch, tokens, heads, _ = d_o.shape
+    rows = routing.rows.flatten(2)
+    rows = torch.where((rows >= 0) & (rows < tokens), rows, tokens)
+    dtype = ACCUMULATION[score.q.dtype]
+    ones = torch.ones((), dtype=dtype, device=rows.device).expand(rows.shape)
+    count = torch.zeros((batch, heads, tokens + 1), dtype=dtype, device=rows.device)
+    count = count.scatter_add(2, rows, ones)[..., :tokens].transpose(1, 2)  # whole numbers: exact
+    share = torch.where(count > 0, 1 / (count + routing.mean_eps), 0)
+    return (share[..., None] * d_o).to(d_o.dtype)
+
+
+_differentiable: Callable[..., tuple[Tensor, ...]] = _RoutingAttention.apply

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native calls of attention by lists, csrc/ops/routing_attention/routing_attention.h.
+
+    forward     o, w, row statistic, read-outs of the rows
+    backward    gradients, from d_w and the row statistic
+
+and the torch operators routing_attention_fwd and routing_attention_bwd around them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._native import ACCUMULATION, Maybe, NativeCall, define, fixed_arity, run
+from ..reference.bilevel_routing import Grid
+from ._attention_native import Want, WantGrad, gradients
+from ._attention_native import resolved as resolved_score
+from ._attention_score import TENSORS, Score
+
+# columns, height, width, rows of the image, columns of the image
+Cells = tuple[int, int, int, int, int]
+
+
+class Routing(NamedTuple):
+    """Who attends to whom. Lists [B, Hq, G, N] of blocks; cells say what a block is."""
+
+    rows: Tensor
+    keys: Maybe  # None: all keys
+    row_cells: Cells
+    key_cells: Cells
+    by_slot: bool = False
+    pad_keys: bool = False
+    mask_self: bool = False
+    mean_eps: float = 0.0
+    covers: bool = True  # every row is in a list
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """In the order of the native call."""
+        return (
+            *self.row_cells,
+            *self.key_cells,
+            self.by_slot,
+            self.pad_keys,
+            self.mask_self,
+            self.mean_eps,
+        )
+
+    @property
+    def slots(self) -> int:
+        """G Wq"""
+        _, height, width, _, _ = self.row_cells
+        return self.rows.shape[2] * self.rows.shape[3] * height * width
+
+
+def sequence_cells(tokens: int) -> Cells:
+    """Cells of one token: a block is a token."""
+    return max(tokens, 1), 1, 1, 1, tokens
+
+
+def image_cells(grid: Grid, image: tuple[int, int]) -> Cells:
+    """The regions of an image [Y, X]."""
+    return grid.columns, grid.height, grid.width, *image
+
+
+class Forward(NamedTuple):
+    """Results of a forward call; None for what is not wanted."""
+
+    o: Tensor
+    w: Maybe
+    row: Maybe
+    entropy: Maybe
+    p_max: Maybe
+    sq_norm: Maybe
+
+
+def outputs(score: Score, v: Tensor, routing: Routing, want: Want) -> Forward:
+    """Unfilled."""
+    q, dtype = score.q, ACCUMULATION[score.q.dtype]
+    batch, tokens, heads, _ = q.shape
+    rows = routing.slots if routing.by_slot else tokens
+    o = q.new_empty((batch, tokens, heads, v.shape[3]))
+    w = q.new_empty((batch, rows, heads, v.shape[3])) if want.w else None
+    asked = (want.row, want.entropy, want.p_max, want.sq_norm)
+    return Forward(
+        o, w, *(q.new_empty((batch, heads, rows), dtype=dtype) if x else None for x in asked)
+    )
+
+
+def forward(
+    score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
+) -> Forward:
+    """routing_attention.forward. By slot, w and row are wanted."""
+    made = outputs(score, v, routing, want)
+    empty = _empty(score, routing)
+    if empty or not (routing.covers or routing.by_slot):
+        for x in made:
+            if x is not None:
+                x.zero_()
+    if made.row is not None and (empty or not routing.covers):  # of rows without weight
+        made.row.fill_(-torch.inf if empty else torch.inf)
+    if not empty:
+        run("routing_attention.forward", backend, *_forward_call(score, v, gate, routing, made))
+    return made
+
+
+def _forward_call(
+    score: Score, v: Tensor, gate: Maybe, routing: Routing, made: Forward
+) -> tuple[list[Maybe], tuple[float, ...]]:
+    tensors, numbers = resolved_score(score)
+    others = (v, gate, None, None, *made, None)  # no mix, no mass_keys; no mass
+    return [routing.rows, routing.keys, *tensors, *others], (*routing.numbers, *numbers, False)
+
+
+def forward_call(
+    score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
+) -> NativeCall:
+    """The call that `forward` makes, for hw.explain."""
+    made = outputs(score, v, routing, want)
+    tensors, numbers = _forward_call(score, v, gate, routing, made)
+    return "routing_attention.forward", backend, [*tensors, None], numbers
+
+
+def backward(
+    score: Score,
+    v: Tensor,
+    d_w: Tensor,
+    row: Tensor,
+    delta: Maybe,
+    slots: Maybe,
+    routing: Routing,
+    want: WantGrad,
+    backend: str,
+) -> tuple[Maybe, ...]:
+    """routing_attention.backward: d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature."""
+    made = gradients(score, v, want)
+    if _empty(score, routing):
+        for x in made:
+            if x is not None:
+                x.zero_()
+        return made
+    d_q, _, _, d_bias, _, _, d_temperature = made
+    for x in (d_q, d_temperature):
+        if x is not None and not (routing.covers or routing.by_slot):
+            x.zero_()
+    if d_bias is not None:  # of bias's own shape: the kernel adds into it, whatever is broadcast
+        d_bias = d_bias.zero_().expand(*score.row_shape, score.k.shape[1])
+    tensors, numbers = resolved_score(score)
+    tensors = [routing.rows, routing.keys, slots, *tensors, v, d_w, row, delta]
+    tensors += (*made[:3], d_bias, *made[4:])
+    run("routing_attention.backward", backend, tensors, (*routing.numbers, *numbers))
+    return made
+
+
+def _empty(score: Score, routing: Routing) -> bool:
+    """No row sees a key."""
+    lists = (routing.rows,) if routing.keys is None else (routing.rows, routing.keys)
+    return not all(x.numel() for x in (score.q, score.k, *lists))
+
+
+# ---- Operators ----------------------------------------------------------------------------------
+
+NUMBERS = len(Score._fields) - TENSORS
+_LISTS = "Tensor rows, Tensor? keys"
+_SCORE = (
+    "Tensor q, Tensor k, Tensor? bias, Tensor? key_bias, Tensor? key_gain,"
+    " Tensor? row_temperature, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+_NUMBERS = (
+    "float scale, float softcap, bool causal, SymInt left, SymInt right, int activation,"
+    " int normalizer, SymInt gain_begin, SymInt gain_end, SymInt max_q, SymInt max_k,"
+    " SymInt[] row_cells, SymInt[] key_cells, bool by_slot, bool pad_keys, bool mask_self,"
+    " float mean_eps, bool covers"
+)
+
+
+def _unpacked(arguments: tuple[Any, ...], others: int) -> tuple[Score, Routing, tuple[Any, ...]]:
+    """Score, routing, and the other arguments."""
+    tensors, rest = arguments[:TENSORS], arguments[TENSORS:]
+    (rows, keys), rest = rest[:2], rest[2:]
+    middle, rest = rest[:others], rest[others:]
+    score = Score(*tensors, *rest[:NUMBERS])
+    flags = len(Routing._fields) - 2
+    routing = Routing(rows, keys, *rest[NUMBERS : NUMBERS + flags])
+    return score, routing, (*middle, *rest[NUMBERS + flags :])
+
+
+def packed(score: Score, routing: Routing, *others: Any) -> tuple[Any, ...]:
+    """The first arguments of an operator."""
+    cells = (list(routing.row_cells), list(routing.key_cells))
+    return *score.tensors, routing.rows, routing.keys, *others, *score.numbers, *cells, *routing[4:]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    score, routing, (v, gate, *want, backend) = _unpacked(arguments, 2)
+    return fixed_arity(forward(score, v, gate, routing, Want(*want, skip_dead=False), backend), score.q)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    score, routing, (v, _gate, *want, _backend) = _unpacked(arguments, 2)
+    return fixed_arity(outputs(score, v, routing, Want(*want, skip_dead=False)), score.q)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    score, routing, (v, d_w, row, delta, slots, *want, backend) = _unpacked(arguments, 5)
+    wanted = WantGrad(True, want[0], want[1], False, want[2])
+    made = backward(score, v, d_w, row, delta, slots, routing, wanted, backend)
+    return fixed_arity(made, score.q)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    score, _routing, (v, _d_w, _row, _delta, _slots, *want, _backend) = _unpacked(arguments, 5)
+    made = gradients(score, v, WantGrad(True, want[0], want[1], False, want[2]))
+    return fixed_arity(made, score.q)
+
+
+define(
+    f"routing_attention_fwd({_SCORE}, {_LISTS}, Tensor v, Tensor? head_gate, {_NUMBERS},"
+    " bool want_w, bool want_row, bool want_entropy, bool want_p_max, bool want_sq_norm, str backend)"
+    " -> (Tensor o, Tensor w, Tensor row, Tensor entropy, Tensor p_max, Tensor sq_norm)",
+    _forward,
+    _forward_fake,
+)
+define(
+    f"routing_attention_bwd({_SCORE}, {_LISTS}, Tensor v, Tensor d_w, Tensor row, Tensor? delta,"
+    f" Tensor? slots, {_NUMBERS}, bool want_bias, bool want_key_bias, bool want_row_temperature,"
+    " str backend) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_bias, Tensor d_key_bias,"
+    " Tensor d_key_gain, Tensor d_row_temperature)",
+    _backward,
+    _backward_fake,
+)
