@@ -20,8 +20,8 @@ def plot_text(data: Mapping[str, Any], path: Path) -> None:
         _train_curve(axes, run["train_curve"], color)
         _held_out(axes, run["validation_curve"], color, f"{name}, held-out text", "{:.3f}")
     _levels(axes, data["baselines"], "{:.2f}")
-    last = data["runs"]["routing"]["validation_curve"][-1][1]
-    axes.set_ylim(0.9 * last, 1.06 * max(data["baselines"].values()))
+    least = min(run["held_out"] for run in data["runs"].values())
+    axes.set_ylim(0.85 * least, 1.35 * max(data["baselines"].values()))
     axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, None), title=data["title"])
     axes.legend(frameon=False)
     finish(plt, figure, [axes], path)

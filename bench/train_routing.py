@@ -54,6 +54,7 @@ def train_lm(args: argparse.Namespace) -> dict[str, Any]:
         loop = tasks.text_loop(model, train, held_out, steps, args.seed)
         data["runs"][kind] = train_loop(loop, args.quiet, kind)
         if kind == "routing":
+            data["runs"][kind]["held_out_without_routing_heads"] = tasks.without_routing(loop)
             pieces = stream_text(model, ByteTokenizer(), _PROMPT, _GENERATED, args.seed)
             data["generated_text"] = _PROMPT + "".join(pieces)
     return data
@@ -173,6 +174,9 @@ def _summarize(data: dict[str, Any]) -> None:
     for name, run in data["runs"].items():
         took = f"{run['parameters']} parameters, {run['steps']} steps, {run['seconds']:.0f} s"
         print(f"  {run['held_out']:8.3f}  {name} ({took})")
+        if "held_out_without_routing_heads" in run:
+            figure = run["held_out_without_routing_heads"]
+            print(f"  {figure:8.3f}  the same model, its routing heads silenced")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,19 @@ def text_loop(
     return Trainer(model, train, held_out, recipe, steps, seed)
 
 
+@torch.no_grad()
+def without_routing(loop: Trainer) -> float:
+    """The held-out figure of the trained RoutingLM with what its routing heads say made 0."""
+    layers = [block.mixer for block in loop.model.blocks]
+    before = [layer.out_proj.weight.clone() for layer in layers]
+    for layer in layers:
+        layer.out_proj.weight[:, layer.local_heads * layer.head_dim :] = 0
+    figure = loop.validate()
+    for layer, weight in zip(layers, before, strict=True):
+        layer.out_proj.weight.copy_(weight)
+    return figure
+
+
 def byte_entropies(train: Tensor, held_out: Tensor) -> dict[str, float]:
     """Bits per byte of the held-out text by counts of the other part, one added to each count."""
     train, held_out = train.long(), held_out.long()

@@ -107,6 +107,7 @@ def test_the_language_model_learns(text):
     assert [step for step, _ in run["train_curve"]] == list(range(1, 61))
     assert run["validation_curve"][-1] == [60, run["held_out"]]
     assert all(bool(block.mixer.initialized) for block in loop.model.blocks)
+    assert tasks.without_routing(loop) > run["held_out"] == loop.validate()
 
 
 # Held-out bits per byte: 8.66 untrained or without gradient, 7.08 and 8.58 trained.
