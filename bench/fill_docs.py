@@ -48,7 +48,8 @@ def _targets(targets: list[dict[str, Any]]) -> str:
 
 
 def _times(results: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(n for r in results for n in r["seconds"] if _is_peer(r)))
+    columns = (n for r in results if _is_peer(r) for n in (*r["seconds"], *r.get("failed", ())))
+    names = list(dict.fromkeys(columns))
     rows = [f"| case | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for r in filter(_is_peer, results):
         cells = [_cell(r, name) for name in names]
@@ -62,7 +63,9 @@ def _is_peer(result: Mapping[str, Any]) -> bool:
 
 
 def _cell(result: Mapping[str, Any], name: str) -> str:
-    """Time, and peak memory where it was measured."""
+    """Time, and peak memory where it was measured; or that it failed."""
+    if name in result.get("failed", ()):
+        return "failed"
     if name not in result["seconds"]:
         return ""
     text = seconds_text(result["seconds"][name]["median"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.suite import Result
 from bench.timing import Call, growth_exponent
+from headworks.cost import Cost, cost
 
 
 def call_of(function: Callable[..., Any], arguments: tuple[Tensor, ...], mode: str) -> Call:
@@ -23,13 +24,22 @@ def call_of(function: Callable[..., Any], arguments: tuple[Tensor, ...], mode: s
                 return function(*arguments)
 
         return forward
-    cotangent = torch.randn_like(function(*arguments).detach())
     wanted = [x for x in arguments if x.requires_grad]
+    cotangents: list[Tensor] = []  # made by the first call, so that nothing runs before it
 
     def train() -> Any:
-        return torch.autograd.grad(function(*arguments), wanted, cotangent)
+        o = function(*arguments)
+        if not cotangents:
+            cotangents.append(torch.randn(o.shape, dtype=o.dtype, device=o.device))
+        return torch.autograd.grad(o, wanted, cotangents[0])
 
     return train
+
+
+def cost_of(op: str, mode: str, **shape: Any) -> Cost:
+    """What a call costs; with the backward pass where mode is train."""
+    total = cost(op, **shape)
+    return total + cost(op, **shape, backward=True) if mode == "train" else total
 
 
 def no_grad(function: Callable[..., Any], *arguments: Any, **options: Any) -> Call:

@@ -64,6 +64,8 @@ def result_table(results: Iterable[Result]) -> str:
                     "" if fraction is None else f"{100 * fraction:.0f} % {result.roof}",
                 )
             )
+        for name, why in result.failed.items():
+            rows.append((result.case, name, "failed", why[:60], "", "", ""))
     return columns(rows)
 
 

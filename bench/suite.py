@@ -17,7 +17,15 @@ from typing import Any
 from bench import machine, peers, timing
 from headworks.cost import Cost
 
-SUITES = ("linear_attention", "attention", "key_scan", "select_topk")
+SUITES = (
+    "linear_attention",
+    "attention",
+    "key_scan",
+    "select_topk",
+    "bilevel_routing",
+    "kmeans_routing",
+    "moh_attention",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Result:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     ceiling: dict[str, float] = field(default_factory=dict)  # "gemm" FLOP/s, "copy" bytes/s
     least: dict[str, float] = field(default_factory=dict)  # seconds at each ceiling
+    failed: dict[str, str] = field(default_factory=dict)  # peers that could not be run, and why
 
     @property
     def roof(self) -> str | None:
@@ -103,11 +112,12 @@ def load(name: str) -> ModuleType:
 def run_case(case: Case, *, device: str, quick: bool) -> Result:
     """Times the contenders side by side; with them the yardsticks, where the case has a cost."""
     peers.forget_compiled()
-    contenders = dict(case.contenders())
+    contenders, failed = _able(case.contenders())
     rulers = machine.yardsticks(device) if case.cost else {}
     budget, rounds = (0.5, (3, 15)) if quick else (4.0, (5, 40))
     times = timing.interleave({**contenders, **rulers}, device=device, budget=budget, rounds=rounds)
     result = Result(case.name, dict(case.shape), {name: times[name] for name in contenders})
+    result.failed = failed
     if case.cost:
         ceiling = machine.ceiling(device, times)
         result.ceiling = asdict(ceiling)
@@ -119,3 +129,19 @@ def run_case(case: Case, *, device: str, quick: bool) -> Result:
         peaks = {n: timing.peak_bytes(call, device=device) for n, call in contenders.items()}
         result.peak_bytes = {name: peak for name, peak in peaks.items() if peak is not None}
     return result
+
+
+def _able(contenders: Mapping[str, timing.Call]) -> tuple[dict[str, timing.Call], dict[str, str]]:
+    """Those that run, and of the others why not: the compiler may fail, no other contender."""
+    able, failed = {}, {}
+    for name, call in contenders.items():
+        try:
+            call()
+        except Exception as error:
+            if not name.startswith("compiled"):
+                raise
+            first = next(iter(str(error).strip().splitlines()), "")
+            failed[name] = f"{type(error).__name__}: {first}"
+        else:
+            able[name] = call
+    return able, failed

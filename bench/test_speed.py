@@ -18,15 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import linear_attention, peers
+from bench import linear_attention, peers, routing_peers
 from bench.parts import call_of
 from headworks.cost import Cost, cost, operators
 from headworks.testing import Case, Spec
-from specs import SPECS
+from specs import SPECS, routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
+# Also those that the generic tests do not run as long as a backend lacks them.
+EVERY_SPEC = (*SPECS, *(spec for spec in routing.SPECS if spec not in SPECS))
 
 Contender = Callable[[dict[str, torch.Tensor]], Any]
 
@@ -60,6 +61,8 @@ def contenders(spec: Spec, case: Case) -> dict[str, Contender]:
     elif spec.name == "attention" and _is_plain(case):
         theirs = peers.softmax_peers(DEVICE, causal=case.options["is_causal"])
     longest = linear_attention.LONGEST
+    if spec.name in ROUTING_PEERS:
+        theirs, longest = ROUTING_PEERS[spec.name](case), {}
     for name, function in theirs.items():
         if case.sizes.get("S", 0) <= longest.get(name, 1 << 30):
             functions[name] = _of_tensors(function)
@@ -82,7 +85,7 @@ def _is_plain(case: Case) -> bool:
 
 def jobs() -> Iterator[Job]:
     """Every contender on every benchmark case that suits this device."""
-    for spec in SPECS:
+    for spec in EVERY_SPEC:
         for case in spec.benchmark_cases:
             if DEVICE == "cpu" and case.name.endswith("-gpu"):
                 continue
@@ -95,6 +98,15 @@ def least_cost(spec: Spec, case: Case, mode: str) -> Cost | None:
     """hw.cost of the case, with the backward pass where it is timed; None: there is no formula."""
     if case.sizes.get("lengths") is not None or spec.name not in operators():
         return None
+    options = COST_OPTIONS[spec.name](case) if spec.name in COST_OPTIONS else _options(case)
+    total = cost(spec.name, **options, dtype=DTYPE)
+    if mode == "train":
+        total += cost(spec.name, **options, dtype=DTYPE, backward=True)
+    return total
+
+
+def _options(case: Case) -> dict[str, Any]:
+    """What hw.cost takes, from the sizes that most specifications have."""
     symbols = ("B", "S", "Sq", "Sk", "Hq", "H", "D", "Dv")
     names = {"Sq": "S", "Hq": "H"} | ({"H": "Hkv"} if "Hq" in case.sizes else {})
     options: dict[str, Any] = {names.get(n, n): case.sizes[n] for n in symbols if n in case.sizes}
@@ -103,11 +115,69 @@ def least_cost(spec: Spec, case: Case, mode: str) -> Cost | None:
     if "rows" in case.sizes:
         options |= {"B": math.prod(case.sizes["rows"]), "N": case.sizes["N"]}
         options |= {"k": case.options["k"]}
-    total = cost(spec.name, **options, dtype=DTYPE)
-    if mode == "train":
-        total += cost(spec.name, **options, dtype=DTYPE, backward=True)
-    return total
+    return options
 
+
+def _bilevel_options(case: Case) -> dict[str, Any]:
+    n = case.sizes
+    options = {symbol: n[symbol] for symbol in ("B", "Y", "X", "D", "topk")}
+    return options | {"H": n["Hq"], "Hkv": n["H"], "num_regions": n["regions"]}
+
+
+def _kmeans_options(case: Case) -> dict[str, Any]:
+    n = case.sizes
+    options = {symbol: n[symbol] for symbol in ("B", "K", "D", "Dv")}
+    options |= {"S": n["Sq"], "H": n["Hq"], "Hkv": n["H"], "W": n["Wq"]}
+    return options | {"is_causal": case.options["is_causal"]}
+
+
+COST_OPTIONS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "bilevel_route": _bilevel_options,
+    "bilevel_routing_attention": lambda case: _bilevel_options(case) | {"Dv": case.sizes["Dv"]},
+    "kmeans_routing_attention": _kmeans_options,
+    "moh_attention": lambda case: _options(case) | {"active": 1 - case.sizes["gate"]},
+}
+
+
+def _bilevel_route_peers(case: Case) -> routing_peers.Peers:
+    topk = case.options["topk"]
+    return routing_peers.bilevel_route_peers(case.sizes["regions"], topk, compiled=True)
+
+
+def _bilevel_peers(case: Case) -> routing_peers.Peers:
+    topk = case.options["topk"]
+    return routing_peers.bilevel_routed_peers(case.sizes["regions"], topk, compiled=True)
+
+
+def _kmeans_route_peers(case: Case) -> routing_peers.Peers:
+    """The specification has centroids [B, H, K, D], all batch elements alike."""
+    found = routing_peers.kmeans_route_peers(case.options["window"], compiled=True)
+    return {name: lambda x, mu, f=f: f(x, mu[0]) for name, f in found.items()}
+
+
+def _kmeans_peers(case: Case) -> routing_peers.Peers:
+    """On the CPU a sequence of 32768 tokens is left to SDPA: the others need many gigabytes."""
+    causal = case.options["is_causal"]
+    theirs: routing_peers.Peers = {
+        name: lambda q, k, v, index, f=f: f(q, k, v)
+        for name, f in peers.softmax_peers(DEVICE, causal=causal).items()
+    }
+    if DEVICE == "cuda" or case.sizes["Sq"] <= 16384:
+        theirs |= routing_peers.kmeans_peers(causal=causal, compiled=True)
+    return theirs
+
+
+def _moh_peers(case: Case) -> routing_peers.Peers:
+    return routing_peers.moh_peers(causal=case.options["is_causal"], compiled=True)
+
+
+ROUTING_PEERS: dict[str, Callable[[Case], routing_peers.Peers]] = {
+    "bilevel_route": _bilevel_route_peers,
+    "bilevel_routing_attention": _bilevel_peers,
+    "kmeans_route": _kmeans_route_peers,
+    "kmeans_routing_attention": _kmeans_peers,
+    "moh_attention": _moh_peers,
+}
 
 PEERS = {
     "linear": peers.linear_attention_peers(DEVICE),

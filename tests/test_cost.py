@@ -95,6 +95,79 @@ def test_key_scan():
     assert back == Cost(30 * 49, 30 * (4 * 30 + 4), 1)
 
 
+# BiFormer's first three stages: 64 keys for every query whatever the stage.
+BILEVEL = [(56, 1, 2), (28, 4, 4), (14, 16, 8)]
+
+
+@pytest.mark.parametrize(("side", "topk", "heads"), BILEVEL)
+def test_bilevel_routing_attention_of_whole_regions(side, topk, heads):
+    shape = {"B": 3, "Y": side, "X": side, "H": heads, "D": 32, "topk": topk}
+    n = 3 * side**2 * heads
+    graph = 3 * 49 * topk * 8
+    total = cost("bilevel_routing_attention", **shape)
+    assert total == Cost(n * 64 * 2 * 64, n * 4 * 4 * 32 + graph, 1)
+    back = cost("bilevel_routing_attention", **shape, backward=True)
+    assert back == Cost(n * 64 * 2 * 160, n * 4 * (8 * 32 + 1) + graph, 2)
+
+
+def test_bilevel_routing_attention_of_unequal_images():
+    # 9 x 10 in regions of 3 x 3: 3 x 4 of them. Keys: 7 x 5 in regions of 3 x 2.
+    shape = {"Y": 9, "X": 10, "Yk": 7, "Xk": 5, "num_regions": (3, 3), "kv_num_regions": (2, 2)}
+    shape |= {"H": 4, "Hkv": 2, "D": 8, "Dv": 6, "dtype": "bf16"}
+    total = cost("bilevel_routing_attention", **shape, topk=2, per_head=True)
+    assert total.flops == 4 * 90 * (2 * 6) * 2 * 14
+    assert total.bytes == 2 * (90 * 4 + 35 * 2) * 14 + 8 * 4 * 12 * 2
+    # 9 regions of 6 tokens reach beyond the image: there are no more keys than its 35 tokens
+    most = cost("bilevel_routing_attention", **shape, topk=9)
+    assert most.flops == 4 * 90 * 35 * 2 * 14
+
+
+def test_bilevel_route():
+    total = cost("bilevel_route", B=2, Y=28, X=28, H=4, D=32, topk=4)
+    assert total.flops == 2 * 32 * 4 * (2 * 784 + 2 * 49 * 49)
+    assert total.bytes == 2 * (2 * 784 * 128 * 4 + 49 * 4 * 8)
+    heads = cost("bilevel_route", B=2, Y=28, X=28, H=4, D=32, topk=4, per_head=True)
+    assert heads == Cost(total.flops, total.bytes + 2 * 3 * 49 * 4 * 8, 1)
+
+
+def test_kmeans_routing_attention():
+    shape = {"B": 2, "S": 100, "K": 4, "W": 30, "H": 3, "D": 16, "Dv": 24}
+    lists = 6 * 4 * 30 * 8
+    total = cost("kmeans_routing_attention", **shape)
+    assert total == Cost(6 * 4 * 900 * 2 * 40, 600 * 4 * 2 * 40 + lists, 1)
+    causal = cost("kmeans_routing_attention", **shape, is_causal=True)
+    assert causal == Cost(6 * 4 * 465 * 2 * 40, total.bytes, 1)
+    back = cost("kmeans_routing_attention", **shape, is_causal=True, backward=True)
+    # q dq do k dk v dv of tokens, the lse of slots
+    assert back.bytes == 600 * 4 * (2 * 16 + 24 + 2 * 40) + 6 * 4 * 30 * 4 + lists
+    assert (back.flops, back.passes) == (6 * 4 * 465 * 2 * (3 * 16 + 2 * 24), 2)
+
+
+def test_kmeans_routing_attention_with_lists_of_keys():
+    shape = {"S": 10, "Sk": 20, "K": 2, "W": 5, "Wk": 8, "H": 4, "Hkv": 2, "D": 16}
+    total = cost("kmeans_routing_attention", **shape)
+    assert total.flops == 4 * 2 * 5 * 8 * 64
+    assert total.bytes == 4 * (10 * 4 + 20 * 2) * 32 + 4 * 2 * 13 * 8
+    # of 200 pairs the mask leaves 11 + 12 + .. + 20 = 155
+    causal = cost("kmeans_routing_attention", **shape, is_causal=True)
+    assert causal.flops == 4 * (80 * 155 // 200) * 64
+    empty = cost("kmeans_routing_attention", **shape | {"S": 0, "Sk": 0, "W": 0}, is_causal=True)
+    assert empty.flops == 0
+
+
+def test_moh_attention_costs_its_share_of_attention():
+    shape = {"B": 2, "S": 64, "H": 4, "D": 16, "Dv": 24, "is_causal": True}
+    rows, keys = 2 * 64 * 4, 2 * 64 * 4 * 40
+    total = cost("moh_attention", **shape, active=0.75)
+    assert total.flops == cost("attention", **shape).flops * 3 // 4
+    assert total.bytes == 4 * (rows * (12 + 24 + 1) + keys)
+    back = cost("moh_attention", **shape, active=0.75, backward=True)
+    assert back.flops == cost("attention", **shape, backward=True).flops * 3 // 4
+    # of 3 in 4 rows q, do, o and lse; of all dq, the gate and its gradient
+    assert back.bytes == 4 * (rows * 3 * (16 + 2 * 24 + 1) // 4 + rows * (16 + 2) + 2 * keys)
+    assert cost("moh_attention", **shape).flops == cost("attention", **shape).flops
+
+
 def test_empty_shapes_cost_nothing():
     assert cost("linear_attention", S=0, H=8, D=16) == Cost(0, 0, 1)
     assert cost("linear_attention", S=0, H=8, D=16).intensity == 0.0
@@ -112,6 +185,13 @@ def test_a_function_names_its_operator():
         ("linear_attention", {"S": 1, "H": 1, "D": 1, "dtype": "int8"}, ValueError, "int8"),
         ("linear_attention", {"H": 1, "D": 1}, TypeError, "S"),
         ("key_scan", {"S": 1, "H": 1, "Dv": 1, "D": 3}, TypeError, "D"),
+        ("moh_attention", {"S": 1, "H": 1, "D": 1, "active": 1.5}, ValueError, "active is 1.5"),
+        (
+            "bilevel_route",
+            {"Y": 6, "X": 7, "H": 1, "D": 1, "topk": 1},
+            ValueError,
+            r"\(7, 7\) regions of a 6 x 7",
+        ),
     ],
 )
 def test_bad_input(op, shape, error, words):

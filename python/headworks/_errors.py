@@ -94,6 +94,8 @@ def require_one_dtype(op: str, allowed: Container[torch.dtype], **tensors: Tenso
 
 def require_number(op: str, name: str, x: object) -> float:
     """A finite Python number as a float."""
+    if type(x) is float and -math.inf < x < math.inf:  # as torch.compile can follow it
+        return x
     if isinstance(x, (Tensor, str)) or not hasattr(x, "__float__"):
         fail(
             TypeError,

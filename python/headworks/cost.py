@@ -98,11 +98,18 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     ``"select_topk"``, k of the N scores of each of B rows: e N + 8 k bytes, 1 pass; comparisons are
     no FLOPs.
 
+    ``"bilevel_route"``, R and Rk regions: D (Sq H + Sk Hkv + 2 R Rk H) flops; q, k, graph; 1 pass.
+
+    Routed attention has the flops of attention over the P pairs that routing leaves, and its bytes
+    with those of the lists or of the gate: ``"bilevel_routing_attention"``, n tokens in a region of
+    k: P = Sq topk n; ``"kmeans_routing_attention"``: K W Wk, or K W (W + 1) / 2 if causal;
+    ``"moh_attention"``: the share `active` of the pairs of attention.
+
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
-            output_final_state, backward``, of attention also ``Sk, window_size``; which of them
-            depends on the operator.
+            output_final_state, backward``, of attention also ``Sk, window_size``, of routing the
+            sizes of images, regions and clusters; which of them depends on the operator.
 
     Returns:
         A :class:`Cost`.
@@ -308,12 +315,158 @@ def _select_topk(*, N: int, k: int, B: int = 1, dtype: Any = "float32") -> Cost:
     return Cost(0, B * (_element_size(dtype) * N + 8 * k), 1)
 
 
+def _regions(image: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """The number of regions of hw.bilevel_route, and the tokens in a whole one."""
+    for size, number in zip(image, wanted, strict=True):
+        if not 1 <= number <= size:
+            raise ValueError(f"cost: {wanted} regions of a {image[0]} x {image[1]} image")
+    (height, width) = (size // number for size, number in zip(image, wanted, strict=True))
+    return -(-image[0] // height) * -(-image[1] // width), height * width
+
+
+def _bilevel_route(
+    *,
+    Y: int,
+    X: int,
+    H: int,
+    D: int,
+    topk: int,
+    B: int = 1,
+    Yk: int | None = None,
+    Xk: int | None = None,
+    Hkv: int | None = None,
+    num_regions: tuple[int, int] = (7, 7),
+    kv_num_regions: tuple[int, int] | None = None,
+    per_head: bool = False,
+    dtype: Any = "float32",
+) -> Cost:
+    """Means of regions, D per token; their products, 2 D per head and pair of regions."""
+    other = (Y if Yk is None else Yk, X if Xk is None else Xk)
+    heads = H if Hkv is None else Hkv
+    _check_sizes(B=B, H=H, Hkv=heads, D=D, topk=topk)
+    own_regions, _ = _regions((Y, X), num_regions)
+    regions, _ = _regions(other, kv_num_regions or num_regions)
+    values = B * D * (Y * X * H + other[0] * other[1] * heads)  # of q and k
+    graph = B * (H if per_head else 1) * own_regions * topk
+    products = 2 * B * H * D * own_regions * regions
+    return Cost(values + products, _element_size(dtype) * values + 8 * graph, 1)
+
+
+def _bilevel_attention(
+    *,
+    Y: int,
+    X: int,
+    H: int,
+    D: int,
+    topk: int,
+    B: int = 1,
+    Yk: int | None = None,
+    Xk: int | None = None,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    num_regions: tuple[int, int] = (7, 7),
+    kv_num_regions: tuple[int, int] | None = None,
+    per_head: bool = False,
+    dtype: Any = "float32",
+    backward: bool = False,
+) -> Cost:
+    """P = Y X topk n, with n tokens in a whole region of k: a region that the image does not fill
+    counts as whole, all keys at most. The graph is read too."""
+    rows, other = Y * X, (Y if Yk is None else Yk, X if Xk is None else Xk)
+    dv, heads, keys = D if Dv is None else Dv, H if Hkv is None else Hkv, other[0] * other[1]
+    _check_sizes(B=B, H=H, Hkv=heads, D=D, Dv=dv, topk=topk)
+    own_regions, _ = _regions((Y, X), num_regions)
+    _, tokens = _regions(other, kv_num_regions or num_regions)
+    e = _element_size(dtype)
+    pairs = B * H * rows * min(topk * tokens, keys)
+    moved = B * e * (rows * H + keys * heads) * (D + dv)
+    graph = 8 * B * (H if per_head else 1) * own_regions * topk
+    if backward:
+        lse = B * rows * H * max(e, 4)
+        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + lse + graph, 2)
+    return Cost(2 * (D + dv) * pairs, moved + graph, 1)
+
+
+def _kmeans_attention(
+    *,
+    S: int,
+    K: int,
+    W: int,
+    H: int,
+    D: int,
+    B: int = 1,
+    Sk: int | None = None,
+    Wk: int | None = None,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    is_causal: bool = False,
+    dtype: Any = "float32",
+    backward: bool = False,
+) -> Cost:
+    """P = K W Wk; causal, K W (W + 1) / 2, and where keys have lists of their own (Wk is given) the
+    share of P that the mask leaves of all pairs. The backward pass reads the lse of every slot, not
+    o: a mean over clusters tells nothing of a single one. The mean adds K W Dv and is left out.
+    """
+    dv, keys, heads = D if Dv is None else Dv, S if Sk is None else Sk, H if Hkv is None else Hkv
+    _check_sizes(B=B, S=S, Sk=keys, K=K, W=W, Wk=Wk or 0, H=H, Hkv=heads, D=D, Dv=dv)
+    e = _element_size(dtype)
+    pairs = K * W * (W if Wk is None else Wk)
+    if is_causal and Wk is None:
+        pairs = K * W * (W + 1) // 2
+    elif is_causal and pairs:
+        pairs = pairs * _visible_pairs(S, keys, True, None) // (S * keys)
+    lists = 8 * B * H * K * (W + (Wk or 0))
+    if backward:
+        moved = e * B * (S * H * (2 * D + dv) + keys * heads * 2 * (D + dv))
+        lse = B * H * K * W * max(e, 4)
+        return Cost(2 * (3 * D + 2 * dv) * B * H * pairs, moved + lse + lists, 2)
+    moved = e * B * (S * H + keys * heads) * (D + dv)
+    return Cost(2 * (D + dv) * B * H * pairs, moved + lists, 1)
+
+
+def _moh_attention(
+    *,
+    S: int,
+    H: int,
+    D: int,
+    active: float = 1.0,
+    B: int = 1,
+    Sk: int | None = None,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    dtype: Any = "float32",
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    backward: bool = False,
+) -> Cost:
+    """The share `active` of gates is not 0: of rows so gated q, do, o and lse are read. The gate is
+    read, and o, dq and its own gradient are written, everywhere."""
+    dv, keys, heads = D if Dv is None else Dv, S if Sk is None else Sk, H if Hkv is None else Hkv
+    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    if not 0 <= active <= 1:
+        raise ValueError(f"cost: active is {active}, expected a share from 0 to 1")
+    e = _element_size(dtype)
+    a = max(e, 4)
+    rows = B * S * H
+    chosen = round(active * rows)
+    pairs = round(active * B * H * _visible_pairs(S, keys, is_causal, window_size))
+    shared = B * keys * heads * (D + dv)
+    if backward:
+        moved = e * (chosen * (D + 2 * dv) + rows * D + 2 * shared) + a * (chosen + 2 * rows)
+        return Cost(2 * (3 * D + 2 * dv) * pairs, moved, 2)
+    return Cost(2 * (D + dv) * pairs, e * (chosen * D + rows * dv + shared) + a * rows, 1)
+
+
 _COSTS: dict[str, Callable[..., Cost]] = {
     "attention": _attention,
     "attention_transpose": _transpose,
+    "bilevel_route": _bilevel_route,
+    "bilevel_routing_attention": _bilevel_attention,
     "column_stats": _columns,
+    "kmeans_routing_attention": _kmeans_attention,
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,
+    "moh_attention": _moh_attention,
     "select_topk": _select_topk,
 }

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
 import dataclasses
+import importlib
 
 import headworks as hw
 from headworks.ops import _routing_native as native

@@ -247,7 +247,8 @@ def _checked(
         graph = check_graph(_ATTEND, graph, q, own, other)
     if scale is None:
         scale = float(max(q.shape[3] * q.shape[4], 1) ** -0.5)
-    scale = require_number(_ATTEND, "scale", scale)
+    else:
+        scale = require_number(_ATTEND, "scale", scale)
     mask_padding = require_flag(_ATTEND, "mask_padding", mask_padding)
     aux = _check_aux(return_aux)
     backend = backend_for(_ATTEND, backend, q)

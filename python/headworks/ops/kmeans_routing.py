@@ -231,7 +231,10 @@ def _checked(
         )
     is_causal = require_flag(_ATTEND, "is_causal", is_causal)
     mask_self = require_flag(_ATTEND, "mask_self", mask_self)
-    scale = require_number(_ATTEND, "scale", q.shape[3] ** -0.5 if scale is None else scale)
+    if scale is None:
+        scale = float(q.shape[3] ** -0.5)
+    else:
+        scale = require_number(_ATTEND, "scale", scale)
     mean_eps = require_number(_ATTEND, "mean_eps", mean_eps)
     if mean_eps < 0:
         fail(ValueError, _ATTEND, "mean_eps", mean_eps, "a number >= 0", "Use 0.0 for a mean.")
