@@ -143,15 +143,15 @@ def _routed_case(device: str, mode: str, side: int, topk: int, heads: int, quick
 
 def _growth_case(device: str) -> Case:
     """Of regions of 8 x 8 tokens every one chooses four: linear in tokens, which name the calls."""
-    heads, topk = 2, 4
+    batch, heads, topk = (1 if device == "cpu" else 16), 2, 4
 
     def call(side: int) -> Call:
-        qkv = inputs(1, side, heads, DTYPE[device], device)
+        qkv = inputs(batch, side, heads, DTYPE[device], device)
         regions = (side // 8, side // 8)
         graph = peers.bilevel_graph(regions, topk, *qkv[:2])
         return no_grad(hw.bilevel_routing_attention, *qkv, num_regions=regions, graph=graph)
 
-    facts = _facts({"B": 1, "H": heads, "D": D, "topk": topk}, device, "growth")
+    facts = _facts({"B": batch, "H": heads, "D": D, "topk": topk}, device, "growth")
     return Case("growth", facts, lambda: {str(side * side): call(side) for side in GROWTH})
 
 

@@ -124,7 +124,10 @@ def _route_case(device: str, quick: bool) -> Case:
         theirs = peers.kmeans_route_peers(window, compiled=not quick)
         return calls | {name: no_grad(f, x, mu) for name, f in theirs.items()}
 
-    return Case(f"route S {S}", _facts(device, "route", S=S, K=K, W=window), contenders)
+    sizes = {"S": S, "K": K, "W": window}
+    shape = {n: x for n, x in SHAPE[device].items() if n != "Dv"}
+    total = cost("kmeans_route", **shape, **sizes, dtype=DTYPE[device])
+    return Case(f"route S {S}", _facts(device, "route", **sizes), contenders, total)
 
 
 def _routed_case(device: str, mode: str, quick: bool) -> Case:

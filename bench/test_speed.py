@@ -22,12 +22,10 @@ from bench import linear_attention, peers, routing_peers
 from bench.parts import call_of
 from headworks.cost import Cost, cost, operators
 from headworks.testing import Case, Spec
-from specs import SPECS, routing
+from specs import SPECS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# Also those that the generic tests do not run as long as a backend lacks them.
-EVERY_SPEC = (*SPECS, *(spec for spec in routing.SPECS if spec not in SPECS))
 
 Contender = Callable[[dict[str, torch.Tensor]], Any]
 
@@ -85,7 +83,7 @@ def _is_plain(case: Case) -> bool:
 
 def jobs() -> Iterator[Job]:
     """Every contender on every benchmark case that suits this device."""
-    for spec in EVERY_SPEC:
+    for spec in SPECS:
         for case in spec.benchmark_cases:
             if DEVICE == "cpu" and case.name.endswith("-gpu"):
                 continue
@@ -131,9 +129,14 @@ def _kmeans_options(case: Case) -> dict[str, Any]:
     return options | {"is_causal": case.options["is_causal"]}
 
 
+def _kmeans_route_options(case: Case) -> dict[str, Any]:
+    return {symbol: case.sizes[symbol] for symbol in ("B", "S", "H", "D", "K", "W")}
+
+
 COST_OPTIONS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "bilevel_route": _bilevel_options,
     "bilevel_routing_attention": lambda case: _bilevel_options(case) | {"Dv": case.sizes["Dv"]},
+    "kmeans_route": _kmeans_route_options,
     "kmeans_routing_attention": _kmeans_options,
     "moh_attention": lambda case: _options(case) | {"active": 1 - case.sizes["gate"]},
 }

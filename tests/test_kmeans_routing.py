@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K-means routing: the definition slot by slot, degenerate cases, leakage, the prefix rule, the
-centroids, bad input. The layer is in test_routing_layers.py."""
+"""Attention within clusters and their centroids: the definition slot by slot, degenerate cases,
+leakage, bad input. Who is in a cluster: test_kmeans_route.py; the layer: test_routing_layers.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from routing_checks import (
     check_reference,
     routing_transformer,
 )
-from specs import kmeans_route as route_spec
 from specs import kmeans_routing_attention as spec
 
 pytestmark = pytest.mark.operator
@@ -37,11 +36,6 @@ full = functools.partial(hw.attention, backend="reference")
 @pytest.mark.parametrize("case, dtype", cases_of(spec.SPEC))
 def test_attention_reference(case, dtype):
     check_reference(spec.SPEC, case, dtype)
-
-
-@pytest.mark.parametrize("case, dtype", cases_of(route_spec.SPEC))
-def test_route_reference(case, dtype):
-    check_reference(route_spec.SPEC, case, dtype)
 
 
 def inputs(s=20, h=2, d=4, dv=3, b=1, sk=None, hk=None):
@@ -161,73 +155,6 @@ def test_no_value_leakage():
     for t in (1, 7, 19):
         later = [torch.cat([x[:, :t], 50 * x[:, t:] + 1], 1) for x in (q, k, v)]
         assert_same_bits(attend(*later, q_index=index, is_causal=True)[:, :t], o[:, :t])
-
-
-def members_before(index, t):
-    return [sorted(j for j in row if 0 <= j < t) for row in index.flatten(0, -2).tolist()]
-
-
-def test_membership_leakage():
-    """Later tokens change who is in the clusters, by design, unless the prefix alone decides."""
-    x, mu, index = routed(s=40, w=10)
-    t = 25
-    other = torch.cat([x[:, :t], -x[:, t:]], 1)
-    assert members_before(route(other, mu, window=10), t) != members_before(index, t)
-    prefix = functools.partial(route, centroids=mu, window=10, is_causal_prefix=True)
-    assert members_before(prefix(other), t) == members_before(prefix(x), t)
-    compare(torch.ones(1), torch.ones(1), F32)
-
-
-def by_arrival(d, window, length):
-    """The prefix rule of one cluster, one token at a time."""
-    members = []
-    for t in range(len(d)):
-        place = sorted(range(t + 1), key=lambda j: (-d[j], j)).index(t)
-        if place * length < (t + 1) * window and len(members) < window:
-            members.append(t)
-    return members + [-1] * (window - len(members))
-
-
-@pytest.mark.parametrize("vectors", ("normal", "few", "equal"))
-@pytest.mark.parametrize("sizes", ((40, 10, 40), (40, 10, 64), (33, 40, 50), (17, 17, 17)), ids=str)
-def test_prefix_rule(sizes, vectors):
-    tokens, window, length = sizes
-    x, mu = randn(1, tokens, 2, 4), randn(2, 3, 4, seed=1)
-    if vectors != "normal":
-        x, mu = x.round().clamp(-1, 1) if vectors == "few" else x * 0 + 1, mu.round()
-    options = {"window": window, "is_causal_prefix": True, "length": length}
-    index = route(x, mu, **options)
-    d = torch.einsum("bthd,hcd->bhct", x, mu)
-    expected = [by_arrival(row, window, length) for row in d.flatten(0, 2).tolist()]
-    assert_same_bits(index, torch.tensor(expected).view(1, 2, 3, window))
-    for t in (0, 1, tokens // 2, tokens - 1):
-        shorter = route(x[:, :t], mu, **options)
-        assert members_before(shorter, t) == members_before(index, t)
-
-
-def test_prefix_clusters_are_full_and_balanced():
-    x, mu, _ = routed(s=400, k=4, w=100)
-    index = route(x, mu, window=100, is_causal_prefix=True)
-    assert ((index >= 0).sum(-1) >= 85).all()
-    assert (index[..., 1:] > index[..., :-1])[index[..., 1:] >= 0].all()
-    compare(torch.ones(1), torch.ones(1), F32)
-
-
-def test_routing_is_balanced_top_w():
-    x, mu, index = routed(s=50, w=12, b=2)
-    d = torch.einsum("bthd,hcd->bhct", x, mu)
-    assert_same_bits(index, d.topk(12).indices.sort(-1).values)
-    assert not route(x.requires_grad_(), mu, window=12).requires_grad
-
-
-def test_ties_and_nan_of_routing():
-    x = torch.ones(1, 6, 1, 2)
-    x[0, 2] = torch.nan
-    index = route(x, torch.ones(1, 1, 2), window=4)
-    assert_same_bits(index, torch.tensor([0, 1, 3, 4]).view(1, 1, 1, 4))
-    assert route(x, torch.ones(1, 1, 2), window=6)[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    prefix = route(x, torch.ones(1, 1, 2), window=3, is_causal_prefix=True)
-    assert prefix[0, 0, 0].tolist() == [0, -1, -1]  # later equals rank behind the first
 
 
 @pytest.mark.parametrize("mask_self", (True, False))
@@ -378,8 +305,7 @@ def test_examples(function):
 
 def test_without_a_kernel():
     q, k, v = inputs()
-    x, mu, index = routed()
-    check_no_kernel("kmeans_route", lambda b: hw.kmeans_route(x, mu, window=8, backend=b))
+    _, _, index = routed()
     check_no_kernel(
         "kmeans_routing_attention",
         lambda b: hw.kmeans_routing_attention(q, k, v, q_index=index, backend=b),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "cmake", "CMakeLists.txt", "CMakePresets.json", "pyproject.toml")
-SELECT = "ops/select_topk/select_topk"
+SELECT, ROUTE = "ops/select_topk/select_topk", "ops/kmeans_route/kmeans_route"
 LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
 SOFT = "ops/attention/attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
@@ -143,6 +143,16 @@ FAULTS = (
         "return {t, 1 + p_.k() - count(", "select_topk"),
     simt("ties_reversed", f"{SELECT}_simt.cuh", "(other == own && m < j)",
          "(other == own && m > j)", "select_topk"),
+    cpu("centroids_of_one_head", f"{ROUTE}_cpu.cpp", "packed(head), width_,", "packed(0), width_,",
+        "kmeans_route"),
+    cpu("ties_reversed", f"{ROUTE}_cpu.cpp", "position < other.position",
+        "position > other.position", "kmeans_route"),
+    simt("missing_barrier", f"{ROUTE}_simt.cuh", "load(first);\n        dev::sync_block();",
+         "load(first);", "kmeans_route"),
+    simt("ties_reversed", f"{ROUTE}_simt.cuh", "other.v[v] >= own", "other.v[v] > own",
+         "kmeans_route"),
+    simt("room_not_filled", f"{ROUTE}_simt.cuh", "dev::sync_block();\n        coming =",
+         "coming =", "kmeans_route"),
 )  # fmt: skip
 
 

@@ -100,7 +100,9 @@ AUTOCAST = ("q", "k", "v", "s", "x", "bias")
 
 
 @pytest.mark.parametrize("half", HALF, ids=identify)
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.name != "select_topk"], ids=str)
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.name not in ("select_topk", "kmeans_route")], ids=str
+)
 def test_autocast(spec, half):
     """Mixed inputs are cast to the autocast dtype; gradients come back in each input's own."""
     case = spec.sample_cases[0]

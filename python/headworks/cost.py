@@ -104,6 +104,9 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     with those of the lists or of the gate: ``"bilevel_routing_attention"``, n tokens in a region of
     k: P = Sq topk n; ``"kmeans_routing_attention"``: K W Wk, or K W (W + 1) / 2 if causal;
     ``"moh_attention"``: the share `active` of the pairs of attention.
+    ``"kmeans_route"``, K clusters of W members: 2 D K flops and e D bytes per token and head, a D K
+    bytes of centroids per head, 8 W of indices per cluster; 1 pass. Similarities need not leave the
+    chip; the prefix rule costs the same.
 
     Args:
         op: the operator's name, or the public function itself.
@@ -455,6 +458,13 @@ def _moh_attention(
         moved = e * (chosen * (D + 2 * dv) + rows * D + 2 * shared) + a * (chosen + 2 * rows)
         return Cost(2 * (3 * D + 2 * dv) * pairs, moved, 2)
     return Cost(2 * (D + dv) * pairs, e * (chosen * D + rows * dv + shared) + a * rows, 1)
+def _kmeans_route(
+    *, S: int, H: int, D: int, K: int, W: int, B: int = 1, dtype: Any = "float32"
+) -> Cost:
+    _check_sizes(B=B, S=S, H=H, D=D, K=K, W=W)
+    e = _element_size(dtype)
+    moved = e * B * S * H * D + max(e, 4) * H * K * D + 8 * B * H * K * W
+    return Cost(2 * B * S * H * K * D, moved, 1)
 
 
 _COSTS: dict[str, Callable[..., Cost]] = {
@@ -463,6 +473,7 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "bilevel_route": _bilevel_route,
     "bilevel_routing_attention": _bilevel_attention,
     "column_stats": _columns,
+    "kmeans_route": _kmeans_route,
     "kmeans_routing_attention": _kmeans_attention,
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,

@@ -11,6 +11,7 @@ from . import (
     column_stats,
     key_scan,
     kmeans_routing_attention,
+    kmeans_route,
     linear_attention,
     linear_attention_step,
     moh_attention,
@@ -31,4 +32,5 @@ SPECS = (
     bilevel_routing_attention.SPEC,
     kmeans_routing_attention.SPEC,
     moh_attention.SPEC,
+    kmeans_route.SPEC,
 )

@@ -5,8 +5,9 @@
 // With the queries along the lanes a single one would leave all lanes but one idle. Here a row at a
 // time meets the tile of keys, which stays in L1 for the next row:
 //
-//   x [keys]    = k [keys, D] q [D]        the partial sums of as many keys as a vector has lanes are
-//                                          transposed, and their sum is a vector of scores
+//   x [keys]    = k [keys, D] q [D]        one row: the partial sums of as many keys as a vector has
+//                                          lanes are transposed, and their sum is a vector of scores;
+//                                          several: the tile is transposed, once for all of them
 //   w [Dv]     += p [keys] v [keys, Dv]
 //
 // Sums of a row, masks and scores are those of attention_cpu_forward.h.
@@ -50,6 +51,7 @@ class FewRows {
     q_rows_ = scratch.take<A>(kFewRows * padded_);
     k_room_ = scratch.take<A>(kKeys * padded_);
     v_room_ = scratch.take<A>(kKeys * padded_values_);
+    columns_ = scratch.take<A>(kKeys * padded_);
     w_ = scratch.take<A>(values_ * kFewRows * padded_values_);
   }
 
@@ -58,7 +60,7 @@ class FewRows {
     const int64_t d = round_up(p.dim(), kLanes<A>);
     const int64_t dv = round_up(std::max(p.value_dim(), 1), kLanes<A>);
     return Scratch::bytes_of<A>(kFewRows * d) + Scratch::bytes_of<A>(kKeys * d) +
-           Scratch::bytes_of<A>(kKeys * dv) + Scratch::bytes_of<A>(values * kFewRows * dv);
+           Scratch::bytes_of<A>(kKeys * dv) + Scratch::bytes_of<A>(kKeys * d) + Scratch::bytes_of<A>(values * kFewRows * dv);
   }
 
   // Adds the keys to the sums of the block's rows and to `values`, w^T [values, Dv, kRows].
@@ -95,8 +97,11 @@ class FewRows {
     const Panel<A> k = rows_of(k_, block, block.at.batch, keys, key_head, k_room_);
     alignas(64) A p[kFewRows][kKeys];
     bool any[kFewRows];
+    if (block.count() == 1)
+      products(k, q_rows_, n, p[0]);
+    else
+      products_of_rows(k, block.count(), n, p[0]);
     for (int i = 0; i < block.count(); ++i) {
-      products(k, q_rows_ + i * padded_, n, p[i]);
       scores(block, keys, i, p[i]);
       any[i] = soft_ ? soften(block, keys, i, p[i], sums) : activate(i, p[i], sums);
     }
@@ -132,6 +137,15 @@ class FewRows {
       }
       store(x + j, part[0]);
     }
+  }
+
+  // x [rows, kKeys] of n keys, in lanes; beyond, of whole vectors, 0.
+  void products_of_rows(const Panel<A>& k, int rows, int n, A* x) const {
+    hw::transpose(k.data, k.ld, n, p_.dim(), columns_, kKeys);
+    const int wide = round_up(n, kLanes<A>);
+    clear_columns(columns_, kKeys, p_.dim(), n, wide);
+    multiply<false>(rows, wide, p_.dim(), row_major(static_cast<const A*>(q_rows_), padded_),
+                    static_cast<const A*>(columns_), kKeys, x, kKeys);
   }
 
   // s of x in place; -inf where the row does not see a key.
@@ -242,7 +256,7 @@ class FewRows {
   const bool soft_;
   const int padded_, padded_values_;
   const int64_t values_;
-  A *q_rows_, *k_room_, *v_room_, *w_;
+  A *q_rows_, *k_room_, *v_room_, *columns_, *w_;  // columns: k of a tile, [D, kKeys]
 };
 
 }  // namespace

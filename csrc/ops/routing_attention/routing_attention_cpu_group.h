@@ -35,6 +35,7 @@ class Group {
   template <class Params>
   explicit Group(const Params& p)
       : routing_(p),
+        q_(p.q.template as<const T>()),
         k_(p.k.template as<const T>()),
         v_(p.v.template as<const T>()),
         heads_per_key_(p.group()),
@@ -61,6 +62,13 @@ class Group {
   int64_t row_slot(int64_t i) const { return row_list_.slot[i]; }  // in the group
   int64_t result(int64_t i) const { return result_[i]; }
   int64_t key_token(int64_t j) const { return key_list_.token[j]; }  // -1: a zero key
+
+  // Asks for the tokens of a group that is loaded soon.
+  void prefetch(int64_t batch, int head, int64_t group) const {
+    prefetch_list(routing_.rows, q_, batch, head, group, head);
+    prefetch_list(routing_.keys, k_, batch, head, group, head / heads_per_key_);
+    if (v_) prefetch_list(routing_.keys, v_, batch, head, group, head / heads_per_key_);
+  }
 
   // Goes to a group of a query head.
   void load(int64_t batch, int head, int64_t group) {
@@ -142,6 +150,17 @@ class Group {
     if (ordered_ && !sorted) sort(to);
   }
 
+  static void prefetch_list(const Lists& lists, const Ref<const T, 4>& x, int64_t batch, int head,
+                            int64_t group, int head_of_x) {
+    const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T)), n = lists.cells.size();
+    if (x.stride[3] != 1) return;
+    for (int64_t b = 0; b < lists.blocks.size[3]; ++b)
+      for (int64_t t = 0; t < n; ++t) {
+        const int64_t token = lists.cells.token(lists.blocks(batch, head, group, b), t);
+        if (token >= 0) hw::prefetch(x.at(batch, token, head_of_x), bytes);
+      }
+  }
+
   struct Place {
     int64_t token, slot;
   };
@@ -186,7 +205,7 @@ class Group {
   }
 
   const Routing routing_;
-  const Ref<const T, 4> k_, v_;
+  const Ref<const T, 4> q_, k_, v_;
   const int heads_per_key_;
   const int64_t rows_in_sequence_, most_rows_, most_keys_;
   Mask by_position_;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed rows to listed keys on the CPU.
 //
-//   GroupsForward     a task: some groups of a query head; results go where they belong, no two
+//   GroupsForward     a task: some groups of some query heads; results go where they belong, no two
 //                     tasks write the same
 //   Mean              by slot: o of tokens from w of slots, a task per query head, slots in order
 //   GroupsBackward    a task: a key head, all its groups in their order (or, where heads are few, a
@@ -22,6 +22,7 @@ namespace hw::routing_attention {
 namespace {
 
 constexpr int64_t kRowsOfTask = 512;  // groups of a forward task have about as many rows together
+constexpr int64_t kFarRows = 256;     // longer lists need not be asked for ahead of time
 constexpr int64_t kFewTasks = 8;      // fewer key heads than this: cut the groups into parts
 
 template <class T>
@@ -31,23 +32,41 @@ class GroupsForward {
       : p_(p),
         threads_(threads),
         groups_(p.groups()),
-        at_once_(std::max<int64_t>(kRowsOfTask / std::max<int64_t>(p.rows.slots(), 1), 1)),
-        pieces_(ceil_div(groups_, at_once_)) {}
+        heads_(p.query_heads()),
+        heads_at_once_(part_of_task(p.rows.slots(), heads_)),
+        groups_at_once_(part_of_task(p.rows.slots() * heads_at_once_, groups_)),
+        head_pieces_(ceil_div(heads_, heads_at_once_)),
+        group_pieces_(ceil_div(groups_, groups_at_once_)) {}
 
   void run() {
-    parallel_tasks(p_.batch() * p_.query_heads() * pieces_, threads_,
+    parallel_tasks(p_.batch() * head_pieces_ * group_pieces_, threads_,
                    [&](int64_t task) { work(task); });
   }
 
  private:
+  // How many of `all` parts of so many rows a task takes.
+  static int64_t part_of_task(int64_t rows, int64_t all) {
+    return std::clamp<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1,
+                               std::max<int64_t>(all, 1));
+  }
+
+  // Heads of a group follow each other: their rows are neighbours in memory.
   void work(int64_t task) const {
-    const int64_t pair = task / pieces_, first = task % pieces_ * at_once_;
+    const int64_t batch = task / group_pieces_ / head_pieces_;
+    const int64_t first_head = task % head_pieces_ * heads_at_once_;
+    const int64_t heads = std::min(heads_at_once_, heads_ - first_head);
+    const int64_t first = task / head_pieces_ % group_pieces_ * groups_at_once_;
+    const int64_t count = heads * std::min(groups_at_once_, groups_ - first);
     Group<T> group(p_);
     attention::Forward<T> pass(engine_params(group));
-    for (int64_t g = first; g < std::min(first + at_once_, groups_); ++g) {
-      const int head = static_cast<int>(pair % p_.query_heads());
-      group.load(pair / p_.query_heads(), head, g);
-      if (p_.by_slot && group.rows() < p_.rows.slots()) clear_slots(pair, g);
+    for (int64_t i = 0; i < count; ++i) {
+      const int head = static_cast<int>(first_head + i % heads);
+      const int64_t g = first + i / heads;
+      group.load(batch, head, g);
+      if (i + 1 < count && p_.rows.slots() <= kFarRows)
+        group.prefetch(batch, static_cast<int>(first_head + (i + 1) % heads),
+                       first + (i + 1) / heads);
+      if (p_.by_slot && group.rows() < p_.rows.slots()) clear_slots(batch, head, g);
       for (int64_t begin = 0; begin < group.rows(); begin += kRows)
         pass.run_block(group.block(begin));
     }
@@ -62,16 +81,16 @@ class GroupsForward {
   }
 
   // w of a group's slots is 0 where they have no token.
-  void clear_slots(int64_t pair, int64_t group) const {
+  void clear_slots(int64_t batch, int head, int64_t group) const {
     const Ref<T, 4> w = p_.w.template as<T>();
-    const int64_t slots = p_.rows.slots(), heads = p_.query_heads();
+    const int64_t slots = p_.rows.slots();
     for (int64_t s = group * slots; s < (group + 1) * slots; ++s)
-      for (int64_t d = 0; d < w.size[3]; ++d) w(pair / heads, s, pair % heads, d) = T(0.0f);
+      for (int64_t d = 0; d < w.size[3]; ++d) w(batch, s, head, d) = T(0.0f);
   }
 
   const ForwardParams& p_;
   const int threads_;
-  const int64_t groups_, at_once_, pieces_;
+  const int64_t groups_, heads_, heads_at_once_, groups_at_once_, head_pieces_, group_pieces_;
 };
 
 // o_i = sum of w over the slots of token i / (n_i + eps)

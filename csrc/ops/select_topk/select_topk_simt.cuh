@@ -11,13 +11,12 @@
 // every pass: rows of routing scores stay in L2.
 #pragma once
 
-#include <bit>
-
 #include "ops/select_topk/select_topk.h"
 
 #include "core/device.h"
 #include "core/launch.h"
 #include "core/order.h"
+#include "core/place.h"
 
 namespace hw::select_topk::simt {
 
@@ -102,30 +101,13 @@ struct SelectKernel {
         const int64_t i = begin + dev::thread_index();
         const Key x = i < f.count() ? key(i) : Key{0};
         const bool equal = i < f.count() && x == t.key;
-        const Place e = place_of(equal, smem.equal);
+        const dev::Place e = dev::place_of<kThreads>(equal, smem.equal);
         const bool takes = i < f.count() && (equal ? equals + e.before < t.ties : x > t.key);
-        const Place s = place_of(takes, smem.taken);
+        const dev::Place s = dev::place_of<kThreads>(takes, smem.taken);
         if (takes) to[(count + s.before) * step] = i;
         equals += e.all;
         count += s.all;
       }
-    }
-
-    // Of the threads of the block that say yes: how many there are, and how many before this one.
-    struct Place {
-      int64_t before, all;
-    };
-    HW_DEVICE HW_INLINE Place place_of(bool yes, unsigned* votes) const {
-      const uint32_t ballot = dev::ballot(yes);
-      dev::sync_block();  // everyone has read the votes of the piece before
-      if (dev::lane() == 0) votes[dev::warp()] = static_cast<unsigned>(std::popcount(ballot));
-      dev::sync_block();
-      Place p{std::popcount(ballot & ((1u << dev::lane()) - 1u)), 0};
-      for (int w = 0; w < kWarps; ++w) {
-        if (w < dev::warp()) p.before += votes[w];
-        p.all += votes[w];
-      }
-      return p;
     }
 
     // From the order of the row to (-key, index).

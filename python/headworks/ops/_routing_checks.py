@@ -26,12 +26,17 @@ IMAGE = "[B, Y, X, H, D]"
 
 def require_count(op: str, name: str, n: object, low: int, high: int | None, remedy: str) -> int:
     """A Python integer from low to high."""
-    bounds = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
-        fail(TypeError, op, name, describe(n) if isinstance(n, Tensor) else repr(n), bounds, remedy)
+        got = describe(n) if isinstance(n, Tensor) else repr(n)
+        fail(TypeError, op, name, got, _bounds(low, high), remedy)
     if n < low or (high is not None and n > high):
-        fail(ValueError, op, name, n, bounds, remedy)
+        fail(ValueError, op, name, n, _bounds(low, high), remedy)
     return n  # type: ignore[return-value]
+
+
+def _bounds(low: int, high: int | None) -> str:
+    """In words; only for a call that fails, as torch.compile cannot write a symbolic size."""
+    return f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
 
 
 def require_flag(op: str, name: str, flag: object) -> bool:

@@ -36,7 +36,7 @@ def select_topk(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor
     headworks.reference.select_topk."""
     shape = (*score.shape[:-1], k)
     rows = _rows(score)
-    call = _select if route("select_topk", (score,)) == "direct" else _select_operator
+    call = select_rows if route("select_topk", (score,)) == "direct" else _select_operator
     return call(rows, k, keep_order, backend).reshape(shape)
 
 
@@ -45,7 +45,7 @@ def _rows(score: Tensor) -> Tensor:
     return score.reshape(score.shape[:-1].numel(), score.shape[-1])
 
 
-def _select(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
+def select_rows(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
     """score [R, N] -> int64 [R, k]: select_topk.forward."""
     index = _select_fake(score, k, keep_order, backend)
     if index.numel():
@@ -59,7 +59,7 @@ def _select_fake(score: Tensor, k: int, keep_order: bool, backend: str) -> Tenso
 
 define(
     "select_topk(Tensor score, SymInt k, bool keep_order, str backend) -> Tensor",
-    _select,
+    select_rows,
     _select_fake,
 )
 _select_operator = torch.ops.headworks.select_topk.default
@@ -142,17 +142,6 @@ def bilevel_call(
     """The call that `bilevel_routing_attention` makes, for hw.explain."""
     want = Want(False, *read_outs, skip_dead=False)
     return forward_call(*_bilevel_arguments(q, k, v, *rest), want, backend)
-
-
-def kmeans_route(
-    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
-) -> Tensor:
-    """x [B, S, H, D], centroids [H, K, D] in the accumulation dtype -> int64 [B, H, K, W].
-
-    prefix_length None: the W best of all tokens, W <= S. Otherwise the prefix rule for sequences
-    of that length, S <= prefix_length; empty slots are -1 and come last.
-    """
-    _refuse("kmeans_route", backend)
 
 
 def kmeans_routing_attention(

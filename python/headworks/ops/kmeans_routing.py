@@ -12,6 +12,7 @@ from torch import Tensor
 from .._errors import describe, fail, require_number
 from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, as_written, backend_for
 from ..reference import kmeans_routing as reference
+from . import _kmeans_route_native as route_native
 from . import _routing_native as native
 from ._attention_checks import cast, check_inputs, check_values
 from ._routing_checks import (
@@ -89,6 +90,27 @@ def kmeans_route(
         >>> hw.kmeans_route(x, centroids, window=16).shape
         torch.Size([1, 2, 4, 16])
     """
+    x, mu, window, prefix_length, backend = _checked(
+        x, centroids, window, is_causal_prefix, length, backend
+    )
+    if backend == "reference":
+        causal = prefix_length is not None
+        with as_written(x):
+            return reference.kmeans_route(
+                x, mu, window=window, is_causal_prefix=causal, length=prefix_length
+            )
+    return route_native.kmeans_route(x.detach(), mu, window, prefix_length, backend)
+
+
+def _checked(
+    x: Tensor,
+    centroids: Tensor,
+    window: int,
+    is_causal_prefix: bool,
+    length: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, int, int | None, str]:
+    """x, the centroids in the accumulation dtype, W, the length of the prefix rule, the backend."""
     (x,) = cast(x)
     check_sequence(_ROUTE, "x", x)
     centroids = check_centroids(_ROUTE, centroids, x)
@@ -109,13 +131,24 @@ def kmeans_route(
         _ROUTE, "window", window, 0, most, "A cluster has at most as many members as tokens."
     )
     backend = backend_for(_ROUTE, backend, x)
-    if backend == "reference":
-        with as_written(x):
-            return reference.kmeans_route(
-                x, centroids, window=window, is_causal_prefix=is_causal_prefix, length=length
-            )
     mu = centroids.detach().to(ACCUMULATION[x.dtype])
-    return native.kmeans_route(x.detach(), mu, window, most if is_causal_prefix else None, backend)
+    return x, mu, window, most if is_causal_prefix else None, backend
+
+
+def _native_call(
+    x: Tensor,
+    centroids: Tensor,
+    *,
+    window: int,
+    is_causal_prefix: bool = False,
+    length: int | None = None,
+    backend: str = "auto",
+) -> NativeCall:
+    x, mu, _, _, backend = _checked(x, centroids, window, is_causal_prefix, length, backend)
+    return route_native.kmeans_route_call(x, mu, backend)
+
+
+NATIVE_CALLS[kmeans_route] = _native_call
 
 
 def kmeans_routing_attention(
