@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._errors import describe, fail, require_number
-from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, as_written, backend_for
+from .._native import NATIVE_CALLS, NativeCall, as_written, backend_for, without_products
 from ..reference import bilevel_routing as reference
 from ..reference.bilevel_routing import Grid
 from . import _routing_native as native
@@ -174,7 +174,8 @@ def bilevel_routing_attention(
         scale: of the scores; ``(Hq * D) ** -0.5`` by default, all channels, as in BiFormer.
         mask_padding: hide what lies beyond the image of k.
         return_aux: read-outs of the rows, hw.Aux without mass.
-        backend: "auto", "reference", or a compiled one by name.
+        backend: "auto", "reference", or a compiled one by name. Routing runs without tensor cores
+            whatever the name.
 
     Returns:
         o [B, Y, X, Hq, Dv] in the dtype of the inputs, or (o, AuxResult of [B, Hq, Y, X]).
@@ -253,7 +254,7 @@ def _checked(
     if graph is None:
         graph = bilevel_route(
             q, k, num_regions=num_regions, topk=topk, kv_num_regions=kv_num_regions,
-            backend=backend,
+            backend=without_products(backend),
         )[:, None]  # fmt: skip
     read_outs = aux.lse, aux.entropy, aux.p_max, aux.sq_norm
     return (q, k, v, graph, own, other, scale, mask_padding), read_outs, backend
