@@ -24,8 +24,8 @@ void check_scores(const ScoresParams& p) {
   check(p.q.size[3] == p.k.size[3] && p.a.size[2] == p.q.size[1] && p.a.size[3] == p.k.size[1],
         ErrorKind::value, "bilevel_route: means of ", p.q.size[1], " and ", p.k.size[1],
         " regions, scores of ", p.a.size[2], " x ", p.a.size[3]);
-  check(p.a.size[1] == 1 || p.a.size[1] == p.q.size[2], ErrorKind::value, "bilevel_route: ",
-        p.a.size[1], " graphs for ", p.q.size[2], " heads");
+  check(p.a.size[1] == 1 || p.a.size[1] == p.q.size[2], ErrorKind::value,
+        "bilevel_route: ", p.a.size[1], " graphs for ", p.q.size[2], " heads");
 }
 
 void check_call(int function, const Call& call) {

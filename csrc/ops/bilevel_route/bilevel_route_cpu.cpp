@@ -89,8 +89,7 @@ class Means {
 template <class A>
 class Scores {
  public:
-  explicit Scores(const Call& call)
-      : p_(scores_params(call)), threads_(call.context.num_threads) {}
+  explicit Scores(const Call& call) : p_(scores_params(call)), threads_(call.context.num_threads) {}
 
   void run() const {
     const int64_t graphs = p_.a.size[1];

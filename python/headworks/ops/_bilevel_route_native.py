@@ -58,9 +58,7 @@ def _route_fake(
     return q.new_empty((q.shape[0], *heads, own[0] * own[1], topk), dtype=torch.int64)
 
 
-def _scores(
-    q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backend: str
-) -> Tensor:
+def _scores(q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backend: str) -> Tensor:
     """A [B, Hq | 1, R, Rk]"""
     shape = (q.shape[0], q.shape[3] if per_head else 1, own.regions, other.regions)
     if not (q.numel() and k.numel()):

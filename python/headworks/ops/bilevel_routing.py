@@ -203,17 +203,18 @@ def bilevel_routing_attention(
         q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
         scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
     )  # fmt: skip
-    q, k, v, graph, own, other, scale, mask_padding = given
+    o: Any
     made: Any
     if backend == "reference":
+        q, k, v, lists, own, other, scale, mask_padding = given
         with as_written(q):
             o, made = reference.attend_regions(
-                q, k, v, graph.expand(-1, q.shape[3], -1, -1), own, other, scale, mask_padding
+                q, k, v, lists.expand(-1, q.shape[3], -1, -1), own, other, scale, mask_padding
             )
     else:
         o, *made = native.bilevel_routing_attention(*given, read_outs, backend)
     if return_aux is None:
-        return o
+        return o  # type: ignore[no-any-return]
     return o, AuxResult(*(x if y else None for y, x in zip(read_outs, made[:4], strict=True)))
 
 
