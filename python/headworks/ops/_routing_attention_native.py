@@ -224,7 +224,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 define(
     f"routing_attention_fwd({_SCORE}, {_LISTS}, Tensor v, Tensor? head_gate, {_NUMBERS},"
     " bool want_w, bool want_row, bool want_entropy, bool want_p_max, bool want_sq_norm,"
-    " str backend) -> (Tensor o, Tensor w, Tensor row, Tensor entropy, Tensor p_max, Tensor sq_norm)",
+    " str backend)"
+    " -> (Tensor o, Tensor w, Tensor row, Tensor entropy, Tensor p_max, Tensor sq_norm)",
     _forward,
     _forward_fake,
 )
