@@ -20,6 +20,7 @@ from bench.parts import call_of, cost_of, empty_op, exponent, no_grad, speedup
 from bench.peers import softmax_peers
 from bench.suite import Case, Result, Target
 from bench.timing import Call
+from headworks.cost import cost
 
 D = 64
 SHAPE = {"cpu": {"B": 1, "H": 8, "D": D}, "cuda": {"B": 4, "H": 8, "D": D}}

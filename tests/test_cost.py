@@ -166,6 +166,8 @@ def test_moh_attention_costs_its_share_of_attention():
     # of 3 in 4 rows q, do, o and lse; of all dq, the gate and its gradient
     assert back.bytes == 4 * (rows * 3 * (16 + 2 * 24 + 1) // 4 + rows * (16 + 2) + 2 * keys)
     assert cost("moh_attention", **shape).flops == cost("attention", **shape).flops
+
+
 def test_kmeans_route():
     total = cost("kmeans_route", B=2, S=100, H=3, K=5, D=8, W=7, dtype="bf16")
     tokens, centroids, members = 2 * 100 * 3 * 8, 3 * 5 * 8, 2 * 3 * 5 * 7

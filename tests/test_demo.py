@@ -184,7 +184,7 @@ def test_the_time_limit_stops_the_training(text_file, tmp_path, capsys):
 def test_the_learning_rate_has_decayed_when_the_time_is_up(monkeypatch):
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: 0.25 * next(ticks))
-    monkeypatch.setattr("headworks.cli.demo_train.time", clock)
+    monkeypatch.setattr("headworks.cli.training.time", clock)
     trainer = _trainer(torch.randint(97, 105, (2000,), dtype=torch.uint8), steps=100000)
     assert trainer.train(20, lambda: False, lambda _: None) == "time"
     peak = trainer.recipe.learning_rate

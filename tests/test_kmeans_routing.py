@@ -19,8 +19,8 @@ from identities import Refused, allocates_nothing, randn
 from routing_checks import (
     cases_of,
     check_example,
-    check_no_kernel,
     check_reference,
+    on_both_backends,
     routing_transformer,
 )
 from specs import kmeans_routing_attention as spec
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.operator
 F64, F32 = torch.float64, torch.float32
 route = functools.partial(hw.kmeans_route, backend="reference")
 attend = functools.partial(hw.kmeans_routing_attention, backend="reference")
+on_both = on_both_backends(globals(), attend=hw.kmeans_routing_attention)
 full = functools.partial(hw.attention, backend="reference")
 
 
@@ -75,6 +76,7 @@ def by_slots(q, k, v, q_index, k_index, causal=False, mask_self=False, eps=0.0):
 @pytest.mark.parametrize(
     "sizes", ({}, {"h": 4, "hk": 2}, {"s": 12, "sk": 20}, {"s": 20, "sk": 12}), ids=str
 )
+@pytest.mark.usefixtures("on_both")
 def test_is_the_definition(sizes, causal, mask_self):
     q, k, v = inputs(**sizes)
     lists = []
@@ -89,6 +91,7 @@ def test_is_the_definition(sizes, causal, mask_self):
 
 @pytest.mark.parametrize("heads", ((2, 2), (4, 2)), ids=str)
 @pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.usefixtures("on_both")
 def test_one_cluster_of_all_tokens_is_full_attention(causal, heads):
     q, k, v = inputs(h=heads[0], hk=heads[1], b=2)
     everyone = torch.arange(20).expand(2, heads[0], 1, 20)
@@ -100,6 +103,7 @@ def test_one_cluster_of_all_tokens_is_full_attention(causal, heads):
     compare(attend(q, k, v, q_index=shuffled, is_causal=causal, mean_eps=0.5), o * 3 / 3.5, F64)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_fewer_queries_than_keys_are_the_last_ones():
     q, k, v = inputs(s=5, sk=20)
     rows, keys = torch.arange(5).expand(1, 2, 1, 5), torch.arange(20).expand(1, 2, 1, 20)
@@ -107,6 +111,7 @@ def test_fewer_queries_than_keys_are_the_last_ones():
     compare(o, full(q, k, v, is_causal=True), F64)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_tokens_in_no_cluster():
     """Output 0, gradients 0, and never read."""
     q, k, v = inputs()
@@ -123,6 +128,7 @@ def test_tokens_in_no_cluster():
         assert (grad[:, member] != 0).all()
 
 
+@pytest.mark.usefixtures("on_both")
 def test_a_token_twice_counts_twice():
     q, k, v = inputs(h=1)
     once = torch.tensor([[2, 5, 9]])[None, None]
@@ -136,6 +142,7 @@ def test_a_token_twice_counts_twice():
     compare(attend(q, k, v, q_index=twice, k_index=once), attend(q, k, v, q_index=once), F64)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_a_row_sees_itself_only_if_nothing_else():
     q, _, v = inputs(h=1)
     index = torch.tensor([[3, 8, 12], [15, -1, -1]])[None, None]
@@ -147,6 +154,7 @@ def test_a_row_sees_itself_only_if_nothing_else():
     compare(huge[0, 8], v[0, 3], F64)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_no_value_leakage():
     """Earlier outputs do not depend on later values, queries and keys, for given clusters."""
     q, k, v = inputs()
@@ -158,6 +166,7 @@ def test_no_value_leakage():
 
 
 @pytest.mark.parametrize("mask_self", (True, False))
+@pytest.mark.usefixtures("on_both")
 def test_gradcheck(mask_self):
     tensors = [t.requires_grad_() for t in inputs(s=7, d=2, dv=2)]
     index = torch.tensor([[0, 3, 5, -1], [5, 1, 3, 3], [6, -1, -1, -1]]).expand(1, 2, 3, 4)
@@ -166,6 +175,7 @@ def test_gradcheck(mask_self):
     compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_autocast():
     q, k, v = (t.float() for t in inputs())
     _, mu, index = routed()
@@ -176,6 +186,7 @@ def test_autocast():
     assert_same_bits(other, route(half[0], mu, window=8))
 
 
+@pytest.mark.usefixtures("on_both")
 def test_compiles():
     q, k, v = inputs()
     _, mu, _ = routed()
@@ -266,6 +277,7 @@ def lucidrains(**options):
 
 
 @pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.usefixtures("on_both")
 def test_parity_with_routing_transformer_shared(causal):
     made, mu = lucidrains(causal=causal, shared_qk=True)
     q, _, v = inputs(dv=4, b=2)
@@ -277,6 +289,7 @@ def test_parity_with_routing_transformer_shared(causal):
     compare(o, expected.transpose(1, 2), F64)
 
 
+@pytest.mark.usefixtures("on_both")
 def test_parity_with_routing_transformer_apart():
     made, mu = lucidrains()
     q, k, v = inputs(dv=4, b=2)
@@ -300,16 +313,6 @@ def test_parity_with_routing_transformer_update():
 )
 def test_examples(function):
     check_example(function)
-    compare(torch.ones(1), torch.ones(1), F32)
-
-
-def test_without_a_kernel():
-    q, k, v = inputs()
-    _, _, index = routed()
-    check_no_kernel(
-        "kmeans_routing_attention",
-        lambda b: hw.kmeans_routing_attention(q, k, v, q_index=index, backend=b),
-    )
     compare(torch.ones(1), torch.ones(1), F32)
 
 

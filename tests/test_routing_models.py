@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from headworks import models
-from headworks.models import RoutingConfig, RoutingLM, biformer
+from headworks.models import (
+    ByteTokenizer,
+    RoutingConfig,
+    RoutingLM,
+    biformer,
+    load_checkpoint,
+    save_checkpoint,
+)
 from headworks.nn import BiLevelRoutingAttention
 
 # Names of the official checkpoints, by part.
@@ -203,6 +210,38 @@ def test_routing_lm_learns(prefix):
     assert losses[-1] < 0.6 * losses[0]
     assert all(bool(block.mixer.initialized) for block in model.blocks)
     assert model.pop_loss() == 0
+
+
+@pytest.mark.parametrize("options", ({}, {"shared_qk": False, "tie_embeddings": False}), ids=str)
+def test_routing_lm_checkpoint_round_trip(options, tmp_path):
+    """Centroids that have moved are weights too: without them other tokens would be members."""
+    model, tokens = language_model(**options).train(), torch.randint(61, (2, 40))
+    model(tokens)
+    save_checkpoint(tmp_path / "model.pt", model.eval(), tokenizer=ByteTokenizer())
+    loaded = load_checkpoint(tmp_path / "model.pt", backend="reference")
+    other = loaded.model.eval()
+    assert type(other) is RoutingLM and other.config == model.config
+    assert other.num_parameters() == model.num_parameters()
+    assert all(p.requires_grad for p in other.parameters())
+    assert isinstance(loaded.tokenizer, ByteTokenizer)
+    with torch.no_grad():
+        expected = model(tokens)
+        assert torch.equal(other(tokens), expected)
+        for block in other.blocks:
+            block.mixer.centroids.copy_(-block.mixer.centroids)
+        assert not torch.equal(other(tokens), expected)
+
+
+def test_a_loaded_routing_lm_keeps_its_centroids_in_training(tmp_path):
+    """They are not set anew from the first batch, and go on from where they were."""
+    model, tokens = language_model().train(), torch.randint(61, (2, 40))
+    model(tokens)
+    save_checkpoint(tmp_path / "model.pt", model)
+    other = load_checkpoint(tmp_path / "model.pt", backend="reference").model.train()
+    for each in (model, other):
+        each(tokens.flip(1))
+    for a, b in zip(model.blocks, other.blocks, strict=True):
+        assert b.mixer.initialized and torch.equal(a.mixer.centroids, b.mixer.centroids)
 
 
 def test_routing_config():

@@ -64,6 +64,12 @@ def _other_backend(op: str, backend: str, x: Tensor) -> str:
     return backend
 
 
+def without_products(backend: str) -> str:
+    """The backend for the steps of a call that are no matrix products: simt for tensor cores."""
+    family, separator, name = backend.rpartition(":")
+    return f"{family}{separator}simt" if name in ("sm80", "sm90") else backend
+
+
 def route(op: str, tensors: Sequence[Maybe]) -> str:
     """How a validated call is made:
 

@@ -458,6 +458,8 @@ def _moh_attention(
         moved = e * (chosen * (D + 2 * dv) + rows * D + 2 * shared) + a * (chosen + 2 * rows)
         return Cost(2 * (3 * D + 2 * dv) * pairs, moved, 2)
     return Cost(2 * (D + dv) * pairs, e * (chosen * D + rows * dv + shared) + a * rows, 1)
+
+
 def _kmeans_route(
     *, S: int, H: int, D: int, K: int, W: int, B: int = 1, dtype: Any = "float32"
 ) -> Cost:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 import headworks as hw
 from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, Spec
 
 from . import bilevel_routing_attention as attention
-from .select_topk import no_operators, one_hot
+from .select_topk import one_hot
 
 
 def case(*args, per_head=False, equal=False, **sizes):
@@ -39,6 +41,17 @@ def run(tensors, case, backend):
     graph = hw.bilevel_route(q, k, backend=backend, **case.options)
     return {"graph": one_hot(graph, grid_of(k, case.sizes["kv_regions"]).regions)}
 
+
+def operators(tensors, case):
+    """The torch operators with the arguments this case gives them, for opcheck."""
+    q, k, own, other, *rest = attention.module._checked_route(
+        tensors["q"], tensors["k"], **DEFAULTS | case.options, backend="cpu"
+    )
+    arguments = (q, k, list(own), list(other), *rest[:-1], "auto")
+    return [(torch.ops.headworks.bilevel_route.default, arguments)]
+
+
+DEFAULTS = {"num_regions": (7, 7), "kv_num_regions": None, "per_head": False}
 
 CASES = (
     *(case(topk=t, per_head=p) for t in (1, 4, 49) for p in (True, False)),
@@ -89,5 +102,5 @@ SPEC = Spec(
     benchmark_cases=BENCHMARK_CASES,
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
-    operators=no_operators,
+    operators=operators,
 )

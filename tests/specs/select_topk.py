@@ -56,11 +56,6 @@ def operators(tensors, case):
     return [(torch.ops.headworks.select_topk.default, arguments)]
 
 
-def no_operators(tensors, case):
-    """The torch operators are defined together with the kernels."""
-    return []
-
-
 CASES = (
     *(case(N=n, k=k) for n, k in ((0, 0), (1, 0), (1, 1), (5, 5), (63, 7), (64, 64), (65, 1))),
     *(case(N=1000, k=k, order=o) for k in (1, 31, 500, 999, 1000) for o in (True, False)),

@@ -60,7 +60,8 @@ class FewRows {
     const int64_t d = round_up(p.dim(), kLanes<A>);
     const int64_t dv = round_up(std::max(p.value_dim(), 1), kLanes<A>);
     return Scratch::bytes_of<A>(kFewRows * d) + Scratch::bytes_of<A>(kKeys * d) +
-           Scratch::bytes_of<A>(kKeys * dv) + Scratch::bytes_of<A>(kKeys * d) + Scratch::bytes_of<A>(values * kFewRows * dv);
+           Scratch::bytes_of<A>(kKeys * dv) + Scratch::bytes_of<A>(kKeys * d) +
+           Scratch::bytes_of<A>(values * kFewRows * dv);
   }
 
   // Adds the keys to the sums of the block's rows and to `values`, w^T [values, Dv, kRows].

@@ -86,6 +86,7 @@ class Forward {
         threads_(threads),
         v_(p_.v.as<const T>()),
         soft_(is_softmax(p_.activation)),
+        reads_out_(p_.row || p_.entropy || p_.p_max || p_.sq_norm || p_.mass),
         value_dim_(p_.value_dim()),
         heads_(p_.query_heads()),
         panels_(cuts && shared_scores() ? std::min(p_.batch(), kPanels) : 1),
@@ -343,9 +344,10 @@ class Forward {
     const A top = r.max[i], weights = r.sum[i];
     const A total = one_more ? weights + std::exp(-top) : weights;
     const bool some = total != 0;
+    const A inverse = some ? 1 / total : A(0);
+    if (!reads_out_) return moved * inverse;
     const A log_total = std::log(total);
     const A row = state.dead ? kInfinity<A> : some ? top + log_total : -kInfinity<A>;
-    const A inverse = some ? 1 / total : A(0);
     put(p_.row, block, i, row);
     put(p_.entropy, block, i, some ? (weights * log_total - r.tilt[i]) * inverse : A(0));
     put(p_.p_max, block, i, some && before != -kInfinity<A> ? std::exp(before - row) : A(0));
@@ -377,8 +379,8 @@ class Forward {
     }
     if (p_.identity_mix) {
       const A u = p_.identity_mix.template as<const A>()(batch, block.head);
-      widen(v_row, v_.at(batch, block.key(block.place(i)), block.head / p_.group()),
-            value_dim_, v_.stride[3]);
+      widen(v_row, v_.at(batch, block.key(block.place(i)), block.head / p_.group()), value_dim_,
+            v_.stride[3]);
       for (int d = 0; d < value_dim_; ++d) w[d] = (1 - u) * w[d] + u * v_row[d];
     }
     if (p_.head_gate) {
@@ -392,7 +394,7 @@ class Forward {
   const ForwardParams p_;
   const int threads_;
   const Ref<const T, 4> v_;
-  const bool soft_;
+  const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
   const int value_dim_, heads_;
   const int64_t panels_, groups_, blocks_, tasks_;
   int64_t spans_ = 1, span_ = 0;

@@ -38,10 +38,10 @@ struct Block {
   Mask mask;
   int head;
   Range rows;
-  const int64_t* places = nullptr;  // rows of the sequence, increasing; null: all of them
-  const Range* seen = nullptr;      // keys that each row sees, in place of the mask; ends never
-                                    // decrease
-  const Range* self = nullptr;      // keys that are the row itself (kSelf); null: it is no matter
+  const int64_t* places = nullptr;   // rows of the sequence, increasing; null: all of them
+  const Range* seen = nullptr;       // keys that each row sees, in place of the mask; ends never
+                                     // decrease
+  const Range* self = nullptr;       // keys that are the row itself (kSelf); null: it is no matter
   const int64_t* results = nullptr;  // where results of each row lie; null: at row()
 
   int count() const { return static_cast<int>(rows.count()); }

@@ -171,12 +171,11 @@ class Walk {
     if (p_.d_bias && !shares_bias(p_)) add_bias_gradient(p_.d_bias, block, keys, ds_);
     if (p_.d_key_bias) add_key_bias(block, keys);
     if (tile_.shapes_gradients()) shape(block, keys);
-    multiply<true>(n, padded_, steps<E>(rows), tile_.dc_over_rows(ds_, n), q_,
-                   tile_.padded(), sums.d_k + at * sums.d_k_ld, sums.d_k_ld);
+    multiply<true>(n, padded_, steps<E>(rows), tile_.dc_over_rows(ds_, n), q_, tile_.padded(),
+                   sums.d_k + at * sums.d_k_ld, sums.d_k_ld);
     const Panel<E> k = tile_.k_over_keys(keys);
-    multiply<true>(rows, padded_, steps<E>(n),
-                   hw::transposed(tile_.over_keys(ds_, n), kRows), k.data, k.ld, d_q_,
-                   padded_);
+    multiply<true>(rows, padded_, steps<E>(n), hw::transposed(tile_.over_keys(ds_, n), kRows),
+                   k.data, k.ld, d_q_, padded_);
   }
 
   void add_key_bias(const Block& block, const Range& keys) {

@@ -15,13 +15,6 @@ namespace {
 enum Function { kForward = 0, kBackward = 1 };
 constexpr const char* kFunctions[] = {"forward", "backward"};
 
-Cells read_cells(Arguments& a) {
-  Cells c;
-  c.columns = a.integer(), c.height = a.integer(), c.width = a.integer();
-  c.rows_of_image = a.integer(), c.columns_of_image = a.integer();
-  return c;
-}
-
 void read_lists(Arguments& a, Routing& r) {
   r.rows.blocks = a.output<4>().as<const int64_t>();
   r.keys.blocks = a.output<4>().as<const int64_t>();

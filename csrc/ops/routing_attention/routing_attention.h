@@ -37,6 +37,8 @@
 
 #include "ops/attention/attention.h"
 
+#include "core/cells.h"
+
 namespace hw::routing_attention {
 
 using attention::Mask;
@@ -44,25 +46,6 @@ using attention::Range;
 
 // exp(kSelfScore - L) is 0 beside any other key; finite, so that a row alone attends to itself.
 inline constexpr double kSelfScore = -5e4;
-
-// How an image is cut into cells. The cells of the last row and column may reach beyond it.
-struct Cells {
-  int64_t columns = 1;            // cells in a row of cells
-  int64_t height = 1, width = 1;  // of a cell
-  int64_t rows_of_image = 1, columns_of_image = 1;
-
-  HW_HOST_DEVICE int64_t size() const { return height * width; }
-  HW_HOST_DEVICE int64_t count() const { return columns * ceil_div(rows_of_image, height); }
-  HW_HOST_DEVICE bool single() const { return height * width == 1; }  // a block is a token
-
-  // Token of place t of a cell; -1 where there is none.
-  HW_HOST_DEVICE int64_t token(int64_t block, int64_t t) const {
-    if (block < 0) return -1;
-    const int64_t y = block / columns * height + t / width;
-    const int64_t x = block % columns * width + t % width;
-    return y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1;
-  }
-};
 
 // Lists of rows or of keys: absent, all tokens in their order are the one list.
 struct Lists {

@@ -111,7 +111,8 @@ class Mean {
   void average(int64_t batch, int head) const {
     const Ref<const T, 4> w = p_.w.template as<const T>();
     const Ref<T, 4> o = p_.o.template as<T>();
-    const int64_t tokens = p_.q.size[1], width = o.size[3], padded = round_up<int64_t>(width, kLanes<A>);
+    const int64_t tokens = p_.q.size[1], width = o.size[3],
+                  padded = round_up<int64_t>(width, kLanes<A>);
     Buffer memory;
     memory.reserve((tokens + 1) * (padded + 1) * static_cast<int64_t>(sizeof(A)));
     A* sums = reinterpret_cast<A*>(memory.data());  // [tokens, padded]

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +19,8 @@ from .demo_checks import DEFAULT_CONTEXTS, DEFAULT_MINUTES, DemoError, Plan, mak
 from .demo_decode import DecodeRow, measure_decode, stream_text
 from .demo_plots import plot_decode, plot_training
 from .demo_train import RECIPES, Trainer
+from .progress import ctrl_c, progress
+from .training import fastest_threads
 
 # Seconds of the time limit that are kept for what follows the training.
 _RESERVE = 25.0
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     trainer = _trainer(plan)
     try:
-        with _fastest_threads(trainer):
+        with fastest_threads(trainer):
             return _demo(plan, trainer, start)
     except KeyboardInterrupt:
         _save(plan, trainer)
@@ -98,17 +96,6 @@ def _demo(plan: Plan, trainer: Trainer, start: float) -> int:
     _write_json(plan, results)
     say(f"\n{results['total_seconds']:.0f} s. Files in {plan.out}: {', '.join(_files(plan))}")
     return 0
-
-
-@contextmanager
-def _fastest_threads(trainer: Trainer) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if trainer.model.device.type == "cpu":
-            torch.set_num_threads(trainer.fastest_threads())
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _trainer(plan: Plan) -> Trainer:
@@ -146,68 +133,13 @@ def _train(plan: Plan, trainer: Trainer, start: float, say: Callable[..., None])
     seconds = None
     if plan.minutes is not None:
         seconds = max(60 * plan.minutes - _RESERVE - (time.monotonic() - start), 1.0)
-    with _ctrl_c() as stopped, _progress(plan, trainer) as report:
+    with ctrl_c() as stopped, progress(trainer, plan.quiet) as report:
         ended = trainer.train(seconds, stopped, report)
-    measured = trainer.val_curve and trainer.val_curve[-1][0] == trainer.step
-    if ended != "interrupted" and not measured:
-        trainer.val_curve.append([trainer.step, trainer.validate()])
+    if ended != "interrupted":
+        trainer.final_figure()
     if ended == "time":
         say(f"time limit: stopped after {trainer.step} of {trainer.steps} steps")
     return ended
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only asks for a stop, which comes between two steps; a second one interrupts."""
-    asked = False
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = signal.signal(signal.SIGINT, on_signal)
-    except ValueError:  # not in the main thread: nothing to catch here
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _progress(plan: Plan, trainer: Trainer) -> Iterator[Callable[[Trainer], None]]:
-    """A progress bar with tqdm, now and then a line without it, nothing if quiet."""
-    if plan.quiet:
-        yield _silent
-    elif importlib.util.find_spec("tqdm") is None:
-        print("no progress bar: tqdm is missing (pip install 'headworks[demo]')")
-        yield _print_progress
-    else:
-        from tqdm import tqdm
-
-        with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step") as bar:
-
-            def update(now: Trainer) -> None:
-                bar.set_postfix_str(_bits(now), refresh=False)
-                bar.update(1)
-
-            yield update
-
-
-def _print_progress(trainer: Trainer) -> None:
-    if trainer.step % max(trainer.steps // 20, 1) == 0 or trainer.step == trainer.steps:
-        print(f"step {trainer.step}/{trainer.steps}, {trainer.seconds:.0f} s: {_bits(trainer)}")
-
-
-def _bits(trainer: Trainer) -> str:
-    bits = f"loss {trainer.train_curve[-1][1]:.2f}"
-    if trainer.val_curve:
-        bits += f", validation {trainer.val_curve[-1][1]:.2f}"
-    return bits + " bits/byte"
 
 
 def _save(plan: Plan, trainer: Trainer) -> None:

@@ -57,13 +57,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise DemoError(
             "the plots need matplotlib: pip install 'headworks[demo]', or give --no-plots"
         )
-    device = _device(args.device)
-    name, text = _text(args.text)
+    device = choose_device(args.device)
+    name, text = read_text(args.text)
     checkpoint = _checkpoint(args.resume, device)
     size = _size(args.size, checkpoint, device)
     recipe = RECIPES[size]
     trained = {} if checkpoint is None else checkpoint.extra["training"]
-    train_text, val_text = _split(name, text, recipe.length)
+    train_text, val_text = split_text(name, text, recipe.length)
     _check_kernels(device)
     minutes = args.minutes
     if minutes is None and args.steps is None and device.type == "cpu" and size == "tiny":
@@ -117,7 +117,8 @@ def _contexts(given: str) -> tuple[int, ...]:
     return contexts
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -134,7 +135,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _text(path: Path | None) -> tuple[str, bytes]:
+def read_text(path: Path | None) -> tuple[str, bytes]:
+    """Name and bytes of a UTF-8 file, or of Python's own documentation."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -158,7 +160,7 @@ def _text(path: Path | None) -> tuple[str, bytes]:
     return str(path), content
 
 
-def _split(name: str, text: bytes, length: int) -> tuple[Tensor, Tensor]:
+def split_text(name: str, text: bytes, length: int) -> tuple[Tensor, Tensor]:
     """The text without its last tenth, and that tenth."""
     least = math.ceil((length + 1) / HELD_OUT)
     if len(text) < least:

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .demo_decode import DecodeRow
 
-_BASED, _SOFTMAX, _QUIET = "#1b6ca8", "#d1495b", "#9aa5b1"
+BLUE, RED, QUIET = "#1b6ca8", "#d1495b", "#9aa5b1"
 _MODELS = {
-    "BASED": (_BASED, "BASED (state of fixed size)"),
-    "softmax": (_SOFTMAX, "softmax (key-value cache)"),
+    "BASED": (BLUE, "BASED (state of fixed size)"),
+    "softmax": (RED, "softmax (key-value cache)"),
 }
 
 
@@ -20,28 +21,28 @@ def plot_training(
     path: Path, train_curve: list[list[float]], val_curve: list[list[float]], title: str
 ) -> None:
     """Bits per byte against the step: every step, their running mean, and the held-out text."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     steps, bits = zip(*train_curve, strict=True)
-    axes.plot(steps, bits, color=_QUIET, linewidth=0.7, alpha=0.6, label="training, each step")
-    axes.plot(steps, _running_mean(bits), color=_BASED, linewidth=2, label="training, running mean")
+    axes.plot(steps, bits, color=QUIET, linewidth=0.7, alpha=0.6, label="training, each step")
+    axes.plot(steps, running_mean(bits), color=BLUE, linewidth=2, label="training, running mean")
     if val_curve:
         val_steps, val_bits = zip(*val_curve, strict=True)
-        axes.plot(val_steps, val_bits, "o-", color=_SOFTMAX, markersize=5, label="held-out text")
+        axes.plot(val_steps, val_bits, "o-", color=RED, markersize=5, label="held-out text")
         axes.annotate(
             f"{val_bits[-1]:.2f}", (val_steps[-1], val_bits[-1]), xytext=(0, 12),
-            textcoords="offset points", ha="right", color=_SOFTMAX, fontweight="bold",
+            textcoords="offset points", ha="right", color=RED, fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="bits per byte", title=title, xlim=(0, None))
     axes.set_ylim(0.95 * min(bits[len(bits) // 2 :]), 1.02 * max(bits))
     axes.legend(frameon=False)
-    _finish(plt, figure, [axes], path)
+    finish(plt, figure, [axes], path)
 
 
 def plot_decode(path: Path, rows: list[DecodeRow], title: str) -> None:
     """Decode speed and state memory against the length of the context."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4.3), layout="constrained")
     contexts = [row.context for row in rows]
     for axes in (speed, memory):
@@ -63,10 +64,11 @@ def plot_decode(path: Path, rows: list[DecodeRow], title: str) -> None:
     memory.minorticks_off()
     speed.legend(frameon=False, loc="lower left")
     figure.suptitle(title)
-    _finish(plt, figure, [speed, memory], path)
+    finish(plt, figure, [speed, memory], path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +87,8 @@ def _curve(axes: Any, x: list[int], y: list[float], name: str) -> None:
         )  # fmt: skip
 
 
-def _finish(plt: Any, figure: Any, panels: list[Any], path: Path) -> None:
+def finish(plt: Any, figure: Any, panels: list[Any], path: Path) -> None:
+    """Grid and frame of the panels, and the file."""
     for axes in panels:
         axes.grid(True, color="#e5e9ee", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -94,7 +97,7 @@ def _finish(plt: Any, figure: Any, panels: list[Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _running_mean(values: tuple[float, ...]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """Mean over a fortieth of the run to either side of each step, as far as there are values."""
     reach = len(values) // 40
     return [statistics.fmean(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))]

@@ -17,12 +17,14 @@ import torch
 from .base import LanguageModel
 from .based import BasedLM
 from .config import BasedConfig, SoftmaxConfig
+from .routing import RoutingConfig, RoutingLM
 from .softmax import SoftmaxLM
 from .tokenizer import TOKENIZERS, ByteTokenizer
 
 FORMAT = "headworks checkpoint 1"
 _MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "BasedLM": (BasedLM, BasedConfig),
+    "RoutingLM": (RoutingLM, RoutingConfig),
     "SoftmaxLM": (SoftmaxLM, SoftmaxConfig),
 }
 
@@ -64,8 +66,13 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Checkpoint:
-    """Reads what :func:`save_checkpoint` wrote, the model on ``device``."""
+def load_checkpoint(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Any
+) -> Checkpoint:
+    """Reads what :func:`save_checkpoint` wrote, the model on ``device``.
+
+    ``options`` are arguments of the model beside its config, as ``backend`` of a RoutingLM.
+    """
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except OSError:
@@ -80,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
             "was it written by a newer headworks?"
         )
     model_type, config_type = _MODELS[content["model"]]
-    model = model_type(config_type.from_dict(content["config"]), device="meta")
+    model = model_type(config_type.from_dict(content["config"]), device="meta", **options)
     model.load_state_dict(content["state_dict"], assign=True)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.embeddings.word_embeddings.weight

@@ -12,6 +12,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._native import without_products
 from ..ops.attention import attention
 from ..ops.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
 from ..reference.kmeans_routing import similarity
@@ -338,10 +339,12 @@ class KMeansRoutingAttention(nn.Module):
         if self.is_causal_prefix:
             return kmeans_route(
                 routed, self.centroids, window=self.window, is_causal_prefix=True,
-                length=self.length, backend=self.backend,
+                length=self.length, backend=without_products(self.backend),
             )  # fmt: skip
         window = min(self.window, routed.shape[1])
-        return kmeans_route(routed, self.centroids, window=window, backend=self.backend)
+        return kmeans_route(
+            routed, self.centroids, window=window, backend=without_products(self.backend)
+        )
 
     def _within(self, q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return kmeans_routing_attention(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention by lists: how a validated call is made, and what torch does around its backward pass.
 
-    by slot     d_w_i = d_o_i / (n_i + eps), n_i slots that hold token i
-    with gate   d_w_i = g_i d_o_i      D_i = <d_w_i, w_i>          d_g_i = <d_o_i, w_i>
-    otherwise   d_w_i = d_o_i          D_i = <d_o_i, w_i>
+by slot     d_w_i = d_o_i / (n_i + eps), n_i slots that hold token i
+with gate   d_w_i = g_i d_o_i      D_i = <d_w_i, w_i>          d_g_i = <d_o_i, w_i>
+otherwise   d_w_i = d_o_i          D_i = <d_o_i, w_i>
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import _routing_attention_native as native
 from ._attention_autograd import row_dot, zeros
 from ._attention_native import Want
 from ._attention_score import TENSORS, Score
-from ._routing_attention_native import NUMBERS, Routing, packed
+from ._routing_attention_native import Routing, packed
 
 NO_READ_OUTS = (False, False, False, False)
 
@@ -50,8 +50,9 @@ def attend(
 
 def _wanted(routing: Routing, w: bool, read_outs: tuple[bool, ...]) -> Want:
     """By slot, o is made from w, and the row statistic is left for the backward pass."""
-    lse, *others = read_outs
-    return Want(w or routing.by_slot, lse or routing.by_slot, *others, skip_dead=False)
+    lse, entropy, p_max, sq_norm = read_outs
+    by_slot = routing.by_slot
+    return Want(w or by_slot, lse or by_slot, entropy, p_max, sq_norm, skip_dead=False)
 
 
 def _forward(

@@ -194,14 +194,18 @@ def packed(score: Score, routing: Routing, *others: Any) -> tuple[Any, ...]:
     return *score.tensors, routing.rows, routing.keys, *others, *score.numbers, *cells, *routing[4:]
 
 
+def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want:
+    return Want(w, row, entropy, p_max, sq_norm, skip_dead=False)
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     score, routing, (v, gate, *want, backend) = _unpacked(arguments, 2)
-    return fixed_arity(forward(score, v, gate, routing, Want(*want, skip_dead=False), backend), score.q)
+    return fixed_arity(forward(score, v, gate, routing, _want(*want), backend), score.q)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     score, routing, (v, _gate, *want, _backend) = _unpacked(arguments, 2)
-    return fixed_arity(outputs(score, v, routing, Want(*want, skip_dead=False)), score.q)
+    return fixed_arity(outputs(score, v, routing, _want(*want)), score.q)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -219,7 +223,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 define(
     f"routing_attention_fwd({_SCORE}, {_LISTS}, Tensor v, Tensor? head_gate, {_NUMBERS},"
-    " bool want_w, bool want_row, bool want_entropy, bool want_p_max, bool want_sq_norm, str backend)"
+    " bool want_w, bool want_row, bool want_entropy, bool want_p_max, bool want_sq_norm,"
+    " str backend)"
     " -> (Tensor o, Tensor w, Tensor row, Tensor entropy, Tensor p_max, Tensor sq_norm)",
     _forward,
     _forward_fake,

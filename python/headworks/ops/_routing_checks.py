@@ -155,13 +155,13 @@ def check_range(op: str, name: str, index: Tensor, low: int, end: int, remedy: s
         return
     if not index.is_cpu or not index.numel():
         return
-    least, most = index.aminmax()
+    least, most = (int(x) for x in index.aminmax())
     if least < low or most >= end:
         fail(
             ValueError,
             op,
             name,
-            f"from {int(least)} to {int(most)}",
+            f"from {least} to {most}",
             f"indices from {low} to {end - 1}",
             remedy,
         )

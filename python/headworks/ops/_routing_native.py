@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._native import Maybe, NativeCall, as_written, define, route, run, widen
-from ..reference.bilevel_routing import Grid, region_scores
+from .._native import Maybe, NativeCall, define, route, run, widen
+from ..reference.bilevel_routing import Grid
 from ._attention_native import Want
 from ._attention_score import Score
 from ._routing_attention import NO_READ_OUTS, attend
@@ -72,19 +72,6 @@ def select_topk_call(score: Tensor, k: int, keep_order: bool, backend: str) -> N
     return "select_topk.forward", backend, [rows, index, None], (keep_order,)
 
 
-def bilevel_route(
-    q: Tensor, k: Tensor, own: Grid, other: Grid, topk: int, per_head: bool, backend: str
-) -> Tensor:
-    """q [B, Y, X, Hq, D], k [B, Yk, Xk, H, D] -> int64 [B, R, topk] or [B, Hq, R, topk].
-
-    `own` cuts the image of q into R regions, `other` that of k into Rk; 1 <= topk <= Rk. Means and
-    their products are torch's; the selection is ours.
-    """
-    with as_written(q):
-        scores = region_scores(q, k, own, other, per_head)
-    return select_topk(scores, topk, False, backend)
-
-
 def bilevel_routing_attention(
     q: Tensor,
     k: Tensor,
@@ -108,8 +95,8 @@ def bilevel_routing_attention(
     o, *rest = attend("bilevel_routing_attention", *arguments, read_outs, backend)
     assert o is not None
     image = q.shape[1:3]
-    made = [None if x is None else x.unflatten(2, image) for x in rest]
-    return o.unflatten(1, image)[..., : v.shape[4]], *made
+    made = [None if x is None else x.view(*x.shape[:2], *image) for x in rest]
+    return o.view(len(o), *image, *o.shape[2:])[..., : v.shape[4]], *made
 
 
 def _bilevel_arguments(
@@ -137,10 +124,16 @@ def _bilevel_arguments(
 
 
 def bilevel_call(
-    q: Tensor, k: Tensor, v: Tensor, *rest: Any, read_outs: tuple[bool, ...], backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
+    read_outs: tuple[bool, bool, bool, bool],
+    backend: str,
 ) -> NativeCall:
     """The call that `bilevel_routing_attention` makes, for hw.explain."""
-    want = Want(False, *read_outs, skip_dead=False)
+    lse, entropy, p_max, sq_norm = read_outs
+    want = Want(False, lse, entropy, p_max, sq_norm, skip_dead=False)
     return forward_call(*_bilevel_arguments(q, k, v, *rest), want, backend)
 
 
@@ -162,9 +155,7 @@ def kmeans_routing_attention(
     k_index is q_index itself where the caller gave none. Lists are in any order, tokens may repeat
     in a list; a slot outside [0, S) is empty, as a query and as a key.
     """
-    arguments = _kmeans_arguments(
-        q, k, v, q_index, k_index, is_causal, mask_self, scale, mean_eps
-    )
+    arguments = _kmeans_arguments(q, k, v, q_index, k_index, is_causal, mask_self, scale, mean_eps)
     o, *_ = attend("kmeans_routing_attention", *arguments, NO_READ_OUTS, backend)
     assert o is not None
     return o[..., : v.shape[3]]
@@ -211,9 +202,7 @@ def moh_attention(score: Score, v: Tensor, gate: Tensor, backend: str) -> Tensor
     return o[..., : v.shape[3]]
 
 
-def _moh_arguments(
-    score: Score, v: Tensor, gate: Tensor
-) -> tuple[Score, Tensor, Tensor, Routing]:
+def _moh_arguments(score: Score, v: Tensor, gate: Tensor) -> tuple[Score, Tensor, Tensor, Routing]:
     """score, v, gate, routing: of each head one group, the rows with a gate."""
     routing = Routing(
         chosen_rows(gate.detach()),

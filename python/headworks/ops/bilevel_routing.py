@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .._errors import describe, fail, require_number
-from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, as_written, backend_for
+from .._native import NATIVE_CALLS, NativeCall, as_written, backend_for, without_products
 from ..reference import bilevel_routing as reference
 from ..reference.bilevel_routing import Grid
 from . import _routing_native as native
 from ._attention_checks import cast
+from ._bilevel_route_native import bilevel_route as native_route
+from ._bilevel_route_native import bilevel_route_call
 from ._routing_checks import (
     check_graph,
     check_grid,
@@ -90,7 +92,7 @@ def bilevel_route(
     if backend == "reference":
         with as_written(q):
             return reference.bilevel_route(q, k, own, other, topk, per_head)
-    return native.bilevel_route(q.detach(), k.detach(), own, other, topk, per_head, backend)
+    return native_route(q.detach(), k.detach(), own, other, topk, per_head, backend)
 
 
 def _checked_route(
@@ -120,14 +122,10 @@ def _route_call(
     per_head: bool = False,
     backend: str = "auto",
 ) -> NativeCall:
-    """The selection, the only native call of bilevel_route."""
-    q, k, own, other, topk, per_head, backend = _checked_route(
+    q, k, own, _, _, _, backend = _checked_route(
         q, k, num_regions, topk, kv_num_regions, per_head, backend
     )
-    heads = (q.shape[3],) if per_head else ()
-    shape = (q.shape[0], *heads, own.regions, other.regions)
-    scores = q.new_empty(shape, dtype=ACCUMULATION[q.dtype])
-    return native.select_topk_call(scores, topk, False, backend)
+    return bilevel_route_call(q, k, own, backend)
 
 
 NATIVE_CALLS[bilevel_route] = _route_call
@@ -176,7 +174,8 @@ def bilevel_routing_attention(
         scale: of the scores; ``(Hq * D) ** -0.5`` by default, all channels, as in BiFormer.
         mask_padding: hide what lies beyond the image of k.
         return_aux: read-outs of the rows, hw.Aux without mass.
-        backend: "auto", "reference", or a compiled one by name.
+        backend: "auto", "reference", or a compiled one by name. Routing runs without tensor cores
+            whatever the name.
 
     Returns:
         o [B, Y, X, Hq, Dv] in the dtype of the inputs, or (o, AuxResult of [B, Hq, Y, X]).
@@ -204,17 +203,18 @@ def bilevel_routing_attention(
         q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
         scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
     )  # fmt: skip
-    q, k, v, graph, own, other, scale, mask_padding = given
+    o: Any
     made: Any
     if backend == "reference":
+        q, k, v, lists, own, other, scale, mask_padding = given
         with as_written(q):
             o, made = reference.attend_regions(
-                q, k, v, graph.expand(-1, q.shape[3], -1, -1), own, other, scale, mask_padding
+                q, k, v, lists.expand(-1, q.shape[3], -1, -1), own, other, scale, mask_padding
             )
     else:
         o, *made = native.bilevel_routing_attention(*given, read_outs, backend)
     if return_aux is None:
-        return o
+        return o  # type: ignore[no-any-return]
     return o, AuxResult(*(x if y else None for y, x in zip(read_outs, made[:4], strict=True)))
 
 
@@ -255,7 +255,7 @@ def _checked(
     if graph is None:
         graph = bilevel_route(
             q, k, num_regions=num_regions, topk=topk, kv_num_regions=kv_num_regions,
-            backend=backend,
+            backend=without_products(backend),
         )[:, None]  # fmt: skip
     read_outs = aux.lse, aux.entropy, aux.p_max, aux.sq_norm
     return (q, k, v, graph, own, other, scale, mask_padding), read_outs, backend

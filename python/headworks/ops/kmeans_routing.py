@@ -90,7 +90,7 @@ def kmeans_route(
         >>> hw.kmeans_route(x, centroids, window=16).shape
         torch.Size([1, 2, 4, 16])
     """
-    x, mu, window, prefix_length, backend = _checked(
+    x, mu, window, prefix_length, backend = _checked_route(
         x, centroids, window, is_causal_prefix, length, backend
     )
     if backend == "reference":
@@ -102,7 +102,7 @@ def kmeans_route(
     return route_native.kmeans_route(x.detach(), mu, window, prefix_length, backend)
 
 
-def _checked(
+def _checked_route(
     x: Tensor,
     centroids: Tensor,
     window: int,
@@ -144,7 +144,7 @@ def _native_call(
     length: int | None = None,
     backend: str = "auto",
 ) -> NativeCall:
-    x, mu, _, _, backend = _checked(x, centroids, window, is_causal_prefix, length, backend)
+    x, mu, _, _, backend = _checked_route(x, centroids, window, is_causal_prefix, length, backend)
     return route_native.kmeans_route_call(x, mu, backend)
 
 

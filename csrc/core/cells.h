@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cells of an image: rectangles of tokens, counted row by row from the upper left, as tokens of the
+// image are, and tokens of a cell.
+#pragma once
+
+#include <cstdint>
+
+#include "core/arguments.h"
+#include "core/macros.h"
+#include "core/math.h"
+
+namespace hw {
+
+// How an image is cut into cells. The cells of the last row and column may reach beyond it.
+struct Cells {
+  int64_t columns = 1;            // cells in a row of cells
+  int64_t height = 1, width = 1;  // of a cell
+  int64_t rows_of_image = 1, columns_of_image = 1;
+
+  HW_HOST_DEVICE int64_t size() const { return height * width; }
+  HW_HOST_DEVICE int64_t count() const { return columns * ceil_div(rows_of_image, height); }
+  HW_HOST_DEVICE bool single() const { return height * width == 1; }  // a block is a token
+
+  // Token of place t of a cell; -1 where there is none.
+  HW_HOST_DEVICE int64_t token(int64_t block, int64_t t) const {
+    if (block < 0) return -1;
+    const int64_t y = block / columns * height + t / width;
+    const int64_t x = block % columns * width + t % width;
+    return y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1;
+  }
+};
+
+// Scalars: columns height width rows_of_image columns_of_image.
+inline Cells read_cells(Arguments& a) {
+  Cells c;
+  c.columns = a.integer(), c.height = a.integer(), c.width = a.integer();
+  c.rows_of_image = a.integer(), c.columns_of_image = a.integer();
+  return c;
+}
+
+}  // namespace hw

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Routing between regions on the CPU.
+//
+//   means    a task: a row of regions; the channels of a token are summed as one row, and an image
+//            is read from front to back
+//   scores   a task: the graph of a batch entry (and head); A = mq mk^T, a small matrix product with
+//            mk transposed beforehand
+#include "ops/bilevel_route/bilevel_route.h"
+
+#include <algorithm>
+
+#include "core/matmul.h"
+#include "core/parallel.h"
+#include "core/registry.h"
+#include "core/transpose.h"
+
+namespace hw::bilevel_route {
+namespace {
+
+template <class T>
+class Means {
+ public:
+  using A = Accum<T>;
+
+  explicit Means(const Call& call)
+      : p_(means_params(call)),
+        x_(p_.x.as<const T>()),
+        threads_(call.context.num_threads),
+        heads_(p_.m.size[2]),
+        width_(p_.m.size[3]),
+        joined_(x_.stride[4] == 1 && (heads_ == 1 || x_.stride[3] == width_)) {}
+
+  void run() const {
+    const int64_t rows = ceil_div(p_.cells.rows_of_image, p_.cells.height);
+    parallel_tasks(p_.x.size[0] * rows, threads_,
+                   [&](int64_t task) { work(task / rows, task % rows * p_.cells.columns); });
+  }
+
+ private:
+  // The regions of a row, from `first` on.
+  void work(int64_t batch, int64_t first) const {
+    const Ref<A, 4> m = p_.m.template as<A>();
+    Scratch& scratch = Scratch::of_thread();
+    scratch.reset(Scratch::bytes_of<A>(p_.channels()));
+    A* token = scratch.take<A>(p_.channels());
+    std::fill_n(m.at(batch, first), p_.cells.columns * p_.channels(), A(0));
+    const int64_t top = p_.part(first).y, bottom = p_.part(first).y_end;
+    for (int64_t y = top; y < bottom; ++y)
+      for (int64_t c = 0; c < p_.cells.columns; ++c) {
+        const MeansParams::Part part = p_.part(first + c);
+        for (int64_t x = part.x; x < part.x_end; ++x)
+          add(m.at(batch, first + c), channels_of(batch, y, x, token));
+      }
+    for (int64_t c = 0; c < p_.cells.columns; ++c)
+      divide(m.at(batch, first + c), p_.part(first + c).count());
+  }
+
+  // The channels of a token in a row, where they lie if that will do.
+  const A* channels_of(int64_t batch, int64_t y, int64_t x, A* room) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (joined_) return x_.at(batch, y, x);
+    if (joined_) {
+      widen(room, x_.at(batch, y, x), p_.channels());
+      return room;
+    }
+    for (int64_t h = 0; h < heads_; ++h)
+      widen(room + h * width_, x_.at(batch, y, x, h), width_, x_.stride[4]);
+    return room;
+  }
+
+  void add(A* sum, const A* row) const {
+    int64_t d = 0;
+    for (; d + kLanes<A> <= p_.channels(); d += kLanes<A>)
+      store(sum + d, load(sum + d) + load(row + d));
+    for (; d < p_.channels(); ++d) sum[d] += row[d];
+  }
+
+  void divide(A* sum, int64_t count) const {
+    for (int64_t d = 0; d < p_.channels(); ++d) sum[d] /= static_cast<A>(count);
+  }
+
+  const MeansParams p_;
+  const Ref<const T, 5> x_;
+  const int threads_;
+  const int64_t heads_, width_;
+  const bool joined_;  // heads follow each other in memory
+};
+
+template <class A>
+class Scores {
+ public:
+  explicit Scores(const Call& call) : p_(scores_params(call)), threads_(call.context.num_threads) {}
+
+  void run() const {
+    const int64_t graphs = p_.a.size[1];
+    parallel_tasks(p_.q.size[0] * graphs, threads_,
+                   [&](int64_t task) { work(task / graphs, task % graphs); });
+  }
+
+ private:
+  void work(int64_t batch, int64_t graph) const {
+    const Ref<const A, 4> q = p_.q.template as<const A>(), k = p_.k.template as<const A>();
+    const Ref<A, 4> a = p_.a.template as<A>();
+    const int rows = static_cast<int>(p_.a.size[2]), columns = static_cast<int>(p_.a.size[3]);
+    const int width = static_cast<int>(q.size[3]), padded = round_up(columns, kLanes<A>);
+    Scratch& scratch = Scratch::of_thread();
+    scratch.reset(Scratch::bytes_of<A>(padded * width) + Scratch::bytes_of<A>(rows * padded));
+    A* k_columns = scratch.take<A>(padded * width);  // [D, padded]
+    A* sums = scratch.take<A>(rows * padded);        // [R, padded]
+    std::fill_n(sums, rows * padded, A(0));
+    for (int64_t h = p_.first_head(graph); h < p_.end_head(graph); ++h) {
+      hw::transpose(k.at(batch, 0, h / p_.group()), k.stride[1], columns, width, k_columns, padded);
+      clear_columns(k_columns, padded, width, columns, padded);
+      const Operand<A> q_rows{q.at(batch, 0, h), q.stride[1], q.stride[3]};
+      multiply<true>(rows, padded, width, q_rows, static_cast<const A*>(k_columns), padded, sums,
+                     padded);
+    }
+    for (int i = 0; i < rows; ++i)
+      narrow(a.at(batch, graph, i), sums + i * padded, columns, a.stride[3]);
+  }
+
+  const ScoresParams p_;
+  const int threads_;
+};
+
+template <class T>
+void means(const Call& call) {
+  Means<T>(call).run();
+}
+
+// Means are of the accumulation type: half-precision instances never see them.
+template <class T>
+void scores(const Call& call) {
+  Scores<Accum<T>>(call).run();
+}
+
+}  // namespace
+}  // namespace hw::bilevel_route
+
+namespace hw {
+extern const FunctionTable HW_INSTANCE;
+const FunctionTable HW_INSTANCE = {
+    {&bilevel_route::means<HW_ELEMENT>, &bilevel_route::scores<HW_ELEMENT>}};
+}  // namespace hw
