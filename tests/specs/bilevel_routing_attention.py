@@ -155,6 +155,7 @@ EMULATOR_CASES = (
     case(Y=9, X=8, regions=(2, 3), Yk=7, Xk=5, topk=2, H=1, D=8, Dv=8, graph="head"),
     case(Y=6, X=6, regions=(3, 3), topk=9, H=1, D=32, Dv=32),
     case(Y=6, X=6, regions=(3, 3), topk=4, H=1, D=8, Dv=8, graph="twice"),
+    case(Y=7, X=6, regions=(3, 2), topk=3, H=1, D=8, Dv=8, graph="head", mask=False),
     case(Y=6, X=6, regions=(3, 3), topk=0, H=1, D=8, Dv=8, graph="shared", aux=("lse",)),
     *(
         case(Y=5, X=6, regions=(2, 3), topk=2, H=1, D=d, Dv=dv)
