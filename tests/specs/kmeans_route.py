@@ -16,7 +16,8 @@ from .select_topk import one_hot
 
 
 def case(S=100, K=4, W=25, D=16, B=1, H=2, *, prefix=False, length=None, vectors="normal"):
-    """`vectors`: normal, equal (all similarities tie), few (many ties), nan (some tokens)."""
+    """`vectors`: normal, equal (all similarities tie), few (many ties), nan (some tokens), waves
+    (similarities rise and fall with the position)."""
     sizes = {"B": B, "S": S, "K": K, "D": D, "H": H, "vectors": vectors}
     options = {"window": W, "is_causal_prefix": prefix}
     options |= {} if length is None else {"length": length}
@@ -43,6 +44,9 @@ def make(case, dtype, device="cpu", seed=0):
         x, mu = torch.ones_like(x), mu.mul(8).round().div(8)
     elif n["vectors"] == "nan":
         x[:, ::3, :, -1] = torch.nan
+    elif n["vectors"] == "waves":
+        t = torch.arange(n["S"], dtype=x.dtype)
+        x[..., 0], mu[..., 0] = 10 * torch.cos(t * torch.pi / 512)[:, None], 2
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mu = mu.expand(max(n["B"], 1), -1, -1, -1).contiguous()
     return {"x": x.to(device, dtype), "centroids": mu.to(device, wide)}
@@ -81,6 +85,8 @@ EMULATOR_CASES = (
     case(S=70, K=2, W=20, H=1, vectors="few"),
     case(S=530, K=2, W=150, H=1, D=4, prefix=True, vectors="few"),
     case(S=70, K=2, W=20, H=1, prefix=True, length=90),
+    # four tiles of 256 tokens, unlike each other: counts over a wrong one show
+    case(S=850, K=2, W=150, H=1, D=4, prefix=True, length=1000, vectors="waves"),
     case(S=260, K=1, W=50, H=1, D=1, prefix=True, vectors="nan"),
     case(S=40, K=35, W=10, H=2, D=40),
     case(S=30, K=18, W=10, B=2, H=1, D=37),
