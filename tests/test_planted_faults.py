@@ -172,8 +172,6 @@ FAULTS = (
          "j < at + mask.right", KMEANS),
     simt("self_seen", f"{ROUTING}_simt_lists.cuh",
          "return routing->mask_self && j == mask.diagonal(i);", "return false;", KMEANS),
-    simt("self_has_gradient", f"{SOFT}_simt_gradient.cuh", "e.met && !e.fixed ?", "e.met ?",
-         KMEANS),
     simt("padding_hidden", f"{ROUTING}_simt_lists.cuh", "return j == -1 && routing->pad_keys;",
          "return false;", BILEVEL),
     simt("first_span_again", f"{ROUTING}_simt_layout.cuh",

@@ -76,7 +76,7 @@ EMULATOR_CASES = (
     case(Sq=40, Sk=130, H=2, D=16, Dv=8, causal=True),
     case(Sq=150, H=2, D=8, Dv=8, gate=0.9),
     *(case(Sq=s, H=2, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
-    case(Sq=150, H=1, D=8, Dv=8, causal=True, window=(20, 0), gate=0.3),
+    case(Sq=250, H=1, D=8, Dv=8, causal=True, window=(20, 0), gate=0.3),
     case(Sq=70, H=2, D=8, Dv=8, gate=1.0),
     case(Sq=0, H=1, D=8, Dv=8),
 )
