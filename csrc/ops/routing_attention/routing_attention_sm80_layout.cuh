@@ -26,6 +26,13 @@ inline int64_t workspace_bytes(int function, const Call& call) {
 //               shared memory, so that many lists load side by side
 //   kMedium     of the shorter lists, warps without tokens only help to load
 //   kWide       two strips read a tile of keys half as often as one: forward, plain scores
+//
+// Blocks that fit into a multiprocessor of sm_80 by registers and shared memory, plain scores:
+//
+//   width           32    64   128
+//   narrow          14     8     7   forward, of a warp        13, 7, 6   gradients
+//   medium           4     3     3   forward, of 4 warps        3, 3, 2   d_q       2, 2, 2   d_k, d_v
+//   wide             2     2     2   forward, of 4 warps, two strips each
 inline constexpr int kNarrow = 16, kMedium = 64, kWide = 128;
 
 template <int kOwn, int kDim>
