@@ -28,6 +28,16 @@ struct Cells {
     const int64_t x = block % columns * width + t % width;
     return y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1;
   }
+
+  // f(token) for all places of a cell, in order: the same without a division per token.
+  template <class F>
+  void each_token(int64_t block, F&& f) const {
+    const int64_t top = block < 0 ? rows_of_image : block / columns * height;
+    const int64_t left = block < 0 ? 0 : block % columns * width;
+    for (int64_t y = top; y < top + height; ++y)
+      for (int64_t x = left; x < left + width; ++x)
+        f(y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1);
+  }
 };
 
 // Scalars: columns height width rows_of_image columns_of_image.

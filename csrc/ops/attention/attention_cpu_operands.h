@@ -85,7 +85,9 @@ Ref<const T, 2> rows_of_head(const Ref<const T, 4>& x, int64_t batch, int head) 
 
 template <class T>
 void copy_row(T* to, const T* from, int64_t n, int64_t stride) {
-  if (stride == 1)
+  if constexpr (std::is_same_v<T, Accum<T>>)
+    widen(to, from, n, stride);
+  else if (stride == 1)
     std::copy_n(from, n, to);
   else
     for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];

@@ -11,7 +11,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <utility>
 
 #include "ops/attention/attention_cpu_operands.h"
 #include "ops/routing_attention/routing_attention.h"
@@ -31,14 +31,16 @@ struct List {
 template <class T>
 class Group {
  public:
-  // The first group is still to be loaded.
+  // Of `heads` query heads from `first_head` on, which have their lists in common.
   template <class Params>
-  explicit Group(const Params& p)
+  explicit Group(const Params& p, int first_head = 0, int heads = 1)
       : routing_(p),
         q_(p.q.template as<const T>()),
         k_(p.k.template as<const T>()),
         v_(p.v.template as<const T>()),
         heads_per_key_(p.group()),
+        first_head_(first_head),
+        heads_(heads),
         rows_in_sequence_(p.q.size[1]),
         most_rows_(p.rows.slots()),
         most_keys_(p.keys.slots()) {
@@ -52,44 +54,54 @@ class Group {
     lay_out(layout);
   }
 
-  // The tensors that a pass over the group reads its keys from: any batch entry, any head.
+  // The tensors that a pass over the group reads its keys from: any batch entry, these heads.
   Ref<const void, 4> keys() const { return side_by_side(k_, k_room_); }
   Ref<const void, 4> values() const { return side_by_side(v_, v_room_); }
 
-  int64_t rows() const { return row_list_.count; }
-  int64_t key_count() const { return key_list_.count; }
-  int64_t row_token(int64_t i) const { return row_list_.token[i]; }
-  int64_t row_slot(int64_t i) const { return row_list_.slot[i]; }  // in the group
+  int64_t rows() const { return now_.rows.count; }
+  int64_t key_count() const { return now_.keys.count; }
+  int64_t row_token(int64_t i) const { return now_.rows.token[i]; }
+  int64_t row_slot(int64_t i) const { return now_.rows.slot[i]; }  // in the group
   int64_t result(int64_t i) const { return result_[i]; }
-  int64_t key_token(int64_t j) const { return key_list_.token[j]; }  // -1: a zero key
+  int64_t key_token(int64_t j) const { return now_.keys.token[j]; }  // -1: a zero key
 
-  // Asks for the tokens of a group that is loaded soon.
-  void prefetch(int64_t batch, int head, int64_t group) const {
-    prefetch_list(routing_.rows, q_, batch, head, group, head);
-    prefetch_list(routing_.keys, k_, batch, head, group, head / heads_per_key_);
-    if (v_) prefetch_list(routing_.keys, v_, batch, head, group, head / heads_per_key_);
+  // Reads the lists of the group that is next, of query head `head` or, if there are several, of all.
+  void look_up(int64_t batch, int head, int64_t group) {
+    next_.batch = batch, next_.head = head, next_.group = group;
+    read(routing_.rows, false, next_.rows);
+    read(routing_.keys, routing_.pad_keys, next_.keys);
   }
 
-  // Goes to a group of a query head.
-  void load(int64_t batch, int head, int64_t group) {
-    batch_ = batch, head_ = head;
-    read(routing_.rows, batch, head, group, false, row_list_);
-    read(routing_.keys, batch, head, group, routing_.pad_keys, key_list_);
+  // Asks for a part of the next group's tokens. Many at once would wait for each other.
+  void prefetch(int64_t part, int64_t parts) const {
+    const int kv_head = key_head(next_.head);
+    prefetch_tokens(q_, next_.rows, next_.head, heads_, part, parts);
+    prefetch_tokens(k_, next_.keys, kv_head, key_heads(), part, parts);
+    if (v_) prefetch_tokens(v_, next_.keys, kv_head, key_heads(), part, parts);
+  }
+
+  // Goes to the next group.
+  void enter() {
+    std::swap(now_, next_);
     for (int64_t i = 0; i < rows(); ++i)
-      result_[i] = routing_.by_slot ? group * most_rows_ + row_slot(i) : row_token(i);
+      result_[i] = routing_.by_slot ? now_.group * most_rows_ + row_slot(i) : row_token(i);
     gather(k_, k_room_);
     if (v_) gather(v_, v_room_);
     if (ordered_) find_seen();
   }
+  void load(int64_t batch, int head, int64_t group) {
+    look_up(batch, head, group);
+    enter();
+  }
 
-  // Rows [begin, begin + kRows) of the group.
-  Block block(int64_t begin) const {
-    const attention::Sequence at{batch_, 0, rows_in_sequence_, 0, key_count()};
+  // Rows [begin, begin + kRows) of a head of the group.
+  Block block(int64_t begin, int head) const {
+    const attention::Sequence at{now_.batch, 0, rows_in_sequence_, 0, key_count()};
     return {at,
             {rows_in_sequence_, key_count(), -1, -1},
-            head_,
+            head,
             {begin, std::min<int64_t>(begin + kRows, rows())},
-            row_list_.token,
+            now_.rows.token,
             ordered_ ? seen_ : nullptr,
             routing_.mask_self ? self_ : nullptr,
             result_};
@@ -110,55 +122,58 @@ class Group {
   };
 
   void lay_out(Layout& l) {
-    row_list_ = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
-    key_list_ = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
+    for (Lists* lists : {&now_, &next_}) {
+      lists->rows = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
+      lists->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
+    }
     result_ = l.take<int64_t>(most_rows_);
     order_ = l.take<Place>(std::max(most_rows_, most_keys_));
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
-    k_room_ = l.take<T>(most_keys_ * k_.size[3]);
-    v_room_ = l.take<T>(most_keys_ * (v_ ? v_.size[3] : 0));
+    k_room_ = l.take<T>(key_heads() * most_keys_ * k_.size[3]);
+    v_room_ = l.take<T>(key_heads() * most_keys_ * (v_ ? v_.size[3] : 0));
   }
 
+  int key_head(int head) const { return head / heads_per_key_; }
+  int key_heads() const { return key_head(first_head_ + heads_ - 1) - key_head(first_head_) + 1; }
+
+  // One head stands for all.
   Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
     Ref<const void, 4> r;
     if (!x) return r;
-    r.data = room;
+    const int64_t head = heads_ > 1 ? most_keys_ * x.size[3] : 0;
     const int64_t sizes[] = {x.size[0], most_keys_, x.size[2], x.size[3]};
-    const int64_t strides[] = {0, x.size[3], 0, 1};
+    const int64_t strides[] = {0, x.size[3], head, 1};
+    r.data = room - key_head(first_head_) * head;
     std::copy_n(sizes, 4, r.size);
     std::copy_n(strides, 4, r.stride);
     return r;
   }
 
   // The list's tokens, with those that are absent if wanted, by position if it matters.
-  void read(const Lists& lists, int64_t batch, int head, int64_t group, bool absent, List& to) {
-    const int64_t* blocks = lists.blocks.at(batch, head, group, 0);
-    const int64_t step = lists.blocks.stride[3], n = lists.cells.size();
+  void read(const routing_attention::Lists& lists, bool absent, List& to) {
     int64_t count = 0, slot = 0;
     bool sorted = true;
+    const auto take = [&](int64_t token) {
+      to.token[count] = token;
+      to.slot[count] = slot++;
+      if (token < 0 && !absent) return;
+      sorted &= count == 0 || to.token[count - 1] <= token;
+      ++count;
+    };
     for (int64_t b = 0; b < lists.blocks.size[3]; ++b)
-      for (int64_t t = 0; t < n; ++t, ++slot) {
-        const int64_t token = lists.cells.token(blocks[b * step], t);
-        if (token < 0 && !absent) continue;
-        to.token[count] = token;
-        to.slot[count] = slot;
-        sorted &= count == 0 || to.token[count - 1] <= token;
-        ++count;
-      }
+      lists.cells.each_token(lists.blocks(next_.batch, next_.head, next_.group, b), take);
     to.count = count;
     if (ordered_ && !sorted) sort(to);
   }
 
-  static void prefetch_list(const Lists& lists, const Ref<const T, 4>& x, int64_t batch, int head,
-                            int64_t group, int head_of_x) {
-    const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T)), n = lists.cells.size();
+  void prefetch_tokens(const Ref<const T, 4>& x, const List& list, int head, int heads,
+                       int64_t part, int64_t parts) const {
     if (x.stride[3] != 1) return;
-    for (int64_t b = 0; b < lists.blocks.size[3]; ++b)
-      for (int64_t t = 0; t < n; ++t) {
-        const int64_t token = lists.cells.token(lists.blocks(batch, head, group, b), t);
-        if (token >= 0) hw::prefetch(x.at(batch, token, head_of_x), bytes);
-      }
+    const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = list.count * part / parts; i < list.count * (part + 1) / parts; ++i)
+      for (int h = head; h < head + heads && list.token[i] >= 0; ++h)
+        hw::prefetch(x.at(next_.batch, list.token[i], h), bytes);
   }
 
   struct Place {
@@ -173,20 +188,23 @@ class Group {
       list.token[i] = order_[i].token, list.slot[i] = order_[i].slot;
   }
 
+  // [key heads, keys, width]: all heads of a token after each other, as they lie in memory.
   void gather(const Ref<const T, 4>& x, T* to) const {
-    const int64_t width = x.size[3], key_head = head_ / heads_per_key_;
-    for (int64_t j = 0; j < key_count(); ++j, to += width) {
-      const int64_t token = key_token(j);
-      if (token < 0)
-        std::fill_n(to, width, T(0.0f));
-      else
-        attention::copy_row(to, x.at(batch_, token, key_head), width, x.stride[3]);
-    }
+    const int64_t width = x.size[3];
+    for (int64_t j = 0; j < key_count(); ++j)
+      for (int h = 0; h < key_heads(); ++h) {
+        T* row = to + (h * most_keys_ + j) * width;
+        if (key_token(j) < 0)
+          std::fill_n(row, width, T(0.0f));
+        else
+          attention::copy_row(row, x.at(now_.batch, key_token(j), key_head(now_.head) + h), width,
+                              x.stride[3]);
+      }
   }
 
   // Of each row the keys it sees, and those that are the row itself: two walks side by side.
   void find_seen() {
-    const int64_t n = key_count(), *key = key_list_.token;
+    const int64_t n = key_count(), *key = now_.keys.token;
     int64_t begin = 0, end = 0, self_begin = 0, self_end = 0;
     const auto first_not_below = [&](int64_t from, int64_t token) {
       while (from < n && key[from] < token) ++from;
@@ -206,19 +224,22 @@ class Group {
 
   const Routing routing_;
   const Ref<const T, 4> q_, k_, v_;
-  const int heads_per_key_;
+  const int heads_per_key_, first_head_, heads_;
   const int64_t rows_in_sequence_, most_rows_, most_keys_;
   Mask by_position_;
   bool ordered_;  // positions matter
   Buffer memory_;
 
-  int64_t batch_ = 0;
-  int head_ = 0;
-  List row_list_{}, key_list_{};
+  struct Lists {
+    int64_t batch, group;
+    int head;  // the first, if there are several
+    List rows, keys;
+  };
+  Lists now_{}, next_{};
   int64_t* result_ = nullptr;  // [rows] where results of a row lie
   Place* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]
-  T *k_room_ = nullptr, *v_room_ = nullptr;  // [keys, D], [keys, Dv]
+  T *k_room_ = nullptr, *v_room_ = nullptr;  // [heads, keys, D | Dv]
 };
 
 }  // namespace

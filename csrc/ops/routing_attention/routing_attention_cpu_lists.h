@@ -36,7 +36,9 @@ class GroupsForward {
         heads_at_once_(part_of_task(p.rows.slots(), heads_)),
         groups_at_once_(part_of_task(p.rows.slots() * heads_at_once_, groups_)),
         head_pieces_(ceil_div(heads_, heads_at_once_)),
-        group_pieces_(ceil_div(groups_, groups_at_once_)) {}
+        group_pieces_(ceil_div(groups_, groups_at_once_)),
+        common_lists_(p.rows.blocks.stride[1] == 0 && p.keys.blocks.stride[1] == 0 &&
+                      heads_at_once_ % p.group() == 0) {}
 
   void run() {
     parallel_tasks(p_.batch() * head_pieces_ * group_pieces_, threads_,
@@ -50,25 +52,28 @@ class GroupsForward {
                                std::max<int64_t>(all, 1));
   }
 
-  // Heads of a group follow each other: their rows are neighbours in memory.
+  // Heads that have their lists in common are loaded together: their rows are neighbours in memory.
   void work(int64_t task) const {
     const int64_t batch = task / group_pieces_ / head_pieces_;
-    const int64_t first_head = task % head_pieces_ * heads_at_once_;
-    const int64_t heads = std::min(heads_at_once_, heads_ - first_head);
+    const int first_head = static_cast<int>(task % head_pieces_ * heads_at_once_);
+    const int heads = static_cast<int>(std::min(heads_at_once_, heads_ - first_head));
     const int64_t first = task / head_pieces_ % group_pieces_ * groups_at_once_;
-    const int64_t count = heads * std::min(groups_at_once_, groups_ - first);
-    Group<T> group(p_);
+    const int together = common_lists_ ? heads : 1, visits = heads / together;
+    const int64_t count = visits * std::min(groups_at_once_, groups_ - first);
+    const auto head_of = [&](int64_t i) { return first_head + static_cast<int>(i % visits); };
+    Group<T> group(p_, first_head, together);
     attention::Forward<T> pass(engine_params(group));
+    group.look_up(batch, first_head, first);
     for (int64_t i = 0; i < count; ++i) {
-      const int head = static_cast<int>(first_head + i % heads);
-      const int64_t g = first + i / heads;
-      group.load(batch, head, g);
-      if (i + 1 < count && p_.rows.slots() <= kFarRows)
-        group.prefetch(batch, static_cast<int>(first_head + (i + 1) % heads),
-                       first + (i + 1) / heads);
-      if (p_.by_slot && group.rows() < p_.rows.slots()) clear_slots(batch, head, g);
-      for (int64_t begin = 0; begin < group.rows(); begin += kRows)
-        pass.run_block(group.block(begin));
+      group.enter();
+      const bool more = i + 1 < count && p_.rows.slots() <= kFarRows;
+      if (i + 1 < count) group.look_up(batch, head_of(i + 1), first + (i + 1) / visits);
+      for (int h = head_of(i); h < head_of(i) + together; ++h) {
+        if (more) group.prefetch(h - head_of(i), together);
+        if (p_.by_slot && group.rows() < p_.rows.slots()) clear_slots(batch, h, first + i / visits);
+        for (int64_t begin = 0; begin < group.rows(); begin += kRows)
+          pass.run_block(group.block(begin, h));
+      }
     }
   }
 
@@ -91,6 +96,7 @@ class GroupsForward {
   const ForwardParams& p_;
   const int threads_;
   const int64_t groups_, heads_, heads_at_once_, groups_at_once_, head_pieces_, group_pieces_;
+  const bool common_lists_;  // of all heads
 };
 
 // o_i = sum of w over the slots of token i / (n_i + eps)
@@ -309,7 +315,7 @@ class GroupsBackward {
       std::fill_n(d_v_, keys * padded_values_, A(0));
       const attention::KeySums<A> sums{d_k_, d_v_, padded_, padded_values_, false};
       for (int64_t begin = 0; begin < group_.rows(); begin += kRows) {
-        const Block block = group_.block(begin);
+        const Block block = group_.block(begin, head);
         walk_.block(block, {0, keys}, sums);
         for (int i = 0; i < block.count(); ++i)
           d_q.add(block.row(i), walk_.d_q() + i * padded_, walk_.factor(i));
