@@ -26,6 +26,8 @@ namespace {
 constexpr int kRows = 64;  // queries of a block: distance of two keys in a tile
 constexpr int kKeys = 64;  // keys of a tile
 constexpr int kTile = kKeys * kRows;
+constexpr int kRowsAhead =
+    8;  // of rows that lie apart, those that are asked for ahead of their use
 
 // Whether products of elements T multiply pairs.
 template <class T>
@@ -270,7 +272,10 @@ class BlockRows {
   // The block's rows of x into the lanes [0, lanes). `factor`: of each row, or null; not for pairs.
   void load(const Ref<const T, 4>& x, const Block& block, int lanes, const A* factor = nullptr) {
     count_ = block.count();
+    const int64_t bytes = x.stride[3] == 1 ? width_ * static_cast<int64_t>(sizeof(T)) : 0;
     for (int i = 0; i < count_; ++i) {
+      if (i + kRowsAhead < count_)
+        prefetch(x.at(block.at.batch, block.row(i + kRowsAhead), block.head), bytes);
       const T* from = x.at(block.at.batch, block.row(i), block.head);
       Row* to = rows_ + i * padded_;
       if constexpr (kPaired<T>) {

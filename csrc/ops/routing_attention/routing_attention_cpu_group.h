@@ -21,6 +21,7 @@ namespace {
 
 using attention::Block;
 using attention::kRows;
+using attention::kRowsAhead;
 
 // A list by position: tokens, and the slots where they stood.
 struct List {
@@ -64,6 +65,13 @@ class Group {
   int64_t row_slot(int64_t i) const { return now_.rows.slot[i]; }  // in the group
   int64_t result(int64_t i) const { return result_[i]; }
   int64_t key_token(int64_t j) const { return now_.keys.token[j]; }  // -1: a zero key
+  // The token whose row should be on its way while that of i, of j is worked on; -1: none.
+  int64_t row_ahead(int64_t i) const {
+    return i + kRowsAhead < rows() ? row_token(i + kRowsAhead) : -1;
+  }
+  int64_t key_ahead(int64_t j) const {
+    return j + kRowsAhead < key_count() ? key_token(j + kRowsAhead) : -1;
+  }
 
   // Reads the lists of the group that is next, of query head `head` or, if there are several, of all.
   void look_up(int64_t batch, int head, int64_t group) {
@@ -190,8 +198,11 @@ class Group {
 
   // [key heads, keys, width]: all heads of a token after each other, as they lie in memory.
   void gather(const Ref<const T, 4>& x, T* to) const {
-    const int64_t width = x.size[3];
-    for (int64_t j = 0; j < key_count(); ++j)
+    const int64_t width = x.size[3], bytes = width * static_cast<int64_t>(sizeof(T));
+    for (int64_t j = 0; j < key_count(); ++j) {
+      if (const int64_t token = key_ahead(j); token >= 0 && x.stride[3] == 1)
+        for (int h = 0; h < key_heads(); ++h)
+          hw::prefetch(x.at(now_.batch, token, key_head(now_.head) + h), bytes);
       for (int h = 0; h < key_heads(); ++h) {
         T* row = to + (h * most_keys_ + j) * width;
         if (key_token(j) < 0)
@@ -200,6 +211,7 @@ class Group {
           attention::copy_row(row, x.at(now_.batch, key_token(j), key_head(now_.head) + h), width,
                               x.stride[3]);
       }
+    }
   }
 
   // Of each row the keys it sees, and those that are the row itself: two walks side by side.

@@ -175,6 +175,11 @@ class TokenSums {
   void clear() {
     for (int64_t i = 0; i < to_.size[1]; ++i) std::fill_n(at_ + i * ld_, padded_, A(0));
   }
+  // Asks for the row of a token, if it is one.
+  void prefetch(int64_t token) const {
+    if (token >= 0)
+      hw::prefetch<true>(at_ + token * ld_, padded_ * static_cast<int64_t>(sizeof(A)));
+  }
   // Row += factor times x.
   void add(int64_t token, const A* x, A factor = A(1)) {
     A* sum = at_ + token * ld_;
@@ -317,11 +322,15 @@ class GroupsBackward {
       for (int64_t begin = 0; begin < group_.rows(); begin += kRows) {
         const Block block = group_.block(begin, head);
         walk_.block(block, {0, keys}, sums);
-        for (int i = 0; i < block.count(); ++i)
+        for (int i = 0; i < block.count(); ++i) {
+          d_q.prefetch(group_.row_ahead(begin + i));
           d_q.add(block.row(i), walk_.d_q() + i * padded_, walk_.factor(i));
+        }
       }
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t token = group_.key_token(j);
+        d_k.prefetch(group_.key_ahead(j));
+        d_v.prefetch(group_.key_ahead(j));
         if (token < 0) continue;
         d_k.add(token, d_k_ + j * padded_);
         d_v.add(token, d_v_ + j * padded_values_);
@@ -357,7 +366,10 @@ class GroupsBackward {
       const Ref<const T, 4> d_w = p_.d_w.template as<const T>(), w = p_.slots.as<const T>();
       const int width = p_.value_dim();
       A *x = rows_, *y = rows_ + padded_values_;  // [Dv]
+      const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
       for (int64_t i = 0; i < group_.rows(); ++i) {
+        if (const int64_t token = group_.row_ahead(i); token >= 0)
+          hw::prefetch(d_w.at(batch, token, head), bytes);
         widen(x, d_w.at(batch, group_.row_token(i), head), width, d_w.stride[3]);
         widen(y, w.at(batch, group_.result(i), head), width, w.stride[3]);
         delta_[group_.result(i)] = inner_product(x, y, width);
