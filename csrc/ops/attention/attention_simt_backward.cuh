@@ -124,7 +124,9 @@ struct KeyGradKernel {
     const int64_t index = dev::block_index_x(), group = index / p.blocks;
     const int64_t heads = apart ? b.query_heads() : b.key_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kCount;
-    const int owner = static_cast<int>(group / p.parts % heads), share = apart ? 1 : b.group();
+    const int owner = static_cast<int>(group / p.parts % heads);
+    // Query heads of an owner; not kept in a register.
+    const auto share = [&b, apart] { return apart ? 1 : b.group(); };
     Keys tile(b, Source::of(b, group / p.parts / heads), index % p.blocks * kSide<A>, &b.row,
               &b.delta, nullptr);
     if (tile.own().empty()) return;
@@ -132,7 +134,7 @@ struct KeyGradKernel {
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) clear(d_k[n]), clear(d_v[n]);
-    for (int h = owner * share; h < (owner + 1) * share; ++h) {
+    for (int h = owner * share(); h < (owner + 1) * share(); ++h) {
       A d_bias[kOwn] = {}, d_gain[kOwn] = {};
       tile.start(h);
       tile.walk(tile.source().rows_of(tile.own()), [&] {
