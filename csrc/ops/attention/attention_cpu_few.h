@@ -10,6 +10,9 @@
 //                                          several: the tile is transposed, once for all of them
 //   w [Dv]     += p [keys] v [keys, Dv]
 //
+// With several rows both are matrix products of whole register tiles, where lanes of queries would be
+// one vector, too few to hide the latency of an addition.
+//
 // Sums of a row, masks and scores are those of attention_cpu_forward.h.
 #pragma once
 
@@ -72,8 +75,7 @@ class FewRows {
       tile(block, {j, std::min<int64_t>(j + kKeys, keys.end)}, sums);
     const int dv = p_.value_dim();
     for (int64_t n = 0; n < values_; ++n)
-      for (int i = 0; i < block.count(); ++i)
-        for (int d = 0; d < dv; ++d) values[(n * dv + d) * kRows + i] = w_of(n, i)[d];
+      hw::transpose(w_of(n, 0), padded_values_, block.count(), dv, values + n * dv * kRows, kRows);
   }
 
  private:
@@ -97,7 +99,7 @@ class FewRows {
     const int n = static_cast<int>(keys.count()), key_head = block.head / p_.group();
     const Panel<A> k = rows_of(k_, block, block.at.batch, keys, key_head, k_room_);
     alignas(64) A p[kFewRows][kKeys];
-    bool any[kFewRows];
+    bool any[kFewRows] = {};
     if (block.count() == 1)
       products(k, q_rows_, n, p[0]);
     else
@@ -108,6 +110,11 @@ class FewRows {
     }
     for (int64_t b = 0; v_ && b < values_; ++b) {
       const Panel<A> v = rows_of(v_, block, block.at.batch + b, keys, key_head, v_room_);
+      if (block.count() > 1 && std::all_of(any, any + block.count(), [](bool x) { return x; })) {
+        multiply<true>(block.count(), padded_values_, n, row_major<A>(p[0], kKeys), v.data, v.ld,
+                       w_of(b, 0), padded_values_);
+        continue;
+      }
       for (int i = 0; i < block.count(); ++i)
         if (any[i]) add_values(v, n, p[i], w_of(b, i));
     }
@@ -117,7 +124,8 @@ class FewRows {
                           const Range& keys, int head, A* room) {
     const int n = static_cast<int>(keys.count());
     const Ref<const T, 2> rows = rows_of_head(x, batch, head);
-    for (int j = 0; j < n; ++j) prefetch_row(rows, block.key(keys.begin) + j + kKeys);
+    for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.at.k_count); ++j)
+      prefetch_row(rows, block.key(j));
     return vector_rows(x, batch, block.key(keys.begin), n, head, room);
   }
 

@@ -122,7 +122,8 @@ constexpr int64_t operand_room(int n, int width) {
 template <class T>
 void prefetch_next(const Rows<T>& rows) {
   const Ref<const T, 2> head = rows_of_head(rows.x, rows.batch, rows.head);
-  for (int i = 0; i < rows.n; ++i) prefetch_row(head, rows.first + i + kKeys);
+  const int64_t begin = rows.first + kKeys, end = std::min(begin + rows.n, rows.x.size[1]);
+  for (int64_t i = begin; i < end; ++i) prefetch_row(head, i);
 }
 
 // Rows as the broadcast operand of a product over their width: [n, steps(width)]. Pairs are copied
