@@ -9,7 +9,7 @@ from torch import Tensor
 from .._native import ACCUMULATION, NativeCall, define, route, run
 from ..reference.bilevel_routing import Grid
 from ._routing_attention_native import image_cells
-from ._routing_native import select_rows
+from ._select_topk_native import select_rows
 
 
 def bilevel_route(

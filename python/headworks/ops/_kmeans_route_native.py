@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._native import ACCUMULATION, NativeCall, define, route, run, widen
-from ._routing_native import select_rows
+from ._select_topk_native import select_rows
 
 # Scalars are doubles; a longer sequence has the quotas of this one.
 _LONGEST = 2**53

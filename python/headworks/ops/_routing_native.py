@@ -1,75 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native calls of the routing operators: one function each, of validated arguments.
+"""Routed attention as attention by lists: one function per operator, of validated arguments.
 
 A function here gets what it says below and nothing else: tensors of one device, inputs of one
 dtype, indices int64, numbers resolved; it returns what headworks.reference returns for the same
-arguments, with gradients where the public function documents them. Where no build has a kernel yet,
-the call is refused in the words of the dispatcher.
+arguments, with gradients where the public function documents them.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._native import Maybe, NativeCall, define, route, run, widen
+from .._native import Maybe, NativeCall, widen
 from ..reference.bilevel_routing import Grid
 from ._attention_native import Want
 from ._attention_score import Score
 from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import Routing, forward_call, image_cells, sequence_cells
-
-
-def _refuse(op: str, backend: str) -> NoReturn:
-    who = "no backend can" if backend == "auto" else f"backend '{backend}' cannot"
-    what = "native" if backend == "auto" else backend
-    raise NotImplementedError(
-        f"{op}.forward: {who} take this call: this build has no {what} code for {op}. "
-        'Use backend="reference".'
-    )
-
-
-def select_topk(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
-    """score [..., N] of any strides -> int64 [..., k], 0 <= k <= N. The order is that of
-    headworks.reference.select_topk."""
-    shape = (*score.shape[:-1], k)
-    rows = _rows(score)
-    call = select_rows if route("select_topk", (score,)) == "direct" else _select_operator
-    return call(rows, k, keep_order, backend).reshape(shape)
-
-
-def _rows(score: Tensor) -> Tensor:
-    """[R, N]"""
-    return score.reshape(score.shape[:-1].numel(), score.shape[-1])
-
-
-def select_rows(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
-    """score [R, N] -> int64 [R, k]: select_topk.forward."""
-    index = _select_fake(score, k, keep_order, backend)
-    if index.numel():
-        run("select_topk.forward", backend, [score, index], (keep_order,))
-    return index
-
-
-def _select_fake(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
-    return score.new_empty((score.shape[0], k), dtype=torch.int64)
-
-
-define(
-    "select_topk(Tensor score, SymInt k, bool keep_order, str backend) -> Tensor",
-    select_rows,
-    _select_fake,
-)
-_select_operator = torch.ops.headworks.select_topk.default
-
-
-def select_topk_call(score: Tensor, k: int, keep_order: bool, backend: str) -> NativeCall:
-    """The call that `select_topk` makes, for hw.explain."""
-    rows = _rows(score)
-    index = _select_fake(rows, k, keep_order, backend)
-    return "select_topk.forward", backend, [rows, index, None], (keep_order,)
 
 
 def bilevel_routing_attention(

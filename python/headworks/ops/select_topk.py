@@ -8,7 +8,7 @@ from torch import Tensor
 from .._errors import fail, require_one_dtype, require_tensors
 from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, backend_for
 from ..reference import select_topk as reference
-from . import _routing_native as native
+from . import _select_topk_native as native
 from ._routing_checks import require_count, require_flag
 
 OP = "select_topk"
