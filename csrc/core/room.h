@@ -3,7 +3,7 @@
 // what they need: a Room without memory hands out null pointers.
 //
 //   Room room;  lay_out(room);                   room.bytes() is the size
-//   Room room(memory, bytes);  lay_out(room);    checks that it is enough
+//   Room room(memory, bytes, operation);  lay_out(room);    checks that it is enough
 #pragma once
 
 #include <cstdint>
@@ -16,11 +16,13 @@ namespace hw {
 class Room {
  public:
   Room() = default;
-  // The tensor that a caller has handed over for `operation`, which names it in messages.
+  // `operation` names it in messages.
+  Room(void* memory, int64_t bytes, const char* operation)
+      : base_(static_cast<char*>(memory)), size_(bytes), operation_(operation) {}
+  // The tensor that a caller has handed over.
   Room(const Tensor& memory, const char* operation)
-      : base_(static_cast<char*>(memory.data)),
-        size_(memory.present() ? memory.numel() * dtype_size(memory.dtype) : 0),
-        operation_(operation) {}
+      : Room(memory.data, memory.present() ? memory.numel() * dtype_size(memory.dtype) : 0,
+             operation) {}
 
   // `count` elements, aligned to 256 bytes of the workspace.
   template <class T>

@@ -16,6 +16,8 @@
 #include "ops/attention/attention_cpu_operands.h"
 #include "ops/routing_attention/routing_attention.h"
 
+#include "core/room.h"
+
 namespace hw::routing_attention {
 namespace {
 
@@ -48,11 +50,11 @@ class Group {
     const attention::Sequence at = sequence(p, 0);
     by_position_ = mask_of(p, at);
     ordered_ = by_position_.left >= 0 || by_position_.right >= 0 || p.mask_self;
-    Layout layout{nullptr};
-    lay_out(layout);
-    memory_.reserve(layout.used);
-    layout = {memory_.data()};
-    lay_out(layout);
+    Room sizes;
+    lay_out(sizes);
+    memory_.reserve(sizes.bytes());
+    Room room(memory_.data(), sizes.bytes(), "routing_attention");
+    lay_out(room);
   }
 
   // The tensors that a pass over the group reads its keys from: any batch entry, these heads.
@@ -116,23 +118,10 @@ class Group {
   }
 
  private:
-  // Hands out pieces of the task's memory; without memory it only counts.
-  struct Layout {
-    char* base;
-    int64_t used = 0;
-
-    template <class U>
-    U* take(int64_t count) {
-      char* at = base + used;
-      used += Scratch::bytes_of<U>(count);
-      return reinterpret_cast<U*>(at);
-    }
-  };
-
-  void lay_out(Layout& l) {
-    for (Lists* lists : {&now_, &next_}) {
-      lists->rows = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
-      lists->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
+  void lay_out(Room& l) {
+    for (Members* members : {&now_, &next_}) {
+      members->rows = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
+      members->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
     }
     result_ = l.take<int64_t>(most_rows_);
     order_ = l.take<Place>(std::max(most_rows_, most_keys_));
@@ -159,7 +148,7 @@ class Group {
   }
 
   // The list's tokens, with those that are absent if wanted, by position if it matters.
-  void read(const routing_attention::Lists& lists, bool absent, List& to) {
+  void read(const Lists& lists, bool absent, List& to) {
     int64_t count = 0, slot = 0;
     bool sorted = true;
     const auto take = [&](int64_t token) {
@@ -242,12 +231,12 @@ class Group {
   bool ordered_;  // positions matter
   Buffer memory_;
 
-  struct Lists {
+  struct Members {
     int64_t batch, group;
     int head;  // the first, if there are several
     List rows, keys;
   };
-  Lists now_{}, next_{};
+  Members now_{}, next_{};
   int64_t* result_ = nullptr;  // [rows] where results of a row lie
   Place* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]

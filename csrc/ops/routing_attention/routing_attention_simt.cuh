@@ -64,15 +64,6 @@ void forward(const Call& call) {
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-inline bool same_lists(const Lists& a, const Lists& b) {
-  bool same = a.blocks.data == b.blocks.data;
-  for (int d = 0; d < 4; ++d)
-    same &= a.blocks.size[d] == b.blocks.size[d] && a.blocks.stride[d] == b.blocks.stride[d];
-  const Cells &x = a.cells, &y = b.cells;
-  return same && x.columns == y.columns && x.height == y.height && x.width == y.width &&
-         x.rows_of_image == y.rows_of_image && x.columns_of_image == y.columns_of_image;
-}
-
 // Gradients of slots, then of tokens.
 template <class Element>
 void backward_by_slot(GradParams<Element, Listed>& p, const BackwardRoom<Accum<Element>>& memory,
@@ -81,7 +72,7 @@ void backward_by_slot(GradParams<Element, Listed>& p, const BackwardRoom<Accum<E
   const int64_t batch = b.batch(), heads = b.query_heads();
   const int64_t slots = b.groups() * b.rows.slots(), key_slots = b.groups() * b.keys.slots();
   const Csr rows = index_tokens(b.rows, memory.rows, context);
-  const Csr keys = same_lists(b.rows, b.keys) ? rows : index_tokens(b.keys, memory.keys, context);
+  const Csr keys = index_keys(b, rows, memory.keys, context);
   slot_deltas<Element>(b, memory.delta, context);
 
   p.b.delta = {memory.delta, {batch, heads, slots}, {heads * slots, slots, 1}};

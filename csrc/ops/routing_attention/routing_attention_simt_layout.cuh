@@ -35,18 +35,14 @@ struct Shape {
 
 // Positions in a call's tensors and scalars (routing_attention.h).
 inline constexpr int kRowBlocks = 0, kKeyBlocks = 1, kForwardQ = 2, kBackwardQ = 3, kVAfterQ = 8;
-inline constexpr int kRowCells = 0, kKeyCells = 5, kBySlot = 10;
-
-inline Cells cells_of(const Call& call, int first) {
-  const auto number = [&](int i) { return static_cast<int64_t>(call.scalar(first + i)); };
-  return {number(0), number(1), number(2), number(3), number(4)};
-}
+inline constexpr int kBySlot = 10;
 
 inline Shape shape_of(const Call& call, int first) {  // first: position of q
   const Tensor &rows = call.tensor(kRowBlocks), &keys = call.tensor(kKeyBlocks);
   const Tensor &q = call.tensor(first), &k = call.tensor(first + 1);
   const Tensor& v = call.tensor(first + kVAfterQ);
-  const Cells row_cells = cells_of(call, kRowCells), key_cells = cells_of(call, kKeyCells);
+  Arguments a(call);
+  const Cells row_cells = read_cells(a), key_cells = read_cells(a);
   Shape s{};
   s.batch = q.size[0], s.rows = q.size[1], s.heads = q.size[2], s.dim = q.size[3];
   s.keys = k.size[1], s.value_dim = v.present() ? v.size[3] : 0;

@@ -2,7 +2,7 @@
 // Attention of listed queries to listed keys on CUDA: what is not attention. Both CUDA backends call
 // these; the attention itself works on slots (of rows, of keys, or of the spans of a key region).
 //
-//   index_tokens    of every token the slots that hold it                       (Csr)
+//   index_tokens    of every token the slots that hold it, index_keys likewise  (Csr)
 //   index_regions   of every key region the groups that list it, and its spans  (Regions)
 //   mean_slots      o_i = sum_{slots of i} w_slot / (n_i + eps)
 //   slot_deltas     D_slot = <d_w_i, w_slot>
@@ -57,6 +57,22 @@ inline Csr index_tokens(const Lists& lists, const Csr& memory, const Context& co
   const Csr csr = shared_where(memory, lists.blocks);
   make_csr(TokenOfSlot{lists}, csr, context);
   return csr;
+}
+
+// Whether two lists are one in memory.
+inline bool same_lists(const Lists& a, const Lists& b) {
+  bool same = a.blocks.data == b.blocks.data;
+  for (int d = 0; d < 4; ++d)
+    same &= a.blocks.size[d] == b.blocks.size[d] && a.blocks.stride[d] == b.blocks.stride[d];
+  const Cells &x = a.cells, &y = b.cells;
+  return same && x.columns == y.columns && x.height == y.height && x.width == y.width &&
+         x.rows_of_image == y.rows_of_image && x.columns_of_image == y.columns_of_image;
+}
+
+// The same of the keys; where keys are the rows' lists, that of the rows.
+inline Csr index_keys(const Routing& r, const Csr& rows, const Csr& memory,
+                      const Context& context) {
+  return same_lists(r.rows, r.keys) ? rows : index_tokens(r.keys, memory, context);
 }
 
 // first[r] = sum_{r' < r} max(ceil(listings of r' / P), 1), and the region of every span. A block per

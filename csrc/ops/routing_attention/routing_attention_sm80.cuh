@@ -173,7 +173,7 @@ void backward(const Call& call) {
   BackwardRoom<float> at = backward_room<float>(room, s);
   if (s.by_slot) {
     at.rows = index_tokens(b.rows, at.rows, context);
-    at.keys = index_tokens(b.keys, at.keys, context);
+    at.keys = index_keys(b, at.rows, at.keys, context);
     slot_deltas<Element>(b, at.delta, context);
   } else if (s.keys_listed) {
     at.regions = index_regions(b.keys, at.regions, context);
