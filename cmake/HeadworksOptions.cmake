@@ -62,10 +62,6 @@ set(HW_ISA_FLAGS_avx512bf16 ${HW_ISA_FLAGS_avx512} -mavx512bf16)
 # back to a weaker one.
 set(HW_ISA_INSTANCES_avx512bf16 attention_bf16 routing_attention_bf16)
 set(HW_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  # Rows are short: a loop over one is faster than the call of memmove that g++ makes of it.
-  list(APPEND HW_CPU_FLAGS -fno-tree-loop-distribute-patterns)
-endif()
 if(HW_SANITIZE)
   list(REMOVE_ITEM HW_CPU_FLAGS -O3)
 endif()
