@@ -13,6 +13,10 @@
 
 namespace hw {
 
+// Throws. Not inline: loops of every instruction set lay out memory, and the function that they
+// would share must be the one for every machine (core/simd.h).
+[[noreturn]] void refuse_room(const char* operation, int64_t bytes, int64_t expected);
+
 class Room {
  public:
   Room() = default;
@@ -30,8 +34,7 @@ class Room {
     const int64_t at = bytes_;
     bytes_ += round_up<int64_t>(count * static_cast<int64_t>(sizeof(T)), 256);
     if (!operation_) return nullptr;
-    check(bytes_ <= size_, ErrorKind::value, operation_, ": workspace has ", size_,
-          " bytes, expected at least ", bytes_);
+    if (bytes_ > size_) refuse_room(operation_, size_, bytes_);
     return reinterpret_cast<T*>(base_ + at);
   }
 

@@ -168,7 +168,7 @@ struct Sequence {
 };
 
 template <class Params>
-HW_HOST_DEVICE Sequence sequence(const Params& p, int64_t n) {
+HW_HOST_DEVICE HW_INLINE Sequence sequence(const Params& p, int64_t n) {
   if (!p.packed()) return {n, 0, p.q.size[1], 0, p.k.size[1]};
   const int64_t q = p.cu_seqlens_q(n), k = p.cu_seqlens_k(n);
   return {0, q, p.cu_seqlens_q(n + 1) - q, k, p.cu_seqlens_k(n + 1) - k};
