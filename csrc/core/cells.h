@@ -20,10 +20,13 @@ struct Cells {
   HW_HOST_DEVICE int64_t size() const { return height * width; }
   HW_HOST_DEVICE int64_t count() const { return columns * ceil_div(rows_of_image, height); }
   HW_HOST_DEVICE bool single() const { return height * width == 1; }  // a block is a token
+  // Block i is token i.
+  HW_HOST_DEVICE bool same() const { return single() && columns == columns_of_image; }
 
   // Token of place t of a cell; -1 where there is none.
   HW_HOST_DEVICE int64_t token(int64_t block, int64_t t) const {
     if (block < 0) return -1;
+    if (same()) return block < rows_of_image * columns_of_image ? block : -1;
     const int64_t y = block / columns * height + t / width;
     const int64_t x = block % columns * width + t % width;
     return y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1;
@@ -32,6 +35,7 @@ struct Cells {
   // f(token) for all places of a cell, in order: the same without a division per token.
   template <class F>
   void each_token(int64_t block, F&& f) const {
+    if (same()) return f(token(block, 0));
     const int64_t top = block < 0 ? rows_of_image : block / columns * height;
     const int64_t left = block < 0 ? 0 : block % columns * width;
     for (int64_t y = top; y < top + height; ++y)

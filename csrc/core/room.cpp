@@ -6,8 +6,8 @@
 namespace hw {
 
 void refuse_room(const char* operation, int64_t bytes, int64_t expected) {
-  throw Error(ErrorKind::value, concat(operation, ": workspace has ", bytes,
-                                       " bytes, expected at least ", expected));
+  throw Error(ErrorKind::value,
+              concat(operation, ": workspace has ", bytes, " bytes, expected at least ", expected));
 }
 
 }  // namespace hw

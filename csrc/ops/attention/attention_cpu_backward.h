@@ -27,6 +27,13 @@ struct RowLists {
 
   const int64_t* of(int64_t batch, int head) const { return rows + (batch * heads + head) * most; }
   int64_t count(int64_t batch, int head) const { return counts[batch * heads + head]; }
+
+  // Block i of `count` rows: the first is the one that is not full, for under a causal mask it sees
+  // the fewest keys.
+  static Range block(int64_t i, int64_t count) {
+    const int64_t end = count - (ceil_div<int64_t>(count, kRows) - 1 - i) * kRows;
+    return {std::max<int64_t>(end - kRows, 0), end};
+  }
 };
 
 template <class T>
@@ -92,9 +99,11 @@ class Backward {
     for (int h = head * group_; h < (head + 1) * group_; ++h) {
       clear_key_gradients(at, h, keys);
       const Block all = rows_of(at, h);
-      for (int64_t begin = 0; begin < all.rows.end; begin += kRows) {
+      for (int64_t i = 0; i * kRows < all.rows.end; ++i) {
         Block block = all;
-        block.rows = {begin, std::min<int64_t>(begin + kRows, all.rows.end)};
+        block.rows = lists_ != nullptr
+                         ? RowLists::block(i, all.rows.end)
+                         : Range{i * kRows, std::min<int64_t>((i + 1) * kRows, all.rows.end)};
         walk.block(block, keys, sums);
         write_queries(block, walk, span);
       }
@@ -241,10 +250,11 @@ class SharedBias {
     const Range keys = block.keys();
     for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
+      if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      cotangents.gradients(block, some, tile.key_head(), tile.width(), s, ds);
-      add_bias_gradient(p_.d_bias, block, some, ds);
+      cotangents.gradients(block, some, tile.key_head(), tile.lanes(), s, ds);
+      add_bias_gradient(p_.d_bias, block, some, tile.lanes().begin, tile.rows(), ds);
     }
   }
 

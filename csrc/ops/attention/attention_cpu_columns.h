@@ -80,16 +80,18 @@ class Columns {
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
       if (some.end <= seen.begin || some.begin >= seen.end) continue;
+      if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      replay.weights(some.count(), s);
+      replay.weights(some.count(), tile.lanes(), s);
       const int64_t at = j - keys.begin;
-      if (p_.sum) add_sums(some, tile.width(), s, weight, sums.sum + at * kLanes<A>);
-      if (p_.max) raise(some, block.count(), s, sums.max + at * kLanes<A>);
+      if (p_.sum) add_sums(some, tile.lanes(), s, weight, sums.sum + at * kLanes<A>);
+      if (p_.max) raise(some, tile.lanes().begin, tile.rows(), s, sums.max + at * kLanes<A>);
       const int n = static_cast<int>(some.count());
       if (x_)
-        multiply<true>(n, padded_, steps<E>(block.count()), tile.p_over_rows(s, n), x.data, x.ld,
-                       sums.y + at * padded_, padded_);
+        multiply<true>(n, padded_, steps<E>(tile.rows()), tile.p_over_rows(s, n),
+                       x.data + tile.lanes().begin / kDepth<E> * x.ld, x.ld, sums.y + at * padded_,
+                       padded_);
     }
   }
 
@@ -98,19 +100,19 @@ class Columns {
     return p_.row_weight.template as<const A>()(block.at.batch, block.head, block.row(i));
   }
 
-  static void add_sums(const Range& keys, int width, const A* p, const A* weight, A* sum) {
+  static void add_sums(const Range& keys, const Lanes& lanes, const A* p, const A* weight, A* sum) {
     for (int64_t j = 0; j < keys.count(); ++j) {
       V total = load(sum + j * kLanes<A>);
-      for (int l = 0; l < width; l += kLanes<A>)
+      for (int l = lanes.begin; l < lanes.end; l += kLanes<A>)
         total = fma(load(p + j * kRows + l), load(weight + l), total);
       store(sum + j * kLanes<A>, total);
     }
   }
 
   // NaN is kept: it is not smaller than anything.
-  static void raise(const Range& keys, int rows, const A* p, A* max) {
+  static void raise(const Range& keys, int first, int rows, const A* p, A* max) {
     for (int64_t j = 0; j < keys.count(); ++j)
-      for (int i = 0; i < rows; ++i) {
+      for (int i = first; i < first + rows; ++i) {
         A& top = max[j * kLanes<A>];
         const A x = p[j * kRows + i];
         if (!(x <= top)) top = x;

@@ -187,32 +187,33 @@ class Forward {
     tile.load_queries(block);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
+      if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      const bool any = soft_ ? soften(block, some, tile.width(), s, state)
-                             : activate(block, some, tile.width(), s, state);
+      const bool any = soft_ ? soften(block, some, tile.lanes(), s, state)
+                             : activate(block, some, tile.lanes(), s, state);
       if (any && v_) add_values(block, some, tile, s, state, room);
     }
   }
 
   // p relative to the running maximum, in place of s.
-  bool soften(const Block& block, const Range& keys, int width, A* s, State& state) {
+  bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s, State& state) {
     RowSums<A>& r = *state.rows;
     const int n = static_cast<int>(keys.count());
     alignas(64) A shift[kRows], factor[kRows];
     bool moved = false;
-    for (int l = 0; l < width; l += kLanes<A>) {
+    for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       V top = load(r.max + l);
       for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
       store(shift + l, top);
     }
-    for (int i = 0; i < width; ++i) {
+    for (int i = lanes.begin; i < lanes.end; ++i) {
       moved |= shift[i] != r.max[i];
       factor[i] = r.move(i, shift[i]);
       if (shift[i] == -kInfinity<A>) shift[i] = 0;
     }
-    if (moved) rescale(width, factor, state.values);
-    for (int l = 0; l < width; l += kLanes<A>) {
+    if (moved) rescale(lanes, factor, state.values);
+    for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       const V base = load(shift + l);
       V total{};
       for (int j = 0; j < n; ++j) {
@@ -249,18 +250,18 @@ class Forward {
     store(sum, total);
   }
 
-  void rescale(int width, const A* factor, A* values) {
+  void rescale(const Lanes& lanes, const A* factor, A* values) {
     for (int64_t d = 0; d < panels_ * value_dim_; ++d)
-      for (int l = 0; l < width; l += kLanes<A>) {
+      for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = values + d * kRows + l;
         store(at, load(at) * load(factor + l));
       }
   }
 
   // a(s) in place of s; false if all of the tile is zero.
-  bool activate(const Block&, const Range& keys, int width, A* s, State& state) {
+  bool activate(const Block&, const Range& keys, const Lanes& lanes, A* s, State& state) {
     V any{};
-    for (int l = 0; l < width; l += kLanes<A>) {
+    for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       V total{};
       for (int j = 0; j < keys.count(); ++j) {
         A* at = s + j * kRows + l;
@@ -281,8 +282,8 @@ class Forward {
     const E* p = tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
       const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
-      multiply<true>(value_dim_, tile.width(), steps<E>(n), over_rows_transposed(v), p, kRows,
-                     state.values + b * value_dim_ * kRows, kRows);
+      multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
+                     kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows);
     }
   }
 
@@ -324,7 +325,7 @@ class Forward {
       factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
     if (!v_) return;
     const int padded = padded_values();
-    rescale(round_up(block.count(), kLanes<A>), factor, state.values);
+    rescale({0, round_up(block.count(), kLanes<A>)}, factor, state.values);
     A* rows = scratch.take<A>(kRows * padded);
     A* v_row = scratch.take<A>(kRows * padded);
     for (int64_t b = 0; b < panels_of(block); ++b) {

@@ -33,6 +33,13 @@ constexpr int kRowsAhead =
 template <class T>
 constexpr bool kPaired = kDepth<Multiplied<T>> == 2;
 
+// Some lanes of a block, in whole vectors.
+struct Lanes {
+  int begin, end;
+  bool empty() const { return end <= begin; }
+  int count() const { return end - begin; }
+};
+
 // Queries of one head of one sequence, a lane each; `rows` and all key ranges count from the
 // sequence's start. Where rows are listed, `rows` counts places of the list.
 struct Block {
@@ -60,6 +67,14 @@ struct Block {
   Range keys() const { return {visible_keys(0).begin, visible_keys(count() - 1).end}; }
   bool sees_whole(const Range& keys) const {
     return visible_keys(count() - 1).begin <= keys.begin && visible_keys(0).end >= keys.end;
+  }
+  // The rows that see any of `keys`, in vectors of `vector` lanes.
+  Lanes lanes(const Range& keys, int vector) const {
+    int begin = 0, end = count();
+    while (begin < end && visible_keys(begin).end <= keys.begin) ++begin;
+    while (begin < end && visible_keys(end - 1).begin >= keys.end) --end;
+    if (begin == end) return {0, 0};
+    return {begin / vector * vector, round_up(end, vector)};
   }
 };
 
@@ -196,7 +211,8 @@ Operand<Multiplied<T>> over_rows_transposed(const Rows<T>& rows) {
   }
 }
 
-// A tile [n, kRows], p or dx, as the operand of a product over keys: [steps(n), kRows].
+// A tile [n, kRows] from its lane on, p or dx, as the operand of a product over keys:
+// [steps(n), kRows].
 template <class E, class A>
 const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
   if constexpr (std::is_same_v<E, A>) {

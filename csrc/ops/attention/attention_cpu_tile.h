@@ -71,7 +71,8 @@ class Tile {
   bool shapes_gradients() const { return p_.softcap > 0 || key_gain_; }
 
   const Block& block() const { return block_; }
-  int width() const { return width_; }              // lanes in use, whole vectors
+  int width() const { return width_; }              // lanes of the block, whole vectors
+  Lanes lanes() const { return lanes_; }            // of them, those that see keys of the tile
   int padded() const { return queries_.padded(); }  // D in whole vectors
   A factor(int i) const { return factor_[i]; }      // scale tau of lane i
 
@@ -89,12 +90,20 @@ class Tile {
     queries_.load(q_, block, width_, kPaired<T> ? nullptr : factor_);
   }
 
-  // x of the keys [keys.begin, keys.end), at most kKeys.
+  // The tile is that of the keys [keys.begin, keys.end), at most kKeys. False if no row sees any.
+  // All that follows touches the tile's lanes alone.
+  bool move_to(const Range& keys) {
+    lanes_ = block_.lanes(keys, kLanes<A>);
+    return !lanes_.empty();
+  }
+
+  // x of its keys.
   void products(const Range& keys, A* x) {
     const Rows<T> k = key_rows(keys);
     if (dim_ > 0)
-      multiply<false>(k.n, width_, steps<E>(dim_), over_width(k), queries_.over_width(), kRows, x,
-                      kRows, factors());
+      multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
+                      queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
+                      factors().from(lanes_.begin));
     else
       std::fill_n(x, k.n * kRows, A(0));
   }
@@ -117,12 +126,12 @@ class Tile {
     }
     if (bias_) {
       transpose_bias<false>(keys, bias_tile_);
-      clear_columns(bias_tile_, kRows, static_cast<int>(keys.count()), block_.count(), width_);
+      clear_columns(bias_tile_, kRows, static_cast<int>(keys.count()), block_.count(), lanes_.end);
     }
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const int64_t at = (j - keys.begin) * kRows;
       const A gain = gain_of(j), added = key_bias_ ? key_bias_of(j) : A(0);
-      for (int l = 0; l < width_; l += kLanes<A>) {
+      for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
         const V y = shape_.capped(load(x + at + l));
         const V sum = bias_ ? load(bias_tile_ + at + l) + added : splat(added);
         store(s + at + l, key_gain_ ? shape_.score(y, gain * load(gain_rows_ + l), sum) : y + sum);
@@ -137,7 +146,7 @@ class Tile {
       const int64_t at = (j - keys.begin) * kRows;
       const A gain = gain_of(j);
       V total{};
-      for (int l = 0; l < width_; l += kLanes<A>) {
+      for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
         const V y = shape_.capped(load(x + at + l)), g = load(gain_rows_ + l),
                 d = load(ds + at + l);
         total = fma(d * g, abs_of(y), total);
@@ -147,19 +156,21 @@ class Tile {
     }
   }
 
-  // Operands of the other products, see attention_cpu_operands.h. Those made of a tile of n keys, p
-  // or dx, stay until the next is made.
-  const E* q_over_rows() { return queries_.over_rows(); }
+  // Operands of the other products, see attention_cpu_operands.h, from the first of the tile's lanes
+  // on. Those made of a tile of n keys, p or dx, stay until the next is made.
+  const E* q_over_rows() { return queries_.over_rows(); }  // all of the block's
   Panel<E> k_over_keys(const Range& keys) { return over_rows(key_rows(keys)); }
   const E* over_keys(const A* tile, int n) {
-    return pairs_over_keys<E>(tile, n, width_, tile_room_);
+    return pairs_over_keys<E>(tile + lanes_.begin, n, lanes_.count(), tile_room_);
   }
   Operand<E> p_over_rows(const A* p, int n) {
-    return pairs_over_rows<E>(p, n, block_.count(), NoFactors{}, tile_room_);
+    return pairs_over_rows<E>(p + lanes_.begin, n, rows(), NoFactors{}, tile_room_);
   }
   Operand<E> dc_over_rows(const A* dx, int n) {
-    return pairs_over_rows<E>(dx, n, block_.count(), factors(), tile_room_);
+    return pairs_over_rows<E>(dx + lanes_.begin, n, rows(), factors().from(lanes_.begin),
+                              tile_room_);
   }
+  int rows() const { return std::min(lanes_.end, block_.count()) - lanes_.begin; }
 
   int key_head() const { return block_.head / p_.group(); }
 
@@ -184,7 +195,8 @@ class Tile {
 
   void copy(const Range& keys, const A* x, A* s) {
     for (int64_t j = 0; j < keys.count(); ++j)
-      for (int l = 0; l < width_; l += kLanes<A>) store(s + j * kRows + l, load(x + j * kRows + l));
+      for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>)
+        store(s + j * kRows + l, load(x + j * kRows + l));
   }
 
   // Bias of the tile, transposed, from where it lies or through rows of the accumulation type; written
@@ -192,25 +204,26 @@ class Tile {
   template <bool kAdd>
   void transpose_bias(const Range& keys, A* to) {
     const int n = static_cast<int>(keys.count());
-    const A* rows = bias_rows_;
+    const A* from = bias_rows_;
     int64_t ld = kKeys;
-    for (int i = 0; i < block_.count(); ++i) {
+    for (int r = 0; r < rows(); ++r) {
+      const int i = lanes_.begin + r;
       const T* row = bias_.at(block_.at.batch, block_.head, block_.place(i), keys.begin);
       if (bias_.stride[3] == 1) prefetch(row + kKeys, kKeys * static_cast<int64_t>(sizeof(T)));
       if constexpr (std::is_same_v<T, A>) {
         if (bias_.stride[3] == 1 && !block_.places) {
-          if (i == 0) rows = row, ld = bias_.stride[2];
+          if (r == 0) from = row, ld = bias_.stride[2];
           continue;
         }
       }
-      widen(bias_rows_ + i * kKeys, row, n, bias_.stride[3]);
+      widen(bias_rows_ + r * kKeys, row, n, bias_.stride[3]);
     }
-    hw::transpose<kAdd>(rows, ld, block_.count(), n, to, kRows);
+    hw::transpose<kAdd>(from, ld, rows(), n, to + lanes_.begin, kRows);
   }
 
   // Lane i sees the keys [first_[i], last_[i]) of the tile.
   void find_limits(const Range& keys) {
-    for (int i = 0; i < width_; ++i) {
+    for (int i = lanes_.begin; i < lanes_.end; ++i) {
       Range seen{0, 0};
       if (i < block_.count()) seen = block_.visible_keys(i);
       first_[i] = static_cast<A>(std::clamp<int64_t>(seen.begin - keys.begin, 0, kKeys));
@@ -221,7 +234,7 @@ class Tile {
   void hide(const Range& keys, A* s) {
     for (int j = 0; j < keys.count(); ++j) {
       const A key = static_cast<A>(j);
-      for (int l = 0; l < width_; l += kLanes<A>) {
+      for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
         V x = load(s + j * kRows + l);
         x = load(first_ + l) > key ? splat(-kInfinity<A>) : x;
         x = load(last_ + l) <= key ? splat(-kInfinity<A>) : x;
@@ -239,6 +252,7 @@ class Tile {
 
   Block block_{};
   int width_ = 0;
+  Lanes lanes_{};
   E *k_room_, *tile_room_ = nullptr;
   A *bias_rows_ = nullptr, *bias_tile_ = nullptr;
   alignas(64) A factor_[kRows], gain_rows_[kRows], first_[kRows], last_[kRows];
@@ -254,7 +268,6 @@ class Replay {
   Replay(const ScoreParams& p, const Ref<const void, 3>& row) : p_(p), row_(row.as<const A>()) {}
 
   void load_rows(const Block& block, int width) {
-    width_ = width;
     for (int i = 0; i < width; ++i) row_of_[i] = i < block.count() ? of(block, i) : A(0);
   }
 
@@ -268,10 +281,10 @@ class Replay {
     return seen > 0 ? 1 / static_cast<A>(seen) : A(0);
   }
 
-  void weights(int64_t keys, A* s) const {
+  void weights(int64_t keys, const Lanes& lanes, A* s) const {
     const bool soft = is_softmax(p_.activation);
     for (int64_t j = 0; j < keys; ++j)
-      for (int l = 0; l < width_; l += kLanes<A>) {
+      for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = s + j * kRows + l;
         const V row = load(row_of_ + l), x = load(at);
         store(at, soft ? exp_of(x - row) : activation(p_.activation, x) * row);
@@ -279,9 +292,9 @@ class Replay {
   }
 
   // p in place of s, and da / ds / n  into `slope` (not for softmaxes, where it would be p).
-  void weights_and_slopes(int64_t keys, A* s, A* slope) const {
+  void weights_and_slopes(int64_t keys, const Lanes& lanes, A* s, A* slope) const {
     for (int64_t j = 0; j < keys; ++j)
-      for (int l = 0; l < width_; l += kLanes<A>) {
+      for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = s + j * kRows + l;
         const V row = load(row_of_ + l), x = load(at);
         store(slope + j * kRows + l, activation_slope(p_.activation, x) * row);
@@ -292,7 +305,6 @@ class Replay {
  private:
   const ScoreParams& p_;
   const Ref<const A, 3> row_;
-  int width_ = 0;
   alignas(64) A row_of_[kRows];
 };
 

@@ -56,22 +56,23 @@ class Cotangents {
   }
 
   // p in place of s, and ds.
-  void gradients(const Block& block, const Range& keys, int key_head, int width, A* s, A* ds) {
+  void gradients(const Block& block, const Range& keys, int key_head, const Lanes& lanes, A* s,
+                 A* ds) {
     const int n = static_cast<int>(keys.count());
     const bool soft = is_softmax(p_.activation);
     if (soft)
-      replay_.weights(n, s);
+      replay_.weights(n, lanes, s);
     else
-      replay_.weights_and_slopes(n, s, slope_);
+      replay_.weights_and_slopes(n, lanes, s, slope_);
     const Rows<T> v{v_, block.at.batch, block.key(keys.begin), n, key_head, v_room_};
     if (value_dim_ > 0)
-      multiply<false>(n, width, steps<E>(value_dim_), over_width(v), rows_.over_width(), kRows, ds,
-                      kRows);
+      multiply<false>(n, lanes.count(), steps<E>(value_dim_), over_width(v),
+                      rows_.over_width() + lanes.begin, kRows, ds + lanes.begin, kRows);
     else
       std::fill_n(ds, n * kRows, A(0));
     const A* slope = soft ? s : slope_;
     for (int j = 0; j < n; ++j)
-      for (int l = 0; l < width; l += kLanes<A>) {
+      for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         const int at = j * kRows + l;
         store(ds + at, load(slope + at) * (load(ds + at) - load(delta_of_ + l)));
       }
@@ -96,12 +97,12 @@ inline bool shares_bias(const BackwardParams& p) {
                       (p.d_bias.stride[1] == 0 && p.d_bias.size[1] > 1));
 }
 
-// d_bias of a tile: added to, in whatever shape it has.
+// d_bias of a tile, of `rows` rows from the lane `first` on: added to, in whatever shape it has.
 template <class A>
-void add_bias_gradient(const Ref<void, 4>& d_bias, const Block& block, const Range& keys,
-                       const A* ds) {
+void add_bias_gradient(const Ref<void, 4>& d_bias, const Block& block, const Range& keys, int first,
+                       int rows, const A* ds) {
   const Ref<A, 4> to = d_bias.as<A>();
-  for (int i = 0; i < block.count(); ++i) {
+  for (int i = first; i < first + rows; ++i) {
     A* row = to.at(block.at.batch, block.head, block.place(i), keys.begin);
     for (int64_t j = 0; j < keys.count(); ++j) row[j * to.stride[3]] += ds[j * kRows + i];
   }
@@ -159,30 +160,36 @@ class Walk {
 
  private:
   void step(const Block& block, const Range& keys, int64_t first, const KeySums<A>& sums) {
-    const int n = static_cast<int>(keys.count()), rows = block.count();
+    if (!tile_.move_to(keys)) return;
+    const Lanes lanes = tile_.lanes();
+    const int n = static_cast<int>(keys.count()), rows = tile_.rows();
+    const int64_t skipped = lanes.begin / kDepth<E>;  // rows of the operands over rows
     tile_.products(keys, x_);
     tile_.scores(keys, x_, s_);
-    cotangents_.gradients(block, keys, tile_.key_head(), tile_.width(), s_, ds_);
+    cotangents_.gradients(block, keys, tile_.key_head(), lanes, s_, ds_);
     put_self(block, keys, ds_, A(0));
     const int64_t at = keys.begin - first;
     if (p_.d_v)
-      multiply<true>(n, cotangents_.padded(), steps<E>(rows), tile_.p_over_rows(s_, n), d_w_,
-                     cotangents_.padded(), sums.d_v + at * sums.d_v_ld, sums.d_v_ld);
-    if (p_.d_bias && !shares_bias(p_)) add_bias_gradient(p_.d_bias, block, keys, ds_);
+      multiply<true>(n, cotangents_.padded(), steps<E>(rows), tile_.p_over_rows(s_, n),
+                     d_w_ + skipped * cotangents_.padded(), cotangents_.padded(),
+                     sums.d_v + at * sums.d_v_ld, sums.d_v_ld);
+    if (p_.d_bias && !shares_bias(p_))
+      add_bias_gradient(p_.d_bias, block, keys, lanes.begin, rows, ds_);
     if (p_.d_key_bias) add_key_bias(block, keys);
     if (tile_.shapes_gradients()) shape(block, keys);
-    multiply<true>(n, padded_, steps<E>(rows), tile_.dc_over_rows(ds_, n), q_, tile_.padded(),
-                   sums.d_k + at * sums.d_k_ld, sums.d_k_ld);
+    multiply<true>(n, padded_, steps<E>(rows), tile_.dc_over_rows(ds_, n),
+                   q_ + skipped * tile_.padded(), tile_.padded(), sums.d_k + at * sums.d_k_ld,
+                   sums.d_k_ld);
     const Panel<E> k = tile_.k_over_keys(keys);
     multiply<true>(rows, padded_, steps<E>(n), hw::transposed(tile_.over_keys(ds_, n), kRows),
-                   k.data, k.ld, d_q_, padded_);
+                   k.data, k.ld, d_q_ + lanes.begin * padded_, padded_);
   }
 
   void add_key_bias(const Block& block, const Range& keys) {
     const Ref<A, 3> to = p_.d_key_bias.template as<A>();
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       V total{};
-      for (int l = 0; l < tile_.width(); l += kLanes<A>)
+      for (int l = tile_.lanes().begin; l < tile_.lanes().end; l += kLanes<A>)
         total += load(ds_ + (j - keys.begin) * kRows + l);
       to(block.at.batch, block.head, block.key(j)) += sum<A>(total);
     }

@@ -29,7 +29,8 @@
 //   D_slot = <d_w_i, w_slot>
 //
 // Otherwise a token is in one list at most, and once: o, w and row statistics are written where the
-// token is; those of the others are left alone.
+// token is. Rows of tokens in no list are left alone; but where all keys go with one list, cpu
+// clears them (w = 0, row +inf).
 //
 // Symbols beside those of attention.h: G groups, N blocks of a list, n tokens of a block, Wq, Wk
 // slots of a list (N n; without lists Sq, Sk).
@@ -76,7 +77,7 @@ struct ForwardParams : attention::ForwardParams, Routing {};
 
 // "routing_attention.backward". By slot: row as left by forward, `slots` its w, delta absent, d_w
 // [B, Sq, Hq, Dv]. Gradients are per token in any case. They are complete, 0 for tokens in no list;
-// but not by slot, d_q and d_row_temperature of tokens in no list are left alone, as o is, and
+// but not by slot, d_q and d_row_temperature of tokens in no list are treated as o is, and
 // d_bias is added to or written where rows are listed: the caller hands over zeros.
 struct BackwardParams : attention::BackwardParams, Routing {
   Ref<const void, 4> slots;  // [B, G Wq, Hq, Dv]

@@ -13,63 +13,119 @@ namespace {
 
 using attention::Block;
 using attention::kRows;
+using attention::RowLists;
+
+constexpr int64_t kTokensOfTask = 64;  // where rows are cleared
 
 // The lists of a call, absent slots left out, by position.
 class SortedRows {
  public:
   template <class Params>
-  SortedRows(const Params& p, int threads) : heads_(p.query_heads()), most_(p.rows.slots()) {
-    const int64_t pairs = p.batch() * heads_;
+  SortedRows(const Params& p, int threads)
+      : heads_(p.query_heads()),
+        most_(p.rows.slots()),
+        batch_(p.batch()),
+        tokens_(p.q.size[1]),
+        threads_(threads) {
+    const int64_t pairs = batch_ * heads_;
     rows_.reserve((pairs * most_ + pairs) * static_cast<int64_t>(sizeof(int64_t)));
     counts_ = reinterpret_cast<int64_t*>(rows_.data()) + pairs * most_;
     parallel_tasks(pairs, threads, [&](int64_t pair) {
       int64_t* rows = reinterpret_cast<int64_t*>(rows_.data()) + pair * most_;
       int64_t n = 0;
-      for (int64_t i = 0; i < most_; ++i) {
-        const int64_t token = p.rows.token(pair / heads_, pair % heads_, 0, i);
+      const auto take = [&](int64_t token) {
         if (token >= 0) rows[n++] = token;
-      }
+      };
+      for (int64_t i = 0; i < p.rows.blocks.size[3]; ++i)
+        p.rows.cells.each_token(p.rows.blocks(pair / heads_, pair % heads_, 0, i), take);
       if (!std::is_sorted(rows, rows + n)) std::sort(rows, rows + n);
       counts_[pair] = n;
     });
   }
 
-  attention::RowLists lists() const {
+  RowLists lists() const {
     return {reinterpret_cast<const int64_t*>(rows_.data()), counts_, most_, heads_};
   }
 
- private:
-  const int heads_;
-  const int64_t most_;
-  Buffer rows_;
-  int64_t* counts_;
-};
-
-template <class T>
-class RowsForward {
- public:
-  RowsForward(const ForwardParams& p, int threads)
-      : p_(p), threads_(threads), sorted_(p, threads), pass_(p) {}
-
-  void run() {
-    const int64_t heads = p_.query_heads(), blocks = ceil_div<int64_t>(p_.rows.slots(), kRows);
-    const attention::RowLists lists = sorted_.lists();
-    parallel_tasks(p_.batch() * heads * blocks, threads_, [&](int64_t task) {
-      const int64_t batch = task / blocks / heads;
-      const int head = static_cast<int>(task / blocks % heads);
-      const int64_t count = lists.count(batch, head);
-      const int64_t begin = (blocks - 1 - task % blocks) * kRows;  // the last rows see most keys
-      if (begin >= count) return;
-      const attention::Sequence at = sequence(p_, batch);
-      pass_.run_block({at,
-                       mask_of(p_, at),
-                       head,
-                       {begin, std::min<int64_t>(begin + kRows, count)},
-                       lists.of(batch, head)});
+  // f(batch, token, head) for all rows that no list names. The heads of a token lie together: token
+  // by token, memory is written in its order.
+  template <class F>
+  void each_other_row(F f) const {
+    const RowLists all = lists();
+    const int64_t parts = ceil_div(tokens_, kTokensOfTask);
+    parallel_tasks(batch_ * parts, threads_, [&](int64_t task) {
+      const int64_t b = task / parts, begin = task % parts * kTokensOfTask;
+      const int64_t end = std::min(begin + kTokensOfTask, tokens_);
+      Scratch& scratch = Scratch::of_thread();
+      scratch.reset(2 * Scratch::bytes_of<const int64_t*>(heads_));
+      const int64_t** next = scratch.take<const int64_t*>(heads_);
+      const int64_t** last = scratch.take<const int64_t*>(heads_);
+      for (int h = 0; h < heads_; ++h) {
+        last[h] = all.of(b, h) + all.count(b, h);
+        next[h] = std::lower_bound(all.of(b, h), last[h], begin);
+      }
+      for (int64_t token = begin; token < end; ++token)
+        for (int h = 0; h < heads_; ++h)
+          if (next[h] != last[h] && *next[h] == token)
+            ++next[h];
+          else
+            f(b, token, h);
     });
   }
 
  private:
+  const int heads_;
+  const int64_t most_, batch_, tokens_;
+  const int threads_;
+  Buffer rows_;
+  int64_t* counts_;
+};
+
+// Zeros in row (b, i, h) of x, if x is there.
+template <class T>
+void clear_row(const Ref<void, 4>& x, int64_t b, int64_t i, int head) {
+  if (!x) return;
+  T* row = x.as<T>().at(b, i, head);
+  if (x.stride[3] == 1)
+    std::fill_n(row, x.size[3], T{});
+  else
+    for (int64_t d = 0; d < x.size[3]; ++d) row[d * x.stride[3]] = T{};
+}
+
+template <class T>
+class RowsForward {
+ public:
+  using A = Accum<T>;
+
+  RowsForward(const ForwardParams& p, int threads)
+      : p_(p), threads_(threads), sorted_(p, threads), pass_(p) {}
+
+  void run() {
+    sorted_.each_other_row([&](int64_t b, int64_t i, int head) { clear(b, i, head); });
+    const int64_t heads = p_.query_heads(), blocks = ceil_div<int64_t>(p_.rows.slots(), kRows);
+    const RowLists lists = sorted_.lists();
+    parallel_tasks(p_.batch() * heads * blocks, threads_, [&](int64_t task) {
+      const int64_t batch = task / blocks / heads;
+      const int head = static_cast<int>(task / blocks % heads);
+      const int64_t count = lists.count(batch, head);
+      const int64_t block = blocks - 1 - task % blocks;  // the last rows see most keys
+      if (block * kRows >= count) return;
+      const attention::Sequence at = sequence(p_, batch);
+      pass_.run_block(
+          {at, mask_of(p_, at), head, RowLists::block(block, count), lists.of(batch, head)});
+    });
+  }
+
+ private:
+  // A row without weight.
+  void clear(int64_t b, int64_t i, int head) const {
+    clear_row<T>(p_.o, b, i, head);
+    clear_row<T>(p_.w, b, i, head);
+    if (p_.row) p_.row.template as<A>()(b, head, i) = attention::kInfinity<A>;
+    for (const Ref<void, 3>* x : {&p_.entropy, &p_.p_max, &p_.sq_norm})
+      if (*x) x->template as<A>()(b, head, i) = 0;
+  }
+
   const ForwardParams& p_;
   const int threads_;
   const SortedRows sorted_;
@@ -80,13 +136,20 @@ template <class T>
 class RowsBackward {
  public:
   RowsBackward(const BackwardParams& p, int threads)
-      : sorted_(p, threads), lists_(sorted_.lists()), pass_(p, threads, &lists_) {}
+      : p_(p), sorted_(p, threads), lists_(sorted_.lists()), pass_(p, threads, &lists_) {}
 
-  void run() { pass_.run(); }
+  void run() {
+    sorted_.each_other_row([&](int64_t b, int64_t i, int head) {
+      clear_row<T>(p_.d_q, b, i, head);
+      if (p_.d_row_temperature) p_.d_row_temperature.template as<Accum<T>>()(b, i, head) = 0;
+    });
+    pass_.run();
+  }
 
  private:
+  const BackwardParams& p_;
   const SortedRows sorted_;
-  const attention::RowLists lists_;
+  const RowLists lists_;
   attention::Backward<T> pass_;
 };
 

@@ -100,7 +100,8 @@ class _RoutingAttention(torch.autograd.Function):
             d_w, d_gate = d_o, a
             if gate is not None:
                 d_w = (gate[..., None] * d_o).to(d_o.dtype)
-                a = row_dot(d_w, w)  # of d_w as rounded: then ds = 0 where a row sees one key
+                # Of d_w as rounded: then ds = 0 where a row sees one key.
+                a = gate * a if d_w.dtype == a.dtype else row_dot(d_w, w)
             delta = a.transpose(1, 2)
             if ctx.want_lse and d_lse is not None:
                 delta = delta - d_lse

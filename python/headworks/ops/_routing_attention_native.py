@@ -96,11 +96,12 @@ def forward(
     """routing_attention.forward. By slot, w and row are wanted."""
     made = outputs(score, v, routing, want)
     empty = _empty(score, routing)
-    if empty or not (routing.covers or routing.by_slot):
+    leaves = _leaves_rows(routing, backend)
+    if empty or leaves:
         for x in made:
             if x is not None:
                 x.zero_()
-    if made.row is not None and (empty or not routing.covers):  # of rows without weight
+    if made.row is not None and (empty or leaves):  # of rows without weight
         made.row.fill_(-torch.inf if empty else torch.inf)
     if not empty:
         run("routing_attention.forward", backend, *_forward_call(score, v, gate, routing, made))
@@ -144,7 +145,7 @@ def backward(
         return made
     d_q, _, _, d_bias, _, _, d_temperature = made
     for x in (d_q, d_temperature):
-        if x is not None and not (routing.covers or routing.by_slot):
+        if x is not None and _leaves_rows(routing, backend):
             x.zero_()
     if d_bias is not None:  # of bias's own shape: the kernel adds into it, whatever is broadcast
         d_bias = d_bias.zero_().expand(*score.row_shape, score.k.shape[1])
@@ -153,6 +154,12 @@ def backward(
     tensors += (*made[:3], d_bias, *made[4:])
     run("routing_attention.backward", backend, tensors, (*routing.numbers, *numbers))
     return made
+
+
+def _leaves_rows(routing: Routing, backend: str) -> bool:
+    """Rows in no list are not written by the native call."""
+    clears = routing.by_slot or (routing.keys is None and backend == "cpu")
+    return not (routing.covers or clears)
 
 
 def _empty(score: Score, routing: Routing) -> bool:

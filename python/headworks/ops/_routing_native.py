@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import Maybe, NativeCall, widen
+from .._native import Maybe, NativeCall, widen, without_products
 from ..reference.bilevel_routing import Grid
 from ._attention_native import Want
 from ._attention_score import Score
+from ._moh_route_native import chosen_rows
 from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import Routing, forward_call, image_cells, sequence_cells
 
@@ -146,15 +147,17 @@ def moh_attention(score: Score, v: Tensor, gate: Tensor, backend: str) -> Tensor
     """A Score without packed sequences and with the softmax activation, v [B, Sk, H, Dv], gate
     [B, Sq, Hq] in the accumulation dtype -> o [B, Sq, Hq, Dv]. Gradients to the tensors of the
     score, v and gate; that of a gate of 0 is 0."""
-    o, *_ = attend("moh_attention", *_moh_arguments(score, v, gate), NO_READ_OUTS, backend)
+    o, *_ = attend("moh_attention", *_moh_arguments(score, v, gate, backend), NO_READ_OUTS, backend)
     assert o is not None
     return o[..., : v.shape[3]]
 
 
-def _moh_arguments(score: Score, v: Tensor, gate: Tensor) -> tuple[Score, Tensor, Tensor, Routing]:
+def _moh_arguments(
+    score: Score, v: Tensor, gate: Tensor, backend: str
+) -> tuple[Score, Tensor, Tensor, Routing]:
     """score, v, gate, routing: of each head one group, the rows with a gate."""
     routing = Routing(
-        chosen_rows(gate.detach()),
+        chosen_rows(gate.detach(), without_products(backend))[:, :, None],
         None,
         sequence_cells(score.q.shape[1]),
         sequence_cells(score.k.shape[1]),
@@ -165,14 +168,4 @@ def _moh_arguments(score: Score, v: Tensor, gate: Tensor) -> tuple[Score, Tensor
 
 def moh_call(score: Score, v: Tensor, gate: Tensor, backend: str) -> NativeCall:
     """The call that `moh_attention` makes, for hw.explain."""
-    return forward_call(*_moh_arguments(score, v, gate), Want(skip_dead=False), backend)
-
-
-def chosen_rows(gate: Tensor) -> Tensor:
-    """Of gate [B, S, H] the rows that are not 0, by position, and -1 behind them: [B, H, 1, S]."""
-    chosen = (gate != 0).transpose(1, 2)
-    tokens = chosen.shape[2]
-    place = torch.where(chosen, chosen.cumsum(2) - 1, tokens)
-    rows = torch.arange(tokens, device=gate.device).expand(place.shape)
-    listed = torch.full((*place.shape[:2], tokens + 1), -1, device=gate.device)
-    return listed.scatter(2, place, rows)[:, :, None, :tokens]  # what is not chosen is cut off
+    return forward_call(*_moh_arguments(score, v, gate, backend), Want(skip_dead=False), backend)

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of mixture-of-heads attention, host side: arguments of a call and checks.
+#include "ops/moh_route/moh_route.h"
+
+#include "core/arguments.h"
+#include "core/registry.h"
+
+namespace hw::moh_route {
+namespace {
+
+constexpr const char* kFunctions[] = {"forward"};
+
+void check_call(int, const Call& call) {
+  const ForwardParams p = forward_params(call);
+  const Tensor& rows = call.tensor(1);
+  check(rows.dtype == DType::i64, ErrorKind::type, "moh_route: rows is ", dtype_name(rows.dtype),
+        ", expected int64");
+  check(p.gate.size[0] == p.batch() && p.gate.size[1] == p.tokens() && p.gate.size[2] == p.heads(),
+        ErrorKind::value, "moh_route: a gate of [", p.gate.size[0], ", ", p.gate.size[1], ", ",
+        p.gate.size[2], "] gives rows of [", p.gate.size[0], ", ", p.gate.size[2], ", ",
+        p.gate.size[1], "], got [", p.batch(), ", ", p.heads(), ", ", p.tokens(), "]");
+}
+
+std::string why_not(int, Backend backend, const Call&) {
+  if (backend == Backend::sm80 || backend == Backend::sm90)
+    return "moh_route multiplies nothing; simt is its CUDA backend";
+  return {};
+}
+
+int any_dim(int, Backend, const Call&) { return 0; }
+int64_t no_workspace(int, Backend, const Call&) { return 0; }
+
+}  // namespace
+
+ForwardParams forward_params(const Call& call) {
+  Arguments a(call);
+  ForwardParams p;
+  p.gate = a.input<3>();
+  p.rows = a.output<3>().as<int64_t>();
+  return p;
+}
+
+extern const Operator kOperator;
+const Operator kOperator = {"moh_route", kFunctions, &check_call,
+                            &why_not,    &any_dim,   &no_workspace};
+
+}  // namespace hw::moh_route

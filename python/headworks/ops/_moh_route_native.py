@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native call that lists the rows of mixture-of-heads attention, csrc/ops/moh_route."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._native import define, route, run
+
+
+def chosen_rows(gate: Tensor, backend: str) -> Tensor:
+    """Of gate [B, S, H], in an accumulation dtype, the rows that are not 0, by position, and -1
+    behind them: int64 [B, H, S]. No gradient."""
+    direct = route("moh_attention", (gate,)) == "direct"
+    return (_rows if direct else torch.ops.headworks.moh_route.default)(gate, backend)
+
+
+def _rows(gate: Tensor, backend: str) -> Tensor:
+    rows = _rows_fake(gate, backend)
+    if rows.numel():
+        run("moh_route.forward", backend, [gate, rows], ())
+    return rows
+
+
+def _rows_fake(gate: Tensor, backend: str) -> Tensor:
+    batch, tokens, heads = gate.shape
+    return gate.new_empty((batch, heads, tokens), dtype=torch.int64)
+
+
+define("moh_route(Tensor gate, str backend) -> Tensor", _rows, _rows_fake)
