@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import headworks as hw
 from headworks import nn
+from headworks.ops._moh_route_native import chosen_rows
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
 from routing_checks import cases_of, check_example, check_reference, on_both_backends
@@ -72,6 +74,24 @@ def test_what_was_not_chosen_is_not_looked_at():
     # head 1 was chosen by no token: its keys and values matter to nobody
     k[:, :, 1], v[:, :, 1] = torch.nan, torch.nan
     assert_same_bits(attend(q, k, v, gate), o)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "emulate:simt"))
+@pytest.mark.parametrize("size", ((2, 20, 3), (1, 600, 9), (3, 1, 17), (1, 256, 8)), ids=str)
+@pytest.mark.parametrize("dtype", (F64, F32), ids=str)
+def test_rows_of_a_gate(size, backend, dtype):
+    """Those that are not 0, by position, then -1; of every stride, NaN included."""
+    gate = randn(*size, seed=1).to(dtype)
+    gate[randn(*size, seed=2) < 0.3] = 0
+    gate[:, :, 0] = 0
+    gate[:, -1, -1] = torch.nan
+    for g in (gate, gate.transpose(1, 2).contiguous().transpose(1, 2)):
+        rows = chosen_rows(g, backend)
+        for b, h in itertools.product(range(size[0]), range(size[2])):
+            expected = gate[b, :, h].nonzero()[:, 0]
+            assert_same_bits(rows[b, h, : len(expected)], expected)
+            assert (rows[b, h, len(expected) :] == -1).all()
+    assert chosen_rows(gate[:, :0], backend).shape == (size[0], size[2], 0)
 
 
 @pytest.mark.usefixtures("on_both")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
+import torch
+
 import headworks as hw
 from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Spec
@@ -38,7 +40,9 @@ def run(tensors, case, backend):
 def operators(tensors, case):
     """The torch operators with the arguments this case gives them, for opcheck."""
     *given, _ = module._checked(**tensors, backend="cpu", **case.options)
-    return operators_of(*native._moh_arguments(*given))
+    route, gate = torch.ops.headworks.moh_route.default, given[2].detach()
+    rows = route(gate, "cpu")
+    return [(route, (gate, "cpu")), *operators_of(*native._moh_arguments(*given, rows))]
 
 
 CASES = (

@@ -20,5 +20,5 @@ def operators_of(score, v, gate, routing, read_outs=(False,) * 4):
     wanted = [score.tensors[i] is not None for i in (2, 3, 5)]
     backward = torch.ops.headworks.routing_attention_bwd.default
     d_o = torch.randn_like(o)
-    given_back = (*packed(score, routing, v, d_o, row, delta, slots), *wanted, "auto")
+    given_back = (*packed(score, routing, v, d_o, row, delta, slots, None), *wanted, "auto")
     return [(forward, given), (backward, given_back)]

@@ -110,10 +110,11 @@ struct ForwardParams : ScoreParams {
 };
 
 // "attention.backward". The caller makes d_w and delta from what it saved, and adds the gradients of
-// gate and mix.
+// gate and mix. `factor` is not among the tensors of this call.
 struct BackwardParams : ScoreParams {
   Ref<const void, 4> v;        // [B, Sk, H, Dv]
-  Ref<const void, 4> d_w;      // [B, Sq, Hq, Dv]
+  Ref<const void, 4> d_w;      // [B, Sq, Hq, Dv], times
+  Ref<const void, 3> factor;   // [B, Sq, Hq]  acc; absent: 1. cpu only, where elements are of acc
   Ref<const void, 3> row;      // [B, Hq, Sq]  acc: row statistic, absent if there is none
   Ref<const void, 3> delta;    // [B, Hq, Sq]  acc: D_i - d_L_i
   Ref<void, 4> d_q, d_k, d_v;  // out; d_v absent: not wanted

@@ -49,6 +49,22 @@ struct RowSums {
     mass[i] *= factor;
     return factor;
   }
+
+  // The same for a vector of lanes. `counts`: lanes of which anything was summed become 1.
+  Vec<A> move(int l, Vec<A> to, Vec<A>& counts) {
+    using V = Vec<A>;
+    const V from = load(max + l), one = splat(A(1));
+    const V down = from == -kInfinity<A> ? V{} : from - to;
+    V factor = from == -kInfinity<A> ? V{} : exp_of(down);
+    factor = from == to ? one : factor;
+    store(max + l, to);
+    store(tilt + l, factor * (load(tilt + l) + (from == to ? V{} : down) * load(sum + l)));
+    store(sum + l, factor * load(sum + l));
+    store(squares + l, factor * factor * load(squares + l));
+    store(mass + l, factor * load(mass + l));
+    counts = (from == to ? V{} : from == -kInfinity<A> ? V{} : one) + counts;
+    return factor;
+  }
 };
 
 template <class T>
@@ -200,21 +216,13 @@ class Forward {
   bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s, State& state) {
     RowSums<A>& r = *state.rows;
     const int n = static_cast<int>(keys.count());
-    alignas(64) A shift[kRows], factor[kRows];
-    bool moved = false;
+    alignas(64) A factor[kRows];
+    V moved{};
     for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       V top = load(r.max + l);
       for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
-      store(shift + l, top);
-    }
-    for (int i = lanes.begin; i < lanes.end; ++i) {
-      moved |= shift[i] != r.max[i];
-      factor[i] = r.move(i, shift[i]);
-      if (shift[i] == -kInfinity<A>) shift[i] = 0;
-    }
-    if (moved) rescale(lanes, factor, state.values);
-    for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
-      const V base = load(shift + l);
+      store(factor + l, r.move(l, top, moved));
+      const V base = top == -kInfinity<A> ? V{} : top;
       V total{};
       for (int j = 0; j < n; ++j) {
         A* at = s + j * kRows + l;
@@ -227,6 +235,7 @@ class Forward {
       if (p_.sq_norm) add_squares(s + l, n, r.squares + l);
       if (p_.mass) add_mass(block, keys, s + l, r.mass + l);
     }
+    if (sum<A>(moved) != 0) rescale(lanes, factor, state.values);
     return true;
   }
 
@@ -324,6 +333,11 @@ class Forward {
     for (int i = 0; i < block.count(); ++i)
       factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
     if (!v_) return;
+    if (writes_vectors()) {
+      for (int64_t b = 0; b < panels_of(block); ++b)
+        write_rows(block, block.at.batch + b, factor, state.values + b * value_dim_ * kRows);
+      return;
+    }
     const int padded = padded_values();
     rescale({0, round_up(block.count(), kLanes<A>)}, factor, state.values);
     A* rows = scratch.take<A>(kRows * padded);
@@ -369,6 +383,42 @@ class Forward {
   void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
     for (int64_t b = 0; to && b < panels_of(block); ++b)
       to.template as<A>()(block.at.batch + b, block.head, block.result(i)) = value;
+  }
+
+  // Whether o = g w, and rows of both are whole vectors.
+  bool writes_vectors() const {
+    return std::is_same_v<T, A> && value_dim_ % kLanes<A> == 0 && !p_.identity_mix &&
+           p_.o.stride[3] == 1 && (!p_.w || p_.w.stride[3] == 1);
+  }
+
+  // The rows of w^T times their factors, transposed on the way to w and o.
+  void write_rows(const Block& block, int64_t batch, const A* factor, const A* values) {
+    constexpr int kSide = kLanes<A>;
+    const Ref<A, 4> o = p_.o.template as<A>(), w = p_.w.template as<A>();
+    const auto gate = p_.head_gate.template as<const A>();
+    for (int l = 0; l < block.count(); l += kSide) {
+      const int rows = std::min(kSide, block.count() - l);
+      A *to_o[kSide], *to_w[kSide];
+      A gates[kSide];
+      for (int r = 0; r < rows; ++r) {
+        const int64_t row = block.result(l + r);
+        to_o[r] = o.at(batch, row, block.head);
+        to_w[r] = w ? w.at(batch, row, block.head) : nullptr;
+        gates[r] = gate ? gate(batch, block.row(l + r), block.head) : A(1);
+      }
+      const V own = load(factor + l);
+      for (int d = 0; d < value_dim_; d += kSide) {
+        V square[kSide];
+        HW_UNROLL for (int r = 0; r < kSide; ++r) {
+          square[r] = load(values + (d + r) * kRows + l) * own;
+        }
+        transpose_square<A>(square);
+        HW_UNROLL for (int r = 0; r < kSide; ++r) {
+          if (r < rows && w) store(to_w[r] + d, square[r]);
+          if (r < rows) store(to_o[r] + d, square[r] * gates[r]);
+        }
+      }
+    }
   }
 
   // o = g ((1 - u) w + u v)

@@ -289,6 +289,8 @@ class BlockRows {
   // The block's rows of x into the lanes [0, lanes). `factor`: of each row, or null; not for pairs.
   void load(const Ref<const T, 4>& x, const Block& block, int lanes, const A* factor = nullptr) {
     count_ = block.count();
+    if constexpr (std::is_same_v<T, A>)
+      if (x.stride[3] == 1 && width_ == padded_) return load_squares(x, block, factor);
     const int64_t bytes = x.stride[3] == 1 ? width_ * static_cast<int64_t>(sizeof(T)) : 0;
     for (int i = 0; i < count_; ++i) {
       if (i + kRowsAhead < count_)
@@ -317,6 +319,34 @@ class BlockRows {
 
  private:
   using Row = std::conditional_t<kPaired<T>, T, A>;
+
+  // load() where rows are whole vectors: transposed as they come.
+  void load_squares(const Ref<const A, 4>& x, const Block& block, const A* factor) {
+    constexpr int kSide = kLanes<A>;
+    const int64_t bytes = width_ * static_cast<int64_t>(sizeof(A));
+    for (int l = 0; l < count_; l += kSide) {
+      const A* from[kSide];
+      Vec<A> factors[kSide];
+      for (int r = 0; r < kSide; ++r) {
+        const int i = l + r;
+        from[r] = i < count_ ? x.at(block.at.batch, block.row(i), block.head) : nullptr;
+        factors[r] = splat(factor != nullptr && i < count_ ? factor[i] : A(1));
+        if (i + kSide < count_)
+          prefetch(x.at(block.at.batch, block.row(i + kSide), block.head), bytes);
+      }
+      for (int d = 0; d < width_; d += kSide) {
+        Vec<A> square[kSide];
+        HW_UNROLL for (int r = 0; r < kSide; ++r) {
+          square[r] = from[r] != nullptr ? hw::load(from[r] + d) * factors[r] : Vec<A>{};
+        }
+        for (int r = 0; r < kSide; ++r) store(rows_ + (l + r) * padded_ + d, square[r]);
+        transpose_square<A>(square);
+        HW_UNROLL for (int r = 0; r < kSide; ++r) {
+          store(columns_ + (d + r) * kRows + l, square[r]);
+        }
+      }
+    }
+  }
 
   const int width_, padded_;
   int count_ = 0;

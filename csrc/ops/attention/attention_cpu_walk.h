@@ -22,6 +22,7 @@ class Cotangents {
   explicit Cotangents(const BackwardParams& p)
       : p_(p),
         d_w_(p.d_w.as<const T>()),
+        factor_(p.factor.as<const A>()),
         delta_(p.delta.as<const A>()),
         v_(p.v.as<const T>()),
         replay_(p, p.row),
@@ -43,7 +44,10 @@ class Cotangents {
 
   // Loads d_w and the row statistics; false if nothing flows back through the block.
   bool load_rows(const Block& block, int width) {
-    rows_.load(d_w_, block, width);
+    alignas(64) A factor[kRows];
+    for (int i = 0; factor_ && i < block.count(); ++i)
+      factor[i] = factor_(block.at.batch, block.row(i), block.head);
+    rows_.load(d_w_, block, width, factor_ ? factor : nullptr);
     bool some = rows_.any();
     for (int i = 0; i < block.count(); ++i) {
       delta_of_[i] = delta_ ? delta_(block.at.batch, block.head, block.result(i)) : A(0);
@@ -81,6 +85,7 @@ class Cotangents {
  private:
   const BackwardParams& p_;
   const Ref<const T, 4> d_w_;
+  const Ref<const A, 3> factor_;
   const Ref<const A, 3> delta_;
   const Ref<const T, 4> v_;
   Replay<T> replay_;

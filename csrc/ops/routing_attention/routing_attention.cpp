@@ -65,14 +65,31 @@ void check_params(const Params& p) {
         ErrorKind::value, "routing_attention: listed keys go with plain scores");
 }
 
+void check_backward(const Call& call) {
+  const BackwardParams p = backward_params(call);
+  check_params(p);
+  if (!p.factor) return;
+  const Tensor &factor = call.tensor(kFactor), &q = call.tensor(kBackwardQ);
+  check(factor.dtype == q.dtype && (q.dtype == DType::f32 || q.dtype == DType::f64),
+        ErrorKind::type, "routing_attention: a factor of d_w is ", dtype_name(factor.dtype),
+        " beside elements of ", dtype_name(q.dtype), ", expected float32 or float64 for both");
+  for (int n = 0; n < 3; ++n)
+    check(factor.size[n] == q.size[n], ErrorKind::value, "routing_attention: factor has size ",
+          factor.size[n], " at dimension ", n, ", expected ", q.size[n]);
+}
+
 void check_call(int function, const Call& call) {
   if (function == kForward)
     check_params(forward_params(call));
   else
-    check_params(backward_params(call));
+    check_backward(call);
 }
 
-std::string why_not(int, Backend, const Call&) { return {}; }
+std::string why_not(int function, Backend backend, const Call& call) {
+  if (function == kBackward && backend != Backend::cpu && backward_params(call).factor)
+    return "routing_attention multiplies d_w by a factor on the CPU alone";
+  return {};
+}
 
 // Compared with the widths of the tensor-core instances; the other backends take any.
 int width(int function, Backend backend, const Call& call) {
@@ -100,8 +117,10 @@ BackwardParams backward_params(const Call& call) {
   BackwardParams p;
   read_lists(a, p);
   p.slots = a.input<4>();
+  const Ref<const void, 3> factor = a.input<3>();
   read_routing(a, p);
   attention::read_backward(a, p);
+  p.factor = factor;
   set_lengths(p);
   return p;
 }

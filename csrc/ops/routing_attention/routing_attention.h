@@ -25,7 +25,7 @@
 // has a result w of its own, and
 //
 //   o_i = sum_{slots of i} w_slot / (n_i + eps)           n_i slots that hold token i; n_i = 0: 0
-//   d_w = d_o_i / (n_i + eps)                             made by the caller
+//   d_w = d_o_i / (n_i + eps)                             made by the caller, or d_o and a factor
 //   D_slot = <d_w_i, w_slot>
 //
 // Otherwise a token is in one list at most, and once: o, w and row statistics are written where the
@@ -72,7 +72,7 @@ struct Routing {
 
 // "routing_attention.forward". By slot: o [B, Sq, Hq, Dv] is the mean, w [B, G Wq, Hq, Dv] and row
 // [B, Hq, G Wq] are those of slots, and there are no other read-outs. Slots without token: w = 0 is
-// written, row is not read later.
+// written, row is not read later (cpu writes +inf).
 struct ForwardParams : attention::ForwardParams, Routing {};
 
 // "routing_attention.backward". By slot: row as left by forward, `slots` its w, delta absent, d_w
@@ -85,11 +85,11 @@ struct BackwardParams : attention::BackwardParams, Routing {
 
 // Tensors of a call, in order:
 //   forward    row_blocks key_blocks, then those of attention.forward (workspace last)
-//   backward   row_blocks key_blocks slots, then those of attention.backward (workspace last)
+//   backward   row_blocks key_blocks slots factor, then those of attention.backward (workspace last)
 // Scalars: cells of the rows (columns height width rows_of_image columns_of_image), cells of the
 // keys, by_slot pad_keys mask_self mean_eps, then those of the attention call. max_q and max_k are
 // not read: they become the slots of a list.
-inline constexpr int kForwardWorkspace = 2 + 19, kBackwardWorkspace = 3 + 19;
+inline constexpr int kForwardWorkspace = 2 + 19, kBackwardWorkspace = 4 + 19;
 ForwardParams forward_params(const Call& call);
 BackwardParams backward_params(const Call& call);
 

@@ -85,12 +85,15 @@ class GroupsForward {
     return e;
   }
 
-  // w of a group's slots is 0 where they have no token.
+  // Slots without token are rows without weight.
   void clear_slots(int64_t batch, int head, int64_t group) const {
     const Ref<T, 4> w = p_.w.template as<T>();
+    const Ref<Accum<T>, 3> row = p_.row.template as<Accum<T>>();
     const int64_t slots = p_.rows.slots();
-    for (int64_t s = group * slots; s < (group + 1) * slots; ++s)
+    for (int64_t s = group * slots; s < (group + 1) * slots; ++s) {
       for (int64_t d = 0; d < w.size[3]; ++d) w(batch, s, head, d) = T(0.0f);
+      if (row) row(batch, head, s) = attention::kInfinity<Accum<T>>;
+    }
   }
 
   const ForwardParams& p_;
@@ -157,9 +160,15 @@ class TokenSums {
  public:
   using A = Accum<T>;
 
-  // A room is used if there is one; of in_place(to) none is needed.
-  TokenSums(const Ref<void, 4>& to, int64_t batch, int head, A* room)
-      : to_(to.as<T>()), batch_(batch), head_(head), padded_(padded(to)), room_(room) {
+  // A room is used if there is one; of in_place(to) none is needed. `given`: of each token, whether
+  // anything was added; between begin() and end() its row is not there before.
+  TokenSums(const Ref<void, 4>& to, int64_t batch, int head, A* room, bool* given)
+      : to_(to.as<T>()),
+        batch_(batch),
+        head_(head),
+        padded_(padded(to)),
+        room_(room),
+        given_(given) {
     at_ = room;
     ld_ = padded_;
     if constexpr (std::is_same_v<T, A>)
@@ -172,8 +181,10 @@ class TokenSums {
   static int64_t padded(const Ref<void, 4>& to) { return round_up<int64_t>(to.size[3], kLanes<A>); }
   static int64_t room(const Ref<void, 4>& to) { return to.size[1] * padded(to); }
 
-  void clear() {
-    for (int64_t i = 0; i < to_.size[1]; ++i) std::fill_n(at_ + i * ld_, padded_, A(0));
+  void begin() { std::fill_n(given_, to_.size[1], false); }
+  void end() {
+    for (int64_t i = 0; i < to_.size[1]; ++i)
+      if (!given_[i]) std::fill_n(at_ + i * ld_, padded_, A(0));
   }
   // Asks for the row of a token, if it is one.
   void prefetch(int64_t token) const {
@@ -183,11 +194,20 @@ class TokenSums {
   // Row += factor times x.
   void add(int64_t token, const A* x, A factor = A(1)) {
     A* sum = at_ + token * ld_;
-    for (int64_t d = 0; d < padded_; d += kLanes<A>)
-      store(sum + d, fma(load(x + d), splat(factor), load(sum + d)));
+    if (given_[token])
+      for (int64_t d = 0; d < padded_; d += kLanes<A>)
+        store(sum + d, fma(load(x + d), splat(factor), load(sum + d)));
+    else
+      for (int64_t d = 0; d < padded_; d += kLanes<A>) store(sum + d, load(x + d) * factor);
+    given_[token] = true;
   }
+  // All rows += those of another, both after end().
   void add(const TokenSums& part) {
-    for (int64_t i = 0; i < to_.size[1]; ++i) add(i, part.at_ + i * part.ld_);
+    for (int64_t i = 0; i < to_.size[1]; ++i)
+      for (int64_t d = 0; d < padded_; d += kLanes<A>) {
+        A* sum = at_ + i * ld_ + d;
+        store(sum, load(sum) + load(part.at_ + i * part.ld_ + d));
+      }
   }
   // Rows to where they belong.
   void write() const {
@@ -201,6 +221,7 @@ class TokenSums {
   const int head_;
   const int64_t padded_;
   A* const room_;
+  bool* const given_;  // [S]
   A* at_;
   int64_t ld_;
 };
@@ -236,12 +257,13 @@ class GroupsBackward {
     GroupsBackward* pass;
     int64_t pair;
     A* d_q_room;
+    bool* given;  // [S], those of d_q
 
     TokenSums<T> d_q(int h) const {
       const Ref<void, 4>& to = pass->p_.d_q;
       A* room = d_q_room == nullptr ? nullptr : d_q_room + h * TokenSums<T>::room(to);
       const int64_t head = pair % pass->heads_ * pass->group_ + h;
-      return {to, pair / pass->heads_, static_cast<int>(head), room};
+      return {to, pair / pass->heads_, static_cast<int>(head), room, given};
     }
   };
 
@@ -250,12 +272,20 @@ class GroupsBackward {
            group_ * TokenSums<T>::room(p_.d_q);
   }
 
-  Sums sums_of(int64_t pair, A* room) {
+  // `given`: room for marks of the tokens, [2 Sk + Sq]; null for what has come to its end.
+  Sums sums_of(int64_t pair, A* room, bool* given) {
     const int64_t batch = pair / heads_;
     const int head = static_cast<int>(pair % heads_);
     A* d_v = room == nullptr ? nullptr : room + TokenSums<T>::room(p_.d_k);
     A* d_q = room == nullptr ? nullptr : d_v + TokenSums<T>::room(p_.d_v);
-    return {{p_.d_k, batch, head, room}, {p_.d_v, batch, head, d_v}, this, pair, d_q};
+    bool *of_d_v = given, *of_d_q = given;
+    if (given != nullptr) of_d_v += p_.k.size[1], of_d_q += 2 * p_.k.size[1];
+    return {{p_.d_k, batch, head, room, given},
+            {p_.d_v, batch, head, d_v, of_d_v},
+            this,
+            pair,
+            d_q,
+            of_d_q};
   }
 
   void work(int64_t task) {
@@ -268,18 +298,23 @@ class GroupsBackward {
       memory.reserve(this->room() * static_cast<int64_t>(sizeof(A)));
       room = reinterpret_cast<A*>(memory.data());
     }
-    Sums sums = sums_of(pair, room);
-    sums.d_k.clear();
-    sums.d_v.clear();
+    Buffer marks;
+    marks.reserve(2 * p_.k.size[1] + p_.q.size[1]);
+    Sums sums = sums_of(pair, room, reinterpret_cast<bool*>(marks.data()));
+    sums.d_k.begin();
+    sums.d_v.begin();
     Groups groups(*this);
     for (int h = 0; h < group_; ++h) {
       TokenSums<T> d_q = sums.d_q(h);
-      d_q.clear();
+      d_q.begin();
       const int head = static_cast<int>(pair % heads_) * group_ + h;
       for (int64_t g = groups_ * part / parts_; g < groups_ * (part + 1) / parts_; ++g)
         groups.add(pair / heads_, head, g, d_q, sums.d_k, sums.d_v);
+      d_q.end();
       if (parts_ == 1) d_q.write();
     }
+    sums.d_k.end();
+    sums.d_v.end();
     if (parts_ > 1) return;
     sums.d_k.write();
     sums.d_v.write();
@@ -287,9 +322,9 @@ class GroupsBackward {
 
   void add_parts(int64_t pair) {
     A* rooms = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * room();
-    Sums whole = sums_of(pair, rooms);
+    Sums whole = sums_of(pair, rooms, nullptr);
     for (int64_t part = 1; part < parts_; ++part) {
-      const Sums more = sums_of(pair, rooms + part * room());
+      const Sums more = sums_of(pair, rooms + part * room(), nullptr);
       whole.d_k.add(more.d_k);
       whole.d_v.add(more.d_v);
       for (int h = 0; h < group_; ++h) whole.d_q(h).add(more.d_q(h));
@@ -308,6 +343,7 @@ class GroupsBackward {
           padded_(TokenSums<T>::padded(p_.d_k)),
           padded_values_(TokenSums<T>::padded(p_.d_v)),
           engine_(engine_params()),
+          factor_(p_.factor.template as<const A>()),
           walk_(engine_) {}
 
     void add(int64_t batch, int head, int64_t g, TokenSums<T>& d_q, TokenSums<T>& d_k,
@@ -372,7 +408,8 @@ class GroupsBackward {
           hw::prefetch(d_w.at(batch, token, head), bytes);
         widen(x, d_w.at(batch, group_.row_token(i), head), width, d_w.stride[3]);
         widen(y, w.at(batch, group_.result(i), head), width, w.stride[3]);
-        delta_[group_.result(i)] = inner_product(x, y, width);
+        const A factor = factor_ ? factor_(batch, group_.row_token(i), head) : A(1);
+        delta_[group_.result(i)] = factor * inner_product(x, y, width);
       }
     }
 
@@ -383,6 +420,7 @@ class GroupsBackward {
     A *d_k_, *d_v_, *rows_;  // of the group's keys [Wk, padded]; two rows of values
     A* delta_;               // [G Wq], by slot
     const attention::BackwardParams engine_;
+    const Ref<const A, 3> factor_;
     attention::Walk<T> walk_;
   };
 

@@ -34,7 +34,8 @@ struct Shape {
 };
 
 // Positions in a call's tensors and scalars (routing_attention.h).
-inline constexpr int kRowBlocks = 0, kKeyBlocks = 1, kForwardQ = 2, kBackwardQ = 3, kVAfterQ = 8;
+inline constexpr int kRowBlocks = 0, kKeyBlocks = 1, kFactor = 3, kForwardQ = 2, kBackwardQ = 4,
+                     kVAfterQ = 8;
 inline constexpr int kBySlot = 10;
 
 inline Shape shape_of(const Call& call, int first) {  // first: position of q

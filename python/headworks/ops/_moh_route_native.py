@@ -16,16 +16,21 @@ def chosen_rows(gate: Tensor, backend: str) -> Tensor:
     return (_rows if direct else torch.ops.headworks.moh_route.default)(gate, backend)
 
 
+def unfilled_rows(gate: Tensor) -> Tensor:
+    """Memory for the rows, [B, H, S]."""
+    batch, tokens, heads = gate.shape
+    return gate.new_empty((batch, heads, tokens), dtype=torch.int64)
+
+
 def _rows(gate: Tensor, backend: str) -> Tensor:
-    rows = _rows_fake(gate, backend)
+    rows = unfilled_rows(gate)
     if rows.numel():
         run("moh_route.forward", backend, [gate, rows], ())
     return rows
 
 
 def _rows_fake(gate: Tensor, backend: str) -> Tensor:
-    batch, tokens, heads = gate.shape
-    return gate.new_empty((batch, heads, tokens), dtype=torch.int64)
+    return unfilled_rows(gate)
 
 
 define("moh_route(Tensor gate, str backend) -> Tensor", _rows, _rows_fake)

@@ -93,21 +93,23 @@ class _RoutingAttention(torch.autograd.Function):
         if d_o is None:
             d_o = zeros(v, *score.q.shape[:3], v.shape[3])
         delta = slots = d_gate = None
+        factor = _shares(routing, score) if routing.by_slot else gate
+        d_w = d_o
+        if factor is not None and not native.takes_factor(d_o, ctx.backend):
+            d_w = (factor[..., None] * d_o).to(d_o.dtype)
         if routing.by_slot:
-            d_w, slots = _shared_by_slots(d_o, routing, score), w
+            slots = w
         else:
-            a = row_dot(d_o, w)
-            d_w, d_gate = d_o, a
+            a = d_gate = row_dot(d_o, w)
             if gate is not None:
-                d_w = (gate[..., None] * d_o).to(d_o.dtype)
                 # Of d_w as rounded: then ds = 0 where a row sees one key.
-                a = gate * a if d_w.dtype == a.dtype else row_dot(d_w, w)
+                a = gate * a if d_w is d_o else row_dot(d_w, w)
             delta = a.transpose(1, 2)
             if ctx.want_lse and d_lse is not None:
                 delta = delta - d_lse
         bias, key_bias, _, temperature = needs[2:6]
         made = torch.ops.headworks.routing_attention_bwd(
-            *packed(score, routing, v, d_w, row, delta, slots),
+            *packed(score, routing, v, d_w, row, delta, slots, factor if d_w is d_o else None),
             bias, key_bias, temperature, ctx.backend,
         )  # fmt: skip
         d_q, d_k, d_v, d_bias, d_key_bias, _, d_temperature = made
@@ -125,17 +127,16 @@ class _RoutingAttention(torch.autograd.Function):
         return *grads, *(None,) * (len(needs) - len(grads))
 
 
-def _shared_by_slots(d_o: Tensor, routing: Routing, score: Score) -> Tensor:
-    """d_o_i / (n_i + eps); 0 for tokens in no slot."""
-    batch, tokens, heads, _ = d_o.shape
+def _shares(routing: Routing, score: Score) -> Tensor:
+    """1 / (n_i + eps) [B, Sq, Hq]; 0 for tokens in no slot."""
+    batch, tokens, heads, _ = score.q.shape
     rows = routing.rows.flatten(2)
     rows = torch.where((rows >= 0) & (rows < tokens), rows, tokens)
     dtype = ACCUMULATION[score.q.dtype]
     ones = torch.ones((), dtype=dtype, device=rows.device).expand(rows.shape)
     count = torch.zeros((batch, heads, tokens + 1), dtype=dtype, device=rows.device)
     count = count.scatter_add(2, rows, ones)[..., :tokens].transpose(1, 2)  # whole numbers: exact
-    share = torch.where(count > 0, 1 / (count + routing.mean_eps), 0)
-    return (share[..., None] * d_o).to(d_o.dtype)
+    return torch.where(count > 0, 1 / (count + routing.mean_eps), 0)
 
 
 _differentiable: Callable[..., tuple[Tensor, ...]] = _RoutingAttention.apply

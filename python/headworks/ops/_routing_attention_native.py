@@ -132,11 +132,15 @@ def backward(
     row: Tensor,
     delta: Maybe,
     slots: Maybe,
+    factor: Maybe,
     routing: Routing,
     want: WantGrad,
     backend: str,
 ) -> tuple[Maybe, ...]:
-    """routing_attention.backward: d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature."""
+    """routing_attention.backward: d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature.
+
+    `factor` [B, Sq, Hq]: what d_w is to be multiplied by still, where takes_factor().
+    """
     made = gradients(score, v, want)
     if _empty(score, routing):
         for x in made:
@@ -150,10 +154,15 @@ def backward(
     if d_bias is not None:  # of bias's own shape: the kernel adds into it, whatever is broadcast
         d_bias = d_bias.zero_().expand(*score.row_shape, score.k.shape[1])
     tensors, numbers = resolved_score(score)
-    tensors = [routing.rows, routing.keys, slots, *tensors, v, d_w, row, delta]
+    tensors = [routing.rows, routing.keys, slots, factor, *tensors, v, d_w, row, delta]
     tensors += (*made[:3], d_bias, *made[4:])
     run("routing_attention.backward", backend, tensors, (*routing.numbers, *numbers))
     return made
+
+
+def takes_factor(d_w: Tensor, backend: str) -> bool:
+    """Whether `backward` multiplies d_w by a factor on its way."""
+    return backend == "cpu" and d_w.dtype == ACCUMULATION[d_w.dtype]
 
 
 def _leaves_rows(routing: Routing, backend: str) -> bool:
@@ -216,14 +225,16 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    score, routing, (v, d_w, row, delta, slots, *want, backend) = _unpacked(arguments, 5)
+    score, routing, (v, d_w, row, delta, slots, factor, *want, backend) = _unpacked(arguments, 6)
     wanted = WantGrad(True, want[0], want[1], False, want[2])
-    made = backward(score, v, d_w, row, delta, slots, routing, wanted, backend)
+    made = backward(score, v, d_w, row, delta, slots, factor, routing, wanted, backend)
     return fixed_arity(made, score.q)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    score, _routing, (v, _d_w, _row, _delta, _slots, *want, _backend) = _unpacked(arguments, 5)
+    score, _routing, (v, _d_w, _row, _delta, _slots, _factor, *want, _backend) = _unpacked(
+        arguments, 6
+    )
     made = gradients(score, v, WantGrad(True, want[0], want[1], False, want[2]))
     return fixed_arity(made, score.q)
 
@@ -238,7 +249,7 @@ define(
 )
 define(
     f"routing_attention_bwd({_SCORE}, {_LISTS}, Tensor v, Tensor d_w, Tensor row, Tensor? delta,"
-    f" Tensor? slots, {_NUMBERS}, bool want_bias, bool want_key_bias, bool want_row_temperature,"
+    f" Tensor? slots, Tensor? factor, {_NUMBERS}, bool want_bias, bool want_key_bias, bool want_row_temperature,"
     " str backend) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_bias, Tensor d_key_bias,"
     " Tensor d_key_gain, Tensor d_row_temperature)",
     _backward,

@@ -17,7 +17,7 @@ from .._native import Maybe, NativeCall, widen, without_products
 from ..reference.bilevel_routing import Grid
 from ._attention_native import Want
 from ._attention_score import Score
-from ._moh_route_native import chosen_rows
+from ._moh_route_native import chosen_rows, unfilled_rows
 from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import Routing, forward_call, image_cells, sequence_cells
 
@@ -147,17 +147,19 @@ def moh_attention(score: Score, v: Tensor, gate: Tensor, backend: str) -> Tensor
     """A Score without packed sequences and with the softmax activation, v [B, Sk, H, Dv], gate
     [B, Sq, Hq] in the accumulation dtype -> o [B, Sq, Hq, Dv]. Gradients to the tensors of the
     score, v and gate; that of a gate of 0 is 0."""
-    o, *_ = attend("moh_attention", *_moh_arguments(score, v, gate, backend), NO_READ_OUTS, backend)
+    rows = chosen_rows(gate.detach(), without_products(backend))
+    arguments = _moh_arguments(score, v, gate, rows)
+    o, *_ = attend("moh_attention", *arguments, NO_READ_OUTS, backend)
     assert o is not None
     return o[..., : v.shape[3]]
 
 
 def _moh_arguments(
-    score: Score, v: Tensor, gate: Tensor, backend: str
+    score: Score, v: Tensor, gate: Tensor, rows: Tensor
 ) -> tuple[Score, Tensor, Tensor, Routing]:
     """score, v, gate, routing: of each head one group, the rows with a gate."""
     routing = Routing(
-        chosen_rows(gate.detach(), without_products(backend))[:, :, None],
+        rows[:, :, None],
         None,
         sequence_cells(score.q.shape[1]),
         sequence_cells(score.k.shape[1]),
@@ -168,4 +170,5 @@ def _moh_arguments(
 
 def moh_call(score: Score, v: Tensor, gate: Tensor, backend: str) -> NativeCall:
     """The call that `moh_attention` makes, for hw.explain."""
-    return forward_call(*_moh_arguments(score, v, gate, backend), Want(skip_dead=False), backend)
+    arguments = _moh_arguments(score, v, gate, unfilled_rows(gate))
+    return forward_call(*arguments, Want(skip_dead=False), backend)
