@@ -12,6 +12,8 @@
 // multiply-add units busy: 24 or 12 independent sums against a latency of 4 to 5 at 2 per cycle.
 #pragma once
 
+#include <algorithm>
+
 #include "core/math.h"
 #include "core/pairs.h"
 #include "core/simd.h"
@@ -61,6 +63,24 @@ struct LaneFactors {
   HW_INLINE LaneFactors from(int lane) const { return {factor + lane}; }
 };
 
+// What else is done while a product runs: after each register tile.
+struct NothingMeanwhile {
+  HW_INLINE void step() const {}
+};
+constexpr NothingMeanwhile kNothing;
+
+// Memory that will be wanted afterwards is asked for, some rows a step. Requests in one burst would
+// wait for each other; among multiplications they cost next to nothing.
+struct Requests {
+  const char* const* rows = nullptr;  // [count]
+  int64_t count = 0, bytes = 0;       // bytes of a row
+  int64_t at_once = 0;
+
+  HW_INLINE void step() {
+    for (int64_t i = std::min(at_once, count); i > 0; --i, --count) prefetch(*rows++, bytes);
+  }
+};
+
 template <bool kAccumulate, int kRows, int kVectors, class E, class T, class Factors>
 HW_INLINE void tile(int k, Operand<E> a, const E* __restrict b, int64_t ldb, T* __restrict c,
                     int64_t ldc, Factors factors) {
@@ -89,25 +109,28 @@ HW_INLINE void tile(int k, Operand<E> a, const E* __restrict b, int64_t ldb, T* 
 
 // All rows of a column panel of kVectors vectors, the last rows by a smaller tile. Never inlined:
 // amid other code the compiler would keep some of the sums in memory.
-template <bool kAccumulate, int kVectors, int kRows = kTileRows, class E, class T, class Factors>
+template <bool kAccumulate, int kVectors, int kRows = kTileRows, class E, class T, class Factors,
+          class Meanwhile>
 [[gnu::noinline]] void panel(int m, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
-                             Factors factors) {
-  for (; m >= kRows; m -= kRows, a = a.rows(kRows), c += kRows * ldc)
+                             Factors factors, Meanwhile& meanwhile) {
+  for (; m >= kRows; m -= kRows, a = a.rows(kRows), c += kRows * ldc) {
     tile<kAccumulate, kRows, kVectors>(k, a, b, ldb, c, ldc, factors);
+    meanwhile.step();
+  }
   if constexpr (kRows > 1)
-    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, ldb, c, ldc, factors);
+    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, ldb, c, ldc, factors, meanwhile);
 }
 
 template <bool kAccumulate, int kVectors = kTileVectors, class E, class T,
-          class Factors = NoFactors>
+          class Factors = NoFactors, class Meanwhile = const NothingMeanwhile>
 inline void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
-                     Factors factors = {}) {
+                     Factors factors = {}, Meanwhile& meanwhile = kNothing) {
   constexpr int kColumns = kVectors * kLanes<T>;
   for (; n >= kColumns;
        n -= kColumns, b += kColumns, c += kColumns, factors = factors.from(kColumns))
-    panel<kAccumulate, kVectors>(m, k, a, b, ldb, c, ldc, factors);
+    panel<kAccumulate, kVectors>(m, k, a, b, ldb, c, ldc, factors, meanwhile);
   if constexpr (kVectors > 1)
-    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, ldb, c, ldc, factors);
+    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, ldb, c, ldc, factors, meanwhile);
 }
 
 }  // namespace

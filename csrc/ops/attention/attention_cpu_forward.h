@@ -87,11 +87,11 @@ class Forward {
     if (spans_ > 1) parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
   }
 
-  // A block that is not empty, and all its keys.
-  void run_block(const Block& block) {
+  // A block that is not empty, and all its keys. `meanwhile`: see core/matmul.h.
+  void run_block(const Block& block, const Requests& meanwhile = {}) {
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
-    fill(block, 0, state, scratch);
+    fill(block, 0, state, scratch, meanwhile);
     finish(block, state, scratch);
   }
 
@@ -174,11 +174,12 @@ class Forward {
   }
 
   // The sums of a span of keys.
-  void fill(const Block& block, int64_t span, State& state, Scratch& scratch) {
+  void fill(const Block& block, int64_t span, State& state, Scratch& scratch,
+            const Requests& meanwhile = {}) {
     state.rows->clear();
     std::fill_n(state.values, values_size(), A(0));
     state.dead = dead(block);
-    if (!state.dead) walk(block, span, state, scratch);
+    if (!state.dead) walk(block, span, state, scratch, meanwhile);
   }
 
   bool dead(const Block& b) const {
@@ -191,13 +192,16 @@ class Forward {
     return true;
   }
 
-  void walk(const Block& block, int64_t span, State& state, Scratch& scratch) {
+  void walk(const Block& block, int64_t span, State& state, Scratch& scratch, Requests meanwhile) {
     Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
     keys.end = std::min(keys.end, (span + 1) * span_);
-    if (block.count() <= kFewRows)
+    if (block.count() <= kFewRows) {
+      while (meanwhile.count > 0) meanwhile.step();
       return Few(p_, panels_).walk(block, keys, *state.rows, state.values);
+    }
     Tile<T> tile(p_);
+    tile.meanwhile = meanwhile;
     A* s = scratch.take<A>(kTile);
     E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
     tile.load_queries(block);
@@ -292,7 +296,8 @@ class Forward {
     for (int64_t b = 0; b < panels_of(block); ++b) {
       const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
-                     kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows);
+                     kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
+                     NoFactors{}, tile.meanwhile);
     }
   }
 

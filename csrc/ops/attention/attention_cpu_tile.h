@@ -70,6 +70,8 @@ class Tile {
   bool only_bias() const { return bias_ && !(p_.softcap > 0 || key_gain_ || key_bias_); }
   bool shapes_gradients() const { return p_.softcap > 0 || key_gain_; }
 
+  Requests meanwhile;  // served during the products with k, and with v where the caller says so
+
   const Block& block() const { return block_; }
   int width() const { return width_; }              // lanes of the block, whole vectors
   Lanes lanes() const { return lanes_; }            // of them, those that see keys of the tile
@@ -103,7 +105,7 @@ class Tile {
     if (dim_ > 0)
       multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
                       queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
-                      factors().from(lanes_.begin));
+                      factors().from(lanes_.begin), meanwhile);
     else
       std::fill_n(x, k.n * kRows, A(0));
   }

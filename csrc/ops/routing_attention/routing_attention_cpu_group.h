@@ -47,6 +47,8 @@ class Group {
         rows_in_sequence_(p.q.size[1]),
         most_rows_(p.rows.slots()),
         most_keys_(p.keys.slots()) {
+    if constexpr (requires { p.o; })
+      if (!p.by_slot) o_ = p.o.template as<const T>();
     const attention::Sequence at = sequence(p, 0);
     by_position_ = mask_of(p, at);
     ordered_ = by_position_.left >= 0 || by_position_.right >= 0 || p.mask_self;
@@ -80,14 +82,23 @@ class Group {
     next_.batch = batch, next_.head = head, next_.group = group;
     read(routing_.rows, false, next_.rows);
     read(routing_.keys, routing_.pad_keys, next_.keys);
+    wanted_count_ = 0;
+    wanted_bytes_ = heads_ * q_.size[3] * static_cast<int64_t>(sizeof(T));
+    want(q_, next_.rows, head);
+    want(k_, next_.keys, key_head(head));
+    want(v_, next_.keys, key_head(head));
+    want(o_, next_.rows, head);
   }
 
-  // Asks for a part of the next group's tokens. Many at once would wait for each other.
-  void prefetch(int64_t part, int64_t parts) const {
-    const int kv_head = key_head(next_.head);
-    prefetch_tokens(q_, next_.rows, next_.head, heads_, part, parts);
-    prefetch_tokens(k_, next_.keys, kv_head, key_heads(), part, parts);
-    if (v_) prefetch_tokens(v_, next_.keys, kv_head, key_heads(), part, parts);
+  // A part of what the next group reads and writes, to be asked for while a block of this one is
+  // worked on; as many rows a step as get through with the block.
+  Requests requests(int64_t part, int64_t parts) const {
+    const int64_t begin = wanted_count_ * part / parts, end = wanted_count_ * (part + 1) / parts;
+    const int64_t width = v_ ? v_.size[3] : 0;
+    const int64_t tiles = ceil_div<int64_t>(key_count(), attention::kKeys);
+    const int64_t steps = tiles * ceil_div<int64_t>(attention::kKeys + width, kTileRows);
+    return {wanted_ + begin, end - begin, wanted_bytes_,
+            ceil_div(end - begin, std::max<int64_t>(steps, 1))};
   }
 
   // Goes to the next group.
@@ -124,6 +135,7 @@ class Group {
       members->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
     }
     result_ = l.take<int64_t>(most_rows_);
+    wanted_ = l.take<const char*>(2 * (most_rows_ + most_keys_));
     order_ = l.take<Place>(std::max(most_rows_, most_keys_));
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
@@ -164,13 +176,12 @@ class Group {
     if (ordered_ && !sorted) sort(to);
   }
 
-  void prefetch_tokens(const Ref<const T, 4>& x, const List& list, int head, int heads,
-                       int64_t part, int64_t parts) const {
-    if (x.stride[3] != 1) return;
-    const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = list.count * part / parts; i < list.count * (part + 1) / parts; ++i)
-      for (int h = head; h < head + heads && list.token[i] >= 0; ++h)
-        hw::prefetch(x.at(next_.batch, list.token[i], h), bytes);
+  void want(const Ref<const T, 4>& x, const List& list, int head) {
+    if (!x || x.stride[3] != 1) return;
+    for (int64_t i = 0; i < list.count; ++i)
+      if (list.token[i] >= 0)
+        wanted_[wanted_count_++] =
+            reinterpret_cast<const char*>(x.at(next_.batch, list.token[i], head));
   }
 
   struct Place {
@@ -225,6 +236,7 @@ class Group {
 
   const Routing routing_;
   const Ref<const T, 4> q_, k_, v_;
+  Ref<const T, 4> o_;  // if rows are written where the token is
   const int heads_per_key_, first_head_, heads_;
   const int64_t rows_in_sequence_, most_rows_, most_keys_;
   Mask by_position_;
@@ -237,6 +249,8 @@ class Group {
     List rows, keys;
   };
   Members now_{}, next_{};
+  const char** wanted_ = nullptr;  // rows of the next group
+  int64_t wanted_count_ = 0, wanted_bytes_ = 0;
   int64_t* result_ = nullptr;  // [rows] where results of a row lie
   Place* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]

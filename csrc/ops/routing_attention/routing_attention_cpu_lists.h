@@ -22,7 +22,7 @@ namespace hw::routing_attention {
 namespace {
 
 constexpr int64_t kRowsOfTask = 512;  // groups of a forward task have about as many rows together
-constexpr int64_t kFarRows = 256;     // longer lists need not be asked for ahead of time
+constexpr int64_t kFarSlots = 2048;   // rows and keys of longer lists need not be asked for ahead
 constexpr int64_t kFewTasks = 8;      // fewer key heads than this: cut the groups into parts
 
 template <class T>
@@ -66,13 +66,16 @@ class GroupsForward {
     group.look_up(batch, first_head, first);
     for (int64_t i = 0; i < count; ++i) {
       group.enter();
-      const bool more = i + 1 < count && p_.rows.slots() <= kFarRows;
+      const bool more = i + 1 < count && p_.rows.slots() + p_.keys.slots() <= kFarSlots;
       if (i + 1 < count) group.look_up(batch, head_of(i + 1), first + (i + 1) / visits);
-      for (int h = head_of(i); h < head_of(i) + together; ++h) {
-        if (more) group.prefetch(h - head_of(i), together);
-        if (p_.by_slot && group.rows() < p_.rows.slots()) clear_slots(batch, h, first + i / visits);
-        for (int64_t begin = 0; begin < group.rows(); begin += kRows)
-          pass.run_block(group.block(begin, h));
+      const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = together * blocks;
+      for (int h = 0; h < together; ++h) {
+        const int head = head_of(i) + h;
+        if (p_.by_slot && group.rows() < p_.rows.slots())
+          clear_slots(batch, head, first + i / visits);
+        for (int64_t b = 0; b < blocks; ++b)
+          pass.run_block(group.block(b * kRows, head),
+                         more ? group.requests(h * blocks + b, all) : Requests{});
       }
     }
   }

@@ -249,9 +249,10 @@ define(
 )
 define(
     f"routing_attention_bwd({_SCORE}, {_LISTS}, Tensor v, Tensor d_w, Tensor row, Tensor? delta,"
-    f" Tensor? slots, Tensor? factor, {_NUMBERS}, bool want_bias, bool want_key_bias, bool want_row_temperature,"
-    " str backend) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_bias, Tensor d_key_bias,"
-    " Tensor d_key_gain, Tensor d_row_temperature)",
+    f" Tensor? slots, Tensor? factor, {_NUMBERS}, bool want_bias, bool want_key_bias,"
+    " bool want_row_temperature, str backend)"
+    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_bias, Tensor d_key_bias, Tensor d_key_gain,"
+    " Tensor d_row_temperature)",
     _backward,
     _backward_fake,
 )
