@@ -133,9 +133,10 @@ constexpr int64_t operand_room(int n, int width) {
   return steps<Multiplied<T>>(n) * round_up(std::max(width, 1), kLanes<Accum<T>>);
 }
 
-// Asks for the rows of the next tile.
+// Asks for the rows of the next tile. Rows without gaps come by themselves.
 template <class T>
 void prefetch_next(const Rows<T>& rows) {
+  if (rows.x.stride[1] == rows.width()) return;
   const Ref<const T, 2> head = rows_of_head(rows.x, rows.batch, rows.head);
   const int64_t begin = rows.first + kKeys, end = std::min(begin + rows.n, rows.x.size[1]);
   for (int64_t i = begin; i < end; ++i) prefetch_row(head, i);
@@ -312,9 +313,9 @@ class BlockRows {
 
   // Whether any of the rows' elements is not 0.
   bool any() const {
-    bool some = false;
-    for (int i = 0; i < count_ * padded_; ++i) some |= static_cast<A>(rows_[i]) != 0;
-    return some;
+    for (int i = 0; i < count_ * padded_; ++i)
+      if (static_cast<A>(rows_[i]) != 0) return true;
+    return false;
   }
 
  private:
