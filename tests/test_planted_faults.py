@@ -114,7 +114,7 @@ FAULTS = (
     cpu("not_rescaled", f"{SOFT}_cpu_forward.h", "if (sum<A>(moved) != 0) rescale(",
         "if (false) rescale(", "attention"),
     cpu("gate_forgotten", f"{SOFT}_cpu_forward.h", "square[r] * gates[r]", "square[r]",
-        "attention"),
+        "moh_attention"),
     cpu("lanes_left_out", f"{SOFT}_cpu_operands.h", "{begin / vector * vector,",
         "{round_up(begin, vector),", "moh_attention"),
     cpu("wrong_sign", f"{SOFT}_cpu_walk.h", "(load(ds + at) - load(delta_of_ + l))",

@@ -81,6 +81,7 @@ EMULATOR_CASES = (
     case(Sq=150, H=2, D=8, Dv=8, gate=0.9),
     *(case(Sq=s, H=2, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     case(Sq=250, H=1, D=8, Dv=8, causal=True, window=(20, 0), gate=0.3),
+    case(Sq=300, Sk=16, H=1, D=8, Dv=8),
     case(Sq=70, H=2, D=8, Dv=8, gate=1.0),
     case(Sq=0, H=1, D=8, Dv=8),
 )
