@@ -76,10 +76,8 @@ class Columns {
     Panel<E> x{};
     if (x_)
       x = over_rows(Rows<T>{x_, block.at.batch, block.row(0), block.count(), block.head, room});
-    const Range seen = block.mask.keys_of(block.rows);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
-      if (some.end <= seen.begin || some.begin >= seen.end) continue;
       if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);

@@ -57,6 +57,7 @@ struct Lists {
   HW_HOST_DEVICE int64_t slots() const { return blocks.size[3] * cells.size(); }
   HW_HOST_DEVICE int64_t token(int64_t b, int64_t head, int64_t group, int64_t slot) const {
     if (!blocks) return slot;
+    if (cells.single()) return cells.token(blocks(b, head, group, slot), 0);
     const int64_t n = cells.size();
     return cells.token(blocks(b, head, group, slot / n), slot % n);
   }

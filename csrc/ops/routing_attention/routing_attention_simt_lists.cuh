@@ -110,10 +110,7 @@ struct Listed {
   }
 
   HW_DEVICE HW_INLINE int64_t token(const Lists& lists, int64_t group, int64_t slot) const {
-    if (!lists.cells.single()) return lists.token(batch_, head, group, slot);
-    const int64_t block = lists.blocks(batch_, head, group, slot);
-    const int64_t tokens = lists.cells.rows_of_image * lists.cells.columns_of_image;
-    return block >= 0 && block < tokens ? block : -1;
+    return lists.token(batch_, head, group, slot);
   }
 };
 
