@@ -17,14 +17,18 @@ struct Cells {
   int64_t height = 1, width = 1;  // of a cell
   int64_t rows_of_image = 1, columns_of_image = 1;
 
-  HW_HOST_DEVICE int64_t size() const { return height * width; }
-  HW_HOST_DEVICE int64_t count() const { return columns * ceil_div(rows_of_image, height); }
-  HW_HOST_DEVICE bool single() const { return height * width == 1; }  // a block is a token
+  HW_HOST_DEVICE HW_INLINE int64_t size() const { return height * width; }
+  HW_HOST_DEVICE HW_INLINE int64_t count() const {
+    return columns * ceil_div(rows_of_image, height);
+  }
+  HW_HOST_DEVICE HW_INLINE bool single() const {
+    return height * width == 1;
+  }  // a block is a token
   // Block i is token i.
-  HW_HOST_DEVICE bool same() const { return single() && columns == columns_of_image; }
+  HW_HOST_DEVICE HW_INLINE bool same() const { return single() && columns == columns_of_image; }
 
   // Token of place t of a cell; -1 where there is none.
-  HW_HOST_DEVICE int64_t token(int64_t block, int64_t t) const {
+  HW_HOST_DEVICE HW_INLINE int64_t token(int64_t block, int64_t t) const {
     if (block < 0) return -1;
     if (same()) return block < rows_of_image * columns_of_image ? block : -1;
     const int64_t y = block / columns * height + t / width;
