@@ -13,7 +13,7 @@
 
 #include "core/simd.h"
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,34 @@ struct ExpConstants<double> {
                                  2.7635216581073184e-07, 2.5191718816419513e-08};
 };
 
+// larger: a > b ? a : b, smaller: a < b ? a : b; with a NaN both are b. One instruction of x86, which
+// compilers do not find by themselves.
+#if defined(__AVX512F__)
+#define HW_BY_VECTOR(maximum, type, mask) _mm512_maskz_##maximum##_##type(mask, a, b)
+#elif defined(__AVX2__)
+#define HW_BY_VECTOR(maximum, type, mask) _mm256_##maximum##_##type(a, b)
+#elif defined(__SSE2__)
+#define HW_BY_VECTOR(maximum, type, mask) _mm_##maximum##_##type(a, b)
+#endif
+#if defined(HW_BY_VECTOR)
+HW_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return HW_BY_VECTOR(max, ps, 0xffff); }
+HW_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return HW_BY_VECTOR(max, pd, 0xff); }
+HW_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return HW_BY_VECTOR(min, ps, 0xffff); }
+HW_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return HW_BY_VECTOR(min, pd, 0xff); }
+#undef HW_BY_VECTOR
+#else
+template <class V>
+  requires(!std::floating_point<V>)
+HW_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+  requires(!std::floating_point<V>)
+HW_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
+
 // y 2^n for y = 1 .. 2 and integers n; `shifted` is n + round. 0 below the normal numbers, infinity
 // above the largest, NaN for NaN.
 template <class T>
@@ -82,15 +110,14 @@ template <class T>
 HW_INLINE Vec<T> exp_vector(Vec<T> x) {
   using C = ExpConstants<T>;
   // Far beyond the range n would leave the low bits, and -inf would give r = NaN.
-  x = x < C::least ? splat(C::least) : x;
-  x = x > C::most ? splat(C::most) : x;
+  x = smaller(splat(C::most), larger(splat(C::least), x));
   const Vec<T> shifted = x * C::log2e + C::round;
   const Vec<T> n = shifted - C::round;
   const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
   constexpr int kLast = static_cast<int>(sizeof(C::c) / sizeof(T)) - 1;
   Vec<T> tail = splat(C::c[kLast]);
   HW_UNROLL for (int i = kLast - 1; i >= 0; --i) tail = tail * r + C::c[i];
-  return times_power_of_2<T>(tail * (r * r) + r + T(1), n, shifted);
+  return times_power_of_2<T>((tail * r + T(1)) * r + T(1), n, shifted);
 }
 
 HW_INLINE Vec<float> exp_of(Vec<float> x) { return exp_vector<float>(x); }
@@ -114,17 +141,12 @@ HW_INLINE V sign_of(V x) {
 template <class V>
   requires(!std::floating_point<V>)
 HW_INLINE V positive_of(V x) {
-  return x < ScalarOf<V>(0) ? V{} : x;
+  return larger(V{}, x);
 }
 template <class V>
   requires(!std::floating_point<V>)
 HW_INLINE V step_of(V x) {
   return x > ScalarOf<V>(0) ? V{} + ScalarOf<V>(1) : V{};
-}
-template <class V>
-  requires(!std::floating_point<V>)
-HW_INLINE V larger(V a, V b) {
-  return a > b ? a : b;
 }
 template <class V>
   requires(!std::floating_point<V>)
