@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // _C: the C table of the native libraries as Python functions. See python/headworks/_library.py,
 // its only user, for what they mean.
+#include <algorithm>
+#include <limits>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -163,6 +166,23 @@ void configure(bool emulator, const std::string& key, const std::string& value) 
   require(api.configure(key.c_str(), value.c_str(), buffer.message()), buffer);
 }
 
+// The least and the largest element of an int64 tensor of the CPU. Of a few elements torch.aminmax
+// would cost more than a whole call.
+std::pair<int64_t, int64_t> extremes(const py::object& object) {
+  const Tensor t = read_tensor(object.ptr(), 0);
+  check(t.present() && t.dtype == DType::i64 && t.device == Device::cpu && t.numel() > 0,
+        ErrorKind::type, "extremes are those of an int64 tensor of the CPU with elements");
+  const int64_t* const data = static_cast<const int64_t*>(t.data);
+  int64_t least = std::numeric_limits<int64_t>::max(), most = std::numeric_limits<int64_t>::min();
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    int64_t rest = i, at = 0;
+    for (int d = t.ndim - 1; d >= 0; rest /= t.size[d--]) at += rest % t.size[d] * t.stride[d];
+    least = std::min(least, data[at]);
+    most = std::max(most, data[at]);
+  }
+  return {least, most};
+}
+
 // What read_tensor sees: (data, sizes, strides, dtype, device, index), for the tests.
 py::tuple describe(const py::object& object) {
   const Tensor t = read_tensor(object.ptr(), 0);
@@ -211,6 +231,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("workspace", &hw::workspace);
   m.def("info", &hw::info);
   m.def("configure", &hw::configure);
+  m.def("extremes", &hw::extremes);
   m.def("describe", &hw::describe);
   m.def("use_exchange_api", &hw::use_exchange_api);
 }

@@ -3,6 +3,7 @@
 // and padded to whole vectors, A has any strides (so a transposed A costs nothing).
 //
 //   multiply<kAccumulate>(m, n, k, A, B, ldb, C, ldc)     C[m, n] (+)= A[m, k] B[k, n]
+//   multiply<kAccumulate>(m, n, k, A, rows, C, ldc)       the same with the rows of B anywhere
 //   multiply<false>(..., ldc, LaneFactors{f})             C[m, n] = A[m, k] B[k, n] diag(f[n])
 //
 // Elements of A and B are those of C or pairs of bf16 (core/pairs.h); k counts them.
@@ -16,6 +17,7 @@
 
 #include "core/math.h"
 #include "core/pairs.h"
+#include "core/rows.h"
 #include "core/simd.h"
 
 namespace hw {
@@ -76,14 +78,17 @@ struct Requests {
   int64_t count = 0, bytes = 0;       // bytes of a row
   int64_t at_once = 0;
 
-  HW_INLINE void step() {
-    for (int64_t i = std::min(at_once, count); i > 0; --i, --count) prefetch(*rows++, bytes);
+  HW_INLINE void step() { ask(std::min(at_once, count)); }
+  void rest() { ask(count); }
+
+ private:
+  HW_INLINE void ask(int64_t n) {
+    for (; n > 0; --n, --count) prefetch(*rows++, bytes);
   }
 };
 
-template <bool kAccumulate, int kRows, int kVectors, class E, class T, class Factors>
-HW_INLINE void tile(int k, Operand<E> a, const E* __restrict b, int64_t ldb, T* __restrict c,
-                    int64_t ldc, Factors factors) {
+template <bool kAccumulate, int kRows, int kVectors, class E, class B, class T, class Factors>
+HW_INLINE void tile(int k, Operand<E> a, B b, T* __restrict c, int64_t ldc, Factors factors) {
   static_assert(kLanes<E> == kLanes<T>);
   static_assert(!kAccumulate || std::is_same_v<Factors, NoFactors>);
   Vec<T> sum[kRows][kVectors];
@@ -93,8 +98,9 @@ HW_INLINE void tile(int k, Operand<E> a, const E* __restrict b, int64_t ldb, T* 
     }
   }
   for (int p = 0; p < k; ++p) {
+    const E* __restrict from = b.row(p);
     Vec<E> row[kVectors];
-    HW_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(b + p * ldb + v * kLanes<E>);
+    HW_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(from + v * kLanes<E>);
     HW_UNROLL for (int i = 0; i < kRows; ++i) {
       const Vec<E> x = splat(a.data[i * a.row + p * a.col]);
       HW_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, row[v], sum[i][v]);
@@ -109,28 +115,36 @@ HW_INLINE void tile(int k, Operand<E> a, const E* __restrict b, int64_t ldb, T* 
 
 // All rows of a column panel of kVectors vectors, the last rows by a smaller tile. Never inlined:
 // amid other code the compiler would keep some of the sums in memory.
-template <bool kAccumulate, int kVectors, int kRows = kTileRows, class E, class T, class Factors,
-          class Meanwhile>
-[[gnu::noinline]] void panel(int m, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
-                             Factors factors, Meanwhile& meanwhile) {
+template <bool kAccumulate, int kVectors, int kRows = kTileRows, class E, class B, class T,
+          class Factors, class Meanwhile>
+[[gnu::noinline]] void panel(int m, int k, Operand<E> a, B b, T* c, int64_t ldc, Factors factors,
+                             Meanwhile& meanwhile) {
   for (; m >= kRows; m -= kRows, a = a.rows(kRows), c += kRows * ldc) {
-    tile<kAccumulate, kRows, kVectors>(k, a, b, ldb, c, ldc, factors);
+    tile<kAccumulate, kRows, kVectors>(k, a, b, c, ldc, factors);
     meanwhile.step();
   }
   if constexpr (kRows > 1)
-    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, ldb, c, ldc, factors, meanwhile);
+    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, c, ldc, factors, meanwhile);
 }
 
-template <bool kAccumulate, int kVectors = kTileVectors, class E, class T,
+// B: rows as core/rows.h knows them.
+template <bool kAccumulate, int kVectors = kTileVectors, class E, class B, class T,
           class Factors = NoFactors, class Meanwhile = const NothingMeanwhile>
-inline void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
+inline void multiply(int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
                      Factors factors = {}, Meanwhile& meanwhile = kNothing) {
   constexpr int kColumns = kVectors * kLanes<T>;
   for (; n >= kColumns;
-       n -= kColumns, b += kColumns, c += kColumns, factors = factors.from(kColumns))
-    panel<kAccumulate, kVectors>(m, k, a, b, ldb, c, ldc, factors, meanwhile);
+       n -= kColumns, b = b.from(kColumns), c += kColumns, factors = factors.from(kColumns))
+    panel<kAccumulate, kVectors>(m, k, a, b, c, ldc, factors, meanwhile);
   if constexpr (kVectors > 1)
-    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, ldb, c, ldc, factors, meanwhile);
+    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, c, ldc, factors, meanwhile);
+}
+
+template <bool kAccumulate, class E, class T, class Factors = NoFactors,
+          class Meanwhile = const NothingMeanwhile>
+inline void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
+                     Factors factors = {}, Meanwhile& meanwhile = kNothing) {
+  multiply<kAccumulate>(m, n, k, a, Panel<E>{b, ldb}, c, ldc, factors, meanwhile);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // CPU threads: independent tasks on OpenMP, and scratch memory per thread.
 //
 //   parallel_tasks(count, threads, f)   f(i) for i in [0, count), in any order
+//   parallel_walks(...)                 tasks as well, of which a thread knows the next
 //   Scratch                             a bump allocator that each thread keeps between calls
 //   Buffer                              memory of one call
 //
@@ -9,6 +10,7 @@
 // tasks are made afterwards in index order. An exception in a task is rethrown by the caller.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -17,8 +19,26 @@
 
 #include <omp.h>
 
+#include "core/math.h"
+
 namespace hw {
 namespace {
+
+// f() on each of at most `threads` threads.
+template <class F>
+inline void on_threads(int threads, const F& f) {
+  std::exception_ptr failure;
+#pragma omp parallel num_threads(threads)
+  {
+    try {
+      f();
+    } catch (...) {
+#pragma omp critical(headworks_parallel_failure)
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
 
 template <class F>
 inline void parallel_tasks(int64_t count, int threads, const F& f) {
@@ -38,6 +58,27 @@ inline void parallel_tasks(int64_t count, int threads, const F& f) {
     }
   }
   if (failure) std::rethrow_exception(failure);
+}
+
+// walk(next) on each thread: next() hands out the numbers [0, count), each once, `piece` neighbours
+// at a time to one thread, and then -1. What a thread keeps between tasks is built once, and while
+// it works on one it can ask memory for the next.
+template <class F>
+inline void parallel_walks(int64_t count, int64_t piece, int threads, const F& walk) {
+  std::atomic<int64_t> taken{0};
+  const auto on_thread = [&] {
+    int64_t i = 0, end = 0;
+    walk([&]() -> int64_t {
+      if (i == end) {
+        i = std::min(taken.fetch_add(piece, std::memory_order_relaxed), count);
+        end = std::min(i + piece, count);
+      }
+      return i < end ? i++ : -1;
+    });
+  };
+  const int64_t team = std::min<int64_t>(threads, ceil_div(count, piece));
+  if (team <= 1) return on_thread();
+  on_threads(static_cast<int>(team), on_thread);
 }
 
 // Memory of a thread, kept until the thread ends and grown when a call needs more. take() hands out

@@ -113,6 +113,18 @@ HW_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep > 1) transpose_square<T, kStep / 2>(rows);
 }
 
+// Of a square of vectors: lane i of the result combines all lanes of rows[i]. Each round halves the
+// number of rows.
+template <class T, int kStep = kLanes<T> / 2, class Combine>
+HW_INLINE Vec<T> across(Vec<T> (&rows)[kLanes<T>], Combine combine) {
+  HW_UNROLL for (int i = 0; i < kStep; ++i) {
+    exchange<kStep, T>(rows[i], rows[i + kStep]);
+    rows[i] = combine(rows[i], rows[i + kStep]);
+  }
+  if constexpr (kStep > 1) return across<T, kStep / 2>(rows, combine);
+  return rows[0];
+}
+
 // Asks for the cache lines of `bytes` bytes at p ahead of their use; any address will do.
 template <bool kWrite = false>
 HW_INLINE void prefetch(const void* p, int64_t bytes) {

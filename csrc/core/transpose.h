@@ -3,21 +3,22 @@
 #pragma once
 
 #include "core/ref.h"
+#include "core/rows.h"
 #include "core/simd.h"
 
 namespace hw {
 namespace {
 
 // to[j, i] (+)= from[i, j] for i < rows, j < columns: squares of whole vectors, then the rims.
-template <bool kAdd = false, class A>
-void transpose(const A* __restrict from, int64_t from_ld, int rows, int columns, A* __restrict to,
-               int64_t to_ld) {
+// `from`: rows as core/rows.h knows them.
+template <bool kAdd = false, class From, class A>
+void transpose(From from, int rows, int columns, A* __restrict to, int64_t to_ld) {
   constexpr int kSide = kLanes<A>;
   const int whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
   for (int i = 0; i < whole_rows; i += kSide)
     for (int j = 0; j < whole_columns; j += kSide) {
       Vec<A> square[kSide];
-      HW_UNROLL for (int r = 0; r < kSide; ++r) square[r] = load(from + (i + r) * from_ld + j);
+      HW_UNROLL for (int r = 0; r < kSide; ++r) square[r] = load(from.row(i + r) + j);
       transpose_square<A>(square);
       HW_UNROLL for (int r = 0; r < kSide; ++r) {
         A* at = to + (j + r) * to_ld + i;
@@ -29,10 +30,15 @@ void transpose(const A* __restrict from, int64_t from_ld, int rows, int columns,
     for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) {
       A& cell = to[j * to_ld + i];
       if constexpr (kAdd)
-        cell += from[i * from_ld + j];
+        cell += from.row(i)[j];
       else
-        cell = from[i * from_ld + j];
+        cell = from.row(i)[j];
     }
+}
+
+template <bool kAdd = false, class A>
+void transpose(const A* from, int64_t from_ld, int rows, int columns, A* to, int64_t to_ld) {
+  transpose<kAdd>(Panel<A>{from, from_ld}, rows, columns, to, to_ld);
 }
 
 // Columns [from, to) of the first `rows` rows become 0.

@@ -2,6 +2,7 @@
 // CPU vectors, the small matrix product and the parallel loop against plain loops.
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "core/parallel.h"
 #include "core/ref.h"
 #include "core/simd.h"
+#include "core/simd_math.h"
 
 namespace {
 
@@ -55,6 +57,47 @@ TEST(vectors_load_sum_and_transpose) {
 }
 
 template <class T>
+void check_across() {
+  constexpr int n = hw::kLanes<T>;
+  using V = hw::Vec<T>;
+  const auto values = random_values<T>(n * n, 4);
+  hw::Vec<T> sums[n], tops[n];
+  for (int i = 0; i < n; ++i) sums[i] = tops[i] = hw::load(values.data() + i * n);
+  const V sum = hw::across<T>(sums, [](V a, V b) { return a + b; });
+  const V top = hw::across<T>(tops, [](V a, V b) { return hw::larger(a, b); });
+  for (int i = 0; i < n; ++i) {
+    T want = 0, most = values[static_cast<size_t>(i * n)];
+    for (int j = 0; j < n; ++j) {
+      const T x = values[static_cast<size_t>(i * n + j)];
+      want += x;
+      most = x > most ? x : most;
+    }
+    EXPECT(std::fabs(sum[i] - want) < T(1e-5), i, ": ", sum[i], " want ", want);
+    EXPECT(top[i] == most, i, ": ", top[i], " want ", most);
+  }
+}
+
+TEST(lanes_combine_across_a_square) {
+  check_across<float>();
+  check_across<double>();
+}
+
+template <class T>
+void check_larger_and_smaller() {
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const hw::Vec<T> one = hw::splat(T(1)), two = hw::splat(T(2)), none = hw::splat(nan);
+  EXPECT(hw::larger(one, two)[0] == 2 && hw::larger(two, one)[0] == 2);
+  EXPECT(hw::smaller(one, two)[0] == 1 && hw::smaller(two, one)[0] == 1);
+  EXPECT(hw::larger(none, one)[0] == 1 && hw::smaller(none, one)[0] == 1);
+  EXPECT(std::isnan(hw::larger(one, none)[0]) && std::isnan(hw::smaller(one, none)[0]));
+}
+
+TEST(beside_a_nan_the_second_counts) {
+  check_larger_and_smaller<float>();
+  check_larger_and_smaller<double>();
+}
+
+template <class T>
 void check_widen_and_narrow() {
   for (const int stride : {1, 3}) {
     for (const int n : {0, 1, 7, 8, 9, 33}) {
@@ -86,10 +129,14 @@ void check_product(int m, int n, int k, bool transposed) {
   const int ldb = hw::round_up(n, hw::kLanes<T>), lda = (transposed ? m : k) + 1;
   const auto a = random_values<T>((transposed ? k : m) * lda, 1), b = random_values<T>(k * ldb, 2);
   const auto before = random_values<T>(m * ldb, 4);
-  auto c = before;
-  hw::multiply<kAccumulate>(
-      m, ldb, k, transposed ? hw::transposed(a.data(), lda) : hw::row_major(a.data(), lda),
-      b.data(), ldb, c.data(), ldb);
+  auto c = before, of_pointers = before;
+  const auto left = transposed ? hw::transposed(a.data(), lda) : hw::row_major(a.data(), lda);
+  hw::multiply<kAccumulate>(m, ldb, k, left, b.data(), ldb, c.data(), ldb);
+  std::vector<const T*> rows;
+  for (int p = 0; p < k; ++p) rows.push_back(b.data() + p * ldb);
+  hw::multiply<kAccumulate>(m, ldb, k, left, hw::RowPointers<T>{rows.data()}, of_pointers.data(),
+                            ldb);
+  EXPECT(of_pointers == c, m, "x", n, "x", k, ": rows by pointers give something else");
   const double bound = (k + 1) * 4.0 * (sizeof(T) == 4 ? 6e-8 : 1.2e-16);
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < ldb; ++j) {
@@ -121,6 +168,38 @@ TEST(parallel_tasks_runs_each_task_once) {
     hw::parallel_tasks(101, threads, [&](int64_t i) { ++runs[static_cast<size_t>(i)]; });
     for (const auto& n : runs) EXPECT(n == 1);
   }
+}
+
+TEST(parallel_walks_hand_out_each_number_once) {
+  for (const int threads : {1, 2, 3})
+    for (const int64_t piece : {1, 4, 200}) {
+      std::vector<std::atomic<int>> runs(101);
+      std::atomic<int> out_of_order{0};
+      hw::parallel_walks(101, piece, threads, [&](auto next) {
+        int64_t last = -1;
+        for (int64_t i = next(); i >= 0; last = i, i = next()) {
+          ++runs[static_cast<size_t>(i)];
+          if (i <= last || (i % piece != 0 && i != last + 1)) ++out_of_order;
+        }
+        if (next() != -1) ++out_of_order;
+      });
+      for (const auto& n : runs) EXPECT(n == 1);
+      EXPECT(out_of_order == 0);
+    }
+  hw::parallel_walks(0, 4, 2, [&](auto next) { EXPECT(next() == -1); });
+}
+
+TEST(parallel_walks_hand_on_exceptions) {
+  bool caught = false;
+  try {
+    hw::parallel_walks(8, 1, 2, [](auto next) {
+      for (int64_t i = next(); i >= 0; i = next())
+        hw::check(i != 5, hw::ErrorKind::value, "number ", i);
+    });
+  } catch (const hw::Error& e) {
+    caught = std::string(e.what()) == "number 5";
+  }
+  EXPECT(caught);
 }
 
 TEST(parallel_tasks_hands_on_exceptions) {

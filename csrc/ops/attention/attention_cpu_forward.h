@@ -6,12 +6,12 @@
 // product with v. With few blocks and many keys (decoding) the keys are cut into spans, whose
 // partial results are merged in order. Cuts depend on shapes alone, so results do not depend on the
 // number of threads. Where q and k are the same for all batch entries (zero strides), one task
-// serves up to kPanels entries: scores and softmax are computed once.
+// serves up to kPanels entries: scores and softmax are computed once. Blocks of a few queries or of
+// a few keys are walked by AlongKeys.
 #pragma once
 
-#include <cmath>
-
-#include "ops/attention/attention_cpu_few.h"
+#include "ops/attention/attention_cpu_along_keys.h"
+#include "ops/attention/attention_cpu_row_sums.h"
 #include "ops/attention/attention_cpu_tile.h"
 
 namespace hw::attention {
@@ -21,59 +21,12 @@ constexpr int64_t kFewTasks = 16;      // fewer than this: cut the keys
 constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
 constexpr int64_t kPanels = 8;         // batch entries that share scores
 
-// Running sums of a block's rows, over the keys so far; `shift` is what the exponents are relative
-// to: the maximum, 0 before any finite score.
-template <class A>
-struct RowSums {
-  alignas(64) A max[kRows];      // of s, -inf before any
-  alignas(64) A sum[kRows];      // softmaxes: sum e^(s - shift); others: sum a(s)
-  alignas(64) A tilt[kRows];     // sum e^(s - shift) (s - shift)
-  alignas(64) A squares[kRows];  // sum e^(2 (s - shift))
-  alignas(64) A mass[kRows];     // sum e^(s - shift) m
-
-  void clear() {
-    std::fill_n(max, kRows, -kInfinity<A>);
-    for (A* x : {sum, tilt, squares, mass}) std::fill_n(x, kRows, A(0));
-  }
-
-  // Moves row i to a new maximum; returns the factor of everything that was summed.
-  A move(int i, A to) {
-    const A from = max[i];
-    max[i] = to;
-    if (from == to || to == -kInfinity<A>) return 1;
-    if (from == -kInfinity<A>) return 0;  // nothing was summed
-    const A factor = std::exp(from - to);
-    tilt[i] = factor * (tilt[i] + (from - to) * sum[i]);
-    sum[i] *= factor;
-    squares[i] *= factor * factor;
-    mass[i] *= factor;
-    return factor;
-  }
-
-  // The same for a vector of lanes. `counts`: lanes of which anything was summed become 1.
-  Vec<A> move(int l, Vec<A> to, Vec<A>& counts) {
-    using V = Vec<A>;
-    const V from = load(max + l), one = splat(A(1));
-    const V down = from == -kInfinity<A> ? V{} : from - to;
-    V factor = from == -kInfinity<A> ? V{} : exp_of(down);
-    factor = from == to ? one : factor;
-    store(max + l, to);
-    store(tilt + l, factor * (load(tilt + l) + (from == to ? V{} : down) * load(sum + l)));
-    store(sum + l, factor * load(sum + l));
-    store(squares + l, factor * factor * load(squares + l));
-    store(mass + l, factor * load(mass + l));
-    counts = (from == to ? V{} : from == -kInfinity<A> ? V{} : one) + counts;
-    return factor;
-  }
-};
-
 template <class T>
 class Forward {
  public:
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
-  using Few = FewRows<T, RowSums<A>>;
 
   explicit Forward(const Call& call)
       : Forward(forward_params(call), call.context.num_threads, true) {}
@@ -114,10 +67,11 @@ class Forward {
     span_ = round_up(ceil_div(std::max<int64_t>(p_.max_k, 1), spans_), static_cast<int64_t>(kKeys));
   }
 
-  // What a task keeps: sums of its rows, and w^T [panels, Dv, kRows] before the division.
+  // What a task keeps: sums of its rows, and w before the division.
   struct State {
     RowSums<A>* rows;
-    A* values;
+    A* values;  // w^T [panels, Dv, kRows], or `along_keys` w [panels, kRows, padded Dv]
+    bool along_keys = false;
     bool dead = false;  // nobody can see what the loop would find: it did not run
   };
 
@@ -128,7 +82,7 @@ class Forward {
            same(p_.mass_keys) && !p_.skip_dead;
   }
 
-  int64_t values_size() const { return panels_ * value_dim_ * kRows; }
+  int64_t values_size() const { return panels_ * padded_values() * kRows; }
   int64_t partial_bytes() const {
     return round_up<int64_t>(sizeof(RowSums<A>), 64) + Scratch::bytes_of<A>(values_size());
   }
@@ -153,7 +107,7 @@ class Forward {
     Scratch& scratch = Scratch::of_thread();
     const int64_t tile = Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
                          Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_));
-    scratch.reset(std::max(tile, Few::bytes(p_, panels_)) + partial_bytes() +
+    scratch.reset(std::max(tile, AlongKeys<T>::bytes(p_)) + partial_bytes() +
                   2 * Scratch::bytes_of<A>(kRows * padded_values()));
     return scratch;
   }
@@ -177,9 +131,14 @@ class Forward {
   void fill(const Block& block, int64_t span, State& state, Scratch& scratch,
             const Requests& meanwhile = {}) {
     state.rows->clear();
-    std::fill_n(state.values, values_size(), A(0));
     state.dead = dead(block);
+    state.along_keys = along_keys(block);
+    if (state.dead || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
     if (!state.dead) walk(block, span, state, scratch, meanwhile);
+  }
+
+  bool along_keys(const Block& block) const {
+    return AlongKeys<T>::serves(p_, block.count(), block.keys().count());
   }
 
   bool dead(const Block& b) const {
@@ -196,10 +155,8 @@ class Forward {
     Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
     keys.end = std::min(keys.end, (span + 1) * span_);
-    if (block.count() <= kFewRows) {
-      while (meanwhile.count > 0) meanwhile.step();
-      return Few(p_, panels_).walk(block, keys, *state.rows, state.values);
-    }
+    if (state.along_keys)
+      return AlongKeys<T>(p_, panels_).walk(block, keys, *state.rows, state.values, meanwhile);
     Tile<T> tile(p_);
     tile.meanwhile = meanwhile;
     A* s = scratch.take<A>(kTile);
@@ -308,6 +265,7 @@ class Forward {
     Scratch& scratch = reserve();
     State whole = state_in(partials_.data() + task * spans_ * partial_bytes());
     whole.dead = dead(block);
+    whole.along_keys = along_keys(block);
     const int width = round_up(block.count(), kLanes<A>);
     for (int64_t span = 1; span < spans_; ++span) {
       State part = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
@@ -322,6 +280,10 @@ class Forward {
         a.squares[i] += b.squares[i];
         a.mass[i] += b.mass[i];
       }
+      if (whole.along_keys) {
+        add_rows(block, whole.values, of_whole, part.values, of_part);
+        continue;
+      }
       for (int64_t d = 0; d < panels_ * value_dim_; ++d)
         for (int l = 0; l < width; l += kLanes<A>) {
           A* at = whole.values + d * kRows + l;
@@ -332,12 +294,21 @@ class Forward {
     finish(block, whole, scratch);
   }
 
+  void add_rows(const Block& block, A* whole, const A* of_whole, const A* part, const A* of_part) {
+    for (int64_t b = 0; b < panels_; ++b)
+      for (int i = 0; i < block.count(); ++i) {
+        const int64_t row = (b * kRows + i) * padded_values();
+        for (int d = 0; d < padded_values(); ++d)
+          whole[row + d] = whole[row + d] * of_whole[i] + part[row + d] * of_part[i];
+      }
+  }
+
   // Outputs of a block.
   void finish(const Block& block, State& state, Scratch& scratch) {
-    alignas(64) A factor[kRows] = {};
-    for (int i = 0; i < block.count(); ++i)
-      factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
+    alignas(64) A factor[kRows];
+    find_factors(block, state, factor);
     if (!v_) return;
+    if (state.along_keys) return finish_rows(block, state.values, factor, scratch);
     if (writes_vectors()) {
       for (int64_t b = 0; b < panels_of(block); ++b)
         write_rows(block, block.at.batch + b, factor, state.values + b * value_dim_ * kRows);
@@ -353,6 +324,55 @@ class Forward {
       for (int i = 0; i < block.count(); ++i)
         write_row(block, block.at.batch + b, i, rows + i * padded, v_row);
     }
+  }
+
+  // The same of w as AlongKeys leaves it.
+  void finish_rows(const Block& block, A* values, const A* factor, Scratch& scratch) {
+    const bool vectors = writes_vectors();
+    A* v_row = scratch.take<A>(padded_values());
+    for (int64_t b = 0; b < panels_of(block); ++b) {
+      A* of_batch = values + b * kRows * padded_values();
+      if (vectors) {
+        write_vectors(block, block.at.batch + b, factor, of_batch);
+        continue;
+      }
+      for (int i = 0; i < block.count(); ++i) {
+        A* w = of_batch + i * padded_values();
+        for (int d = 0; d < value_dim_; ++d) w[d] *= factor[i];
+        write_row(block, block.at.batch + b, i, w, v_row);
+      }
+    }
+  }
+
+  void write_vectors(const Block& block, int64_t batch, const A* factor, const A* values) {
+    const Ref<A, 2> o = rows_of_head(p_.o.template as<A>(), batch, block.head);
+    const Ref<A, 2> w = p_.w ? rows_of_head(p_.w.template as<A>(), batch, block.head) : Ref<A, 2>{};
+    const auto gate = p_.head_gate.template as<const A>();
+    const int width = value_dim_;
+    for (int i = 0; i < block.count(); ++i) {
+      const int64_t row = block.result(i);
+      const A g = gate ? gate(batch, block.row(i), block.head) : A(1);
+      A *to_o = o.at(row), *to_w = w ? w.at(row) : nullptr;
+      for (int d = 0; d < width; d += kLanes<A>) {
+        const V x = load(values + i * width + d) * factor[i];
+        if (to_w != nullptr) store(to_w + d, x);
+        store(to_o + d, x * g);
+      }
+    }
+  }
+
+  // What the values of each row are multiplied by.
+  void find_factors(const Block& block, State& state, A* factor) {
+    if (p_.activation == Activation::softmax && !reads_out_) {
+      for (int l = 0; l < block.count(); l += kLanes<A>) {
+        const V total = load(state.rows->sum + l);
+        store(factor + l, total == A(0) ? V{} : A(1) / total);
+      }
+      return;
+    }
+    std::fill_n(factor, kRows, A(0));
+    for (int i = 0; i < block.count(); ++i)
+      factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
   }
 
   // Row statistic and read-outs of a softmax row; returns the factor of its values.

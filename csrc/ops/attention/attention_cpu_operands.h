@@ -52,6 +52,8 @@ struct Block {
                                      // decrease
   const Range* self = nullptr;       // keys that are the row itself (kSelf); null: it is no matter
   const int64_t* results = nullptr;  // where results of each row lie; null: at row()
+  const int64_t* keys_at = nullptr;  // tokens of the keys, -1: a zero key; null: those from k_begin
+                                     // on. For AlongKeys alone
 
   int count() const { return static_cast<int>(rows.count()); }
   // Lane -> row of the sequence, row of the tensor.
@@ -96,7 +98,7 @@ void put_self(const Block& block, const Range& keys, A* tile, A value) {
 
 // [S, width] of one head.
 template <class T>
-Ref<const T, 2> rows_of_head(const Ref<const T, 4>& x, int64_t batch, int head) {
+Ref<T, 2> rows_of_head(const Ref<T, 4>& x, int64_t batch, int head) {
   return {x.at(batch, 0, head), {x.size[1], x.size[3]}, {x.stride[1], x.stride[3]}};
 }
 
@@ -164,14 +166,7 @@ Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
   }
 }
 
-// An operand that is read in vectors: rows padded with zeros to whole ones.
-template <class E>
-struct Panel {
-  const E* data;
-  int64_t ld;
-};
-
-// Rows in vectors and in the accumulation type: [n, padded].
+// Rows in vectors and in the accumulation type, padded with zeros to whole ones: [n, padded].
 template <class T>
 Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first, int n, int head,
                             Accum<T>* room) {

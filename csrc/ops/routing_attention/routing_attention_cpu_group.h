@@ -3,7 +3,7 @@
 //
 //   rows     tokens of q, read where they lie; slots without token are left out
 //   keys     gathered side by side into memory of the task, [Wk, D] and [Wk, Dv], which stays in L2
-//            while the rows of the group meet them
+//            while the rows of the group meet them; or read where they lie, if the engine can
 //
 // Where positions matter (masks, a token's score with itself), both lists are sorted by position:
 // then each row sees an interval of the keys, and the ends of these never decrease, as the engine
@@ -34,16 +34,18 @@ struct List {
 template <class T>
 class Group {
  public:
-  // Of `heads` query heads from `first_head` on, which have their lists in common.
+  // Of up to `heads` query heads, which have their lists in common. `in_place`: keys are not
+  // gathered.
   template <class Params>
-  explicit Group(const Params& p, int first_head = 0, int heads = 1)
+  explicit Group(const Params& p, int heads = 1, bool in_place = false)
       : routing_(p),
         q_(p.q.template as<const T>()),
         k_(p.k.template as<const T>()),
         v_(p.v.template as<const T>()),
         heads_per_key_(p.group()),
-        first_head_(first_head),
+        room_heads_(heads > 1 ? p.key_heads() : 1),
         heads_(heads),
+        in_place_(in_place),
         rows_in_sequence_(p.q.size[1]),
         most_rows_(p.rows.slots()),
         most_keys_(p.keys.slots()) {
@@ -59,7 +61,7 @@ class Group {
     lay_out(room);
   }
 
-  // The tensors that a pass over the group reads its keys from: any batch entry, these heads.
+  // The tensors that a pass over the group reads its keys from.
   Ref<const void, 4> keys() const { return side_by_side(k_, k_room_); }
   Ref<const void, 4> values() const { return side_by_side(v_, v_room_); }
 
@@ -77,13 +79,13 @@ class Group {
     return j + kRowsAhead < key_count() ? key_token(j + kRowsAhead) : -1;
   }
 
-  // Reads the lists of the group that is next, of query head `head` or, if there are several, of all.
-  void look_up(int64_t batch, int head, int64_t group) {
-    next_.batch = batch, next_.head = head, next_.group = group;
+  // Reads the lists of the group that is next, of `heads` query heads from `head` on.
+  void look_up(int64_t batch, int head, int heads, int64_t group) {
+    next_.batch = batch, next_.head = head, next_.heads = heads, next_.group = group;
     read(routing_.rows, false, next_.rows);
     read(routing_.keys, routing_.pad_keys, next_.keys);
     wanted_count_ = 0;
-    wanted_bytes_ = heads_ * q_.size[3] * static_cast<int64_t>(sizeof(T));
+    wanted_bytes_ = heads * q_.size[3] * static_cast<int64_t>(sizeof(T));
     want(q_, next_.rows, head);
     want(k_, next_.keys, key_head(head));
     want(v_, next_.keys, key_head(head));
@@ -96,7 +98,9 @@ class Group {
     const int64_t begin = wanted_count_ * part / parts, end = wanted_count_ * (part + 1) / parts;
     const int64_t width = v_ ? v_.size[3] : 0;
     const int64_t tiles = ceil_div<int64_t>(key_count(), attention::kKeys);
-    const int64_t steps = tiles * ceil_div<int64_t>(attention::kKeys + width, kTileRows);
+    const int64_t rows_of_products =
+        in_place_ ? 2 * std::min<int64_t>(rows(), kRows) : attention::kKeys + width;
+    const int64_t steps = tiles * ceil_div<int64_t>(rows_of_products, kTileRows);
     return {wanted_ + begin, end - begin, wanted_bytes_,
             ceil_div(end - begin, std::max<int64_t>(steps, 1))};
   }
@@ -106,14 +110,18 @@ class Group {
     std::swap(now_, next_);
     for (int64_t i = 0; i < rows(); ++i)
       result_[i] = routing_.by_slot ? now_.group * most_rows_ + row_slot(i) : row_token(i);
-    gather(k_, k_room_);
-    if (v_) gather(v_, v_room_);
+    if (!in_place_) gather(k_, k_room_);
+    if (!in_place_ && v_) gather(v_, v_room_);
     if (ordered_) find_seen();
   }
   void load(int64_t batch, int head, int64_t group) {
-    look_up(batch, head, group);
+    look_up(batch, head, 1, group);
     enter();
   }
+  int64_t batch() const { return now_.batch; }
+  int64_t number() const { return now_.group; }
+  int first_head() const { return now_.head; }
+  int heads() const { return now_.heads; }
 
   // Rows [begin, begin + kRows) of a head of the group.
   Block block(int64_t begin, int head) const {
@@ -125,7 +133,8 @@ class Group {
             now_.rows.token,
             ordered_ ? seen_ : nullptr,
             routing_.mask_self ? self_ : nullptr,
-            result_};
+            result_,
+            in_place_ ? now_.keys.token : nullptr};
   }
 
  private:
@@ -139,21 +148,23 @@ class Group {
     order_ = l.take<Place>(std::max(most_rows_, most_keys_));
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
-    k_room_ = l.take<T>(key_heads() * most_keys_ * k_.size[3]);
-    v_room_ = l.take<T>(key_heads() * most_keys_ * (v_ ? v_.size[3] : 0));
+    const int64_t gathered = in_place_ ? 0 : room_heads_ * most_keys_;
+    k_room_ = l.take<T>(gathered * k_.size[3]);
+    v_room_ = l.take<T>(gathered * (v_ ? v_.size[3] : 0));
   }
 
   int key_head(int head) const { return head / heads_per_key_; }
-  int key_heads() const { return key_head(first_head_ + heads_ - 1) - key_head(first_head_) + 1; }
+  int first_key_head() const { return key_head(now_.head); }
+  int key_heads() const { return key_head(now_.head + now_.heads - 1) - first_key_head() + 1; }
 
-  // One head stands for all.
+  // Where heads have their own lists, the room of one stands for all.
   Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
+    if (in_place_ || !x) return x.template as<const void>();
     Ref<const void, 4> r;
-    if (!x) return r;
     const int64_t head = heads_ > 1 ? most_keys_ * x.size[3] : 0;
     const int64_t sizes[] = {x.size[0], most_keys_, x.size[2], x.size[3]};
     const int64_t strides[] = {0, x.size[3], head, 1};
-    r.data = room - key_head(first_head_) * head;
+    r.data = room;
     std::copy_n(sizes, 4, r.size);
     std::copy_n(strides, 4, r.stride);
     return r;
@@ -199,17 +210,16 @@ class Group {
   // [key heads, keys, width]: all heads of a token after each other, as they lie in memory.
   void gather(const Ref<const T, 4>& x, T* to) const {
     const int64_t width = x.size[3], bytes = width * static_cast<int64_t>(sizeof(T));
+    const int begin = first_key_head(), end = begin + key_heads();
     for (int64_t j = 0; j < key_count(); ++j) {
       if (const int64_t token = key_ahead(j); token >= 0 && x.stride[3] == 1)
-        for (int h = 0; h < key_heads(); ++h)
-          hw::prefetch(x.at(now_.batch, token, key_head(now_.head) + h), bytes);
-      for (int h = 0; h < key_heads(); ++h) {
-        T* row = to + (h * most_keys_ + j) * width;
+        for (int h = begin; h < end; ++h) hw::prefetch(x.at(now_.batch, token, h), bytes);
+      for (int h = begin; h < end; ++h) {
+        T* row = to + ((heads_ > 1 ? h : 0) * most_keys_ + j) * width;
         if (key_token(j) < 0)
           std::fill_n(row, width, T(0.0f));
         else
-          attention::copy_row(row, x.at(now_.batch, key_token(j), key_head(now_.head) + h), width,
-                              x.stride[3]);
+          attention::copy_row(row, x.at(now_.batch, key_token(j), h), width, x.stride[3]);
       }
     }
   }
@@ -237,7 +247,8 @@ class Group {
   const Routing routing_;
   const Ref<const T, 4> q_, k_, v_;
   Ref<const T, 4> o_;  // if rows are written where the token is
-  const int heads_per_key_, first_head_, heads_;
+  const int heads_per_key_, room_heads_, heads_;
+  const bool in_place_;
   const int64_t rows_in_sequence_, most_rows_, most_keys_;
   Mask by_position_;
   bool ordered_;  // positions matter
@@ -245,7 +256,7 @@ class Group {
 
   struct Members {
     int64_t batch, group;
-    int head;  // the first, if there are several
+    int head, heads;  // the first; how many
     List rows, keys;
   };
   Members now_{}, next_{};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed rows to listed keys on the CPU.
 //
-//   GroupsForward     a task: some groups of some query heads; results go where they belong, no two
-//                     tasks write the same
+//   GroupsForward     a task: a group of some query heads, each thread knowing its next one;
+//                     results go where they belong, no two tasks write the same
 //   Mean              by slot: o of tokens from w of slots, a task per query head, slots in order
 //   GroupsBackward    a task: a key head, all its groups in their order (or, where heads are few, a
 //                     part of the groups with sums of its own, added up afterwards, in order);
@@ -21,62 +21,74 @@
 namespace hw::routing_attention {
 namespace {
 
-constexpr int64_t kRowsOfTask = 512;  // groups of a forward task have about as many rows together
+constexpr int64_t kRowsOfTask = 512;  // groups that a forward thread takes have as many together
 constexpr int64_t kFarSlots = 2048;   // rows and keys of longer lists need not be asked for ahead
 constexpr int64_t kFewTasks = 8;      // fewer key heads than this: cut the groups into parts
 
 template <class T>
 class GroupsForward {
+  using AlongKeys = attention::AlongKeys<T>;
+
  public:
   GroupsForward(const ForwardParams& p, int threads)
       : p_(p),
         threads_(threads),
         groups_(p.groups()),
         heads_(p.query_heads()),
-        heads_at_once_(part_of_task(p.rows.slots(), heads_)),
-        groups_at_once_(part_of_task(p.rows.slots() * heads_at_once_, groups_)),
-        head_pieces_(ceil_div(heads_, heads_at_once_)),
-        group_pieces_(ceil_div(groups_, groups_at_once_)),
-        common_lists_(p.rows.blocks.stride[1] == 0 && p.keys.blocks.stride[1] == 0 &&
-                      heads_at_once_ % p.group() == 0) {}
+        heads_at_once_(heads_of_visit()),
+        pieces_(ceil_div(heads_, heads_at_once_)),
+        in_place_(AlongKeys::reads_anywhere(p.k.as<const T>()) &&
+                  AlongKeys::reads_anywhere(p.v.as<const T>()) &&
+                  AlongKeys::serves(p, std::min<int64_t>(p.rows.slots(), kRows), p.keys.slots())) {}
 
   void run() {
-    parallel_tasks(p_.batch() * head_pieces_ * group_pieces_, threads_,
-                   [&](int64_t task) { work(task); });
+    const int64_t rows = p_.rows.slots() * heads_at_once_;
+    const int64_t together = std::max<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1);
+    parallel_walks(p_.batch() * groups_ * pieces_, together, threads_,
+                   [&](auto next) { walk(next); });
   }
 
  private:
-  // How many of `all` parts of so many rows a task takes.
-  static int64_t part_of_task(int64_t rows, int64_t all) {
-    return std::clamp<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1,
-                               std::max<int64_t>(all, 1));
+  // Heads that have their lists in common are loaded together: their rows are neighbours in memory.
+  int64_t heads_of_visit() const {
+    const bool common = p_.rows.blocks.stride[1] == 0 && p_.keys.blocks.stride[1] == 0;
+    const int64_t most = std::max<int64_t>(kRowsOfTask / std::max<int64_t>(p_.rows.slots(), 1), 1);
+    const int64_t heads = std::clamp<int64_t>(most, 1, std::max<int64_t>(heads_, 1));
+    return common && heads % p_.group() == 0 ? heads : 1;
   }
 
-  // Heads that have their lists in common are loaded together: their rows are neighbours in memory.
-  void work(int64_t task) const {
-    const int64_t batch = task / group_pieces_ / head_pieces_;
-    const int first_head = static_cast<int>(task % head_pieces_ * heads_at_once_);
-    const int heads = static_cast<int>(std::min(heads_at_once_, heads_ - first_head));
-    const int64_t first = task / head_pieces_ % group_pieces_ * groups_at_once_;
-    const int together = common_lists_ ? heads : 1, visits = heads / together;
-    const int64_t count = visits * std::min(groups_at_once_, groups_ - first);
-    const auto head_of = [&](int64_t i) { return first_head + static_cast<int>(i % visits); };
-    Group<T> group(p_, first_head, together);
+  // A visit: a group of some heads. Those of other heads come next, for their rows lie next.
+  void look_up(int64_t visit, Group<T>& group) const {
+    const int64_t head = visit % pieces_ * heads_at_once_;
+    group.look_up(visit / pieces_ / groups_, static_cast<int>(head),
+                  static_cast<int>(std::min(heads_at_once_, heads_ - head)),
+                  visit / pieces_ % groups_);
+  }
+
+  template <class Next>
+  void walk(Next next) const {
+    Group<T> group(p_, static_cast<int>(heads_at_once_), in_place_);
     attention::Forward<T> pass(engine_params(group));
-    group.look_up(batch, first_head, first);
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t visit = next();
+    if (visit >= 0) look_up(visit, group);
+    while (visit >= 0) {
       group.enter();
-      const bool more = i + 1 < count && p_.rows.slots() + p_.keys.slots() <= kFarSlots;
-      if (i + 1 < count) group.look_up(batch, head_of(i + 1), first + (i + 1) / visits);
-      const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = together * blocks;
-      for (int h = 0; h < together; ++h) {
-        const int head = head_of(i) + h;
-        if (p_.by_slot && group.rows() < p_.rows.slots())
-          clear_slots(batch, head, first + i / visits);
-        for (int64_t b = 0; b < blocks; ++b)
-          pass.run_block(group.block(b * kRows, head),
-                         more ? group.requests(h * blocks + b, all) : Requests{});
-      }
+      visit = next();
+      if (visit >= 0) look_up(visit, group);
+      attend(group, pass, visit >= 0 && p_.rows.slots() + p_.keys.slots() <= kFarSlots);
+    }
+  }
+
+  // The group's rows; `more`: memory is asked for the next group's meanwhile.
+  void attend(const Group<T>& group, attention::Forward<T>& pass, bool more) const {
+    const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = group.heads() * blocks;
+    for (int h = 0; h < group.heads(); ++h) {
+      const int head = group.first_head() + h;
+      if (p_.by_slot && group.rows() < p_.rows.slots())
+        clear_slots(group.batch(), head, group.number());
+      for (int64_t b = 0; b < blocks; ++b)
+        pass.run_block(group.block(b * kRows, head),
+                       more ? group.requests(h * blocks + b, all) : Requests{});
     }
   }
 
@@ -101,8 +113,8 @@ class GroupsForward {
 
   const ForwardParams& p_;
   const int threads_;
-  const int64_t groups_, heads_, heads_at_once_, groups_at_once_, head_pieces_, group_pieces_;
-  const bool common_lists_;  // of all heads
+  const int64_t groups_, heads_, heads_at_once_, pieces_;  // pieces: of all heads
+  const bool in_place_;                                    // keys are read where they lie
 };
 
 // o_i = sum of w over the slots of token i / (n_i + eps)
