@@ -63,6 +63,12 @@ def workspace(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) ->
     return size
 
 
+def extremes(index: Tensor) -> tuple[int, int]:
+    """The least and the largest element of an int64 tensor on the CPU that has any."""
+    least, most = (_native or _load()).extremes(index)
+    return least, most
+
+
 def info() -> dict[str, Any]:
     """What the native library contains; "emulator" is that of the emulator, or None without it."""
     native = _native or _load()

@@ -9,6 +9,7 @@ and the torch operators routing_attention_fwd and routing_attention_bwd around t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,30 @@ def _forward_call(
     tensors, numbers = resolved_score(score)
     others = (v, gate, None, None, *made, None)  # no mix, no mass_keys; no mass
     return [routing.rows, routing.keys, *tensors, *others], (*routing.numbers, *numbers, False)
+
+
+def prepared(
+    score: Score, v: Tensor, routing: Routing, backend: str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`forward` for o alone, as a function of other q, k, v and keys of the same shapes and dtype.
+
+    All else is made ready now; for calls that are not empty and whose lists cover the rows.
+    """
+    assert routing.covers and not routing.by_slot and not _empty(score, routing)
+    rows, size = routing.rows, (*score.q.shape[:3], v.shape[3])
+    numbers = (*routing.numbers, *resolved_score(score)[1], False)
+    none: tuple[Maybe, ...] = (None,) * (TENSORS - 2)  # of a score that is nothing but q and k
+
+    def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        o = q.new_empty(size)
+        tensors = [rows, keys, q, k, *none, v, None, None, None, o, *_NO_RESULTS]
+        run("routing_attention.forward", backend, tensors, numbers)
+        return o
+
+    return call
+
+
+_NO_RESULTS: tuple[Maybe, ...] = (None,) * 6  # w, row, entropy, p_max, sq_norm, mass
 
 
 def forward_call(

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .. import _library
 from .._errors import (
     describe,
     fail,
@@ -121,8 +122,13 @@ def check_graph(op: str, graph: object, q: Tensor, own: Grid, other: Grid) -> Te
             "The regions of q are counted row by row; heads are those of q.",
         )
     require_same_device(op, "q", q, graph=graph)
-    check_range(op, "graph", graph, 0, other.regions, "They count the regions of k row by row.")
+    check_graph_values(op, graph, other)
     return graph if graph.dim() == 4 else graph[:, None]
+
+
+def check_graph_values(op: str, graph: Tensor, other: Grid) -> None:
+    """Numbers of regions of k."""
+    check_range(op, "graph", graph, 0, other.regions, "They count the regions of k row by row.")
 
 
 def check_slots(op: str, name: str, index: object, q: Tensor, tokens: int) -> Tensor:
@@ -149,13 +155,24 @@ def _check_int64(op: str, name: str, index: object, remedy: str) -> None:
         fail(TypeError, op, name, describe(index), "an int64 tensor", remedy)
 
 
+def extremes(index: Tensor) -> tuple[int, int]:
+    """The least and the largest of the numbers, of which there are some, on the CPU."""
+    if index.numel() <= _FEW:
+        return _library.extremes(index)
+    least, most = index.aminmax()
+    return int(least), int(most)
+
+
+_FEW = 4096  # numbers that one thread looks at sooner than torch starts to
+
+
 def check_range(op: str, name: str, index: Tensor, low: int, end: int, remedy: str) -> None:
     """low <= index < end, of plain tensors on the CPU. A GPU would have to be waited for."""
     if torch.compiler.is_compiling() or type(index) is not Tensor:
         return
     if not index.is_cpu or not index.numel():
         return
-    least, most = (int(x) for x in index.aminmax())
+    least, most = extremes(index)
     if least < low or most >= end:
         fail(
             ValueError,

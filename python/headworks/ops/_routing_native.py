@@ -8,6 +8,7 @@ arguments, with gradients where the public function documents them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from ._attention_native import Want
 from ._attention_score import Score
 from ._moh_route_native import chosen_rows, unfilled_rows
 from ._routing_attention import NO_READ_OUTS, attend
-from ._routing_attention_native import Routing, forward_call, image_cells, sequence_cells
+from ._routing_attention_native import (
+    Routing,
+    forward_call,
+    image_cells,
+    prepared,
+    sequence_cells,
+)
 
 
 def bilevel_routing_attention(
@@ -71,6 +78,45 @@ def _bilevel_arguments(
     )
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     return Score(q, k, scale=scale), v if v.shape[3] else widen(v), None, routing
+
+
+def bilevel_prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Tensor,
+    own: Grid,
+    other: Grid,
+    scale: float,
+    mask_padding: bool,
+    backend: str,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """`bilevel_routing_attention` for o alone, as a function of other tensors of the same shapes,
+    strides and dtype that want no gradient; None where such calls copy their tensors or are empty.
+
+    Its graph is [B, R, topk] or [B, Hq, R, topk], as that of this call was when it was given.
+    """
+    score, values, _, routing = _bilevel_arguments(q, k, v, graph, own, other, scale, mask_padding)
+    assert routing.keys is not None
+    pairs = (q, score.q), (k, score.k), (v, values), (graph, routing.keys)
+    if not all(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs):
+        return None
+    call = prepared(score, values, routing, backend)
+    of_q, of_k, of_v, of_graph = ((y.shape, y.stride()) for _, y in pairs)
+    made = q.new_empty((*q.shape[:4], v.shape[4]))
+    of_o = made.shape, made.stride()
+
+    # One operator for all views: what a call needs for the first time since long is slow.
+    def attend(q: Tensor, k: Tensor, v: Tensor, graph: Tensor) -> Tensor:
+        o = call(
+            q.as_strided(*of_q),
+            k.as_strided(*of_k),
+            v.as_strided(*of_v),
+            graph.as_strided(*of_graph),
+        )
+        return o.as_strided(*of_o)
+
+    return attend
 
 
 def bilevel_call(

@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .._errors import describe, fail, require_number
-from .._native import NATIVE_CALLS, NativeCall, as_written, backend_for, without_products
+from .._native import (
+    NATIVE_CALLS,
+    Maybe,
+    NativeCall,
+    as_written,
+    backend_for,
+    without_products,
+)
+from .._repeated import Repeated
 from ..reference import bilevel_routing as reference
 from ..reference.bilevel_routing import Grid
 from . import _routing_native as native
@@ -17,9 +26,11 @@ from ._bilevel_route_native import bilevel_route as native_route
 from ._bilevel_route_native import bilevel_route_call
 from ._routing_checks import (
     check_graph,
+    check_graph_values,
     check_grid,
     check_image_values,
     check_images,
+    extremes,
     require_count,
     require_flag,
 )
@@ -199,10 +210,26 @@ def bilevel_routing_attention(
         >>> o.shape
         torch.Size([1, 28, 28, 4, 32])
     """
-    given, read_outs, backend = _checked(
+    key = None
+    if return_aux is None:
+        tensors = (q, k, v) if graph is None else (q, k, v, graph)
+        options = num_regions, kv_num_regions, topk, scale, mask_padding, backend
+        key = _repeated.key(tensors, *options)
+        if (ready := _repeated.get(key)) is not None:
+            return ready(q, k, v, graph)
+    given, read_outs, name = _checked(
         q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
         scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
     )  # fmt: skip
+    if key is not None and not _repeated.knows(key):
+        _repeated.keep(key, _ready(given, name))
+    return _attend(given, read_outs, name, return_aux is None)
+
+
+def _attend(
+    given: Arguments, read_outs: ReadOuts, backend: str, alone: bool
+) -> Tensor | tuple[Tensor, AuxResult]:
+    """o, `alone` or with the read-outs."""
     o: Any
     made: Any
     if backend == "reference":
@@ -213,13 +240,37 @@ def bilevel_routing_attention(
             )
     else:
         o, *made = native.bilevel_routing_attention(*given, read_outs, backend)
-    if return_aux is None:
+    if alone:
         return o  # type: ignore[no-any-return]
     return o, AuxResult(*(x if y else None for y, x in zip(read_outs, made[:4], strict=True)))
 
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Grid, Grid, float, bool]
 ReadOuts = tuple[bool, bool, bool, bool]
+
+
+_Ready = Callable[[Tensor, Tensor, Tensor, Maybe], Tensor]  # q, k, v, graph -> o
+_repeated: Repeated[_Ready] = Repeated(_ATTEND)
+
+
+def _ready(given: Arguments, backend: str) -> _Ready | None:
+    """A call that has passed its checks, for others like it; None where there is no shorter way."""
+    attend = None if backend == "reference" else native.bilevel_prepared(*given, backend)
+    if attend is None:
+        return None
+    _, _, _, graph, own, other, _, _ = given
+    choose, topk, regions = without_products(backend), graph.shape[3], other.regions
+
+    def ready(q: Tensor, k: Tensor, v: Tensor, graph: Maybe) -> Tensor:
+        if graph is None:
+            graph = native_route(q, k, own, other, topk, False, choose)
+        elif graph.is_cpu:
+            least, most = extremes(graph)
+            if least < 0 or most >= regions:
+                check_graph_values(_ATTEND, graph, other)
+        return attend(q, k, v, graph)
+
+    return ready
 
 
 def _checked(

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that come again: they give what the first gave, and refuse what the first would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headworks as hw
+from headworks._repeated import Repeated
+from headworks.testing import assert_same_bits
+from identities import randn
+
+
+def images():
+    return tuple(randn(1, 9, 10, 2, 4, seed=seed) for seed in range(3))
+
+
+@pytest.fixture
+def none_ready(monkeypatch):
+    """As if nothing had been called; returns how many calls are ready."""
+    repeated = Repeated("bilevel_routing_attention")
+    monkeypatch.setattr("headworks.ops.bilevel_routing._repeated", repeated)
+    return lambda: sum(call is not None for call in repeated._calls.values())
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("options", [{}, {"mask_padding": False, "scale": 0.3, "topk": 2}])
+def test_a_call_that_comes_again(given, per_head, strided, options, none_ready):
+    if per_head and not given:
+        return
+    for seed in range(3):
+        q, k, v = (randn(2, 9, 10, 4, 8, seed=seed + 5 * i)[:, :, :, ::2] for i in range(3))
+        if not strided:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        regions = {"num_regions": (3, 2)}
+        if given:
+            graph = hw.bilevel_route(
+                q, k, topk=options.get("topk", 4), per_head=per_head, **regions
+            )
+            options = {**options, "graph": graph}
+        arguments = {**regions, **options}
+        made = hw.bilevel_routing_attention(q, k, v, backend="cpu", **arguments)
+        assert made.shape == v.shape and made.is_contiguous()
+        torch.testing.assert_close(
+            made,
+            hw.bilevel_routing_attention(q, k, v, backend="reference", **arguments),
+            rtol=1e-12,
+            atol=1e-12,
+        )
+    assert none_ready() == 1
+
+
+def test_a_call_that_comes_again_with_other_strides(none_ready):
+    q, k, v = images()
+    layouts = {
+        "as they come": lambda x: x,
+        "of fewer heads": lambda x: torch.stack((x, x), 4).flatten(3, 4)[:, :, :, ::2],
+        "of a wider image": lambda x: torch.cat((x, x), 2)[:, :, :10],  # no view as a sequence
+        "heads first": lambda x: x.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4),
+    }
+    want = hw.bilevel_routing_attention(q, k, v, num_regions=(3, 2), topk=2, backend="reference")
+    for _ in range(2):
+        for name, layout in layouts.items():
+            given = (layout(x) for x in (q, k, v))
+            made = hw.bilevel_routing_attention(*given, num_regions=(3, 2), topk=2, backend="cpu")
+            torch.testing.assert_close(made, want, msg=f"{name}: not the same")
+    assert none_ready() == 3
+
+
+def test_a_call_that_comes_again_has_its_graph_checked(none_ready):
+    q, k, v = images()
+    graph = hw.bilevel_route(q, k, num_regions=(3, 2), topk=2)
+    for _ in range(2):
+        hw.bilevel_routing_attention(q, k, v, num_regions=(3, 2), graph=graph)
+        for wrong in (-1, 6):
+            other = graph.clone()
+            other[0, 3, 1] = wrong
+            with pytest.raises(ValueError, match="graph"):
+                hw.bilevel_routing_attention(q, k, v, num_regions=(3, 2), graph=other)
+    assert none_ready() == 1
+
+
+def test_a_call_that_comes_again_with_gradient(none_ready):
+    q, k, v = images()
+    plain = hw.bilevel_routing_attention(q, k, v, num_regions=(3, 2), topk=2)
+    learnt = hw.bilevel_routing_attention(
+        q, k, v.clone().requires_grad_(), num_regions=(3, 2), topk=2
+    )
+    assert learnt.requires_grad and not plain.requires_grad
+    assert_same_bits(learnt.detach(), plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+        hw.bilevel_routing_attention(q, k, v, num_regions=(3, 2), topk=2)
+        half = hw.bilevel_routing_attention(q, k, v, num_regions=(3, 2), topk=2)
+    assert half.dtype == torch.bfloat16 and none_ready() == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mask_padding": 1}, {"num_regions": (3.0, 2)}, {"topk": True}, {"scale": "1"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_call_that_comes_again_knows_equal_options_apart(wrong, none_ready):
+    q, k, v = images()
+    right = {"num_regions": (3, 2), "topk": 1, "mask_padding": True, "scale": 1.0}
+    for _ in range(2):
+        hw.bilevel_routing_attention(q, k, v, **right)
+        with pytest.raises(TypeError):
+            hw.bilevel_routing_attention(q, k, v, **{**right, **wrong})
+    assert none_ready() == 1
+
+
+def test_only_so_many_calls_are_kept():
+    repeated = Repeated("some_operator", most=2)
+    x = torch.zeros(3)
+    keys = [repeated.key((x,), n) for n in range(3)]
+    for n, key in enumerate(keys):
+        repeated.keep(key, lambda n=n: n)
+        assert repeated.get(key)() == n
+    assert [repeated.knows(key) for key in keys] == [False, False, True]
+    assert repeated.key((x.requires_grad_(),), 1) is None
+    assert repeated.get(None) is None
