@@ -76,6 +76,15 @@ def test_what_was_not_chosen_is_not_looked_at():
     assert_same_bits(attend(q, k, v, gate), o)
 
 
+@pytest.mark.parametrize("width", (64, 20))  # rows of whole cache lines, and others
+def test_rows_of_a_large_output(width):
+    """What was not chosen is written past the caches where o is large."""
+    q, k, v = (randn(4, n, 16, d, dtype=F32) for n, d in ((1000, 4), (8, 4), (8, width)))
+    gate = (randn(4, 1000, 16, dtype=F32, seed=3) > 0).float()
+    assert q.numel() // 4 * width * 4 > 4 << 20
+    compare(hw.moh_attention(q, k, v, gate, backend="cpu"), attend(q, k, v, gate), F32)
+
+
 @pytest.mark.parametrize("backend", ("cpu", "emulate:simt"))
 @pytest.mark.parametrize("size", ((2, 20, 3), (1, 600, 9), (3, 1, 17), (1, 256, 8)), ids=str)
 @pytest.mark.parametrize("dtype", (F64, F32), ids=str)

@@ -18,7 +18,7 @@
 #include "core/dtype.h"
 #include "core/macros.h"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -130,6 +130,32 @@ template <bool kWrite = false>
 HW_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64)
     __builtin_prefetch(static_cast<const char*>(p) + i, kWrite ? 1 : 0, 2);
+}
+
+// Zeros in `bytes` bytes at p, whole cache lines of which are written past the caches: nothing is
+// read first, nothing is thrown out. Before others read them, finish_past_caches().
+HW_INLINE void clear_past_caches(void* p, int64_t bytes) {
+#if defined(__SSE2__)
+  constexpr int64_t kLine = 64;
+  char* at = static_cast<char*>(p);
+  const char* const end = at + (reinterpret_cast<uintptr_t>(p) % kLine == 0 ? bytes & -kLine : 0);
+  bytes -= end - at;
+  for (p = const_cast<char*>(end); at != end; at += kVectorBytes) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(at), _mm512_setzero_si512());
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256());
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(at), _mm_setzero_si128());
+#endif
+  }
+#endif
+  if (bytes > 0) std::memset(p, 0, static_cast<size_t>(bytes));
+}
+inline void finish_past_caches() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // dst[0..n) = src[0..n), widened to the accumulation type.

@@ -13,10 +13,6 @@
 
 #include "core/simd.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace hw {
 namespace {
 

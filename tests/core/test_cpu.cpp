@@ -162,6 +162,20 @@ TEST(small_products_match_plain_loops) {
         }
 }
 
+TEST(memory_is_cleared_past_the_caches) {
+  for (const int64_t offset : {0, 16, 7})
+    for (const int64_t bytes : {0, 5, 64, 200, 512}) {
+      alignas(64) char memory[1024];
+      std::fill_n(memory, sizeof memory, 'x');
+      hw::clear_past_caches(memory + 64 + offset, bytes);
+      hw::finish_past_caches();
+      for (int64_t i = 0; i < 1024; ++i) {
+        const bool inside = i >= 64 + offset && i < 64 + offset + bytes;
+        EXPECT(memory[i] == (inside ? '\0' : 'x'), offset, " ", bytes, " at ", i);
+      }
+    }
+}
+
 TEST(parallel_tasks_runs_each_task_once) {
   for (const int threads : {1, 2, 3}) {
     std::vector<std::atomic<int>> runs(101);

@@ -15,7 +15,8 @@ using attention::Block;
 using attention::kRows;
 using attention::RowLists;
 
-constexpr int64_t kTokensOfTask = 64;  // where rows are cleared
+constexpr int64_t kTokensOfTask = 64;      // where rows are cleared
+constexpr int64_t kCachedBytes = 4 << 20;  // a larger tensor is out of L2 before it is read
 
 // The lists of a call, absent slots left out, by position.
 class SortedRows {
@@ -70,6 +71,7 @@ class SortedRows {
             ++next[h];
           else
             f(b, token, h);
+      finish_past_caches();
     });
   }
 
@@ -81,15 +83,18 @@ class SortedRows {
   int64_t* counts_;
 };
 
-// Zeros in row (b, i, h) of x, if x is there.
+// Zeros in row (b, i, h) of x, if x is there. A tensor that no cache keeps is written past them.
 template <class T>
 void clear_row(const Ref<void, 4>& x, int64_t b, int64_t i, int head) {
   if (!x) return;
   T* row = x.as<T>().at(b, i, head);
-  if (x.stride[3] == 1)
+  const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T));
+  if (x.stride[3] != 1)
+    for (int64_t d = 0; d < x.size[3]; ++d) row[d * x.stride[3]] = T{};
+  else if (x.size[0] * x.size[1] * x.size[2] * bytes < kCachedBytes)
     std::fill_n(row, x.size[3], T{});
   else
-    for (int64_t d = 0; d < x.size[3]; ++d) row[d * x.stride[3]] = T{};
+    clear_past_caches(row, bytes);
 }
 
 template <class T>
