@@ -32,7 +32,7 @@ class AlongKeys {
   static bool serves(const ForwardParams& p, int64_t rows, int64_t keys) {
     if (rows <= kFewRows) return true;
     const bool plain = !(p.softcap > 0 || p.bias || p.key_bias || p.key_gain || p.mass);
-    return std::is_same_v<T, A> && keys <= kKeys && plain;
+    return std::is_same_v<T, A> && plain && (rows <= kSide / 2 || keys <= kKeys);
   }
 
   // Whether Block::keys_at is understood: rows are then read in vectors where they lie.
