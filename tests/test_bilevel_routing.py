@@ -100,6 +100,18 @@ def test_is_the_definition(sizes, graph, mask):
     assert aux.entropy is None and aux.p_max is None
 
 
+@pytest.mark.parametrize("dtype", (F32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("topk", (1, 3))  # keys read where they lie, or gathered
+@pytest.mark.parametrize("heads", ((16, 8), (12, 12)), ids=str)
+def test_more_heads_than_a_thread_takes_at_once(heads, topk, dtype):
+    q, k, v = inputs(16, 16, h=heads[0], hk=heads[1], d=16, dv=16, b=2)
+    given = [x.to(dtype) for x in (q, k, v)]
+    options = {"num_regions": (2, 2), "graph": route(q, k, num_regions=(2, 2), topk=topk)}
+    made = hw.bilevel_routing_attention(*given, backend="cpu", **options)
+    oracle = attend(*(x.double() for x in given), **options)
+    compare(made, oracle, dtype, reference=attend(*given, **options))
+
+
 @pytest.mark.parametrize("heads", ((2, 2), (4, 2), (3, 1)), ids=str)
 @pytest.mark.parametrize("sizes", ((8, 12), (9, 11)), ids=str)
 @pytest.mark.usefixtures("on_both")

@@ -43,7 +43,6 @@ class Group {
         k_(p.k.template as<const T>()),
         v_(p.v.template as<const T>()),
         heads_per_key_(p.group()),
-        room_heads_(heads > 1 ? p.key_heads() : 1),
         heads_(heads),
         in_place_(in_place),
         rows_in_sequence_(p.q.size[1]),
@@ -61,7 +60,7 @@ class Group {
     lay_out(room);
   }
 
-  // The tensors that a pass over the group reads its keys from.
+  // The tensors that a pass over the group reads its keys from: any batch entry, its heads.
   Ref<const void, 4> keys() const { return side_by_side(k_, k_room_); }
   Ref<const void, 4> values() const { return side_by_side(v_, v_room_); }
 
@@ -148,7 +147,7 @@ class Group {
     order_ = l.take<Place>(std::max(most_rows_, most_keys_));
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
-    const int64_t gathered = in_place_ ? 0 : room_heads_ * most_keys_;
+    const int64_t gathered = in_place_ ? 0 : ceil_div(heads_, heads_per_key_) * most_keys_;
     k_room_ = l.take<T>(gathered * k_.size[3]);
     v_room_ = l.take<T>(gathered * (v_ ? v_.size[3] : 0));
   }
@@ -157,14 +156,14 @@ class Group {
   int first_key_head() const { return key_head(now_.head); }
   int key_heads() const { return key_head(now_.head + now_.heads - 1) - first_key_head() + 1; }
 
-  // Where heads have their own lists, the room of one stands for all.
+  // One head stands for all.
   Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
     if (in_place_ || !x) return x.template as<const void>();
     Ref<const void, 4> r;
     const int64_t head = heads_ > 1 ? most_keys_ * x.size[3] : 0;
     const int64_t sizes[] = {x.size[0], most_keys_, x.size[2], x.size[3]};
     const int64_t strides[] = {0, x.size[3], head, 1};
-    r.data = room;
+    r.data = room - first_key_head() * head;
     std::copy_n(sizes, 4, r.size);
     std::copy_n(strides, 4, r.stride);
     return r;
@@ -215,7 +214,7 @@ class Group {
       if (const int64_t token = key_ahead(j); token >= 0 && x.stride[3] == 1)
         for (int h = begin; h < end; ++h) hw::prefetch(x.at(now_.batch, token, h), bytes);
       for (int h = begin; h < end; ++h) {
-        T* row = to + ((heads_ > 1 ? h : 0) * most_keys_ + j) * width;
+        T* row = to + ((h - begin) * most_keys_ + j) * width;
         if (key_token(j) < 0)
           std::fill_n(row, width, T(0.0f));
         else
@@ -247,7 +246,7 @@ class Group {
   const Routing routing_;
   const Ref<const T, 4> q_, k_, v_;
   Ref<const T, 4> o_;  // if rows are written where the token is
-  const int heads_per_key_, room_heads_, heads_;
+  const int heads_per_key_, heads_;
   const bool in_place_;
   const int64_t rows_in_sequence_, most_rows_, most_keys_;
   Mask by_position_;

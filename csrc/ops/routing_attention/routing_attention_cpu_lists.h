@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "ops/attention/attention_cpu_backward.h"
@@ -68,14 +69,17 @@ class GroupsForward {
   template <class Next>
   void walk(Next next) const {
     Group<T> group(p_, static_cast<int>(heads_at_once_), in_place_);
-    attention::Forward<T> pass(engine_params(group));
+    // `moves`: the heads whose keys lie in the group's memory change from visit to visit.
+    std::optional<attention::Forward<T>> pass;
+    const bool moves = pieces_ > 1 && heads_at_once_ > 1 && !in_place_;
     int64_t visit = next();
     if (visit >= 0) look_up(visit, group);
     while (visit >= 0) {
       group.enter();
       visit = next();
       if (visit >= 0) look_up(visit, group);
-      attend(group, pass, visit >= 0 && p_.rows.slots() + p_.keys.slots() <= kFarSlots);
+      if (!pass || moves) pass.emplace(engine_params(group));
+      attend(group, *pass, visit >= 0 && p_.rows.slots() + p_.keys.slots() <= kFarSlots);
     }
   }
 
