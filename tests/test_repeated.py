@@ -24,23 +24,18 @@ def none_ready(monkeypatch):
     return lambda: sum(call is not None for call in repeated._calls.values())
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("graph", ["chosen by the call", "given", "given per head"])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("options", [{}, {"mask_padding": False, "scale": 0.3, "topk": 2}])
-def test_a_call_that_comes_again(given, per_head, strided, options, none_ready):
-    if per_head and not given:
-        return
+def test_a_call_that_comes_again(graph, strided, options, none_ready):
     for seed in range(3):
         q, k, v = (randn(2, 9, 10, 4, 8, seed=seed + 5 * i)[:, :, :, ::2] for i in range(3))
         if not strided:
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         regions = {"num_regions": (3, 2)}
-        if given:
-            graph = hw.bilevel_route(
-                q, k, topk=options.get("topk", 4), per_head=per_head, **regions
-            )
-            options = {**options, "graph": graph}
+        if graph != "chosen by the call":
+            shape = {"topk": options.get("topk", 4), "per_head": graph == "given per head"}
+            options = {**options, "graph": hw.bilevel_route(q, k, **shape, **regions)}
         arguments = {**regions, **options}
         made = hw.bilevel_routing_attention(q, k, v, backend="cpu", **arguments)
         assert made.shape == v.shape and made.is_contiguous()

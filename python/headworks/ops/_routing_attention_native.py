@@ -9,7 +9,7 @@ and the torch operators routing_attention_fwd and routing_attention_bwd around t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,8 +113,30 @@ def _forward_call(
     score: Score, v: Tensor, gate: Maybe, routing: Routing, made: Forward
 ) -> tuple[list[Maybe], tuple[float, ...]]:
     tensors, numbers = resolved_score(score)
-    others = (v, gate, None, None, *made, None)  # no mix, no mass_keys; no mass
-    return [routing.rows, routing.keys, *tensors, *others], (*routing.numbers, *numbers, False)
+    lists = routing.rows, routing.keys
+    return _forward_tensors(*lists, tensors, v, gate, made), (*routing.numbers, *numbers, False)
+
+
+def _forward_tensors(
+    rows: Tensor,
+    keys: Maybe,
+    of_score: Sequence[Maybe],
+    v: Tensor,
+    gate: Maybe,
+    made: Sequence[Maybe],
+) -> list[Maybe]:
+    """In the order of the native call; `made` as in Forward."""
+    return [
+        rows,
+        keys,
+        *of_score,
+        v,
+        gate,
+        None,
+        None,
+        *made,
+        None,
+    ]  # no mix, no mass_keys; no mass
 
 
 def prepared(
@@ -128,17 +150,15 @@ def prepared(
     rows, size = routing.rows, (*score.q.shape[:3], v.shape[3])
     numbers = (*routing.numbers, *resolved_score(score)[1], False)
     none: tuple[Maybe, ...] = (None,) * (TENSORS - 2)  # of a score that is nothing but q and k
+    no_others: tuple[Maybe, ...] = (None,) * (len(Forward._fields) - 1)
 
     def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         o = q.new_empty(size)
-        tensors = [rows, keys, q, k, *none, v, None, None, None, o, *_NO_RESULTS]
+        tensors = _forward_tensors(rows, keys, (q, k, *none), v, None, (o, *no_others))
         run("routing_attention.forward", backend, tensors, numbers)
         return o
 
     return call
-
-
-_NO_RESULTS: tuple[Maybe, ...] = (None,) * 6  # w, row, entropy, p_max, sq_norm, mass
 
 
 def forward_call(

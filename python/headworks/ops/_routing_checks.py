@@ -155,14 +155,6 @@ def _check_int64(op: str, name: str, index: object, remedy: str) -> None:
         fail(TypeError, op, name, describe(index), "an int64 tensor", remedy)
 
 
-def extremes(index: Tensor) -> tuple[int, int]:
-    """The least and the largest of the numbers, of which there are some, on the CPU."""
-    if index.numel() <= _FEW:
-        return _library.extremes(index)
-    least, most = index.aminmax()
-    return int(least), int(most)
-
-
 _FEW = 4096  # numbers that one thread looks at sooner than torch starts to
 
 
@@ -172,7 +164,10 @@ def check_range(op: str, name: str, index: Tensor, low: int, end: int, remedy: s
         return
     if not index.is_cpu or not index.numel():
         return
-    least, most = extremes(index)
+    if index.numel() <= _FEW:
+        least, most = _library.extremes(index)
+    else:
+        least, most = (int(x) for x in index.aminmax())
     if least < low or most >= end:
         fail(
             ValueError,

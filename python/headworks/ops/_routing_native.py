@@ -85,10 +85,7 @@ def bilevel_prepared(
     k: Tensor,
     v: Tensor,
     graph: Tensor,
-    own: Grid,
-    other: Grid,
-    scale: float,
-    mask_padding: bool,
+    *rest: Any,
     backend: str,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """`bilevel_routing_attention` for o alone, as a function of other tensors of the same shapes,
@@ -96,7 +93,7 @@ def bilevel_prepared(
 
     Its graph is [B, R, topk] or [B, Hq, R, topk], as that of this call was when it was given.
     """
-    score, values, _, routing = _bilevel_arguments(q, k, v, graph, own, other, scale, mask_padding)
+    score, values, _, routing = _bilevel_arguments(q, k, v, graph, *rest)
     assert routing.keys is not None
     pairs = (q, score.q), (k, score.k), (v, values), (graph, routing.keys)
     if not all(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs):

@@ -30,7 +30,6 @@ from ._routing_checks import (
     check_grid,
     check_image_values,
     check_images,
-    extremes,
     require_count,
     require_flag,
 )
@@ -248,26 +247,23 @@ def _attend(
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Grid, Grid, float, bool]
 ReadOuts = tuple[bool, bool, bool, bool]
 
-
 _Ready = Callable[[Tensor, Tensor, Tensor, Maybe], Tensor]  # q, k, v, graph -> o
 _repeated: Repeated[_Ready] = Repeated(_ATTEND)
 
 
 def _ready(given: Arguments, backend: str) -> _Ready | None:
     """A call that has passed its checks, for others like it; None where there is no shorter way."""
-    attend = None if backend == "reference" else native.bilevel_prepared(*given, backend)
+    attend = None if backend == "reference" else native.bilevel_prepared(*given, backend=backend)
     if attend is None:
         return None
     _, _, _, graph, own, other, _, _ = given
-    choose, topk, regions = without_products(backend), graph.shape[3], other.regions
+    choose, topk = without_products(backend), graph.shape[3]
 
     def ready(q: Tensor, k: Tensor, v: Tensor, graph: Maybe) -> Tensor:
         if graph is None:
             graph = native_route(q, k, own, other, topk, False, choose)
-        elif graph.is_cpu:
-            least, most = extremes(graph)
-            if least < 0 or most >= regions:
-                check_graph_values(_ATTEND, graph, other)
+        else:
+            check_graph_values(_ATTEND, graph, other)
         return attend(q, k, v, graph)
 
     return ready
