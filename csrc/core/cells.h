@@ -21,10 +21,8 @@ struct Cells {
   HW_HOST_DEVICE HW_INLINE int64_t count() const {
     return columns * ceil_div(rows_of_image, height);
   }
-  HW_HOST_DEVICE HW_INLINE bool single() const {
-    return height * width == 1;
-  }  // a block is a token
-  // Block i is token i.
+  // A block is a token; block i is token i.
+  HW_HOST_DEVICE HW_INLINE bool single() const { return height * width == 1; }
   HW_HOST_DEVICE HW_INLINE bool same() const { return single() && columns == columns_of_image; }
 
   // Token of place t of a cell; -1 where there is none.

@@ -2,7 +2,7 @@
 // CPU threads: independent tasks on OpenMP, and scratch memory per thread.
 //
 //   parallel_tasks(count, threads, f)   f(i) for i in [0, count), in any order
-//   parallel_walks(...)                 tasks as well, of which a thread knows the next
+//   parallel_walks(count, piece, threads, walk)   the same where a thread knows its next task
 //   Scratch                             a bump allocator that each thread keeps between calls
 //   Buffer                              memory of one call
 //
@@ -40,26 +40,6 @@ inline void on_threads(int threads, const F& f) {
   if (failure) std::rethrow_exception(failure);
 }
 
-template <class F>
-inline void parallel_tasks(int64_t count, int threads, const F& f) {
-  if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  std::exception_ptr failure;
-  const int team = static_cast<int>(count < threads ? count : threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-  for (int64_t i = 0; i < count; ++i) {
-    try {
-      f(i);
-    } catch (...) {
-#pragma omp critical(headworks_parallel_failure)
-      failure = std::current_exception();
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
-}
-
 // walk(next) on each thread: next() hands out the numbers [0, count), each once, `piece` neighbours
 // at a time to one thread, and then -1. What a thread keeps between tasks is built once, and while
 // it works on one it can ask memory for the next.
@@ -79,6 +59,13 @@ inline void parallel_walks(int64_t count, int64_t piece, int threads, const F& w
   const int64_t team = std::min<int64_t>(threads, ceil_div(count, piece));
   if (team <= 1) return on_thread();
   on_threads(static_cast<int>(team), on_thread);
+}
+
+template <class F>
+inline void parallel_tasks(int64_t count, int threads, const F& f) {
+  parallel_walks(count, 1, threads, [&](auto next) {
+    for (int64_t i = next(); i >= 0; i = next()) f(i);
+  });
 }
 
 // Memory of a thread, kept until the thread ends and grown when a call needs more. take() hands out

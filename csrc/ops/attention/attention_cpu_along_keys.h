@@ -352,11 +352,13 @@ class AlongKeys {
   const bool shaped_, soft_;
   const int padded_, padded_values_;
   const int64_t values_;
-  A *q_rows_, *k_room_, *v_room_, *columns_;  // columns: k of a tile, [D, kKeys]
-  A* p_tile_;                                 // [rows, kKeys]
-  A* zeros_;                                  // the row of a zero key
-  A* w_ = nullptr;
-  bool empty_ = true;  // nothing was added to w
+  A* q_rows_;            // [kRows, padded D]
+  A *k_room_, *v_room_;  // a tile's rows where they are not read in place, [kKeys, padded D | Dv]
+  A* columns_;           // k of a tile, [D, kKeys]
+  A* p_tile_;            // [rows, kKeys]
+  A* zeros_;             // the row of a zero key, [padded D or Dv]
+  A* w_ = nullptr;       // [values, kRows, padded Dv]
+  bool empty_ = true;    // nothing was added to w
 };
 
 }  // namespace

@@ -43,18 +43,20 @@ class GroupsForward {
                   AlongKeys::serves(p, std::min<int64_t>(p.rows.slots(), kRows), p.keys.slots())) {}
 
   void run() {
-    const int64_t rows = p_.rows.slots() * heads_at_once_;
-    const int64_t together = std::max<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1);
-    parallel_walks(p_.batch() * groups_ * pieces_, together, threads_,
-                   [&](auto next) { walk(next); });
+    parallel_walks(p_.batch() * groups_ * pieces_, together(p_.rows.slots() * heads_at_once_),
+                   threads_, [&](auto next) { walk(next); });
   }
 
  private:
+  // Parts of so many rows that a thread takes together.
+  static int64_t together(int64_t rows) {
+    return std::max<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1);
+  }
+
   // Heads that have their lists in common are loaded together: their rows are neighbours in memory.
   int64_t heads_of_visit() const {
     const bool common = p_.rows.blocks.stride[1] == 0 && p_.keys.blocks.stride[1] == 0;
-    const int64_t most = std::max<int64_t>(kRowsOfTask / std::max<int64_t>(p_.rows.slots(), 1), 1);
-    const int64_t heads = std::clamp<int64_t>(most, 1, std::max<int64_t>(heads_, 1));
+    const int64_t heads = std::min(together(p_.rows.slots()), std::max<int64_t>(heads_, 1));
     return common && heads % p_.group() == 0 ? heads : 1;
   }
 
