@@ -384,3 +384,46 @@ def test_emulator_settings_are_checked():
         _library.configure_emulator(order="sideways")
     with pytest.raises(ValueError, match="copies is 'never'"):
         _library.configure_emulator(copies="never")
+    with pytest.raises(ValueError, match="multiprocessors is '0'; expected a number from 1 on"):
+        _library.configure_emulator(multiprocessors=0)
+    with pytest.raises(ValueError, match=r"capability is '8\.6'"):
+        _library.configure_emulator(capability="8.6")
+    _library.configure_emulator()
+
+
+@needs_emulator
+def test_the_emulated_device_has_the_capability_that_was_set():
+    q = torch.randn(1, 5, 1, 16, dtype=torch.bfloat16)
+    try:
+        _library.configure_emulator(capability=75)
+        assert hw.explain(hw.attention, q, q, q).reasons["emulate:simt"] == ""
+        with pytest.raises(NotImplementedError, match="emulated device is sm_75, and the code is"):
+            hw.attention(q, q, q, backend="emulate:sm80")
+    finally:
+        _library.configure_emulator()
+    assert hw.attention(q, q, q, backend="emulate:sm80").isfinite().all()
+
+
+@needs_emulator
+def test_plans_are_made_for_the_multiprocessors_that_were_set():
+    """One query over many keys is split over the device: the partial results need workspace."""
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 4096, 1, 16)
+    seen, asked = [], []
+    workspace = _library.workspace
+
+    def spy(*arguments):
+        asked.append(workspace(*arguments))
+        return asked[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_library, "workspace", spy)
+        try:
+            for count in (1, 4, 132):
+                _library.configure_emulator(multiprocessors=count)
+                seen.append(hw.attention(q, k, k, backend="emulate:simt"))
+        finally:
+            _library.configure_emulator()
+    assert len(asked) == 3 and asked[0] < asked[1] < asked[2]
+    expected = hw.attention(q, k, k, backend="reference")
+    for o in seen:
+        torch.testing.assert_close(o, expected)

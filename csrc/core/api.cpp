@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/api.h"
 
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "core/cpu_features.h"
+#include "core/cuda_device.h"
 #include "core/tables.h"
 
 #if defined(HW_EMULATE)
@@ -112,8 +114,16 @@ Enum one_of(const char* key, std::string_view value, const char* const (&names)[
               concat("emulator: ", key, " is '", value, "'; expected one of ", list));
 }
 
-void set(std::string_view key, const char* value) {
-  emu::Config config = emu::config();
+int number(std::string_view key, std::string_view value, int least) {
+  int parsed = 0;
+  const char* const end = value.data() + value.size();
+  const auto [stop, error] = std::from_chars(value.data(), end, parsed);
+  check(error == std::errc{} && stop == end && parsed >= least, ErrorKind::value, "emulator: ", key,
+        " is '", value, "'; expected a number from ", least, " on");
+  return parsed;
+}
+
+void set_schedule(emu::Config config, std::string_view key, const char* value) {
   if (key == "seed")
     config.seed = std::strtoull(value, nullptr, 10);
   else if (key == "order")
@@ -123,6 +133,19 @@ void set(std::string_view key, const char* value) {
   else
     throw Error(ErrorKind::value, concat("the emulator has no setting '", key, "'"));
   emu::configure(config);
+}
+
+void set(std::string_view key, const char* value) {
+  CudaDevice device = cuda_device(0);
+  if (key == "capability")
+    device.capability = number(key, value, 75);
+  else if (key == "multiprocessors")
+    device.multiprocessors = number(key, value, 1);
+  else if (key == "shared_bytes")
+    device.shared_bytes_per_block = number(key, value, 0);
+  else
+    return set_schedule(emu::config(), key, value);
+  emulate_cuda_device(device);
 }
 
 #else

@@ -40,14 +40,16 @@ void succeed(cudaError_t status, const char* what) {
 }
 
 CudaDevice query(int index) {
-  int major = 0, minor = 0, count = 0;
+  int major = 0, minor = 0, count = 0, shared_bytes = 0;
   succeed(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
           "CUDA device capability");
   succeed(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
           "CUDA device capability");
   succeed(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index),
           "CUDA multiprocessor count");
-  return {major * 10 + minor, count};
+  succeed(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+          "CUDA shared memory per block");
+  return {major * 10 + minor, count, shared_bytes};
 }
 
 #endif
@@ -65,7 +67,7 @@ bool archs_cover(const char* archs, int capability) {
 
 #if HW_HAS_CUDA_RUNTIME
 
-const CudaDevice& cuda_device(int index) {
+CudaDevice cuda_device(int index) {
   constexpr int kMaxDevices = 128;
   static std::once_flag once[kMaxDevices];
   static CudaDevice devices[kMaxDevices];
@@ -74,16 +76,28 @@ const CudaDevice& cuda_device(int index) {
   return devices[index];
 }
 
+#elif defined(HW_EMULATE)
+
+namespace {
+
+std::mutex emulated_mutex;
+CudaDevice emulated = kEmulatedDevice;
+
+}  // namespace
+
+CudaDevice cuda_device(int) {
+  const std::lock_guard<std::mutex> lock(emulated_mutex);
+  return emulated;
+}
+
+void emulate_cuda_device(const CudaDevice& device) {
+  const std::lock_guard<std::mutex> lock(emulated_mutex);
+  emulated = device;
+}
+
 #else
 
-const CudaDevice& cuda_device(int) {
-#if defined(HW_EMULATE)
-  static const CudaDevice device{80, 4};
-#else
-  static const CudaDevice device{};
-#endif
-  return device;
-}
+CudaDevice cuda_device(int) { return {}; }
 
 #endif
 

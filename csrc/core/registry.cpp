@@ -103,6 +103,16 @@ const char* built_archs(Backend b) {
   return "";
 }
 
+int least_capability(Backend b) {
+  switch (b) {
+    case Backend::simt: return 75;
+    case Backend::sm80: return 80;
+    case Backend::sm90: return 90;
+    case Backend::cpu: break;
+  }
+  return 0;
+}
+
 // ---- reasons ----
 
 std::string refuse_device(Backend b, const Call& call) {
@@ -137,8 +147,13 @@ std::string refuse_build(FunctionId f, Backend b, const Call& call) {
 }
 
 std::string refuse_capability(Backend b, const Call& call) {
-  if (b == Backend::cpu || kEmulated) return {};
+  if (b == Backend::cpu) return {};
   const int capability = cuda_device(call.tensor(0).device_index).capability;
+  if (kEmulated) {
+    const int least = least_capability(b);
+    if (capability >= least) return {};
+    return concat("the emulated device is sm_", capability, ", and the code is for sm_", least);
+  }
   if (archs_cover(built_archs(b), capability)) return {};
   return concat("the device is sm_", capability, ", and the code was built for ", built_archs(b));
 }

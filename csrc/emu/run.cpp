@@ -11,6 +11,8 @@
 
 #include "emu/engine.h"
 
+#include "core/cuda_device.h"
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -77,6 +79,10 @@ void run(const Launch& launch) {
   check(current == nullptr, ErrorKind::runtime, "emulator: kernel ", launch.kernel,
         " is launched from inside a kernel");
   const Config config = emu::config();
+  const int limit = cuda_device(0).shared_bytes_per_block;
+  check(launch.shared_bytes <= limit, ErrorKind::runtime, "emulator: cannot launch kernel ",
+        launch.kernel, " with ", launch.shared_bytes, " bytes of shared memory: the device has ",
+        limit, " for a block");
   const std::vector<int64_t> order = block_order(launch, config);
   FirstFailure failure;
   const auto work = [&](size_t worker, size_t workers) {

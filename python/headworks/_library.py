@@ -85,12 +85,23 @@ def set_cpu_isa(name: str | None = None) -> None:
     (_native or _load()).configure(False, "cpu_isa", name or "")
 
 
-def configure_emulator(seed: int = 0, order: str = "forward", copies: str = "late") -> None:
+def configure_emulator(
+    seed: int = 0,
+    order: str = "forward",
+    copies: str = "late",
+    *,
+    capability: int = 80,
+    multiprocessors: int = 4,
+    shared_bytes: int = 163 * 1024,
+) -> None:
     """How the emulator runs threads ("forward", "reverse", "shuffled") and lands async copies
-    ("late", "early", "mixed"). Process-wide, from the next call on."""
+    ("late", "early", "mixed"), and the device that calls are planned for: sm_<capability>, its
+    multiprocessors, the most shared memory of a block. Process-wide, from the next call on."""
     native = _native or _load()
-    for key, value in (("seed", str(seed)), ("order", order), ("copies", copies)):
-        native.configure(True, key, value)
+    settings = {"seed": seed, "order": order, "copies": copies, "capability": capability}
+    settings |= {"multiprocessors": multiprocessors, "shared_bytes": shared_bytes}
+    for key, value in settings.items():
+        native.configure(True, key, str(value))
 
 
 def _folder() -> Path:

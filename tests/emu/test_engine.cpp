@@ -10,6 +10,8 @@
 #include "orders.h"
 #include "primitives.cuh"
 
+#include "core/cuda_device.h"
+
 namespace hw::test {
 namespace {
 
@@ -44,6 +46,18 @@ TEST(kernel_names_are_readable) {
 
 using emu::Copies;
 using emu::Order;
+
+TEST(launch_beyond_the_memory_of_the_device_is_refused) {
+  const Buffer<int> out(9 * Coordinates::kThreads, 0);
+  CudaDevice small = kEmulatedDevice;
+  small.shared_bytes_per_block = 99 * 1024;
+  emulate_cuda_device(small);
+  launch<Coordinates>({}, 99 * 1024, context(), {out.data()});
+  expect_error({"test::Coordinates", "101377 bytes", "the device has 101376"},
+               [&] { launch<Coordinates>({}, 99 * 1024 + 1, context(), {out.data()}); });
+  emulate_cuda_device(kEmulatedDevice);
+  launch<Coordinates>({}, 99 * 1024 + 1, context(), {out.data()});
+}
 
 // ticket[block, thread] = how many threads of the grid came before, at the start and behind a
 // barrier of the block.
