@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import headworks as hw
-from bench import peers
-from bench.parts import call_of, empty_op, exponent, no_grad, overhead, speedup
+from bench import peers, predictions
+from bench.parts import call_of, cost_of, empty_op, exponent, graphed, no_grad, overhead, speedup
 from bench.suite import Case, Result, Target
 from bench.timing import Call
 from headworks.cost import cost
@@ -30,20 +30,19 @@ OPTIONS_TOKENS = 2048
 
 def cases(device: str, quick: bool) -> list[Case]:
     """Forward, forward + backward, window, options, columns, packed, memory, overhead."""
-    half = torch.bfloat16
     if device == "cuda":
-        lengths = (2048, 8192) if quick else (2048, 4096, 8192, 16384)
-        both = [(s, half) for s in lengths]
+        dense = gpu_cases(device, tiny=False)
     else:
         lengths = (1024,) if quick else (1024, 4096)
-        both = [*((s, torch.float32) for s in lengths), (2048, half)]
-    return [
-        *(
+        both = [*((s, torch.float32) for s in lengths), (2048, torch.bfloat16)]
+        dense = [
             _case(device, mode, s, causal, dtype)
             for mode in ("forward", "train")
             for s, dtype in both
             for causal in (False, True)
-        ),
+        ]
+    return [
+        *dense,
         _window_case(device, 4096 if quick else 16384),
         _options_case(device, quick),
         _columns_case(device),
@@ -57,6 +56,8 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
     """The thresholds of the design, judged on this run."""
+    if device == "cuda":
+        return predictions.targets("attention", results)
     rows = []
     for name, result in results.items():
         if result.shape["mode"] in ("forward", "train") and "sdpa" in result.seconds:
@@ -78,15 +79,16 @@ def targets(results: Mapping[str, Result], device: str) -> list[Target]:
 def inputs(
     shape: Mapping[str, int], s: int, dtype: torch.dtype, device: str, *, grad: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v [B, S, H, D]."""
+    """Random q [B, S, H, D] and k, v [B, S, Hkv, D], of as many heads where there is no Hkv."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def tensor() -> Tensor:
-        size = (shape["B"], s, shape["H"], shape["D"])
+    def tensor(heads: int) -> Tensor:
+        size = (shape["B"], s, heads, shape["D"])
         x = torch.randn(size, generator=generator, device=device).to(dtype)
         return x.requires_grad_(grad)
 
-    return tensor(), tensor(), tensor()
+    keys = shape.get("Hkv", shape["H"])
+    return tensor(shape["H"]), tensor(keys), tensor(keys)
 
 
 def _shape(device: str) -> dict[str, int]:
@@ -99,25 +101,104 @@ def _facts(device: str, dtype: torch.dtype, mode: str, **more: Any) -> dict[str,
 
 
 def _case(device: str, mode: str, s: int, causal: bool, dtype: torch.dtype) -> Case:
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    name = f"{mode} {_mask(causal)} S {s} {short}"
+    return dense_case(device, name, _shape(device), mode, s, causal, dtype)
+
+
+def _mask(causal: bool) -> str:
+    return "causal" if causal else "full"
+
+
+def dense_case(
+    device: str,
+    name: str,
+    shape: Mapping[str, int],
+    mode: str,
+    s: int,
+    causal: bool,
+    dtype: torch.dtype,
+    *,
+    written: bool = False,
+) -> Case:
+    """Ours beside SDPA. `written`: beside torch code too, and flex_attention without gradient."""
+
     def contenders() -> dict[str, Call]:
-        qkv = inputs(_shape(device), s, dtype, device, grad=mode == "train")
+        qkv = inputs(shape, s, dtype, device, grad=mode == "train")
 
         def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return hw.attention(q, k, v, is_causal=causal)
 
-        calls = {"headworks": call_of(ours, qkv, mode)}
-        for name, function in peers.softmax_peers(device, causal=causal).items():
-            calls[name] = call_of(function, qkv, mode)
+        grouped = shape.get("Hkv", shape["H"]) != shape["H"]
+        functions = {
+            "headworks": ours,
+            **peers.softmax_peers(device, causal=causal, grouped=grouped),
+        }
+        if written:
+            functions |= peers.reference_peers(causal=causal)
+        if written and mode == "forward":
+            functions["flex"] = peers.flex(s, device, causal=causal)
+        return {name: call_of(function, qkv, mode) for name, function in functions.items()}
+
+    total = cost_of("attention", mode, **shape, S=s, dtype=dtype, is_causal=causal)
+    facts = {**_facts(device, dtype, mode, S=s, is_causal=causal), **shape}
+    return Case(name, facts, contenders, total, memory=s == 4096)
+
+
+def gpu_cases(device: str, tiny: bool) -> list[Case]:
+    """What a GPU is judged by: head dims of 64 and 128, grouped heads, decoding."""
+    half = torch.bfloat16
+    batch, heads, lengths = (1, 2, (64,)) if tiny else (4, 16, (2048, 8192))
+    rows = []
+    for mode in ("forward", "train"):
+        for d in (64, 128):
+            for s in lengths:
+                for causal in (True, False):
+                    name = f"{mode} {_mask(causal)} D {d} S {s} bf16"
+                    shape = {"B": batch, "H": heads, "D": d}
+                    small = s <= 2048 and d == 64 and not tiny
+                    rows.append(
+                        dense_case(device, name, shape, mode, s, causal, half, written=small)
+                    )
+        s, shape = (
+            lengths[-1],
+            {"B": batch, "H": 8 if tiny else 32, "Hkv": 1 if tiny else 4, "D": 128},
+        )
+        rows.append(
+            dense_case(device, f"{mode} causal GQA 8:1 S {s} bf16", shape, mode, s, True, half)
+        )
+    for sequences in (1, 8, 64):
+        for label, kv_heads in (("MHA", None), ("GQA 8:1", 1 if tiny else 4)):
+            shape = {"B": sequences, "H": 8 if tiny else 32, "D": 128}
+            shape |= {"H": heads} if kv_heads is None else {"Hkv": kv_heads}
+            rows.append(
+                decode_case(device, f"decode {label} B {sequences}", shape, 64 if tiny else 8192)
+            )
+    return rows
+
+
+def gpu_options(device: str) -> list[Case]:
+    """Options, columns and packed sequences, beside flex_attention and ours without them."""
+    return [_options_case(device, quick=False), _columns_case(device), _packed_case(device)]
+
+
+def decode_case(device: str, name: str, shape: Mapping[str, int], keys: int) -> Case:
+    """One query of each sequence over `keys` keys: calls as they are, and as graphs."""
+    dtype = torch.bfloat16
+
+    def contenders() -> dict[str, Call]:
+        q = inputs(shape, 1, dtype, device)[0]
+        _, k, v = inputs(shape, keys, dtype, device)
+        grouped = shape.get("Hkv", shape["H"]) != shape["H"]
+        calls = {"headworks": no_grad(hw.attention, q, k, v)}
+        for peer, function in peers.softmax_peers(device, causal=False, grouped=grouped).items():
+            calls[peer] = no_grad(function, q, k, v)
+        calls |= {f"{peer}, graph": graphed(calls[peer]) for peer in ("headworks", "sdpa")}
         return calls
 
-    shape = {**_shape(device), "S": s, "dtype": dtype, "is_causal": causal}
-    total = cost("attention", **shape)
-    if mode == "train":
-        total += cost("attention", **shape, backward=True)
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    name = f"{mode} {'causal' if causal else 'full'} S {s} {short}"
-    facts = _facts(device, dtype, mode, S=s, is_causal=causal)
-    return Case(name, facts, contenders, total, memory=s == 4096)
+    total = cost("attention", **shape, S=1, Sk=keys, dtype=dtype)
+    facts = {**_facts(device, dtype, "decode", S=1, Sk=keys), **shape}
+    return Case(name, facts, contenders, total)
 
 
 def _window_case(device: str, s: int) -> Case:
@@ -274,7 +355,7 @@ def _over(results: Mapping[str, Result], case: str, contender: str) -> float | N
     """Time of a contender over that of ours without any option."""
     if case not in results:
         return None
-    return results[case].median(contender) / results[case].median("headworks")
+    return results[case].ratio(contender)
 
 
 def _memory(results: Mapping[str, Result]) -> float | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import headworks as hw
+from bench import predictions
 from bench import routing_peers as peers
 from bench.parts import call_of, cost_of, empty_op, exponent, no_grad, speedup
 from bench.suite import Case, Result, Target
@@ -42,8 +43,21 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
+def gpu_cases(device: str, tiny: bool) -> list[Case]:
+    """The stages, attention by a given graph with routing beside it, and both in one."""
+    stages = STAGES[2:] if tiny else STAGES
+    modes = ("forward", "train")
+    return [
+        *(_attend_case(device, mode, *stage, tiny) for mode in modes for stage in stages),
+        *(_route_case(device, *stage, tiny) for stage in stages),
+        *(_routed_case(device, mode, *stages[0], tiny) for mode in modes),
+    ]
+
+
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
-    """The thresholds of the design. They were set for a CPU; on a GPU they are predictions."""
+    """The thresholds of the design, set for a CPU; on a GPU the predictions."""
+    if device == "cuda":
+        return predictions.targets("bilevel_routing", results)
     rows = []
     for mode, by_side in FASTER.items():
         for side, topk, _ in STAGES:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import headworks as hw
+from bench import predictions
 from bench import routing_peers as peers
 from bench.parts import call_of, cost_of, empty_op, exponent, no_grad, speedup
 from bench.peers import softmax_peers
@@ -46,8 +47,22 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
+def gpu_cases(device: str, tiny: bool) -> list[Case]:
+    """8192 tokens (fewer where it is only to be seen to run): attention, routing, both in one."""
+    modes = ("forward", "train")
+    if tiny:
+        return [_attend_case(device, mode, 512, 4, True) for mode in modes]
+    return [
+        *(_attend_case(device, mode, S, K, False) for mode in modes),
+        _route_case(device, False),
+        *(_routed_case(device, mode, False) for mode in modes),
+    ]
+
+
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
-    """The thresholds of the design. They were set for a CPU; on a GPU they are predictions."""
+    """The thresholds of the design, set for a CPU; on a GPU the predictions."""
+    if device == "cuda":
+        return predictions.targets("kmeans_routing", results)
     forward, train, long = f"forward S {S}", f"train S {S}", f"forward S {LONG_S}"
     growth = exponent(results), exponent(results, "growth, routed")
     return [

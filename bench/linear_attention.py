@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import headworks as hw
-from bench import peers
-from bench.parts import call_of, empty_op, exponent, no_grad, overhead, percent, speedup
+from bench import peers, predictions
+from bench.parts import call_of, empty_op, exponent, graphed, no_grad, overhead, percent, speedup
 from bench.suite import Case, Result, Target
 from bench.timing import Call
 from headworks.cost import cost
@@ -32,7 +32,6 @@ LONGEST = {
 # segments of chunks in one batched product.
 CHUNKED = ("eager", "compiled")
 SEGMENTS = ("eager, segments", "compiled, segments")
-FLA = ("fla fused_chunk_based", "fla parallel_based", "fla chunk_linear_attn")
 GROWTH = tuple(1024 << i for i in range(7))  # 1k .. 64k
 
 
@@ -58,7 +57,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
     """The thresholds of the design, judged on this run."""
     if device == "cuda":
-        return _cuda_targets(results)
+        return predictions.targets("linear_attention", results)
     rows = []
     for s, times in ((1024, 3.0), (4096, 4.0), (16384, 5.0)):
         name = f"forward S {s} fp32"
@@ -168,6 +167,8 @@ def _step_case(device: str, dtype: torch.dtype, quick: bool) -> Case:
             "eager": no_grad(peers.step_eager, q, k, v, *theirs),
             "copy of the state": no_grad(target.copy_, copied.kv),
         }
+        if device == "cuda":
+            calls["headworks, graph"] = graphed(calls["headworks"])
         if not quick:
             step = peers.compile_late(peers.step_eager)
             calls["compiled"] = no_grad(step, q, k, v, *compiled)
@@ -216,9 +217,37 @@ def _fraction_of_copy(results: Mapping[str, Result]) -> float | None:
         return None
     result = results[name]
     moved = cost("linear_attention_step", **STEP_SHAPE, dtype=result.shape["dtype"]).bytes
+    ratio = result.ratio("copy of the state")
     copied = 2 * STEP_SHAPE["B"] * STEP_SHAPE["H"] * 153 * DV * 4
-    copy_rate = copied / result.median("copy of the state")
-    return 100 * moved / result.median("headworks") / copy_rate
+    return None if ratio is None else 100 * moved / copied * ratio
+
+
+def gpu_cases(device: str, tiny: bool) -> list[Case]:
+    """8192 tokens forward and with backward, the schedules, decoding."""
+    s, dtype = (128, torch.float32) if tiny else (8192, torch.bfloat16)
+    modes = ("forward", "train")
+    return [
+        *(_case(device, mode, s, dtype, quick=tiny) for mode in modes),
+        *(_schedule_case(device, batch, s) for batch in ((1, 2) if tiny else (1, 8, 64))),
+        _step_case(device, dtype, quick=tiny),
+        _growth_case(device, GROWTH[:4] if tiny else GROWTH),
+    ]
+
+
+def _schedule_case(device: str, batch: int, s: int) -> Case:
+    """Ours alone, for the time per token: few sequences are split over the device, many are not
+    (linear_attention_plan.h), and what splitting costs is the difference."""
+    shape, dtype = {**GPU_SHAPE, "B": batch}, torch.bfloat16
+
+    def contenders() -> dict[str, Call]:
+        calls = {
+            "headworks": call_of(hw.linear_attention, inputs(shape, s, dtype, device), "forward")
+        }
+        return {**calls, "headworks, graph": graphed(calls["headworks"])}
+
+    total = cost("linear_attention", **shape, S=s, dtype=dtype)
+    facts = {**shape, "S": s, "dtype": "bfloat16", "mode": "schedule"}
+    return Case(f"forward B {batch} S {s} bf16", facts, contenders, total)
 
 
 def _cuda_cases(quick: bool) -> list[Case]:
@@ -229,15 +258,4 @@ def _cuda_cases(quick: bool) -> list[Case]:
         *(_case("cuda", "train", s, half, quick) for s in lengths),
         _step_case("cuda", half, quick),
         _growth_case("cuda", GROWTH),
-    ]
-
-
-def _cuda_targets(results: Mapping[str, Result]) -> list[Target]:
-    """Predictions made before any GPU was at hand."""
-    name = "forward S 8192 bf16"
-    return [
-        Target(f"{name}: best fla", speedup(results, name, *FLA), 2.0),
-        Target(f"{name}: copy roof", percent(results, name, "copy"), 40.0, "%"),
-        Target("step B 64 H 16: copy", _fraction_of_copy(results), 70.0, "%"),
-        Target("growth exponent", exponent(results), 1.05, "", at_most=True),
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import headworks as hw
+from bench import predictions
 from bench import routing_peers as peers
 from bench.parts import call_of, cost_of, empty_op, no_grad
 from bench.suite import Case, Result, Target
@@ -40,8 +41,22 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
+def gpu_cases(device: str, tiny: bool) -> list[Case]:
+    """Both shares of heads, without and with the causal mask."""
+    if tiny:
+        return [_case(device, "forward", ACTIVE[0], True, True)]
+    return [
+        _case(device, mode, share, causal, False)
+        for mode in ("forward", "train")
+        for share in ACTIVE
+        for causal in (False, True)
+    ]
+
+
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
-    """The threshold of the design. It was set for a CPU; on a GPU it is a prediction."""
+    """The threshold of the design, set for a CPU; on a GPU the predictions."""
+    if device == "cuda":
+        return predictions.targets("moh_attention", results)
     return [
         Target(f"{name}: of its share of dense", _over_share(results, name), WITHIN, "x", True)
         for mode in ("forward", "train")
@@ -76,8 +91,8 @@ def _over_share(results: Mapping[str, Result], name: str) -> float | None:
     """Time over that of all heads, as a multiple of the share of heads."""
     if name not in results:
         return None
-    result = results[name]
-    return result.median("headworks") / (result.shape["active"] * result.median("dense"))
+    ratio = results[name].ratio("headworks", "dense")
+    return None if ratio is None else ratio / results[name].shape["active"]
 
 
 def _case(device: str, mode: str, share: float, causal: bool, quick: bool) -> Case:

@@ -36,6 +36,28 @@ def call_of(function: Callable[..., Any], arguments: tuple[Tensor, ...], mode: s
     return train
 
 
+def graphed(call: Call) -> Call:
+    """The same work as one replay of a CUDA graph, captured at the first call: what is left of a
+    small call when the host has nothing to do."""
+    graphs: list[Any] = []
+
+    def replay() -> None:
+        if not graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
+
+
 def cost_of(op: str, mode: str, **shape: Any) -> Cost:
     """What a call costs; with the backward pass where mode is train."""
     total = cost(op, **shape)
@@ -78,6 +100,8 @@ def exponent(results: Mapping[str, Result], name: str = "growth") -> float | Non
     if name not in results:
         return None
     times = results[name].seconds
+    if results[name].failed:
+        return None
     return growth_exponent([int(s) for s in times], [t.median for t in times.values()])
 
 
@@ -86,4 +110,6 @@ def overhead(results: Mapping[str, Result]) -> float | None:
     if "overhead" not in results:
         return None
     result = results["overhead"]
+    if result.ratio("empty op") is None:
+        return None
     return 1e6 * (result.median("headworks") - result.median("empty op"))

@@ -86,10 +86,26 @@ def chunked(
     return o[:, :, :tokens].transpose(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, grouped: bool = False) -> Tensor:
     """Softmax attention of torch, on the same layout."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    more = {"enable_gqa": True} if grouped else {}
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, **more).transpose(1, 2)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Softmax attention as the formula says, by the whole map."""
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        hidden = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+        s = s.masked_fill(hidden, -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v)
+
+
+def reference_peers(*, causal: bool) -> dict[str, Attention]:
+    """Softmax attention written in torch: eager and compiled."""
+    eager = functools.partial(eager_attention, causal=causal)
+    return {"eager": eager, "compiled": compile_late(eager)}
 
 
 def compile_late(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,9 +148,11 @@ def sdpa_peers(device: str) -> dict[str, Attention]:
     return peers
 
 
-def softmax_peers(device: str, *, causal: bool) -> dict[str, Attention]:
-    """Softmax attention by torch: the default choice, and on a GPU each fused backend by name."""
-    default = functools.partial(sdpa, causal=causal)
+def softmax_peers(device: str, *, causal: bool, grouped: bool = False) -> dict[str, Attention]:
+    """Softmax attention by torch: the default choice, and on a GPU each fused backend by name.
+
+    `grouped`: there are fewer heads of keys than of queries."""
+    default = functools.partial(sdpa, causal=causal, grouped=grouped)
     if device != "cuda":
         return {"sdpa": default}
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -174,6 +192,22 @@ def flex_peers(bias: Tensor) -> dict[str, Attention]:
         return flex_attention(*turned, score_mod=add).transpose(1, 2)
 
     return {"flex": compile_late(plain), "flex, bias": compile_late(biased)}
+
+
+def flex(tokens: int, device: str, *, causal: bool) -> Attention:
+    """flex_attention, compiled; the causal mask is a block mask, which skips what is hidden."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def earlier(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    mask = create_block_mask(earlier, None, None, tokens, tokens, device) if causal else None
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(*turned, block_mask=mask).transpose(1, 2)
+
+    return compile_late(call)
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:

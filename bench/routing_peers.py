@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
 import sys
 import types
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.peers import compile_late, sdpa
+from bench.peers import compile_late, eager_attention, sdpa
 
 Peers = dict[str, Callable[..., Tensor]]
 Regions = tuple[int, int]
@@ -203,11 +202,7 @@ def moh_peers(*, causal: bool, compiled: bool) -> Peers:
         return sdpa(q, k, v, causal=causal) * gate[..., None]
 
     def eager(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        s = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-        if causal:
-            hidden = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
-            s = s.masked_fill(hidden, -math.inf)
-        return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v) * gate[..., None]
+        return eager_attention(q, k, v, causal=causal) * gate[..., None]
 
     return _with_compiled({"eager": eager, "sdpa times gate": through_sdpa}, compiled)
 

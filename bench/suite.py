@@ -53,7 +53,7 @@ class Result:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     ceiling: dict[str, float] = field(default_factory=dict)  # "gemm" FLOP/s, "copy" bytes/s
     least: dict[str, float] = field(default_factory=dict)  # seconds at each ceiling
-    failed: dict[str, str] = field(default_factory=dict)  # peers that could not be run, and why
+    failed: dict[str, str] = field(default_factory=dict)  # contenders that raised, and what
 
     @property
     def roof(self) -> str | None:
@@ -62,11 +62,19 @@ class Result:
 
     def fraction(self, roof: str) -> float | None:
         """Least time at a ceiling over the time headworks took, as a share of 1."""
-        return self.least[roof] / self.median("headworks") if roof in self.least else None
+        if roof not in self.least or "headworks" not in self.seconds:
+            return None
+        return self.least[roof] / self.median("headworks")
 
     def median(self, name: str) -> float:
         """Seconds of one contender."""
         return self.seconds[name].median
+
+    def ratio(self, name: str, other: str = "headworks") -> float | None:
+        """Time of a contender over that of another one; None unless both were timed."""
+        if name not in self.seconds or other not in self.seconds:
+            return None
+        return self.median(name) / self.median(other)
 
     def best(self, *names: str) -> float | None:
         """Seconds of the fastest of those contenders that were timed."""
@@ -76,7 +84,9 @@ class Result:
     def speedup(self, *names: str) -> float | None:
         """How many times faster headworks is than the best of those contenders."""
         best = self.best(*names)
-        return None if best is None else best / self.median("headworks")
+        if best is None or "headworks" not in self.seconds:
+            return None
+        return best / self.median("headworks")
 
 
 @dataclass(frozen=True)
@@ -109,39 +119,46 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"bench.{name}")
 
 
-def run_case(case: Case, *, device: str, quick: bool) -> Result:
-    """Times the contenders side by side; with them the yardsticks, where the case has a cost."""
+@dataclass(frozen=True)
+class Effort:
+    """How long a case is timed: seconds per contender, rounds (least, most), with peak memory."""
+
+    budget: float
+    rounds: tuple[int, int]
+    memory: bool = True
+
+
+THOROUGH, QUICK = Effort(4.0, (5, 40)), Effort(0.5, (3, 15))
+
+
+def run_case(
+    case: Case, *, device: str, effort: Effort = THOROUGH, only: str | None = None
+) -> Result:
+    """Times the contenders side by side; with them the yardsticks, where the case has a cost.
+
+    A contender that raises, ours too, is noted in the result with its error. `only`: no other
+    contenders than those whose names begin so.
+    """
     peers.forget_compiled()
-    contenders, failed = _able(case.contenders())
+    result = Result(case.name, dict(case.shape), {})
+    contenders = {n: f for n, f in case.contenders().items() if n.startswith(only or "")}
     rulers = machine.yardsticks(device) if case.cost else {}
-    budget, rounds = (0.5, (3, 15)) if quick else (4.0, (5, 40))
-    times = timing.interleave({**contenders, **rulers}, device=device, budget=budget, rounds=rounds)
-    result = Result(case.name, dict(case.shape), {name: times[name] for name in contenders})
-    result.failed = failed
-    if case.cost:
+    times = timing.interleave(
+        {**contenders, **rulers},
+        device=device,
+        budget=effort.budget,
+        rounds=effort.rounds,
+        failed=result.failed,
+    )
+    result.seconds = {name: times[name] for name in contenders if name in times}
+    if case.cost and all(name in times for name in rulers):
         ceiling = machine.ceiling(device, times)
         result.ceiling = asdict(ceiling)
         result.least = {
             "gemm": case.cost.flops / ceiling.gemm,
             "copy": case.cost.bytes / ceiling.copy,
         }
-    if case.memory:
-        peaks = {n: timing.peak_bytes(call, device=device) for n, call in contenders.items()}
+    if case.memory and effort.memory:
+        peaks = {n: timing.peak_bytes(contenders[n], device=device) for n in result.seconds}
         result.peak_bytes = {name: peak for name, peak in peaks.items() if peak is not None}
     return result
-
-
-def _able(contenders: Mapping[str, timing.Call]) -> tuple[dict[str, timing.Call], dict[str, str]]:
-    """Those that run, and of the others why not: the compiler may fail, no other contender."""
-    able, failed = {}, {}
-    for name, call in contenders.items():
-        try:
-            call()
-        except Exception as error:
-            if not name.startswith("compiled"):
-                raise
-            first = next(iter(str(error).strip().splitlines()), "")
-            failed[name] = f"{type(error).__name__}: {first}"
-        else:
-            able[name] = call
-    return able, failed

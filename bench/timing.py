@@ -7,12 +7,13 @@ compared by the medians of the same run. A sample is one call, or as many as fil
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +41,21 @@ def interleave(
     device: str = "cpu",
     budget: float = 6.0,
     rounds: tuple[int, int] = (5, 40),
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Times]:
     """Times every contender in turn until `budget` seconds each, within `rounds` (least, most).
 
-    The order rotates by one each round, so that nobody always runs after the same neighbour.
+    The order rotates by one each round, so that nobody always runs after the same neighbour. A
+    contender that raises is left out, and its error goes into `failed`; without that it ends all.
     """
     sample = _cuda_sampler() if device == "cuda" else _cpu_sample
-    names = list(contenders)
-    once = {name: _warm_up(contenders[name], sample) for name in names}
+    once: dict[str, float] = {}
+    for name, call in contenders.items():
+        with _caught(name, failed):
+            once[name] = _warm_up(call, sample)
+    names = list(once)
+    if not names:
+        return {}
     inner = {name: max(1, math.ceil(SAMPLE_SECONDS / once[name])) for name in names}
     round_seconds = sum(once[name] * inner[name] for name in names)
     count = int(budget * len(names) / max(round_seconds, 1e-9))
@@ -59,11 +67,31 @@ def interleave(
         for turn in range(count):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                samples[name].append(sample(contenders[name], inner[name]))
+                if failed is None or name not in failed:
+                    with _caught(name, failed):
+                        samples[name].append(sample(contenders[name], inner[name]))
     finally:
         if collecting:
             gc.enable()
-    return {name: summary(samples[name]) for name in names}
+    whole = (name for name in names if failed is None or name not in failed)
+    return {name: summary(samples[name]) for name in whole}
+
+
+@contextlib.contextmanager
+def _caught(name: str, failed: dict[str, str] | None) -> Iterator[None]:
+    """Notes an exception under the contender's name, where it may be noted."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = reason(error)
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:400]
 
 
 def summary(samples: Sequence[float]) -> Times:

@@ -173,6 +173,34 @@ def test_a_quick_run_writes_tables_json_and_plots(tmp_path, capsys, monkeypatch)
     assert report.regressions(data, data) == []
 
 
+def test_a_run_that_is_stopped_leaves_what_was_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, measured = tmp_path / "out.json", []
+
+    def run_case(case, **options):
+        measured.append(case.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return result(case.name, headworks=1.0)
+
+    monkeypatch.setattr(suite, "run_case", run_case)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "key_scan", "--quick", "--device", "cpu", "--json", str(file)])
+    (row,) = report.read_json(file)["suites"]["key_scan"]["results"]
+    assert row["case"] == measured[0]
+
+
+def test_a_case_in_which_ours_raises_is_named_and_the_status(tmp_path, capsys, monkeypatch):
+    def run_case(case, **options):
+        return suite.Result(case.name, {}, {"eager": times(1.0)}, failed={"headworks": "Error: no"})
+
+    monkeypatch.setattr(suite, "run_case", run_case)
+    assert main(["bench", "key_scan", "--quick", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "key_scan: forward S 1024 fp32: Error: no" in captured.err
+    assert "failed" in captured.out and "not measured" in captured.out
+
+
 def test_dry_run_lists_cases_and_measures_nothing(capsys):
     assert main(["bench", "--dry-run", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()

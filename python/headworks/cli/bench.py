@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; the exit status: 1 for a lost baseline, 2 for bad arguments."""
+    """Runs the command; the exit status: 1 for a lost baseline or a case in which ours raised, 2
+    for bad arguments."""
     try:
         _find_bench()
         suite = importlib.import_module("bench.suite")
@@ -50,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
             for case in cases:
                 print(f"{name}: {case.name}")
         return 0
-    data = _measure(suite, report, chosen, device, args.quick)
-    return _hand_out(report, data, baseline, args)
+    data = _measure(suite, report, chosen, device, args)
+    return max(_hand_out(report, data, baseline, args), _report_failures(data))
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -92,24 +93,43 @@ def _cases(module: Any, args: argparse.Namespace, device: str) -> list[Any]:
 
 
 def _measure(
-    suite: Any, report: Any, chosen: dict[str, list[Any]], device: str, quick: bool
+    suite: Any, report: Any, chosen: dict[str, list[Any]], device: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Times all cases behind a progress bar, prints the tables, returns the data of the run."""
+    """Times all cases behind a progress bar, prints the tables, returns the data of the run. What
+    there is so far is written case by case: a run that is stopped is not lost."""
     total = sum(len(cases) for cases in chosen.values())
-    suites = {}
+    effort = suite.QUICK if args.quick else suite.THOROUGH
+    machine = importlib.import_module("bench.machine").describe(device)
+    suites: dict[str, tuple[list[Any], list[Any]]] = {}
     with _progress(total) as bar:
         for name, cases in chosen.items():
-            results = []
+            results: list[Any] = []
             for case in cases:
                 bar.set_description(f"{name}: {case.name}")
-                results.append(suite.run_case(case, device=device, quick=quick))
+                results.append(suite.run_case(case, device=device, effort=effort))
+                by_name = {result.case: result for result in results}
+                suites[name] = (results, suite.load(name).targets(by_name, device))
+                if args.json:
+                    _write(args.json, dict(report.as_json(machine, suites)))
                 bar.update(1)
-            by_name = {result.case: result for result in results}
-            suites[name] = (results, suite.load(name).targets(by_name, device))
     for name, (results, targets) in suites.items():
         print(f"\n{name}\n\n{report.result_table(results)}\n\n{report.target_table(targets)}")
-    machine = importlib.import_module("bench.machine")
-    return dict(report.as_json(machine.describe(device), suites))
+    return dict(report.as_json(machine, suites))
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _report_failures(data: dict[str, Any]) -> int:
+    """Names the cases in which ours raised; 1 if there is one."""
+    status = 0
+    for name, suite in data["suites"].items():
+        for result in suite["results"]:
+            if why := result["failed"].get("headworks"):
+                print(f"headworks bench: {name}: {result['case']}: {why}", file=sys.stderr)
+                status = 1
+    return status
 
 
 def _hand_out(
@@ -117,7 +137,7 @@ def _hand_out(
 ) -> int:
     """Writes JSON and plots, compares with the baseline; the exit status."""
     if args.json:
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        _write(args.json, data)
         print(f"\nwrote {args.json}")
     if args.plots:
         for path in report.plot(data, args.plots):
