@@ -228,7 +228,9 @@ def test_inference_mode(spec):
         assert_same_bits(actual[name].clone(), x, name)
 
 
-@pytest.mark.parametrize(SAMPLE, [p for p in samples() if p.values[3] == "cuda"])
+@pytest.mark.parametrize(
+    SAMPLE, [p for p in samples((torch.float32, torch.bfloat16)) if p.values[3] == "cuda"]
+)
 def test_cuda_graph(spec, case, backend, device, dtype):
     """Forward and backward captured once, replayed on other data."""
     first, second = (spec.make(case, dtype, device, seed) for seed in (0, 1))

@@ -5,11 +5,13 @@
 #include <cstring>
 #include <mutex>
 
-#include "build_config.h"
-
 #include "core/error.h"
 
-#if HW_CUDA_FOUND && !defined(HW_EMULATE)
+#if !defined(HW_EMULATE)
+#include "build_config.h"
+#endif
+
+#if !defined(HW_EMULATE) && HW_CUDA_FOUND
 #include <cuda_runtime_api.h>
 #define HW_HAS_CUDA_RUNTIME 1
 #else

@@ -115,10 +115,12 @@ def check_case(
     gradients: bool = True,
     seed: int = 0,
     layout: str = "contiguous",
+    oracle_device: str | None = None,
 ) -> None:
     """Compare every output and every gradient of a backend with the reference.
 
-    With `layout`, inputs and cotangents lie in memory that way.
+    With `layout`, inputs and cotangents lie in memory that way. The reference runs on the device of
+    the tensors, or on `oracle_device`.
     """
     tensors = spec.make(case, dtype, device, seed)
     tensors = {n: restride(x, layout) for n, x in tensors.items()}
@@ -127,7 +129,10 @@ def check_case(
     if key not in _expected:
         if len(_expected) == REMEMBERED:
             _expected.popitem(last=False)
-        _expected[key] = _expectation(spec, case, dtype, tensors, options)
+        given = tensors
+        if oracle_device is not None:
+            given = {n: x.to(oracle_device) for n, x in tensors.items()}
+        _expected[key] = _expectation(spec, case, dtype, given, options)
     oracle, rough = _expected[key]
     actual = evaluate(spec, case, backend, tensors, **options)
     if actual.keys() != oracle.keys():

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU day: a step costs only itself, and what came home becomes the page. What the steps
+compute is shown by `ci/gpu.sh --dry-run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
+
+from gpu_day import day as gpu_day  # noqa: E402
+from gpu_day import measure, prepared, samples, steps, target  # noqa: E402
+
+from bench import fill_gpu, gpu, gpu_results, predictions, suite  # noqa: E402
+from specs import SPECS  # noqa: E402
+
+IGNORE = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+REPORT = (
+    "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('reported', flush=True)"
+)
+
+
+def python(name, code, limit=30.0):
+    return steps.Step(name, (sys.executable, "-c", code), limit)
+
+
+def run(step, folder, seconds=60.0):
+    return steps.run(step, folder, time.monotonic() + seconds, dict(os.environ))
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(steps, "GRACE", 0.5)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def test_a_step_ends_as_it_ends(tmp_path):
+    assert run(python("good", "print('said')"), tmp_path).status == "ok"
+    assert (tmp_path / "good.log").read_text() == "said\n"
+    failed = run(python("bad", "raise SystemExit(7)"), tmp_path)
+    assert (failed.status, failed.code, failed.fine) == ("failed", 7, False)
+    crashed = run(python("crash", "import os; os.abort()"), tmp_path)
+    assert (crashed.status, crashed.code) == ("failed", -signal.SIGABRT)
+    absent = run(steps.Step("absent", ("no-such-program",), 5.0), tmp_path)
+    assert absent.status == "failed" and "no-such-program" in absent.tail()
+
+
+def test_a_step_that_hangs_is_interrupted_and_can_report(tmp_path):
+    outcome = run(python("hang", REPORT, limit=2.0), tmp_path)
+    assert outcome.status == "interrupted" and outcome.tail() == "reported"
+
+
+def test_a_step_that_ignores_int_is_killed(tmp_path, impatient):
+    outcome = run(python("deaf", IGNORE, limit=2.0), tmp_path)
+    assert (outcome.status, outcome.code) == ("killed", -signal.SIGKILL)
+
+
+def test_what_a_step_leaves_behind_ends_with_it(tmp_path):
+    code = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {IGNORE!r}]).pid)"
+    )
+    outcome = run(python("parent", code), tmp_path)
+    child = int(outcome.tail())
+    for _ in range(200):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child of a finished step runs on")
+
+
+def test_a_step_is_not_started_when_there_is_no_time(tmp_path):
+    assert run(python("late", "pass"), tmp_path, seconds=1.0).status == "not run"
+
+
+def test_steps_side_by_side_cost_only_themselves(tmp_path, impatient):
+    wanted = [
+        python("deaf", IGNORE, 2.0),
+        python("crash", "import os; os.abort()"),
+        python("hang", REPORT, 2.0),
+        python("good", "pass"),
+    ]
+    seen = []
+    end = time.monotonic() + 60
+    outcomes = steps.run_all(wanted, tmp_path, end, dict(os.environ), 2, seen.append)
+    assert [o.status for o in outcomes] == ["killed", "failed", "interrupted", "ok"]
+    assert sorted(o.name for o in seen) == ["crash", "deaf", "good", "hang"]
+
+
+# ---- the day -------------------------------------------------------------------------------------
+
+
+def a_day(tmp_path, seconds=60.0):
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    out.mkdir()
+    made = prepared.Prepared(tmp_path, tmp_path / "primitives")
+    return gpu_day.Day(target.TARGETS["emulator"], made, work, out, seconds), out
+
+
+def test_a_stage_goes_on_behind_what_fails_and_brings_home(tmp_path, impatient):
+    day, out = a_day(tmp_path)
+    (day.tests / "a.jsonl").write_text("{}\n")
+    first = [python("deaf", IGNORE, 2.0), python("crash", "import os; os.abort()")]
+    day._stage("one", 100, first)
+    day._stage("two", 100, [python("good", "print(1)")])
+    text = (out / "summary.txt").read_text()
+    assert "one: 0 of 2 steps fine" in text and "two: 1 of 1 steps fine" in text
+    assert "killed" in text and "failed (-6)" in text and not day.fine
+    with tarfile.open(out / "junit.tgz") as tar:
+        assert tar.getnames() == ["a.jsonl"]
+    with tarfile.open(out / "logs.tgz") as tar:
+        assert sorted(tar.getnames()) == ["crash.log", "deaf.log", "good.log"]
+
+
+def test_the_day_ends_in_time_whatever_hangs(tmp_path, impatient):
+    day, out = a_day(tmp_path, seconds=6.0)
+    start = time.monotonic()
+    day._stage("one", 100, [python(f"hang {i}", REPORT) for i in range(6)])
+    day._stage("two", 100, [python("late", "pass")])
+    statuses = [o.status for o in day.outcomes]
+    assert statuses.count("interrupted") == 2 and statuses.count("not run") == 5
+    assert time.monotonic() - start < 60
+    assert "two: 0 of 1 steps fine" in (out / "summary.txt").read_text()
+
+
+def test_nothing_runs_without_the_primitives(tmp_path, monkeypatch):
+    day, out = a_day(tmp_path)
+    monkeypatch.setattr(day, "_build", lambda: True)
+    (tmp_path / "primitives").write_text(f"#!{sys.executable}\nraise SystemExit(1)\n")
+    monkeypatch.setattr(day, "_samples", lambda: pytest.fail("went on"))
+    day.run()
+    assert "stopped here" in (out / "summary.txt").read_text()
+
+
+def test_the_day_knows_every_specification():
+    assert sorted(gpu_day.SPECS) == sorted(spec.name for spec in SPECS)
+
+
+def test_what_a_machine_lacks_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run ci/gpu_prepare\.sh first"):
+        prepared.Prepared.found(tmp_path)
+    command = ["bash", str(ROOT / "ci" / "gpu.sh"), "--only", "dinner", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and "dinner; the stages are samples" in result.stderr
+
+
+def test_the_stand_ins_take_what_the_day_says_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day.Day, "_has_kernel_filter", lambda self: True)
+    day, _ = a_day(tmp_path)
+    command = list(day._sanitizer("racecheck", "key_scan").command)
+    command[0] = str(prepared.STAND_INS / command[0])
+    at = command.index(day.python)
+    log = Path(command[command.index("--log-file") + 1])
+    assert subprocess.run([*command[:at], "false"]).returncode == 1
+    assert "racecheck" in log.read_text()
+    assert subprocess.run([command[0], "--no-such-option", "true"], capture_output=True).returncode
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        (lambda: None, "ok"),
+        (lambda: pytest.fail("wrong result"), "failed"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "died (11)"),
+        (lambda: time.sleep(60), "died (9)"),
+    ],
+    ids=["good", "wrong", "crash", "hang"],
+)
+def test_a_sample_is_alone_in_its_process(monkeypatch, body, outcome):
+    monkeypatch.setattr(samples, "check_case", lambda *a, **k: body())
+    monkeypatch.setattr(samples, "LIMIT", 2.0)
+    spec = SPECS[0]
+    child = samples.Child(spec, spec.emulator_cases[0], "simt", "torch.float32")
+    while not child.ended():
+        time.sleep(0.01)
+    line = child.line()
+    assert line["outcome"] == outcome and line["dtype"] == "float32"
+    assert ("wrong result" in line["message"]) == (outcome == "failed")
+
+
+# ---- the benchmark -------------------------------------------------------------------------------
+
+
+def some_cases(*names):
+    calls = {"headworks": lambda: 1, "peer": lambda: 2}
+    return [("op", suite.Case(name, {}, lambda: calls)) for name in names]
+
+
+def test_a_case_that_took_the_process_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    path = tmp_path / "bench.jsonl"
+    path.write_text("")
+    monkeypatch.setattr(gpu, "cases", lambda device, tiny: some_cases("a", "b", "c"))
+    first = measure.Lines(path, "library")
+    first.add("start", suite="op", case="a")  # and then the process was killed
+    assert measure.measure(measure.Lines(path, "library"), "cpu", dry=True) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = {line["case"]: line["result"] for line in lines if line["event"] == "result"}
+    assert list(rows) == ["a", "b", "c"]
+    assert "ended before" in rows["a"]["failed"]["process"] and not rows["a"]["seconds"]
+    assert rows["b"]["seconds"]["peer"]["samples"] == 1
+    before = path.read_text()
+    assert measure.measure(measure.Lines(path, "library"), "cpu", dry=True) == 0
+    assert path.read_text() == before
+
+
+def test_a_poisoned_process_ends_behind_its_row(tmp_path, monkeypatch):
+    path = tmp_path / "bench.jsonl"
+    monkeypatch.setattr(gpu, "cases", lambda device, tiny: some_cases("a", "b"))
+    monkeypatch.setattr(gpu, "poisoned", lambda device: True)
+    for count in (1, 2):
+        assert measure.measure(measure.Lines(path, "library"), "cpu", dry=True) == measure.POISONED
+        assert path.read_text().count('"event": "result"') == count
+    assert measure.measure(measure.Lines(path, "library"), "cpu", dry=True) == 0
+
+
+def test_inputs_that_do_not_fit_are_a_row(tmp_path, monkeypatch):
+    def contenders():
+        raise RuntimeError("out of memory\nand more")
+
+    cases = [("op", suite.Case("a", {}, contenders))]
+    monkeypatch.setattr(gpu, "cases", lambda device, tiny: cases)
+    path = tmp_path / "bench.jsonl"
+    assert measure.measure(measure.Lines(path, "library"), "cpu", dry=True) == 0
+    row = json.loads(path.read_text().splitlines()[-1])["result"]
+    assert row["failed"] == {"case": "RuntimeError: out of memory"}
+
+
+def test_the_cases_of_the_day_are_those_of_its_predictions():
+    for device, tiny in (("cuda", False), ("cpu", True)):
+        pairs = [(name, case.name) for name, case in gpu.cases(device, tiny)]
+        assert len(pairs) == len(set(pairs)) > 20
+        assert {name for name, _ in pairs} == set(suite.SUITES)
+    names = {(name, case.name) for name, case in gpu.cases("cuda", False)}
+    figures = {kernel.case for kernel in fill_gpu.KERNELS if kernel.case}
+    assert figures <= names
+
+
+def test_every_prediction_gets_a_figure_from_the_cases_of_the_day():
+    """Made-up times of every case and contender that predictions ask for."""
+    peers = (*predictions.FLASH, *predictions.FLA, *predictions.EAGER, *predictions.COMPILED)
+    peers += (*predictions.OPTIONS, "flex, bias", "column sums", "dense", "headworks")
+    for name in suite.SUITES:
+        results = {}
+        for owner, case in gpu.cases("cuda", False):
+            seconds = dict.fromkeys(peers, gpu_results.Times(1.0, 1.0, 1.0, 5))
+            if case.name == "growth":
+                seconds = {str(s): gpu_results.Times(s, s, s, 5) for s in (1, 2, 4, 8)}
+            least = {"gemm": 0.5, "copy": 0.8}
+            if owner == name:
+                results[case.name] = suite.Result(case.name, dict(case.shape), seconds, least=least)
+        for judged in predictions.targets(name, results):
+            assert judged.figure is not None, judged.name
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_archive(path, folder, **files):
+    folder.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+            tar.add(folder / name, arcname=name)
+
+
+def a_result(case, shape=None, failed=None, **seconds):
+    times = {n: {"median": s, "low": s, "high": s, "samples": 5} for n, s in seconds.items()}
+    return {"case": case, "shape": shape or {}, "seconds": times, "peak_bytes": {}, "ceiling": {},
+            "least": {"gemm": 1e-4, "copy": 5e-4}, "failed": failed or {}}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A made-up day: a folder as ci/gpu.sh fills it."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    case = "forward S 8192 bf16"
+    fla = {"fla parallel_based": 3e-3}
+    rows = [
+        ("linear_attention", a_result(case, headworks=1e-3, **fla)),
+        ("attention", a_result("train causal D 128 S 8192 bf16", failed={"headworks": "no"})),
+    ]
+    head = {
+        "event": "machine",
+        "library": "library",
+        "dry_run": False,
+        "machine": {"gpu": "NVIDIA Made-Up 1", "cuda": "13.0", "torch": "2.11.0"},
+    }
+    lines = [{"event": "result", "library": "library", "suite": name, "case": row["case"],
+              "result": row} for name, row in rows]  # fmt: skip
+    lines += [{**lines[0], "library": "baseline", "result": a_result(case, headworks=2e-3)}]
+    write_lines(folder / "bench.jsonl", head, *lines)
+    with (folder / "bench.jsonl").open("a") as file:
+        file.write('{"event": "resu')  # killed as it wrote
+    test = "tests/test_ops.py::test_matches_reference[linear_attention-sm80-bfloat16-"
+    done = [{"test": f"{test}a]", "event": "end", "outcome": "passed", "message": ""},
+            {"test": f"{test}b]", "event": "end", "outcome": "failed", "message": "1 | 2 off"},
+            {"test": f"{test}c]", "event": "start"}]  # fmt: skip
+    sample = {"spec": "key_scan", "backend": "simt", "dtype": "float64", "outcome": "died (11)",
+              "message": "illegal access"}  # fmt: skip
+    write_archive(folder / "junit.tgz", tmp_path / "junit", **{
+        "correctness-linear_attention.jsonl": "".join(json.dumps(d) + "\n" for d in done),
+        "samples.jsonl": json.dumps(sample) + "\n"})  # fmt: skip
+    write_archive(folder / "sanitizer.tgz", tmp_path / "sanitizer", **{
+        "memcheck-key_scan.jsonl": json.dumps({"outcome": "ok"}) + "\n",
+        "memcheck-key_scan.txt": "========= ERROR SUMMARY: 3 errors\n"})  # fmt: skip
+    (folder / "summary.txt").write_text("==== cuda, at most 560 s\nstep\n==== build: 2 of 2\n")
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path):
+    root = tmp_path / "copy"
+    (root / "bench" / "results").mkdir(parents=True)
+    (root / "bench" / "GPU.md").write_text((ROOT / "bench" / "GPU.md").read_text())
+    return root
+
+
+def fill(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fill_gpu", *map(str, arguments)])
+    return fill_gpu.main()
+
+
+def test_a_day_becomes_the_page(results, copy, monkeypatch):
+    assert fill(monkeypatch, results, "--root", copy) == 0
+    page = (copy / "bench" / "GPU.md").read_text()
+    data = json.loads((copy / "bench" / "results" / "nvidia_made_up_1.json").read_text())
+    assert data["machine"]["gpu"] == "NVIDIA Made-Up 1" and not data["dry_run"]
+    assert "NVIDIA Made-Up 1" in page and "No kernel has run" not in page
+    forward = "| linear_attention | sm80 forward | yes | yes | 1 of 3 tests | pending |"
+    assert f"{forward} forward S 8192 bf16: 1 ms, 50 % of copy |" in page
+    line = "| linear_attention | forward S 8192 bf16: {} | at least {} | {} | {} |"
+    assert line.format("best of fla", "2 x", "3 x", "pass") in page
+    assert line.format("copy", "40 %", "50 %", "pass") in page
+    assert "| attention | train causal D 128 S 8192 bf16 | failed |" in page
+    assert "| linear_attention | forward S 8192 bf16 | 0.50 |" in page  # against the baseline
+    assert "memcheck: 1 cases of 1 operators, 3 errors" in page
+    assert "`key_scan simt float64`: illegal access" in page
+    assert "bfloat16-b]`: 1 | 2 off" in page and "bfloat16-c]`: did not end" in page
+    assert fill(monkeypatch, results, "--root", copy) == 0
+    assert (copy / "bench" / "GPU.md").read_text() == page
+
+
+def test_a_dry_run_does_not_become_our_page(results, copy, monkeypatch, capsys):
+    text = (results / "bench.jsonl").read_text().replace('"dry_run": false', '"dry_run": true')
+    (results / "bench.jsonl").write_text(text)
+    before = (ROOT / "bench" / "GPU.md").read_text()
+    assert fill(monkeypatch, results) == 1
+    assert "dry run" in capsys.readouterr().err
+    assert (ROOT / "bench" / "GPU.md").read_text() == before
+    assert fill(monkeypatch, results, "--root", copy) == 0
+    assert "nothing below was measured" in (copy / "bench" / "GPU.md").read_text()
+
+
+def test_a_foreign_folder_is_refused(tmp_path, copy, monkeypatch, capsys):
+    assert fill(monkeypatch, tmp_path, "--root", copy) == 1
+    assert "bench.jsonl" in capsys.readouterr().err
+    (tmp_path / "bench.jsonl").write_text("{}\n".replace("{}", '{"event": "start"}'))
+    assert fill(monkeypatch, tmp_path, "--root", copy) == 1
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    page = (ROOT / "bench" / "GPU.md").read_text()
+    days = [
+        data
+        for path in sorted((ROOT / "bench" / "results").glob("*.json"))
+        if "day" in (data := json.loads(path.read_text()))
+    ]
+    pages = [fill_gpu.fill(page, data) for data in days or [None]]
+    assert page in pages
+    assert days or page.count("pending") > 50
