@@ -1,8 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-# Which CUDA architectures each backend is compiled for. Plain functions of their input, so that
-# tests run them by `cmake -P`.
+# Which GPUs this machine has, and which CUDA architectures each backend is compiled for. Plain
+# functions of their input, so that tests run them by `cmake -P`.
 include_guard()
 include(${CMAKE_CURRENT_LIST_DIR}/HeadworksStop.cmake)
+
+# The GPUs of this machine as the driver sees them; CUDA itself is never started.
+#   capabilities   e.g. "90;86", without repetitions; "unknown" where there is a GPU of which
+#                  nvidia-smi cannot tell it (or is missing); empty without a GPU
+#   driver         major version of the driver, or empty
+function(hw_visible_gpus capabilities driver)
+  set(found "")
+  set(version "")
+  find_program(smi NAMES nvidia-smi HINTS /usr/lib/wsl/lib NO_CACHE)
+  if(smi)
+    execute_process(COMMAND ${smi} --query-gpu=compute_cap,driver_version --format=csv,noheader
+      OUTPUT_VARIABLE text RESULT_VARIABLE status ERROR_QUIET TIMEOUT 60)
+    if(status EQUAL 0)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+, *[0-9]+" rows "${text}")
+      foreach(row IN LISTS rows)
+        string(REGEX MATCH "^([0-9]+)\\.([0-9]+), *([0-9]+)$" row "${row}")
+        list(APPEND found ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
+        set(version ${CMAKE_MATCH_3})
+      endforeach()
+      list(REMOVE_DUPLICATES found)
+    endif()
+  endif()
+  if(NOT found)
+    file(GLOB files "${HW_SYSTEM_ROOT}/dev/nvidia[0-9]*" "${HW_SYSTEM_ROOT}/proc/driver/nvidia/gpus/*")
+    if(files)
+      set(found unknown)
+    endif()
+  endif()
+  set(${capabilities} "${found}" PARENT_SCOPE)
+  set(${driver} "${version}" PARENT_SCOPE)
+endfunction()
 
 # "8.0;9.0a+PTX" -> "80-real;90a"; torch's separators are semicolons or blanks.
 function(hw_translate_torch_archs text out)
@@ -34,16 +65,72 @@ function(hw_archs_from minimum archs out)
   set(${out} "${result}" PARENT_SCOPE)
 endfunction()
 
-function(hw_choose_archs)
+# What serves GPUs of these capabilities (from 75 on), of the architectures that nvcc knows: their
+# own; else the nearest below of the same generation, whose code they run; else PTX of the newest.
+function(hw_archs_of_gpus capabilities known out)
+  set(result "")
+  foreach(capability IN LISTS capabilities)
+    math(EXPR generation "${capability} / 10")
+    set(own "")
+    set(newest "")
+    foreach(arch IN LISTS known)
+      if(arch LESS_EQUAL capability)
+        set(newest ${arch})
+        math(EXPR its "${arch} / 10")
+        if(its EQUAL generation)
+          set(own ${arch})
+        endif()
+      endif()
+    endforeach()
+    if(own EQUAL 90)
+      list(APPEND result 90a-real)
+    elseif(own)
+      list(APPEND result ${own}-real)
+    elseif(newest)
+      list(APPEND result ${newest}-virtual)
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES result)
+  set(${out} "${result}" PARENT_SCOPE)
+endfunction()
+
+# For machines that are not this one: a version of each generation that nvcc knows, and PTX of the
+# newest for those to come. sm_75 runs only plain code; 90 would lack Hopper's own instructions.
+function(hw_archs_for_all known out)
+  set(result "")
+  foreach(arch 75 80 90 100 120)
+    if(arch IN_LIST known)
+      list(APPEND result ${arch}-real)
+      set(newest ${arch})
+    endif()
+  endforeach()
+  list(TRANSFORM result REPLACE "^90-real$" "90a-real")
+  set(${out} ${result} ${newest}-virtual PARENT_SCOPE)
+endfunction()
+
+# Whether the user named architectures.
+function(hw_archs_are_given out)
+  if("$ENV{TORCH_CUDA_ARCH_LIST}$ENV{CMAKE_CUDA_ARCHITECTURES}${CMAKE_CUDA_ARCHITECTURES}" STREQUAL "")
+    set(${out} FALSE PARENT_SCOPE)
+  else()
+    set(${out} TRUE PARENT_SCOPE)
+  endif()
+endfunction()
+
+# HW_CUDA_ARCHS_<SIMT|SM80|SM90>: the architectures that the user named, else those of the GPUs, else
+# all. `known`: those of nvcc, ascending.
+function(hw_choose_archs capabilities known)
+  hw_archs_from(75 "${capabilities}" capabilities)
   if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
     hw_translate_torch_archs("$ENV{TORCH_CUDA_ARCH_LIST}" archs)
   elseif(CMAKE_CUDA_ARCHITECTURES)
     set(archs ${CMAKE_CUDA_ARCHITECTURES})
   elseif(NOT "$ENV{CMAKE_CUDA_ARCHITECTURES}" STREQUAL "")
     set(archs $ENV{CMAKE_CUDA_ARCHITECTURES})
+  elseif(capabilities)
+    hw_archs_of_gpus("${capabilities}" "${known}" archs)
   else()
-    # sm_75 runs only plain code; PTX of 9.0 (not 9.0a, which is Hopper alone) serves what follows.
-    set(archs 75-real 80-real 90a-real 90-virtual)
+    hw_archs_for_all("${known}" archs)
   endif()
   foreach(arch IN LISTS archs)
     if(NOT arch MATCHES "^[0-9]+[af]?(-real|-virtual)?$")

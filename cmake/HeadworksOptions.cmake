@@ -4,7 +4,7 @@ include_guard()
 include(${CMAKE_CURRENT_LIST_DIR}/HeadworksStop.cmake)
 
 set(HW_PRESET "" CACHE STRING "Name of the preset, for `headworks info`")
-set(HW_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (when nvcc is found)")
+set(HW_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (nvcc and a GPU, or architectures, are there)")
 option(HW_EMULATOR "Also build the CUDA kernels for the emulator" OFF)
 option(HW_MINIMAL "One dtype, one dim and two CPU instruction sets per operator (preset dev)" OFF)
 option(HW_SANITIZE "AddressSanitizer and UndefinedBehaviorSanitizer" OFF)

@@ -23,8 +23,8 @@ needs_cmake = pytest.mark.skipif(
     reason="cmake and ninja are not on PATH",
 )
 BUILD_VARIABLES = (
-    "CXX", "CUDACXX", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CMAKE_CUDA_ARCHITECTURES",
-    "HEADWORKS_PRESET", "MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL",
+    "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST",
+    "CMAKE_CUDA_ARCHITECTURES", "HEADWORKS_PRESET", "MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL",
 )  # fmt: skip
 
 
@@ -51,21 +51,33 @@ def one_line(text: str) -> str:
 # ---- architectures -------------------------------------------------------------------------------
 
 
-def archs(tmp_path: Path, **variables: str) -> str:
-    """What HeadworksArchitectures.cmake chooses: "simt | sm80", or its error."""
-    script = tmp_path / "archs.cmake"
-    script.write_text(
-        f"include({ROOT}/cmake/HeadworksArchitectures.cmake)\nhw_choose_archs()\n"
-        'message("${HW_CUDA_ARCHS_SIMT} | ${HW_CUDA_ARCHS_SM80}")\n'
-    )
+KNOWN = "75;80;86;87;88;89;90;100;103;110;120;121"  # of nvcc 13.0
+KNOWN_TO_12_4 = "50;52;60;61;70;75;80;86;87;89;90"
+
+
+def run_cmake(tmp_path: Path, *lines: str, path: str = "", **variables: str) -> str:
+    """The output of a script of CMake, in one line; `path`: a folder before PATH."""
+    script = tmp_path / "script.cmake"
+    script.write_text("\n".join([f"include({ROOT}/cmake/HeadworksCudaChoice.cmake)", *lines]))
+    if path:
+        variables["PATH"] = path + os.pathsep + os.environ["PATH"]
     return one_line(cmake("-P", script, **variables).stdout)
+
+
+def archs(tmp_path: Path, gpus: str = "", known: str = KNOWN, **variables: str) -> str:
+    """What HeadworksArchitectures.cmake chooses: "simt | sm80", or its error."""
+    return run_cmake(
+        tmp_path,
+        f'hw_choose_archs("{gpus}" "{known}")',
+        'message("${HW_CUDA_ARCHS_SIMT} | ${HW_CUDA_ARCHS_SM80}")',
+        **variables,
+    )
 
 
 @needs_cmake
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, "75-real;80-real;90a-real;90-virtual | 80-real;90a-real;90-virtual"),
         ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a+PTX"}, "80-real;90a | 80-real;90a"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5 8.6+PTX"}, "75-real;86 | 86"),
         ({"TORCH_CUDA_ARCH_LIST": "12.0"}, "120-real | 120-real"),
@@ -73,8 +85,38 @@ def archs(tmp_path: Path, **variables: str) -> str:
         ({"CMAKE_CUDA_ARCHITECTURES": "75"}, "75 |"),
     ],
 )  # fmt: skip
-def test_architectures(tmp_path, variables, expected):
-    assert archs(tmp_path, **variables) == expected
+def test_architectures_that_the_user_names(tmp_path, variables, expected):
+    assert archs(tmp_path, gpus="89", **variables) == expected
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("gpus", "known", "expected"),
+    [
+        ("90", KNOWN, "90a-real"),
+        ("86", KNOWN, "86-real"),
+        ("75", KNOWN, "75-real"),
+        ("100", KNOWN, "100-real"),
+        ("86;90", KNOWN, "86-real;90a-real"),
+        ("61;86", KNOWN, "86-real"),  # the older one is not served
+        ("100", KNOWN_TO_12_4, "90-virtual"),
+        ("103", "90;100", "100-real"),
+        ("103;100", "90;100", "100-real"),
+        ("130", KNOWN, "121-virtual"),
+    ],
+)
+def test_architectures_of_the_gpus_of_this_machine(tmp_path, gpus, known, expected):
+    assert archs(tmp_path, gpus, known).split(" |")[0] == expected
+
+
+@needs_cmake
+@pytest.mark.parametrize("gpus", ["", "unknown"])
+def test_architectures_for_any_machine(tmp_path, gpus):
+    """Code of its own for each generation that nvcc knows, and PTX of the newest."""
+    sm80 = "80-real;90a-real;100-real;120-real;120-virtual"
+    assert archs(tmp_path, gpus) == f"75-real;{sm80} | {sm80}"
+    sm80 = "80-real;90a-real;90-virtual"
+    assert archs(tmp_path, gpus, KNOWN_TO_12_4) == f"75-real;{sm80} | {sm80}"
 
 
 @needs_cmake
@@ -88,6 +130,120 @@ def test_architectures(tmp_path, variables, expected):
 )
 def test_architectures_that_cannot_be_read(tmp_path, variables, expected):
     assert expected in archs(tmp_path, **variables)
+
+
+# ---- CUDA or not ---------------------------------------------------------------------------------
+
+
+def program(folder: Path, name: str, body: str) -> Path:
+    """A program that stands for one of NVIDIA's."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{body}\n")
+    file.chmod(0o755)
+    return file
+
+
+def machine(tmp_path: Path, *, smi: str | None, nvcc: str | None, files: tuple[str, ...] = ()):
+    """The start of a script that sees only these: what nvidia-smi prints, nvcc's version."""
+    folder, root = tmp_path / "programs", tmp_path / "root"
+    program(folder, "nvidia-smi", "exit 9" if smi is None else f"printf '{smi}'")
+    cxx = folder / "nvcc"
+    if nvcc is not None:
+        listing = "printf 'compute_80\\ncompute_90\\ncompute_120\\ncompute_100\\n'"
+        version = f"echo 'Cuda compilation tools, release {nvcc}, V{nvcc}.88'"
+        program(folder, "nvcc", f"[ $1 = --list-gpu-arch ] && {listing} || {version}")
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return [f'set(HW_SYSTEM_ROOT "{root}")'], {"path": str(folder), "CUDACXX": str(cxx)}
+
+
+def decision(tmp_path: Path, wanted: str = "AUTO", *, variables=(), **of_machine) -> str:
+    """ "<FOUND> <architectures of simt> <reason>" after what was printed on the way."""
+    lines, environment = machine(tmp_path, **of_machine)
+    lines += [
+        f"set(HW_CUDA {wanted})",
+        "set(HW_PRESET auto)",
+        "hw_decide_cuda()",
+        'message("=> ${HW_CUDA_FOUND} ${HW_CUDA_ARCHS_SIMT} ${HW_CUDA_REASON}")',
+    ]
+    return run_cmake(tmp_path, *lines, **(environment | dict(variables)))
+
+
+H100 = "9.0, 580.65.06\\n9.0, 580.65.06\\n"
+
+
+@needs_cmake
+def test_a_visible_gpu_is_built_for(tmp_path):
+    assert decision(tmp_path, smi=H100, nvcc="13.0") == "=> TRUE 90a-real"
+    assert decision(tmp_path, "ON", smi=H100, nvcc="13.0") == "=> TRUE 90a-real"
+
+
+@needs_cmake
+def test_nvcc_without_a_gpu_builds_for_the_cpu_and_says_how_to_get_cuda(tmp_path):
+    told = decision(tmp_path, smi=None, nvcc="13.0")
+    assert told.startswith("=> FALSE no GPU was visible at build time")
+    assert "FORCE_CUDA=1" in told
+    assert "TORCH_CUDA_ARCH_LIST=9.0a" in told
+    assert decision(tmp_path, smi="No devices were found\\n", nvcc="13.0") == told
+
+
+@needs_cmake
+def test_a_list_of_architectures_or_force_cuda_asks_for_cuda(tmp_path):
+    one = {"TORCH_CUDA_ARCH_LIST": "8.0"}
+    assert decision(tmp_path, smi=None, nvcc="13.0", variables=one) == "=> TRUE 80-real"
+    forced = decision(tmp_path, smi=None, nvcc="13.0", variables={"FORCE_CUDA": "1"})
+    assert forced == "=> TRUE 80-real;90a-real;100-real;120-real;120-virtual"
+    none = {"FORCE_CUDA": "0"} | one
+    assert "=> FALSE it was built with FORCE_CUDA=0" in decision(
+        tmp_path, smi=H100, nvcc="13.0", variables=none
+    )
+
+
+@needs_cmake
+@pytest.mark.parametrize("file", ["dev/nvidia0", "proc/driver/nvidia/gpus/0000:01:00.0"])
+def test_a_gpu_that_nvidia_smi_cannot_name_gets_code_for_all(tmp_path, file):
+    told = decision(tmp_path, smi=None, nvcc="13.0", files=(file,))
+    assert told == "=> TRUE 80-real;90a-real;100-real;120-real;120-virtual"
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("smi", "nvcc", "reason"),
+    [
+        (H100, None, "the nvcc that CUDACXX named at build time was not there"),
+        (H100, "12.0", "nvcc 12.0 at build time is older than the needed 12.4"),
+        ("6.1, 580.1\\n", "13.0", "the GPU at build time, sm_61, is older than sm_75"),
+    ],
+)
+def test_what_stands_in_the_way_of_cuda_is_said(tmp_path, smi, nvcc, reason):
+    assert f"=> FALSE {reason}" in decision(tmp_path, smi=smi, nvcc=nvcc)
+
+
+@needs_cmake
+def test_a_driver_that_is_too_old_is_warned_of(tmp_path):
+    old = "9.0, 570.12\\n"
+    assert "the driver is 570; what CUDA 13.0 compiles needs 580 or later" in decision(
+        tmp_path, smi=old, nvcc="13.0"
+    )
+    assert decision(tmp_path, smi=old, nvcc="12.8") == "=> TRUE 90a-real"
+
+
+@needs_cmake
+def test_configuring_with_nvcc_and_no_gpu_carries_the_reason(tmp_path):
+    """Into the configure's output and into the library, for `headworks info` and for errors."""
+    _, environment = machine(tmp_path, smi=None, nvcc="13.0")
+    path = environment["path"] + os.pathsep + os.environ["PATH"]
+    result = configure(
+        tmp_path / "build", "auto", f"-DHW_SYSTEM_ROOT={tmp_path}",
+        PATH=path, CUDACXX=environment["CUDACXX"],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if "headworks: " in line]
+    assert "headworks: CPU only, because no GPU was visible at build time" in line
+    config = (tmp_path / "build" / "generated" / "build_config.h").read_text()
+    assert "install with FORCE_CUDA=1" in config
 
 
 # ---- configuring ---------------------------------------------------------------------------------
