@@ -113,6 +113,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Of internal linkage: units for other architectures instantiate the same kernels, and each must
+// launch the code that was compiled with it.
+namespace {
+
 template <class Kernel>
 constexpr int min_blocks() {
   if constexpr (requires { Kernel::kMinBlocks; })
@@ -153,6 +157,8 @@ void launch(Grid grid, int shared_bytes, const Context& context,
       params);
   require(cudaGetLastError());
 }
+
+}  // namespace
 
 #endif
 
