@@ -11,6 +11,9 @@ For every kernel of a build and every architecture:
     blocks                  as many as the kernel plans for fit into a multiprocessor
     instructions            those that the kernel is written for are there: mma, ldmatrix, cp.async
 
+and of the whole build, that a launch runs the code that was compiled with it: kernel entries are of
+internal linkage (an unnamed namespace), and objects for more architectures are linked first.
+
 The evidence is read from the object files with cuobjdump; a toolkit without it compiles the same
 translation units again, by the build's compile_commands.json, to PTX and ptxas statistics.
 
@@ -37,7 +40,9 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KIB = 1024
 REGISTER_FILE = 65536  # registers of a multiprocessor
+RESERVED = KIB  # of a block's shared memory, by the system; cuobjdump counts it from sm_90 on
 SHARED_MEMORY = {"75": 64, "80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}
 
 # What to look for, in PTX and in machine code.
@@ -68,7 +73,6 @@ SOFT80, SOFT = "hw::attention::sm80::", "hw::attention::simt::"
 ROUTING = "hw::routing_attention::"
 LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
-KIB = 1024
 
 BUDGETS = (
     Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 216, 128, 2, 42 * KIB, TENSOR),
@@ -150,8 +154,8 @@ def faults(kernel: Kernel, budget: Budget | None) -> list[str]:
     if fit < budget.blocks:
         found.append(f"{fit} blocks fit by registers, planned {budget.blocks}")
     room = SHARED_MEMORY.get(re.sub(r"\D", "", kernel.arch), 100) * KIB
-    if kernel.shared and room // (kernel.shared + KIB) < budget.blocks:
-        found.append(f"{room // (kernel.shared + KIB)} blocks fit by shared memory")
+    if kernel.shared and room // (kernel.shared + RESERVED) < budget.blocks:
+        found.append(f"{room // (kernel.shared + RESERVED)} blocks fit by shared memory")
     found += [f"has no {name}" for name in budget.needs if not kernel.counts.get(name)]
     return found
 
@@ -230,8 +234,10 @@ def from_objects(cuobjdump: str, path: Path, archs: list[str]) -> list[Kernel]:
             number = {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", text)}
             body = code.get(name, "")
             spills = len(re.findall(r"\bSTL\b|\bLDL\b", body)) * 4
-            kernels.append(Kernel(name, arch, number["REG"], number.get("STACK", 0), spills,
-                                  number.get("SHARED", 0), count(body)))  # fmt: skip
+            reserved = RESERVED if int(arch.rstrip("af")) >= 90 else 0
+            static = max(0, number.get("SHARED", 0) - reserved)
+            kernels.append(Kernel(name, arch, number["REG"], number.get("STACK", 0), spills, static,
+                                  count(body)))  # fmt: skip
     return kernels
 
 
@@ -327,6 +333,22 @@ def named(kernels: list[Kernel]) -> list[Kernel]:
     return list(found.values())
 
 
+def link_faults(build: Path) -> list[str]:
+    """What would make a launch run another unit's code, which may be for other architectures."""
+    found = []
+    for path in sorted(build.rglob("*.cu.o")):
+        for name in re.findall(r" [tTWV] (_ZN2hwL?12kernel_entry\w*)", run(["nm", str(path)])):
+            found.append(f"{path.name}: {name} is not in an unnamed namespace")
+    ninja = build / "build.ninja"
+    link = ninja.exists() and re.search(
+        r"^build lib/libheadworks\.so: \S+ (.*?)(\||$)", ninja.read_text(), re.M
+    )
+    backends = re.findall(r"hw_cuda_(\w+)\.dir", link[1]) if link else []
+    if backends != sorted(backends, key=["SIMT", "SM80", "SM90"].index):
+        found.append("objects for fewer architectures are linked before those for more")
+    return found
+
+
 # ---- Self-test -----------------------------------------------------------------------------------
 
 FAULTY = """
@@ -347,6 +369,11 @@ __global__ void local(float* x, int n) {
   for (int i = 0; i < n; ++i) a[(i * 7 + n) % 64] = x[i];
   for (int i = 0; i < n; ++i) x[i] = a[(i * 5 + n) % 64];
 }
+namespace hw {
+template <class T>
+__global__ void kernel_entry(T* x) { *x = 1; }
+template __global__ void kernel_entry<float>(float*);
+}
 __global__ void plain(float* x) {
   __shared__ float s[2048];
   s[threadIdx.x] = x[threadIdx.x];
@@ -363,10 +390,16 @@ def self_test() -> int:
         print("check_ptx: SKIPPED the self-test, there is no nvcc")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "faulty.cu")
+        source, made = Path(folder, "faulty.cu"), Path(folder, "faulty.cu.o")
         source.write_text(FAULTY)
         found = from_source([nvcc, "-std=c++17", str(source)], "80")
+        cuobjdump, in_object = tool("cuobjdump"), []
+        if cuobjdump:
+            run([nvcc, "-std=c++17", "-arch=sm_90a", "-c", str(source), "-o", str(made)])
+            in_object = named(from_objects(cuobjdump, made, []))
+        linked = link_faults(Path(folder))
     compiled = {re.sub(r"\(.*", "", k.name): k for k in named(found)}
+    compiled |= {re.sub(r"\(.*", "", k.name) + "_90a": k for k in in_object}
     sound = Budget("plain", 64, 256, 2, 8 * KIB)
     expected = [
         ("spilling", None, "spills"),
@@ -377,9 +410,16 @@ def self_test() -> int:
         ("plain", replace(sound, blocks=99), "blocks fit"),
         ("plain", replace(sound, needs=("mma",)), "has no mma"),
     ]
+    if in_object:  # where the system's share is not the kernel's
+        expected += [
+            ("plain_90a", sound, ""),
+            ("plain_90a", replace(sound, shared=KIB), "bytes of shared memory, planned"),
+            ("spilling_90a", None, "spills"),
+            ("<linked>", None, "is not in an unnamed namespace"),
+        ]
     wrong = 0
     for name, budget, words in expected:
-        text = "; ".join(faults(compiled[name], budget))
+        text = "; ".join(linked if name == "<linked>" else faults(compiled[name], budget))
         right = words in text if words else not text
         wrong += not right
         verdict = "ok  " if right else "FAIL"
@@ -406,8 +446,11 @@ def main() -> int:
         print(f"check_ptx: {build} has no CUDA kernels; was it built with FORCE_CUDA=1?")
         return 1
     faulty = table(kernels)
-    print(f"{len(kernels)} kernels, {faulty} faulty")
-    return int(faulty > 0)
+    linked = link_faults(build)
+    for fault in linked[:10]:
+        print(f"check_ptx: {fault}")
+    print(f"{len(kernels)} kernels, {faulty} faulty; {len(linked)} faults of linkage")
+    return int(faulty > 0 or bool(linked))
 
 
 if __name__ == "__main__":
