@@ -38,11 +38,10 @@ foreach(isa IN LISTS HW_ISAS)
   target_sources(hw_native PRIVATE ${HW_SOURCES_CPU_${isa}})
 endforeach()
 set(HW_NATIVE_OBJECTS hw_native)
-set(HW_CUDA_RUNTIME "")
 if(HW_CUDA_FOUND)
-  set(HW_CUDA_RUNTIME CUDA::cudart_static)
-  target_include_directories(hw_native SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
-  # One target per backend, because each has its own architectures.
+  target_include_directories(hw_native SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  # One target per backend, because each has its own architectures. Those of simt hold all others,
+  # so of what several of them define, the linker's first choice serves every GPU.
   foreach(backend SIMT SM80 SM90)
     if(HW_SOURCES_CUDA_${backend})
       add_library(hw_cuda_${backend} OBJECT ${HW_SOURCES_CUDA_${backend}})
