@@ -8,6 +8,7 @@ set(HW_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (nvcc and a GPU, o
 option(HW_EMULATOR "Also build the CUDA kernels for the emulator" OFF)
 option(HW_MINIMAL "One dtype, one dim and two CPU instruction sets per operator (preset dev)" OFF)
 option(HW_SANITIZE "AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
+option(HW_RACES "The emulator compares all accesses to memory (preset races)" OFF)
 option(HW_TESTS "C++ tests (core_tests, emu_tests)" OFF)
 option(HW_PYTHON "The Python module _C" ON)
 set(HW_PYTHON_EXECUTABLE "" CACHE STRING "Python to build _C for; default: python3 on PATH")
@@ -41,6 +42,13 @@ if(HW_SANITIZE)
   target_compile_options(hw_flags INTERFACE
     -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
   target_link_options(hw_flags INTERFACE -fsanitize=address,undefined)
+endif()
+
+# For kernels in the emulator's race check: the compiler puts a call before every access, which goes
+# to csrc/emu/race_hooks.cpp. For compiling only: ThreadSanitizer's library is not linked.
+set(HW_RACE_FLAGS -O1 -g1 -fsanitize=thread)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(APPEND HW_RACE_FLAGS --param=tsan-instrument-func-entry-exit=0)
 endif()
 
 # CPU instruction sets, weakest first, and the flags that select them.

@@ -83,6 +83,7 @@ void launch(Grid grid, int shared_bytes, const Context& context,
   work.shared_bytes = shared_bytes;
   work.workers = context.num_threads;
   work.params = &params;
+  work.params_bytes = sizeof(Params);
   work.main = [](const void* p) { Kernel::main(*static_cast<const Params*>(p)); };
   emu::run(work);
 }

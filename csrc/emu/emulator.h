@@ -35,6 +35,13 @@ enum class Copies : int {
   mixed = 2,  // each one early or late, drawn by the seed
 };
 
+// Whether accesses to memory are compared; in a build for it (preset `races`), otherwise no effect.
+enum class RaceCheck : int {
+  on = 0,      // what warps do together (shuffles, votes, mma, ldmatrix) orders memory as barriers do
+  strict = 1,  // only barriers do: sync_block, sync_group, sync_warp
+  off = 2,
+};
+
 struct Config {
   uint64_t seed = 0;
   Order order = Order::forward;
@@ -43,6 +50,7 @@ struct Config {
   // 0xff is a NaN in every float format; 0x7f is a huge number in bf16 and fp32, which a maximum
   // does not swallow.
   uint8_t poison = 0xff;
+  RaceCheck races = RaceCheck::on;
 };
 
 void configure(const Config& config);
@@ -69,6 +77,7 @@ struct Launch {
   int shared_bytes = 0;
   int workers = 1;  // host threads to spread the blocks over
   const void* params = nullptr;
+  size_t params_bytes = 0;
   void (*main)(const void* params) = nullptr;
 };
 

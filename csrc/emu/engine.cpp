@@ -22,7 +22,9 @@ void Engine::run_block(const Launch& launch, const Config& config, const int ind
                        uint64_t number) {
   prepare(launch, config, index, number);
   exceptions_outside_ = std::uncaught_exceptions();
+  if (races_) races_->begin_block(static_cast<int64_t>(number), shared_.base(), shared_.bytes());
   go_on(next_thread());
+  if (races_) races_->pause(true);
   current = nullptr;
   running_ = nullptr;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -102,6 +104,7 @@ void Engine::run_thread(Thread& thread) {
 // and an exited warp the one that completes the block's barrier.
 void Engine::leave(Thread& thread) {
   Warp& warp = *thread.warp;
+  if (races_) races_->leave(thread.index);
   warp.live &= ~thread.bit();
   warp.arguments[thread.lane] = nullptr;
   if (warp.live == 0) {
@@ -115,6 +118,7 @@ void Engine::leave(Thread& thread) {
 
 void Engine::fail(std::exception_ptr error) {
   if (!error_) error_ = std::move(error);
+  if (races_) races_->pause(true);
 }
 
 // ---- Meetings -----------------------------------------------------------------------------------
@@ -180,6 +184,7 @@ void Engine::complete(Warp& warp) {
                 ", but only ", std::popcount(warp.live), " of them have not exited");
   }
   operation.execute(warp.arguments, warp.live);
+  if (races_) races_->meet(warp.index, &operation == &kSyncWarp);
   release(warp);
 }
 
@@ -223,6 +228,7 @@ void Engine::release(Warp& warp) {
 }
 
 void Engine::release_all(uint32_t warps) {
+  if (races_) races_->meet_all(warps);
   barriers_[0].warps &= ~warps;
   for (uint32_t rest = warps; rest != 0; rest &= rest - 1) release(warps_[std::countr_zero(rest)]);
   interrupted_ = true;
@@ -281,13 +287,28 @@ void Engine::go_on(Thread* thread) {
   from.switch_to(thread == nullptr ? host_ : thread->fiber);
 }
 
-void Engine::issue_copy(const Copy& copy) {
+void Engine::issue_copy(const Copy& copy, const void* place) {
   const bool early =
       config_.copies == Copies::early || (config_.copies == Copies::mixed && random_.one_in(2));
+  if (races_) {
+    races_->copy(running_->index, copy.to, copy.from, copy.bytes, copy.valid, place);
+    races_->pause(true);
+  }
   if (early)
     copy.land();
   else
     running_->copies.issue(copy);
+  if (races_) races_->pause(false);
+}
+
+void Engine::commit_copies() {
+  if (races_) races_->commit(running_->index);
+  running_->copies.commit();
+}
+
+void Engine::wait_for_copies(int groups_under_way) {
+  if (races_) races_->wait(running_->index, groups_under_way);
+  running_->copies.wait(static_cast<size_t>(groups_under_way));
 }
 
 // ---- Reports ------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@
 #include <memory>
 #include <string>
 
+#include "emu/clocks.h"
 #include "emu/copies.h"
 #include "emu/emulator.h"
 #include "emu/fiber.h"
+#include "emu/races.h"
 #include "emu/random.h"
 #include "emu/shared_memory.h"
 
@@ -26,7 +28,6 @@
 
 namespace hw::emu {
 
-inline constexpr int kLanes = 32, kMaxWarps = 32, kMaxThreads = kLanes * kMaxWarps;
 inline constexpr int kBarriers = 16;  // number 0 belongs to sync_block
 
 extern const WarpOperation kSyncBlock, kSyncWarp, kSyncGroup;
@@ -75,11 +76,20 @@ class Engine {
   // For the running thread: waits until its warp has met and, at a barrier, the others too.
   void meet(const Meeting& meeting, void* arguments);
 
-  void issue_copy(const Copy& copy);
-  CopyQueue& copies() { return running_->copies; }
+  // `place`: the return address into the kernel, as for all that the race check is told.
+  void issue_copy(const Copy& copy, const void* place);
+  void commit_copies();
+  void wait_for_copies(int groups_under_way);
+  Races* races() const { return races_.get(); }
   const SharedMemory& shared() const { return shared_; }
   const Config& config() const { return config_; }
   int warps() const { return warps_in_use_; }
+  // Whether p is what the emulator tells the running thread of itself.
+  bool owns(const void* p) const {
+    const auto at = reinterpret_cast<uintptr_t>(p);
+    return at - reinterpret_cast<uintptr_t>(&block_) < sizeof(block_) ||
+           at - reinterpret_cast<uintptr_t>(running_) < sizeof(Thread) || p == &current;
+  }
 
   // Throws Error(runtime) if [p, p + bytes) is not in shared memory or not aligned to `bytes`.
   void require_shared(const char* operation, const void* p, int bytes, Site site) const;
@@ -141,6 +151,8 @@ class Engine {
 
   Thread* running_ = nullptr;
   Fiber host_;
+  // Null where the kernels are not built for it.
+  std::unique_ptr<Races> races_{HW_EMU_RACES ? new Races : nullptr};
   std::exception_ptr error_;    // the first one; set: the block is being unwound
   int exceptions_outside_ = 0;  // that the host thread had in flight when it launched
 };

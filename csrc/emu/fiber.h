@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #if !defined(HW_EMU_UCONTEXT) && \
     !(defined(__ELF__) && (defined(__x86_64__) || defined(__aarch64__)))
@@ -43,6 +44,10 @@ class Fiber {
   // their stacks start at different offsets, so that they do not compete for the same cache sets.
   void create(void (*entry)(), int number);
   bool created() const { return mapping_ != nullptr; }
+  bool on_stack(const void* p) const {
+    return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(stack_bottom_) <
+           stack_bytes_;
+  }
 
   // Leaves this fiber, which must be the running one, for another; returns when switched back to.
   void switch_to(Fiber& to);

@@ -56,6 +56,17 @@ class FirstFailure {
   void rethrow() const {
     if (error_) std::rethrow_exception(error_);
   }
+  // The same; what else was found becomes an error, or a part of the emulator's own.
+  void rethrow_with(const std::string& found) const {
+    if (found.empty()) return rethrow();
+    std::string before;
+    try {
+      rethrow();
+    } catch (const Error& error) {
+      before = std::string(error.what()) + "\n";
+    }
+    throw Error(ErrorKind::runtime, before + found);
+  }
 
  private:
   std::mutex mutex_;
@@ -94,6 +105,12 @@ void run(const Launch& launch) {
       }
     }
   };
+  // The race check compares the blocks with each other, so one host thread runs them all.
+  if (Races* const races = Engine::local().races()) {
+    races->begin_launch(launch, config.races);
+    work(0, 1);
+    return failure.rethrow_with(races->report());
+  }
 #if defined(_OPENMP)
   const int workers = static_cast<int>(
       std::min<int64_t>(std::max(launch.workers, 1), static_cast<int64_t>(order.size())));
@@ -148,13 +165,13 @@ void copy_async(void* to, const void* from, int bytes, int valid, Site site) {
   unsigned char unused[16];
   if (valid > 0) std::memcpy(unused, from, static_cast<size_t>(valid));
 #endif
-  engine.issue_copy({to, from, bytes, valid});
+  engine.issue_copy({to, from, bytes, valid}, __builtin_return_address(0));
 }
 
-void copy_async_commit() { Engine::running().copies().commit(); }
+void copy_async_commit() { Engine::running().commit_copies(); }
 
 void copy_async_wait(int groups_under_way) {
-  Engine::running().copies().wait(static_cast<size_t>(groups_under_way));
+  Engine::running().wait_for_copies(groups_under_way);
 }
 
 }  // namespace hw::emu

@@ -201,7 +201,11 @@ Votes ballot(const WarpOperation& operation, bool predicate, Site site) {
 void load_matrix(const WarpOperation& operation, uint32_t* regs, const void* row, Site site) {
   const bool four = &operation == &kLoadMatrixX4 || &operation == &kLoadMatrixX4Transposed;
   if (four || current->index % kLanes < 16) {
-    Engine::running().require_shared(operation.name, row, 16, site);
+    const Engine& engine = Engine::running();
+    engine.require_shared(operation.name, row, 16, site);
+    if (Races* const races = engine.races()) {
+      races->access(current->index, row, 16, AccessKind::read, __builtin_return_address(0));
+    }
   }
   LoadMatrixArguments arguments{regs, row};
   execute(operation, &arguments, site);
