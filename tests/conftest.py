@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test: a fixed seed, torch.empty filled with NaN, two threads. A test marked `operator` that
-compared nothing (headworks.testing.compare and friends) fails."""
+compared nothing (headworks.testing.compare and friends) fails, unless it is marked `no_comparison`:
+then it fails if it did compare."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ THREADS = 2
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "operator: compares results of an operator; fails when it compared nothing"
+    )
+    config.addinivalue_line(
+        "markers", "no_comparison: an operator's test of something else, such as what it refuses"
     )
 
 
@@ -40,6 +44,10 @@ def _poisoned_memory():
 def pytest_runtest_call(item):
     before = testing.comparisons()
     result = yield
-    if item.get_closest_marker("operator") and testing.comparisons() == before:
+    compared = testing.comparisons() > before
+    if item.get_closest_marker("no_comparison"):
+        if compared:
+            pytest.fail("this test compares: it needs no mark no_comparison", pytrace=False)
+    elif item.get_closest_marker("operator") and not compared:
         pytest.fail("this operator test compared nothing", pytrace=False)
     return result

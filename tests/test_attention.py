@@ -283,6 +283,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gradcheck(weights, options):
@@ -312,15 +313,14 @@ def test_gradcheck(weights, options):
 
     given = [x.requires_grad_() for x in tensors.values()]
     assert torch.autograd.gradcheck(call, given, atol=1e-6, rtol=1e-5)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("shape", ((2, 3), (1, 1, 2, 1), (2, 1, 1, 3), (1, 2, 2, 3)), ids=str)
 def test_gradcheck_bias_shapes(shape):
     q, k, v = inputs(b=2, sq=2, sk=3, d=2, dv=2)
     bias = randn(*shape, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(lambda b: hw.attention(q, k, v, bias=b, backend="cpu"), bias)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def test_gradient_of_lse_alone():
@@ -436,6 +436,7 @@ def test_one_finite_key(dtype):
         assert x.isfinite().all()
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("dtype", (F64, F32, torch.bfloat16), ids=str)
 def test_scores_of_any_size(dtype):
     """Up to 1e6, where a softmax without a maximum overflows by far."""
@@ -447,7 +448,6 @@ def test_scores_of_any_size(dtype):
         assert (o.abs() <= bound).all()
         for x in torch.autograd.grad(o.float().sum(), (q, k, v)):
             assert not x.isnan().any()
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def test_output_is_a_convex_combination():
@@ -471,6 +471,7 @@ def test_non_finite_inputs(which, j):
     assert_same_bits(o[:, ~bad], expected[:, ~bad])
 
 
+@pytest.mark.no_comparison
 def test_more_than_two_to_the_31_elements():
     """Shapes alone: no size is computed in 32 bits."""
     s = 2**26
@@ -479,4 +480,3 @@ def test_more_than_two_to_the_31_elements():
     assert o.shape == q.shape and o.numel() > 2**31 and aux.lse.shape == (1, 1, s)
     (d_q,) = torch.autograd.grad(o.sum(), q)
     assert d_q.shape == q.shape
-    compare(torch.ones(1), torch.ones(1), F32)

@@ -241,6 +241,7 @@ def test_running_score(kind, reduce_heads):
 # ---- gradients ----
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("which", ("transpose", "sum", "mean"))
 def test_gradcheck(which, weights):
@@ -264,7 +265,6 @@ def test_gradcheck(which, weights):
 
     given = [x.requires_grad_() for x in tensors.values()]
     assert torch.autograd.gradcheck(call, given, atol=1e-6, rtol=1e-5)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def test_gradient_of_column_sums_in_bf16():
@@ -332,8 +332,8 @@ def test_merge_of_sixteen_bits_is_fp32_inside():
     compare(total, wide, F32)
 
 
+@pytest.mark.no_comparison
 def test_merge_gradcheck():
     o = [randn(1, 3, 2, 2, seed=s).requires_grad_() for s in range(2)]
     lse = [randn(1, 2, 3, seed=s + 3).requires_grad_() for s in range(2)]
     assert torch.autograd.gradcheck(lambda a, b, c, d: hw.merge_attention([a, b], [c, d]), o + lse)
-    compare(torch.ones(1), torch.ones(1), F32)

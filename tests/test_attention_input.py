@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import headworks as hw
-from headworks.testing import compare
 from identities import Refused, allocates_nothing
 
-pytestmark = pytest.mark.operator
+pytestmark = [pytest.mark.operator, pytest.mark.no_comparison]
 
 F64, F32 = torch.float64, torch.float32
 
@@ -147,7 +146,6 @@ REST = (
 def check(case, function, arguments, monkeypatch):
     allocates_nothing(monkeypatch)
     case.check(lambda: function(**arguments, **case.arguments))
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def merged(case, arguments):
@@ -231,7 +229,6 @@ def test_bounds_on_a_gpu_need_the_longest_length():
         lengths = {"max_seqlen_q": 4, "max_seqlen_k": 4}
         o = hw.attention(q, q, q, cu_seqlens_q=ends, cu_seqlens_k=ends, **lengths)
         assert o.shape == q.shape
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 MERGE = (

@@ -122,13 +122,13 @@ def test_long_sequence_does_not_drift():
     compare(state.lse, s.double().logsumexp(1), F32)
 
 
+@pytest.mark.no_comparison
 def test_more_than_two_to_the_31_elements():
     n = 2**26
     s, v = torch.empty(1, n, 1, device="meta"), torch.empty(1, n, 1, 64, device="meta")
     o = hw.key_scan(s.requires_grad_(), v)
     (d_s,) = torch.autograd.grad(o.sum(), s)
     assert o.numel() > 2**31 and o.shape == v.shape and d_s.shape == s.shape
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 @pytest.mark.parametrize("with_state", (True, False))
@@ -179,10 +179,10 @@ BAD = (
 )  # fmt: skip
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("case", BAD, ids=repr)
 def test_bad_input(case, monkeypatch):
     arguments = {"s": zeros(1, 6, 2), "v": zeros(1, 6, 2, 5)} | case.arguments
     allocates_nothing(monkeypatch)
     s, v = arguments.pop("s"), arguments.pop("v")
     case.check(lambda: hw.key_scan(s, v, **arguments))
-    compare(torch.ones(1), torch.ones(1), F32)

@@ -165,6 +165,7 @@ def test_no_value_leakage():
         assert_same_bits(attend(*later, q_index=index, is_causal=True)[:, :t], o[:, :t])
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("mask_self", (True, False))
 @pytest.mark.usefixtures("on_both")
 def test_gradcheck(mask_self):
@@ -172,7 +173,6 @@ def test_gradcheck(mask_self):
     index = torch.tensor([[0, 3, 5, -1], [5, 1, 3, 3], [6, -1, -1, -1]]).expand(1, 2, 3, 4)
     options = {"q_index": index, "is_causal": True, "mask_self": mask_self, "mean_eps": 0.1}
     assert torch.autograd.gradcheck(lambda *t: attend(*t, **options), tensors)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 @pytest.mark.usefixtures("on_both")
@@ -308,12 +308,12 @@ def test_parity_with_routing_transformer_update():
     compare(hw.kmeans_update(mu, x), made.kmeans.means, F64)
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize(
     "function", (hw.kmeans_route, hw.kmeans_routing_attention, hw.kmeans_update)
 )
 def test_examples(function):
     check_example(function)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def zeros(*shape, dtype=F32, device=None):
@@ -388,15 +388,16 @@ ATTEND = (
 def refuse(case, function, arguments, monkeypatch):
     allocates_nothing(monkeypatch)
     case.check(lambda: function(**(arguments | case.arguments)))
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("case", ROUTE + ROUTE_ALONE, ids=repr)
 def test_route_refuses(case, monkeypatch):
     arguments = {"x": zeros(1, 9, 2, 8), "centroids": zeros(2, 3, 8), "window": 4}
     refuse(case, hw.kmeans_route, arguments, monkeypatch)
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("case", ROUTE + UPDATE, ids=repr)
 def test_update_refuses(case, monkeypatch):
     monkeypatch.setattr(hw.ops.kmeans_routing.reference, "cluster_sums", lambda *a: zeros(1))
@@ -404,6 +405,7 @@ def test_update_refuses(case, monkeypatch):
     refuse(case, hw.kmeans_update, arguments, monkeypatch)
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 @pytest.mark.parametrize("case", ATTEND, ids=repr)
 def test_attention_refuses(case, backend, monkeypatch):

@@ -322,6 +322,7 @@ def test_long_sequence_does_not_drift():
     compare(state.z[0, 0], z, F32)
 
 
+@pytest.mark.no_comparison
 def test_more_than_two_to_the_31_elements():
     """Shapes alone: no size is computed in 32 bits."""
     s = 2**27
@@ -330,7 +331,6 @@ def test_more_than_two_to_the_31_elements():
     assert o.shape == (1, s, 1, 64) and o.numel() > 2**31 and state.kv.shape == (1, 1, 153, 64)
     (d_v,) = torch.autograd.grad(o.sum(), v)
     assert d_v.shape == v.shape
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 @pytest.mark.parametrize("dtype", (F64, F32))
@@ -444,6 +444,7 @@ BAD = (
 )  # fmt: skip
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("case", BAD, ids=repr)
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 def test_bad_input(case, backend, monkeypatch):
@@ -451,7 +452,6 @@ def test_bad_input(case, backend, monkeypatch):
     allocates_nothing(monkeypatch)
     q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))
     case.check(lambda: hw.linear_attention(q, k, v, **arguments))
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def test_mixed_dtypes_with_fp64_under_autocast():

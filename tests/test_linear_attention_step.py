@@ -127,6 +127,7 @@ BAD = (
 )  # fmt: skip
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("case", BAD, ids=repr)
 def test_bad_input(case, monkeypatch):
     arguments = {"q": zeros(2, 2, 16), "k": zeros(2, 2, 16), "v": zeros(2, 2, 5), "state": state()}
@@ -134,4 +135,3 @@ def test_bad_input(case, monkeypatch):
     allocates_nothing(monkeypatch)
     q, k, v, kept = (arguments.pop(name) for name in ("q", "k", "v", "state"))
     case.check(lambda: hw.linear_attention_step(q, k, v, kept, **arguments))
-    compare(torch.ones(1), torch.ones(1), F32)

@@ -51,10 +51,10 @@ def options(request):
     return LAYERS[request.param]
 
 
+@pytest.mark.no_comparison
 def test_names():
     assert {n: tuple(x.shape) for n, x in layer().state_dict().items()} == NAMES
     assert "to_k.weight" in layer(shared_qk=False).state_dict()
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 def test_steps_equal_the_parallel_form(options):
@@ -79,6 +79,7 @@ def test_steps_after_the_parallel_form(options, cut):
         compare(made.step(x[:, t], state), whole[:, t], F64)
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("prefix", (True, False))
 def test_later_tokens(options, prefix):
     """With prefix routing nothing later matters; without it the membership does."""
@@ -87,7 +88,6 @@ def test_later_tokens(options, prefix):
     with torch.no_grad():
         same = torch.allclose(made(x)[:, :30], made(other)[:, :30], rtol=0, atol=1e-12)
     assert same == prefix
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 @pytest.mark.parametrize(("window", "length"), [(6, 30), (10, 45), (30, 30)])
@@ -177,6 +177,7 @@ def test_centroids_from_data():
     assert bool(loaded.initialized)  # but after weights that were not
 
 
+@pytest.mark.no_comparison
 def test_centroids_of_fewer_tokens_than_clusters():
     made = layer().train()
     made(randn(1, 3, WIDTH))
@@ -184,9 +185,9 @@ def test_centroids_of_fewer_tokens_than_clusters():
     empty = layer().train()
     empty(randn(1, 0, WIDTH))
     assert not bool(empty.initialized)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.no_comparison
 def test_commitment_loss(options):
     made, x = layer(commitment=0.5, **options), randn(2, TOKENS, WIDTH)
     made(x)
@@ -197,17 +198,17 @@ def test_commitment_loss(options):
     (grad,) = torch.autograd.grad(loss, made.to_q.weight)
     assert grad.abs().sum() > 0
     copy.deepcopy(made)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.no_comparison
 def test_gradients_reach_every_weight(options):
     made = layer(**options).train()
     y = made(randn(2, TOKENS, WIDTH))
     (y * randn(*y.shape, seed=3)).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in made.parameters())
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.no_comparison
 def test_refuses():
     for options, words in (
         ({"local_heads": 4}, "SlidingWindowAttention"),
@@ -235,4 +236,3 @@ def test_refuses():
         made.step(randn(1, WIDTH), state)
     with pytest.raises(ValueError, match="length is 40"):
         made(randn(1, TOKENS + 1, WIDTH))
-    compare(torch.ones(1), torch.ones(1), F32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import headworks as hw
-from headworks.testing import assert_same_bits, compare
+from headworks.testing import assert_same_bits
 from identities import Refused, allocates_nothing, randn
 from routing_checks import cases_of, check_example, check_reference
 from specs.select_topk import SPEC
@@ -58,16 +58,16 @@ def test_agrees_with_torch_where_nothing_ties():
     assert_same_bits(kept, expected.sort(-1).values)
 
 
+@pytest.mark.no_comparison
 def test_has_no_gradient():
     score = randn(3, 9).requires_grad_()
     index = hw.select_topk(score, 2, backend="reference")
     assert index.dtype == torch.int64 and not index.requires_grad
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
+@pytest.mark.no_comparison
 def test_example():
     check_example(hw.select_topk)
-    compare(torch.ones(1), torch.ones(1), F32)
 
 
 BAD = (
@@ -85,10 +85,10 @@ BAD = (
 )
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("case", BAD, ids=repr)
 def test_bad_input(case, monkeypatch):
     arguments = {"score": torch.zeros(5), "k": 2} | case.arguments
     allocates_nothing(monkeypatch)
     score, k = arguments.pop("score"), arguments.pop("k")
     case.check(lambda: hw.select_topk(score, k, **arguments))
-    compare(torch.ones(1), torch.ones(1), F32)

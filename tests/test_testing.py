@@ -133,10 +133,17 @@ def test_an_operator_test_without_comparison_fails(tmp_path):
         "@pytest.mark.operator\n"
         "def test_busy(): compare(torch.ones(1), torch.ones(1), torch.float32)\n"
         "def test_unmarked(): assert torch.empty(1).isnan()\n"
+        "@pytest.mark.operator\n"
+        "@pytest.mark.no_comparison\n"
+        "def test_refuses(): pass\n"
+        "@pytest.mark.operator\n"
+        "@pytest.mark.no_comparison\n"
+        "def test_compares(): compare(torch.ones(1), torch.ones(1), torch.float32)\n"
     )
     code = "import sys, pytest; sys.path.insert(0, sys.argv.pop(1)); sys.exit(pytest.main())"
     folder = str(Path(hw.__file__).parents[1])
     command = [sys.executable, "-c", code, folder, "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    assert "2 failed, 3 passed" in done.stdout, done.stdout + done.stderr
     assert "this operator test compared nothing" in done.stdout
+    assert "this test compares: it needs no mark no_comparison" in done.stdout
