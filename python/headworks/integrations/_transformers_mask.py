@@ -136,42 +136,60 @@ def attention_mask(
     """The mask of one forward pass, for queries from position q_offset and keys from kv_offset on.
 
     None where the layers' own causality says it all, else a PatternMask [B, 1, Sq, Sk]. While a
-    graph is traced, where values cannot be read, None or booleans.
+    graph is traced, where values cannot be read, None or booleans. Nothing that is given is read
+    after the return.
     """
     from transformers import masking_utils
 
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
-    is_aligned = q_length in (1, kv_length)  # whichever corner is meant
-    allow_is_causal_skip = allow_is_causal_skip and is_aligned
 
-    def made(**skip: bool) -> Tensor | None:
+    def made(function: Callable[..., Any], **skip: bool) -> Tensor | None:
         mask: Tensor | None = masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            kv_offset=kv_offset, mask_function=function, attention_mask=attention_mask,
             local_size=local_size, device=device, config=config, **skip, **others,
         )  # fmt: skip
         return mask
 
     _require_interface(type(config))
+    is_aligned = q_length in (1, kv_length)  # whichever corner is meant
+    may_be_none = _layers_see_all(config, local_size, kv_length)
+    allow_is_causal_skip = allow_is_causal_skip and is_aligned and may_be_none
+    allow_is_bidirectional_skip = allow_is_bidirectional_skip and may_be_none
     if torch.compiler.is_compiling():
         return made(
+            mask_function,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
-    make: Any = functools.partial(
-        made, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
-    )
-    pattern = _pattern_of(mask_function, q_length, kv_length, q_offset, kv_offset, local_size)
-    if pattern is not None and attention_mask is not None:
-        key_bias = _key_bias(attention_mask, kv_length, kv_offset)
-        pattern = pattern._replace(key_bias=key_bias)
-    may_be_none = pattern is not None and (
-        allow_is_causal_skip if pattern.is_causal else allow_is_bidirectional_skip
-    )
-    if pattern is not None and may_be_none and pattern.is_plain:
+    never: Any = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    size = (batch_size, 1, q_length, kv_length)
+    known = _pattern_of(mask_function, q_length, kv_length, q_offset, kv_offset, local_size)
+    if known is None:
+        booleans = made(mask_function, **never)
+        return PatternMask(size, device, None, lambda: booleans)
+    pattern, function = known
+    if attention_mask is not None:
+        pattern = pattern._replace(key_bias=_key_bias(attention_mask, kv_length, kv_offset))
+    skip = allow_is_causal_skip if pattern.is_causal else allow_is_bidirectional_skip
+    if skip and pattern.is_plain:
         return None
-    return PatternMask((batch_size, 1, q_length, kv_length), device, pattern, make)
+    # The booleans may be made later, when the model has moved on: of copies.
+    attention_mask, q_offset = _kept(attention_mask), _kept(q_offset)
+    return PatternMask(size, device, pattern, functools.partial(made, function, **never))
+
+
+def _layers_see_all(config: Any, local_size: int | None, kv_length: int) -> bool:
+    """Whether a layer without a mask sees all keys: it may be told of a window, by an argument,
+    and counts it otherwise than masks do: itself and w - 1 tokens on either side."""
+    windows = (local_size, getattr(config, "sliding_window", None))
+    return all(w is None or (isinstance(w, int) and w >= kv_length) for w in windows)
+
+
+def _kept(x: Any) -> Any:
+    """x as it is now: caches advance their counters in place."""
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _pattern_of(
@@ -181,8 +199,11 @@ def _pattern_of(
     q_offset: Any,
     kv_offset: int,
     local_size: int | None,
-) -> Pattern | None:
-    """The pattern of a mask function, padding aside; None if it has none."""
+) -> tuple[Pattern, Callable[..., Any]] | None:
+    """The pattern of a mask function, padding aside, and a function equal to it that holds no
+    tensor of the caller's; None if it has no pattern."""
+    from transformers import masking_utils as utils
+
     aligned = isinstance(q_offset, int) and q_offset - kv_offset == kv_length - q_length
     for is_causal, window, plain in _known(local_size):
         if not aligned and (is_causal or window is not None):
@@ -190,13 +211,15 @@ def _pattern_of(
         if window is not None and max(window) >= kv_length - 1:
             window = None
         if same_function(mask_function, plain, []):
-            return Pattern(is_causal, window)
+            return Pattern(is_causal, window), plain
         if q_length != kv_length:
             continue
         for packed in _packed(plain):
             found: list[Tensor] = []
             if same_function(mask_function, packed, found) and len(found[-1]) == 1:
-                return Pattern(is_causal, window, None, *bounds_of(found[-1][0]))
+                within = utils.packed_sequence_mask_function(found[-1].clone())
+                pattern = Pattern(is_causal, window, None, *bounds_of(found[-1][0]))
+                return pattern, utils.and_masks(plain, within)
     return None
 
 

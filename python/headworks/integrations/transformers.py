@@ -166,7 +166,7 @@ def attention(
         _check_packed(seen, bias, cu_seq_lens_q)
         seen |= {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
         seen |= {"max_seqlen_q": _integer(max_length_q), "max_seqlen_k": _integer(max_length_k)}
-    elif position_ids is not None and query.shape[2] == key.shape[2]:
+    elif position_ids is not None and len(query) == 1 and query.shape[2] == key.shape[2]:
         seen |= _packed_by_positions(position_ids, seen, bias)
     if position_bias is not None:
         bias = (position_bias if bias is None else position_bias + bias).to(query.dtype)
@@ -277,8 +277,9 @@ def _check_packed(seen: dict[str, Any], bias: Tensor | None, cu_seq_lens: Tensor
 def _packed_by_positions(
     position_ids: Tensor, seen: dict[str, Any], bias: Tensor | None
 ) -> dict[str, Any]:
-    """Bounds of the sequences packed into a row where nothing else tells them: positions [1, S]
-    count from 0 several times. (transformers puts them into the mask only if no cache is in use.)
+    """Bounds of the sequences packed into the only row of a batch where nothing else tells them:
+    positions [1, S] count from 0 several times. (transformers puts them into the mask only if no
+    cache is in use. Of several rows that share their positions it says nothing: neither do we.)
     """
     told = bias is not None or any(seen.get(x) is not None for x in ("key_bias", "cu_seqlens_q"))
     if told or torch.compiler.is_compiling() or position_ids.dim() != 2 or len(position_ids) != 1:
