@@ -4,12 +4,14 @@ compute is shown by `ci/gpu.sh --dry-run`."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +86,16 @@ def test_what_a_step_leaves_behind_ends_with_it(tmp_path):
 
 def test_a_step_is_not_started_when_there_is_no_time(tmp_path):
     assert run(python("late", "pass"), tmp_path, seconds=1.0).status == "not run"
+
+
+def test_all_steps_can_be_stopped_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "_stopped", threading.Event())
+    threading.Timer(2.0, steps.stop).start()
+    wanted = [python(f"deaf {i}", IGNORE) for i in range(3)]
+    end = time.monotonic() + 60
+    outcomes = steps.run_all(wanted, tmp_path, end, dict(os.environ), 2, lambda outcome: None)
+    assert [o.status for o in outcomes] == ["failed", "failed", "not run"]
+    assert max(o.seconds for o in outcomes) < 30
 
 
 def test_steps_side_by_side_cost_only_themselves(tmp_path, impatient):
@@ -176,7 +188,7 @@ def test_the_stand_ins_take_what_the_day_says_and_nothing_else(tmp_path, monkeyp
     [
         (lambda: None, "ok"),
         (lambda: pytest.fail("wrong result"), "failed"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "died (11)"),
+        (lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV)), "died (11)"),
         (lambda: time.sleep(60), "died (9)"),
     ],
     ids=["good", "wrong", "crash", "hang"],

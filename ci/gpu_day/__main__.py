@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+from gpu_day import steps
 from gpu_day.day import STAGES, Day
 from gpu_day.prepared import Prepared, emulated
 from gpu_day.target import TARGETS
@@ -33,6 +35,8 @@ def main() -> int:
         except FileNotFoundError as error:
             print(f"gpu_day: {error}", file=sys.stderr)
             return 2
+        # A machine that takes back its time says so by TERM: what there is comes home then too.
+        signal.signal(signal.SIGTERM, lambda *_: steps.stop())
         day = Day(target, prepared, Path(work), arguments.out.resolve(), arguments.seconds)
         try:
             day.run(only or STAGES)

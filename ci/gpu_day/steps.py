@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,9 @@ from pathlib import Path
 
 GRACE = 3.0  # seconds between INT and KILL
 LEAST = 1.0  # a step that would have less than this is not started
+
+_running: set[subprocess.Popen[bytes]] = set()
+_stopped = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def run(step: Step, logs: Path, end: float, environment: Mapping[str, str]) -> O
     log = logs / f"{step.name.replace('/', '_').replace(' ', '_')}.log"
     start = time.monotonic()
     limit = min(step.limit, end - start - GRACE)
-    if limit < LEAST:
+    if limit < LEAST or _stopped.is_set():
         return Outcome(step.name, "not run", 0.0, None, log)
     with log.open("wb") as output:
         try:
@@ -79,7 +83,9 @@ def run(step: Step, logs: Path, end: float, environment: Mapping[str, str]) -> O
         except OSError as error:
             output.write(f"cannot start {step.command[0]}: {error}\n".encode())
             return Outcome(step.name, "failed", 0.0, None, log)
+        _running.add(process)
         status = _wait(process, limit)
+        _running.discard(process)
     seconds = time.monotonic() - start
     if status == "ok" and process.returncode != 0:
         status = "failed"
@@ -103,6 +109,13 @@ def run_all(
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return list(pool.map(one, list(steps)))
+
+
+def stop() -> None:
+    """Kills what runs, and lets nothing start any more."""
+    _stopped.set()
+    for process in list(_running):
+        _signal(process, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
