@@ -3,6 +3,8 @@
 # Runs README's demo command as a newcomer would: word for word, in a fresh copy of the tree; then
 # looks at what it left.
 # Usage: ci/demo.sh [FOLDER]         (default: a temporary one, removed afterwards)
+#        RECORD=1 ci/demo.sh         on a quiet machine: writes what it took into
+#                                    bench/results/install_cpu.json and README.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,6 +15,7 @@ else
   trap 'rm -rf "$copy"' EXIT
 fi
 ci/readme.sh "$copy" '&& headworks demo$'
+[ "${RECORD:-}" != 1 ] || python3 ci/readme_times.py record "$copy/readme_trace.tsv"
 cd "$copy"
 .venv/bin/python - <<'PYTHON'
 import glob

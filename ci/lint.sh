@@ -23,4 +23,5 @@ step "$python" -m mypy --cache-dir="${TMPDIR:-/tmp}/headworks-mypy" python/
 mapfile -t sources < <(files '*.h' '*.cpp' '*.cuh' '*.cu')
 step "$clang_format" --dry-run -Werror "${sources[@]}"
 step "$python" ci/check_docs.py
+step "$python" ci/readme_times.py check
 exit $status

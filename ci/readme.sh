@@ -22,4 +22,8 @@ git ls-files -co --exclude-standard -z | while IFS= read -r -d '' f; do [ ! -f "
   | tar --null -T - -cf - | tar -xf - -C "$copy"
 cd "$copy"
 echo "\$ $command"
-CI=true bash -euo pipefail -c "$command" </dev/null
+# The time before each step of the line goes to a file; root's bash takes no PS4 from outside.
+trace="PS4=\$'+\\t\$EPOCHREALTIME\\t'; set -x"
+BASH_XTRACEFD=9 CI=true bash -euo pipefail -c "$trace; $command" </dev/null 9>readme_trace.tsv
+printf '+\t%s\tend\n' "$EPOCHREALTIME" >>readme_trace.tsv
+python3 ci/readme_times.py print readme_trace.tsv
