@@ -202,14 +202,23 @@ Races::Side Races::side(const Access& access, AccessKind kind) const {
 
 // ---- Reports ------------------------------------------------------------------------------------
 
+std::string Races::verb(const Side& side) {
+  constexpr const char* kVerbs[] = {"reads", "writes", "updates"};
+  return kVerbs[static_cast<size_t>(side.kind)];
+}
+
 // A race of two places is reported once, whatever threads and blocks run into it, in either order.
 void Races::found(const Side& first, const Side& second) {
+  const bool shared = in_shared(address_);
+  const uintptr_t offset = shared ? address_ - shared_begin_ : address_;
   const std::pair a(first.place, first.kind), b(second.place, second.kind);
   const Key key(std::min(a, b), std::max(a, b));
-  const auto [at, fresh] = races_.try_emplace(key, Race{first, second, address_, in_shared(address_)});
+  const auto [at, fresh] = races_.try_emplace(key, Race{first, second, offset, shared});
   ++at->second.count;
 }
 
+// Races whose lines read the same (of an instruction that was unrolled or inlined several times)
+// become one, the first.
 std::string Races::report() {
   if (races_.empty()) return {};
   std::vector<const void*> places;
@@ -217,41 +226,46 @@ std::string Races::report() {
     for (const Side* side : {&race.first, &race.second}) places.push_back(address_of(side->place));
   }
   const std::vector<std::string> lines = source_lines(places);
-  std::string text = concat("emulator: in kernel ", launch_->kernel, ": ", races_.size(),
-                            races_.size() == 1 ? " race" : " races");
+  std::map<std::string, Race> by_lines;
+  std::map<std::string, std::string> texts;
   size_t i = 0;
   for (const auto& [key, race] : races_) {
-    if (i == 2 * kMostReports) {
-      text += concat("\n  and ", races_.size() - kMostReports, " more");
-      break;
-    }
-    text += "\n  " + describe(race, lines[i], lines[i + 1]);
+    const std::string a = verb(race.first) + lines[i], b = verb(race.second) + lines[i + 1];
+    const auto [at, fresh] = by_lines.try_emplace(std::min(a, b) + std::max(a, b), race);
+    if (!fresh) at->second.count += race.count;
+    if (fresh) texts[at->first] = describe(race, lines[i], lines[i + 1]);
     i += 2;
   }
+  std::string text = concat("emulator: in kernel ", launch_->kernel, ": ", by_lines.size(),
+                            by_lines.size() == 1 ? " race" : " races");
+  size_t shown = 0;
+  for (const auto& [key, race] : by_lines) {
+    if (shown++ == kMostReports) break;
+    text += concat("\n  ", texts[key], " (", race.count, race.count == 1 ? " time)" : " times)");
+  }
+  if (shown > kMostReports) text += concat("\n  and ", by_lines.size() - kMostReports, " more");
   return text;
 }
 
 std::string Races::describe(const Race& race, const std::string& first,
                             const std::string& second) const {
   const std::string where =
-      race.shared ? concat("byte ", race.address - shared_begin_, " of shared memory")
-                  : concat("global memory at ", reinterpret_cast<const void*>(race.address));
+      race.shared ? concat("byte ", race.offset, " of shared memory")
+                  : concat("global memory at ", reinterpret_cast<const void*>(race.offset));
   const bool blocks = race.first.block != race.second.block;
   const bool pending = race.first.copy && race.first.thread == race.second.thread && !blocks;
   return concat(where, ": ", describe(race.first, first), ", and ", describe(race.second, second),
                 blocks    ? ": blocks of a grid have no order"
                 : pending ? ", before a wait for the copy"
-                          : ", with nothing that orders them",
-                " (", race.count, race.count == 1 ? " time)" : " times)");
+                          : ", with nothing that orders them");
 }
 
 std::string Races::describe(const Side& side, const std::string& line) const {
-  constexpr const char* kVerbs[] = {"reads", "writes", "updates"};
   const int64_t number = numbers_[side.block - first_block_];
   const int64_t x = launch_->grid[0], y = launch_->grid[1];
   return concat(side.copy ? "the copy of thread " : "thread ", side.thread, " of block (",
-                number % x, ", ", number / x % y, ", ", number / (x * y), ") ",
-                kVerbs[static_cast<size_t>(side.kind)], " it at ", line);
+                number % x, ", ", number / x % y, ", ", number / (x * y), ") ", verb(side), " it at ",
+                line);
 }
 
 }  // namespace hw::emu

@@ -53,7 +53,7 @@ class Races {
   };
   struct Race {
     Side first, second;
-    uintptr_t address;
+    uintptr_t offset;  // in shared memory, or the address
     bool shared;
     int64_t count = 0;
   };
@@ -76,6 +76,7 @@ class Races {
   bool in_shared(uintptr_t address) const { return address - shared_begin_ < shared_bytes_; }
 
   // --- reports
+  static std::string verb(const Side& side);
   Side side(const Access& access, AccessKind kind) const;
   void found(const Side& first, const Side& second);
   std::string describe(const Race& race, const std::string& first, const std::string& second) const;

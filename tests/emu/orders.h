@@ -21,6 +21,12 @@ inline std::vector<emu::Config> all_configurations() {
   return list;
 }
 
+// The same without the race check, for kernels that race on purpose.
+inline emu::Config racing(emu::Config config) {
+  config.races = emu::RaceCheck::off;
+  return config;
+}
+
 template <class Body>
 void for_all_orders(const Body& body) {
   for (const emu::Config& config : all_configurations()) {

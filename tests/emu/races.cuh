@@ -199,8 +199,7 @@ struct MatrixRows {
   }
 };
 
-// 16-bit elements side by side belong to different threads; so do the halves of a pair of bytes of
-// different words.
+// 16-bit elements side by side belong to different threads.
 struct Neighbours {
   static constexpr int kThreads = 64;
   using Params = RaceParams;

@@ -148,12 +148,13 @@ TEST(host_threads_do_not_change_results) {
     return out.read();
   };
   for_all_orders([&] {
+    const emu::ScopedConfig scope(racing(emu::config()));
     const std::vector<float> one = seen(1);
     for (int workers : {2, 3, 16}) EXPECT(one == seen(workers), workers, " host threads");
   });
-  const emu::ScopedConfig scope({1, Order::shuffled, Copies::late});
+  const emu::ScopedConfig scope(racing({1, Order::shuffled, Copies::late}));
   const std::vector<float> one = seen(1);
-  emu::configure({2, Order::shuffled, Copies::late});
+  emu::configure(racing({2, Order::shuffled, Copies::late}));
   EXPECT(one != seen(1), "the kernel does depend on the order");
 }
 
@@ -201,6 +202,7 @@ int block_that_threw(const Throws::Params& params, int workers) {
 
 TEST(exceptions_reach_the_caller_and_unwind_the_block) {
   for_all_orders([] {
+    const emu::ScopedConfig scope(racing(emu::config()));  // all count in one number
     const bool forward = emu::config().order == Order::forward;
     for (int thread : {0, 37, 95}) {
       for (bool behind : {false, true}) {

@@ -56,7 +56,7 @@ TEST(fault_shared_memory_left_by_another_block_is_nan) {
 
 TEST(fault_copy_without_wait_never_lands) {
   for (Order order : {Order::forward, Order::reverse, Order::shuffled}) {
-    const emu::ScopedConfig scope({1, order, Copies::late});
+    const emu::ScopedConfig scope(racing({1, order, Copies::late}));
     const std::vector<float> got = run<CopyWithoutWait>();
     for (int t = 0; t < 32; ++t) EXPECT(std::isnan(got[t]), "thread ", t, ": ", got[t]);
     const std::vector<float> next = run<WaitsForNothing>();
@@ -67,7 +67,7 @@ TEST(fault_copy_without_wait_never_lands) {
 // Whether any thread of a missing-barrier kernel has seen something other than what it should.
 template <class Kernel, class Want>
 bool wrong(int index, Order order, const Want& want) {
-  const emu::ScopedConfig scope({7, order, Copies::late});
+  const emu::ScopedConfig scope(racing({7, order, Copies::late}));
   const std::vector<float> got = run<Kernel>(index);
   bool any = false;
   for (int t = 0; t < Kernel::kThreads; ++t) any |= got[t] != want(t);

@@ -34,7 +34,7 @@ template <Plant kPlant>
 void check_caught(Copies copies) {
   const GemmCase<Format::bf16> c(64, 64, 160);
   for (Order order : kOrders) {
-    const emu::ScopedConfig scope({5, order, copies});
+    const emu::ScopedConfig scope(racing({5, order, copies}));
     EXPECT(c.wrong(c.run<kPlant>()).count > 0, "order ", static_cast<int>(order));
   }
 }
@@ -42,7 +42,7 @@ void check_caught(Copies copies) {
 TEST(fault_wait_one_short_is_caught) {
   const GemmCase<Format::f16> c(64, 64, 64);
   for (Order order : kOrders) {
-    const emu::ScopedConfig scope({5, order, Copies::late});
+    const emu::ScopedConfig scope(racing({5, order, Copies::late}));
     const auto wrong = c.wrong(c.run<Plant::wait_one_short>());
     EXPECT(wrong.nan == 64 * 64, wrong.nan, " elements are NaN, all should be");
   }
@@ -62,7 +62,7 @@ TEST(fault_stage_reused_too_early_is_caught) {
 // that follows it. This is why both landings are run.
 TEST(fault_stage_reused_too_early_needs_early_landing) {
   const GemmCase<Format::bf16> c(64, 64, 160);
-  const emu::ScopedConfig scope({5, Order::forward, Copies::late});
+  const emu::ScopedConfig scope(racing({5, Order::forward, Copies::late}));
   EXPECT(c.wrong(c.run<Plant::no_barrier_free>()).count == 0);
 }
 
