@@ -10,6 +10,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+STRIDED = torch.strided
+
 
 def fail(
     kind: type[Exception], op: str, argument: str, got: object, expected: str, remedy: str
@@ -28,6 +30,21 @@ def require_tensors(op: str, **tensors: object) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             fail(TypeError, op, name, describe(x), "a torch.Tensor", "Convert it first.")
+        require_dense(op, name, x)
+
+
+def require_dense(op: str, name: str, x: Tensor) -> None:
+    """Numbers in memory with strides."""
+    if x.layout is STRIDED and not x.is_nested:
+        return
+    remedy = f"Use {name}.to_dense()."
+    if x.is_nested:
+        remedy = (
+            f"Pad it, {name}.to_padded_tensor(0.0), and hide the padding, or pack the sequences "
+            "one after the other where there is cu_seqlens."
+        )
+    kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").lstrip("_")
+    fail(TypeError, op, name, f"a tensor of layout {kind}", "a dense tensor of any strides", remedy)
 
 
 def require_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
@@ -78,7 +95,7 @@ def require_one_dtype(op: str, allowed: Container[torch.dtype], **tensors: Tenso
             first,
             x.dtype,
             "float64, float32, bfloat16 or float16",
-            f"Cast it, for example {first}.float().",
+            f"Cast it, for example {first}.{'dequantize' if x.is_quantized else 'float'}().",
         )
     for name, t in rest:
         if t.dtype != x.dtype:
@@ -92,10 +109,25 @@ def require_one_dtype(op: str, allowed: Container[torch.dtype], **tensors: Tenso
             )
 
 
+def require_flag(op: str, name: str, flag: object) -> bool:
+    """A Python boolean and nothing else: "False" is true, and 0 may be a number misplaced."""
+    if not isinstance(flag, bool):
+        got = describe(flag) if isinstance(flag, Tensor) else repr(flag)
+        fail(TypeError, op, name, got, "True or False", "Flags are fixed when the call is made.")
+    return flag
+
+
+def require_flags(op: str, **flags: object) -> None:
+    for name, flag in flags.items():
+        require_flag(op, name, flag)
+
+
 def require_number(op: str, name: str, x: object) -> float:
     """A finite Python number as a float."""
     if type(x) is float and -math.inf < x < math.inf:  # as torch.compile can follow it
         return x
+    if type(x) is int:
+        return float(x)
     if isinstance(x, (Tensor, str)) or not hasattr(x, "__float__"):
         fail(
             TypeError,

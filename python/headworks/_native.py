@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as symbolic_trace
 
 from . import _library
 from ._errors import fail
@@ -70,12 +72,26 @@ def without_products(backend: str) -> str:
     return f"{family}{separator}simt" if name in ("sm80", "sm90") else backend
 
 
+def is_recorded() -> bool:
+    """Whether operations are recorded or replaced: torch.compile, torch.jit.trace, make_fx, modes.
+    Values are not looked at then: whoever runs the graph has others."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or symbolic_trace._is_fx_tracing_flag
+    )
+
+
 def route(op: str, tensors: Sequence[Maybe]) -> str:
     """How a validated call is made:
 
     direct      plain tensors, no gradient wanted: the native call and nothing else
     operator    tracing, fake and other special tensors: through the dispatcher
     autograd    a gradient is wanted: through the autograd.Function
+
+    Whoever records or replaces operations sees those of the dispatcher alone: torch.jit.trace,
+    make_fx, dispatch modes. The tensors are on one device, and the first is not None.
     """
     wants_gradient = False
     if torch.is_grad_enabled():
@@ -87,11 +103,25 @@ def route(op: str, tensors: Sequence[Maybe]) -> str:
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         _refuse_transforms(op, tensors)
     if wants_gradient:
+        if torch._C._get_tracing_state() is not None:
+            fail(
+                NotImplementedError,
+                op,
+                "an input",
+                "a tensor that requires grad, in torch.jit.trace",
+                "none: a traced graph has no gradient of this operator",
+                "Trace under torch.no_grad(), or use torch.compile or torch.export.",
+            )
         return "autograd"
-    if torch._C._len_torch_dispatch_stack():
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or symbolic_trace._is_fx_tracing_flag
+        or tensors[0].is_meta  # type: ignore[union-attr]
+    ):
         return "operator"
     for x in tensors:
-        if x is not None and (type(x) is not Tensor or x.is_neg() or x.is_meta):
+        if x is not None and (type(x) is not Tensor or x.is_neg()):
             return "operator"
     return "direct"
 
@@ -102,7 +132,7 @@ def _refuse_transforms(op: str, tensors: Sequence[Maybe]) -> None:
         if x is None:
             continue
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            got = "inside torch.func.vmap, grad or jvp"
+            got = "inside a transform of torch.func such as vmap, grad or jvp"
         elif forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             got = "a dual tensor of forward-mode differentiation"
         else:
@@ -151,10 +181,19 @@ def _number(function: str) -> int:
 def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register headworks::<schema> with its body for CPU and CUDA tensors and its shapes."""
     name = schema[: schema.index("(")]
+
+    @functools.wraps(fake)
+    def on_one_device(*arguments: Any) -> Any:
+        devices = {x.device for x in arguments if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            got, remedy = ", ".join(map(str, devices)), "Move them to one."
+            fail(RuntimeError, name, "the device of its tensors", got, "one device", remedy)
+        return fake(*arguments)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, body, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"headworks::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"headworks::{name}", on_one_device, lib=LIBRARY)
 
 
 def empties(*tensors: Maybe) -> tuple[Maybe, ...]:

@@ -47,7 +47,7 @@ def operators(tensors, case):
     q, k, own, other, *rest = attention.module._checked_route(
         tensors["q"], tensors["k"], **DEFAULTS | case.options, backend="cpu"
     )
-    arguments = (q, k, list(own), list(other), *rest[:-1], "auto")
+    arguments = (q, k, *own, *other, *rest[:-1], "auto")
     return [(torch.ops.headworks.bilevel_route.default, arguments)]
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .._autograd import Saved, first_order
 
 _silu_backward = torch.ops.aten.silu_backward
 
@@ -33,10 +34,10 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * r).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @first_order("rms_norm")
+    def backward(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
         # With n = x r:  dw = sum dy n,  dx = r (dy w - n mean_c(dy w n)).
-        x, weight, r = ctx.saved_tensors
+        x, weight, r = saved
         n = x.to(r.dtype) * r
         dy_n = dy * n
         along = (dy_n @ weight.to(r.dtype)).unsqueeze(-1).div_(x.shape[-1])
@@ -63,9 +64,9 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(b).mul_(a)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+    @first_order("swiglu")
+    def backward(ctx: Any, saved: Saved, dy: Tensor) -> Tensor:
+        (x,) = saved
         a, b = x.chunk(2, -1)
         dx = torch.empty_like(x)
         da, db = dx.chunk(2, -1)
@@ -110,13 +111,13 @@ class _GatedShortConv(torch.autograd.Function):
         if bias is not None:
             conv.add_(bias.to(x.dtype))
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, conv)
+        ctx.save_for_backward(x, weight, conv, bias)
         return F.silu(conv).mul_(b)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, conv = ctx.saved_tensors
+    @first_order("gated_short_conv")
+    def backward(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, conv, _ = saved
         width, tokens = weight.shape[-1], x.shape[1]
         a, b = x.chunk(2, -1)
         dx = torch.empty_like(x)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Saved, first_order
 from .._native import ACCUMULATION, Maybe
 from . import _attention_operators as operators
-from ._attention_native import Want, WantGrad
+from ._attention_native import OP, Want, WantGrad
 from ._attention_operators import NUMBERS
 from ._attention_score import TENSORS, Score
 
@@ -92,15 +92,14 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, v, gate, mix, made.w if save_w else made.o, row)
         ctx.numbers, ctx.want_lse, ctx.backend = numbers, want_lse, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*made[3:])
-        if not want_lse:
-            ctx.mark_non_differentiable(made.row)
+        # Once: a second call replaces the first.
+        ctx.mark_non_differentiable(*made[3:], *(() if want_lse else (made.row,)))
         return made.o, *made[2:]  # type: ignore[return-value]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_o: Maybe, d_lse: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
-        *tensors, v, gate, mix, w, row = ctx.saved_tensors
+    @first_order(OP)
+    def backward(ctx: Any, saved: Saved, d_o: Maybe, d_lse: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
+        *tensors, v, gate, mix, w, row = saved
         score = Score(*tensors, *ctx.numbers)
         needs = ctx.needs_input_grad
         if d_o is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._errors import fail
 from .._native import Maybe
-from ._checks import check_cu_seqlens, check_cu_seqlens_values
+from ._checks import check_cu_seqlens, check_cu_seqlens_values, check_running_sum
 
 Bounds = Tensor | Sequence[int]
 
@@ -62,9 +62,9 @@ def _bounds_of_list(
 ) -> tuple[Tensor, object]:
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in bounds):
         fail(TypeError, op, name, bounds, "a list of integers", "Pass the running sum of lengths.")
+    if bounds:
+        check_running_sum(op, name, bounds, x.shape[1])
     host = torch.tensor(bounds, dtype=torch.int64)
-    if host.numel():
-        check_cu_seqlens_values(op, name, host, x.shape[1])
     if longest is None:
         longest = max([0, *(b - a for a, b in itertools.pairwise(bounds))])
     if x.is_cuda:

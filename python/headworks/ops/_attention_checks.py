@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .._errors import (
+    STRIDED,
     describe,
     fail,
+    require_dense,
     require_number,
     require_one_dtype,
     require_rank,
@@ -19,7 +21,7 @@ from .._errors import (
     require_sizes,
     require_tensors,
 )
-from .._native import ACCUMULATION, autocast, autocasts
+from .._native import ACCUMULATION, autocast, autocasts, is_recorded
 from ._checks import heads_match
 
 # Numbers as in csrc/ops/attention/attention.h.
@@ -40,10 +42,20 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def check_inputs(op: str, q: Tensor, k: Tensor) -> None:
     """q [B, Sq, Hq, D] and k [B, Sk, H, D] belong together."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == 4 and k.dim() == 4):
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and q.layout is k.layout is STRIDED
+        and q.dim() == 4
+        and k.dim() == 4
+    ):
         _reject_inputs(op, q, k)
-    batch, _, query_heads, d = q.shape
-    k_batch, _, heads, k_d = k.shape
+    try:
+        batch, _, query_heads, d = q.shape
+        k_batch, _, heads, k_d = k.shape
+    except RuntimeError:  # a nested tensor has no shape
+        require_tensors(op, q=q, k=k)
+        raise
     if not (
         batch == k_batch
         and d == k_d
@@ -79,13 +91,18 @@ def check_values(
     op: str, name: str, v: Tensor, layout: str, sizes: Sequence[int], q: Tensor
 ) -> None:
     """v: [*sizes, any] of the dtype and device of q."""
-    if not (
-        isinstance(v, Tensor)
-        and v.dim() == 4
-        and v.shape[:3] == sizes
-        and v.dtype == q.dtype
-        and v.device == q.device
-    ):
+    try:
+        fits = (
+            isinstance(v, Tensor)
+            and v.layout is STRIDED
+            and v.dim() == 4
+            and v.shape[:3] == sizes
+            and v.dtype == q.dtype
+            and v.device == q.device
+        )
+    except RuntimeError:  # a nested tensor has no shape
+        fits = False
+    if not fits:
         require_tensors(op, **{name: v})
         require_rank(op, 4, layout, **{name: v})
         require_one_dtype(op, ACCUMULATION, q=q, **{name: v})
@@ -107,6 +124,7 @@ def broadcast(
             f"a tensor {layout} of floating-point numbers",
             "Cast it, for example with .float().",
         )
+    require_dense(op, name, x)
     fits = x.dim() == len(sizes)
     for i, size in enumerate(sizes if fits else ()):
         fits = fits and (x.shape[i] == size or (free >> i & 1 == 1 and x.shape[i] == 1))
@@ -136,6 +154,7 @@ def check_bias(op: str, bias: object, q: Tensor, k: Tensor) -> Tensor:
             "Cast it; of a mask of booleans make 0 and -inf: "
             "torch.where(mask, 0.0, -torch.inf).to(q.dtype).",
         )
+    require_dense(op, "bias", bias)
     fits = bias.dim() <= 4
     for size, own in zip(sizes[::-1], tuple(bias.shape)[::-1], strict=False):
         fits = fits and (own == size or own == 1)
@@ -152,7 +171,7 @@ def check_bias(op: str, bias: object, q: Tensor, k: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
-def check_window(op: str, is_causal: object, window_size: object) -> tuple[int, int]:
+def check_window(op: str, is_causal: bool, window_size: object) -> tuple[int, int]:
     """(left, right), -1 for unlimited."""
     if window_size is None:
         return -1, -1
@@ -259,6 +278,7 @@ def check_index(op: str, name: str, index: object, q: Tensor) -> Tensor:
     """index [B, n], of int64 [n], [1, n] or [B, n]."""
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         fail(TypeError, op, name, describe(index), "an int64 tensor", "Convert it with .long().")
+    require_dense(op, name, index)
     if index.dim() not in (1, 2) or (index.dim() == 2 and index.shape[0] not in (1, q.shape[0])):
         fail(
             ValueError,
@@ -274,7 +294,7 @@ def check_index(op: str, name: str, index: object, q: Tensor) -> Tensor:
 
 def check_index_values(op: str, name: str, index: Tensor | None, size: int) -> None:
     """0 <= index < size, of plain tensors on the CPU. A GPU would have to be waited for."""
-    if index is None or torch.compiler.is_compiling() or type(index) is not Tensor:
+    if index is None or is_recorded() or type(index) is not Tensor:
         return
     if not index.is_cpu or not index.numel():
         return

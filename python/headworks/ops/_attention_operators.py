@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .._native import Maybe, define, fixed_arity
 from . import _attention_native as native
+from ._attention_checks import ACTIVATIONS, NORMALIZERS
 from ._attention_native import Forward, Want, WantGrad
 from ._attention_score import TENSORS, Score
+from ._operands import check_operands, operands, require, require_given
 
 NUMBERS = len(Score._fields) - TENSORS
 
@@ -29,8 +31,45 @@ def _unpacked(arguments: tuple[Any, ...], others: int) -> tuple[Score, tuple[Any
     return score, arguments[TENSORS:first] + arguments[first + NUMBERS :]
 
 
+_OF_SCORE = operands(
+    q="input B Sq Hq D", k="input B Sk H D", bias="input B? Hq? Sq? Sk?",
+    key_bias="statistic B Hq Sk", key_gain="statistic B Hq Sk",
+    row_temperature="statistic B Sq Hq", cu_seqlens_q="index N+1", cu_seqlens_k="index N+1",
+)  # fmt: skip
+_OF_FORWARD = _OF_SCORE + operands(
+    v="input B Sk H Dv", head_gate="statistic B Sq Hq", identity_mix="statistic B Hq",
+    mass_keys="statistic B Hq Sk",
+)  # fmt: skip
+_OF_BACKWARD = _OF_SCORE + operands(
+    v="input B Sk H Dv", d_w="input B Sq Hq Dv", row="statistic B Hq Sq",
+    delta="statistic B Hq Sq",
+)  # fmt: skip
+_OF_COLUMNS = _OF_SCORE + operands(
+    x="input B Sq Hq Dx", row="statistic B Hq Sq", row_weight="statistic B Hq Sq"
+)
+_OF_PROBS = _OF_SCORE + operands(
+    row="statistic B Hq Sq", keys="index B n", rows="index B n", offsets="index n"
+)
+
+
+def check_score(op: str, score: Score) -> None:
+    """What the shapes of a Score's tensors do not say."""
+    packed = score.cu_seqlens_q is not None
+    require_given(op, cu_seqlens_k=(score.cu_seqlens_k, packed))
+    require(op, "B with cu_seqlens", not packed or score.q.shape[0] == 1, "1")
+    require(op, "bias with cu_seqlens", not packed or score.bias is None, "None")
+    require(op, "activation", 0 <= score.activation < len(ACTIVATIONS), "one there is")
+    require(op, "normalizer", 0 <= score.normalizer < len(NORMALIZERS), "one there is")
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    op = "attention_fwd"
+    check_operands(op, _OF_FORWARD, arguments[: TENSORS + 4])
     score, (v, gate, mix, mass_keys, *want, backend) = _unpacked(arguments, 4)
+    check_score(op, score)
+    require(op, "v", v is not None or gate is mix is mass_keys is None, "a tensor for these others")
+    require(op, "v", v is None or v.shape[3] > 0, "a tensor of width 1 at least")
+    require(op, "Sq with identity_mix", mix is None or score.q.shape[1] == score.k.shape[1], "Sk")
     made = native.forward(score, v, gate, mix, mass_keys, Want(*want), backend)
     return fixed_arity(made, score.q)
 
@@ -41,7 +80,12 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    op = "attention_bwd"
+    check_operands(op, _OF_BACKWARD, arguments[: TENSORS + 4])
     score, (v, d_w, row, delta, *want, backend) = _unpacked(arguments, 4)
+    check_score(op, score)
+    require_given(op, row=(row, score.has_row_statistic))
+    require(op, "v", v.shape[3] > 0, "a tensor of width 1 at least")
     return fixed_arity(
         native.backward(score, v, d_w, row, delta, WantGrad(*want), backend), score.q
     )
@@ -53,7 +97,12 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _columns(*arguments: Any) -> tuple[Tensor, ...]:
+    op = "attention_columns"
+    check_operands(op, _OF_COLUMNS, arguments[: TENSORS + 3])
     score, (x, row, row_weight, total, largest, backend) = _unpacked(arguments, 3)
+    check_score(op, score)
+    require_given(op, row=(row, score.has_row_statistic))
+    require(op, "x", x is None or x.shape[3] > 0, "a tensor of width 1 at least")
     return fixed_arity(native.columns(score, x, row, row_weight, total, largest, backend), score.q)
 
 
@@ -63,7 +112,13 @@ def _columns_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _probs(*arguments: Any) -> Tensor:
+    op = "attention_probs"
+    check_operands(op, _OF_PROBS, arguments[: TENSORS + 4])
     score, rest = _unpacked(arguments, 4)
+    check_score(op, score)
+    require_given(op, row=(rest[0], score.has_row_statistic))
+    chosen = sum(x is not None for x in rest[1:4])
+    require(op, "the number of keys, rows and offsets", chosen == 1, "1")
     return native.probs(score, *rest)
 
 

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
-from .._errors import describe, fail, require_number, require_same_device, require_sizes
+from .._errors import (
+    describe,
+    fail,
+    require_dense,
+    require_flag,
+    require_number,
+    require_same_device,
+    require_sizes,
+)
 from .._native import ACCUMULATION, Maybe, autocast, autocasts
 from ._attention_bounds import Bounds, check_bounds, check_same_number, check_values
 from ._attention_checks import (
@@ -177,14 +185,16 @@ def shape_of(
     softcap: float,
 ) -> tuple[float, float, bool, int, int]:
     """scale, softcap, causal, left, right of a Score, validated."""
+    if type(is_causal) is not bool:
+        require_flag(op, "is_causal", is_causal)
     left, right = check_window(op, is_causal, window_size)
     if scale is None:
         scale = float(q.shape[3] ** -0.5)
-    elif type(scale) is not float or not math.isfinite(scale):
+    elif type(scale) is not float or not -math.inf < scale < math.inf:
         scale = require_number(op, "scale", scale)
     if type(softcap) is not float or not 0.0 <= softcap < math.inf:
         softcap = check_softcap(op, softcap)
-    return scale, softcap, bool(is_causal), left, right
+    return scale, softcap, is_causal, left, right
 
 
 def _check_bias(
@@ -225,6 +235,7 @@ def check_lse(op: str, lse: object, score: Score) -> Maybe:
             f"a tensor of {dtype}",
             "Pass what hw.attention_lse or hw.attention gave for the same q, k and options.",
         )
+    require_dense(op, "lse", lse)
     require_sizes(op, "[B, Hq, Sq]", "lse", lse, score.row_shape)
     require_same_device(op, "q", score.q, lse=lse)
     return lse.detach()

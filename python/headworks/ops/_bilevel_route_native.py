@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._native import ACCUMULATION, NativeCall, define, route, run
 from ..reference.bilevel_routing import Grid
+from ._operands import check_operands, operands, require
 from ._routing_attention_native import image_cells
 from ._select_topk_native import select_rows
 
@@ -21,7 +24,7 @@ def bilevel_route(
     """
     direct = route("bilevel_route", (q, k)) == "direct"
     call = _route if direct else torch.ops.headworks.bilevel_route.default
-    graph: Tensor = call(q, k, list(own), list(other), topk, per_head, backend)
+    graph: Tensor = call(q, k, *own, *other, topk, per_head, backend)
     return graph
 
 
@@ -31,31 +34,46 @@ def bilevel_route_call(q: Tensor, k: Tensor, own: Grid, backend: str) -> NativeC
     return "bilevel_route.means", backend, tensors, image_cells(own, (q.shape[1], q.shape[2]))
 
 
-def _route(
-    q: Tensor,
-    k: Tensor,
-    own: list[int],
-    other: list[int],
-    topk: int,
-    per_head: bool,
-    backend: str,
-) -> Tensor:
-    shape = _route_fake(q, k, own, other, topk, per_head, backend).shape
-    scores = _scores(q, k, Grid(*own), Grid(*other), per_head, backend)
+def _route(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
+    own, other, (topk, per_head, backend) = _unpacked(*numbers)
+    shape = _shape(q, own, topk, per_head)
+    scores = _scores(q, k, own, other, per_head, backend)
     return select_rows(scores.flatten(0, -2), topk, False, backend).view(shape)
 
 
-def _route_fake(
-    q: Tensor,
-    k: Tensor,
-    own: list[int],
-    other: list[int],
-    topk: int,
-    per_head: bool,
-    backend: str,
-) -> Tensor:
-    heads = (q.shape[3],) if per_head else ()
-    return q.new_empty((q.shape[0], *heads, own[0] * own[1], topk), dtype=torch.int64)
+def _grid(which: str) -> str:
+    """One by one: torch.jit.trace records no lists of symbolic integers."""
+    return ", ".join(f"SymInt {which}_{name}" for name in Grid._fields)
+
+
+def _unpacked(*numbers: Any) -> tuple[Grid, Grid, tuple[Any, ...]]:
+    """The grids of q and of k, and the other numbers."""
+    return Grid(*numbers[:4]), Grid(*numbers[4:8]), numbers[8:]
+
+
+_OPERANDS = operands(q="input B Y X Hq D", k="input B Yk Xk H D")
+
+
+def _route_operator(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
+    op = "bilevel_route"
+    own, other, (topk, *_) = _unpacked(*numbers)
+    sizes = check_operands(op, _OPERANDS, (q, k))
+    for name, grid, image in (("own", own, ("Y", "X")), ("other", other, ("Yk", "Xk"))):
+        cut = min(grid) > 0
+        for number, cell, axis in zip(grid[:2], grid[2:], image, strict=True):
+            cut = cut and number == -(-sizes[axis] // cell)
+        require(op, name, cut, "rows, columns, height and width of regions that cover the image")
+    require(op, "topk", 0 <= topk <= other.regions, "from 0 to the number of regions of k")
+    return _route(q, k, *numbers)
+
+
+def _route_fake(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
+    own, _, (topk, per_head, _) = _unpacked(*numbers)
+    return q.new_empty(_shape(q, own, topk, per_head), dtype=torch.int64)
+
+
+def _shape(q: Tensor, own: Grid, topk: int, per_head: bool) -> tuple[int, ...]:
+    return (q.shape[0], *((q.shape[3],) if per_head else ()), own.regions, topk)
 
 
 def _scores(q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backend: str) -> Tensor:
@@ -82,8 +100,8 @@ def _means_of(x: Tensor, grid: Grid) -> Tensor:
 
 
 define(
-    "bilevel_route(Tensor q, Tensor k, SymInt[] own, SymInt[] other, SymInt topk, bool per_head,"
+    f"bilevel_route(Tensor q, Tensor k, {_grid('q')}, {_grid('k')}, SymInt topk, bool per_head,"
     " str backend) -> Tensor",
-    _route,
+    _route_operator,
     _route_fake,
 )

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._errors import describe, fail, require_same_device
+from .._errors import describe, fail, require_dense, require_same_device
 
 
 def heads_match(hq: int, h: int) -> bool:
@@ -27,6 +28,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: object, x: Tensor) -> Tenso
             "an int32 or int64 tensor [N + 1]",
             "Pass the running sum of the sequence lengths, from 0 to the total.",
         )
+    require_dense(op, name, cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail(
             ValueError,
@@ -51,9 +53,12 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: object, x: Tensor) -> Tenso
 
 def check_cu_seqlens_values(op: str, name: str, cu_seqlens: Tensor, total: int) -> None:
     """From 0 to the total, never decreasing. On a GPU this would wait for the device: not done."""
-    if not cu_seqlens.is_cpu:
-        return
-    bounds = cu_seqlens.tolist()
+    if cu_seqlens.is_cpu:
+        check_running_sum(op, name, cu_seqlens.tolist(), total)
+
+
+def check_running_sum(op: str, name: str, bounds: Sequence[int], total: int) -> None:
+    """The values of cu_seqlens, on the host."""
     for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end < begin:
             fail(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._native import ACCUMULATION, NativeCall, define, route, run, widen
+from ._operands import check_operands, operands, require
 from ._select_topk_native import select_rows
 
 # Scalars are doubles; a longer sequence has the quotas of this one.
@@ -70,6 +71,20 @@ def _route(
     return _prefix(d, window, prefix_length, backend).view(shape)
 
 
+_OPERANDS = operands(x="input B S H D", centroids="statistic H K D")
+
+
+def _route_operator(
+    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
+) -> Tensor:
+    op = "kmeans_route"
+    tokens = check_operands(op, _OPERANDS, (x, centroids))["S"]
+    most = tokens if prefix_length is None else prefix_length
+    require(op, "prefix_length", most >= tokens, "at least S")
+    require(op, "window", 0 <= window <= most, "from 0 to S, or to prefix_length")
+    return _route(x, centroids, window, prefix_length, backend)
+
+
 def _route_fake(
     x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
 ) -> Tensor:
@@ -80,6 +95,6 @@ def _route_fake(
 define(
     "kmeans_route(Tensor x, Tensor centroids, SymInt window, SymInt? prefix_length, str backend) "
     "-> Tensor",
-    _route,
+    _route_operator,
     _route_fake,
 )

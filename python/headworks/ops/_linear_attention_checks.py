@@ -9,6 +9,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from .._errors import (
+    STRIDED,
     describe,
     fail,
     require_number,
@@ -61,7 +62,7 @@ def check_options(
             fail(ValueError, op, "eps", eps, "a number >= 0", "Use 0.0 for none.")
     if scale is None:
         return number, float(d**-0.5)
-    if type(scale) is not float or not math.isfinite(scale):
+    if type(scale) is not float or not -math.inf < scale < math.inf:
         return number, require_number(op, "scale", scale)
     return number, scale
 
@@ -110,16 +111,21 @@ def check_state(
         )
     kv, z = state
     dtype = ACCUMULATION[q.dtype]
-    if (
-        not isinstance(kv, Tensor)
-        or not isinstance(z, Tensor)
-        or kv.shape != sizes
-        or z.shape != sizes[:3]
-        or kv.dtype != dtype
-        or z.dtype != dtype
-        or kv.device != q.device
-        or z.device != q.device
-    ):
+    try:
+        fits = (
+            isinstance(kv, Tensor)
+            and isinstance(z, Tensor)
+            and kv.layout is z.layout is STRIDED
+            and kv.shape == sizes
+            and z.shape == sizes[:3]
+            and kv.dtype == dtype
+            and z.dtype == dtype
+            and kv.device == q.device
+            and z.device == q.device
+        )
+    except RuntimeError:  # a nested tensor has no shape
+        fits = False
+    if not fits:
         _reject_state(op, name, kv, z, q, feature_map, sizes)
     return kv, z
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Saved, first_order
 from .._native import ACCUMULATION, Maybe, define, empties, fixed_arity, run
 from ._checks import check_cu_seqlens_values
-from ._linear_attention_checks import OP, num_features
+from ._linear_attention_checks import FEATURE_MAPS, MAX_TAYLOR_DIM, OP, num_features
+from ._operands import check_operands, operands, require, require_given
 
 # feature map, causal, normalize, scale, eps
 Scalars = tuple[int, bool, bool, float, float]
@@ -61,10 +62,38 @@ def forward(
     return o, z, kv1, z1
 
 
+_QKV = operands(q="input B S Hq D", k="input B S H D", v="input B S H Dv")
+_START = operands(kv0="statistic N H F Dv", z0="statistic N H F", cu_seqlens="index N+1")
+_OF_FORWARD = _QKV + _START
+_OF_BACKWARD = (
+    operands(d_o="input B S Hq Dv", d_kv1="statistic N H F Dv", d_z1="statistic N H F")
+    + _QKV
+    + operands(o="input B S Hq Dv", z="statistic B S Hq")
+    + _START
+)
+
+
+def known_sizes(op: str, q: Tensor, v: Tensor, bounds: Maybe, feature_map: int) -> dict[str, int]:
+    """N and F, which follow from others; of arguments that can be asked for them."""
+    d = q.shape[-1]
+    require(op, "feature_map", 0 <= feature_map < len(FEATURE_MAPS), "one there is")
+    require(op, "D", 0 < d <= MAX_TAYLOR_DIM or (d > 0 and feature_map != 0), "one that it takes")
+    require(op, "v", v.shape[-1] > 0, "a tensor of width 1 at least")
+    if bounds is not None:
+        require(op, "cu_seqlens", bounds.dim() == 1 and len(bounds) > 0, "[N + 1]")
+        require(op, "B with cu_seqlens", q.shape[0] == 1, "1")
+    sequences = q.shape[0] if bounds is None else bounds.shape[0] - 1
+    return {"N": sequences, "F": num_features(feature_map, d)}
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, kv0: Maybe, z0: Maybe, bounds: Maybe, *rest: Any
 ) -> tuple[Tensor, ...]:
+    op = "linear_attention_fwd"
     *scalars, final_state, save_z, backend = rest
+    known = known_sizes(op, q, v, bounds, scalars[0])
+    check_operands(op, _OF_FORWARD, (q, k, v, kv0, z0, bounds), **known)
+    require_given(op, z0=(z0, kv0 is not None))
     made = forward(q, k, v, kv0, z0, bounds, tuple(scalars), final_state, save_z, backend)
     return fixed_arity(made, q)
 
@@ -90,7 +119,13 @@ def _backward(
     bounds: Maybe,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    op = "linear_attention_bwd"
     *scalars, state_grad, backend = rest
+    known = known_sizes(op, q, v, bounds, scalars[0])
+    given = (d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, bounds)
+    check_operands(op, _OF_BACKWARD, given, **known)
+    require_given(op, z0=(z0, kv0 is not None), d_z1=(d_z1, d_kv1 is not None), z=(z, scalars[2]))
+    require(op, "state_grad", kv0 is not None or not state_grad, "False without kv0")
     if bounds is not None:
         check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
     grads = empties(q, k, v, *((kv0, z0) if state_grad else (None, None)))
@@ -155,9 +190,11 @@ class _LinearAttention(torch.autograd.Function):
         return o, kv1, z1
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_o: Maybe, d_kv1: Maybe, d_z1: Maybe) -> tuple[Maybe, ...]:
-        q, k, v, o, z, kv0, z0, bounds = ctx.saved_tensors
+    @first_order(OP)
+    def backward(
+        ctx: Any, saved: Saved, d_o: Maybe, d_kv1: Maybe, d_z1: Maybe
+    ) -> tuple[Maybe, ...]:
+        q, k, v, o, z, kv0, z0, bounds = saved
         state_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         if d_o is None:
             d_o = o.new_zeros(()).expand(o.shape)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._native import define, route, run
+from .._native import ACCUMULATION, define, route, run
+from ._operands import check_operands, operands, require
 
 
 def chosen_rows(gate: Tensor, backend: str) -> Tensor:
@@ -29,8 +30,17 @@ def _rows(gate: Tensor, backend: str) -> Tensor:
     return rows
 
 
+_OPERANDS = operands(gate="input B S H")
+
+
+def _rows_operator(gate: Tensor, backend: str) -> Tensor:
+    check_operands("moh_route", _OPERANDS, (gate,))
+    require("moh_route", "gate", gate.dtype in ACCUMULATION.values(), "an accumulation dtype")
+    return _rows(gate, backend)
+
+
 def _rows_fake(gate: Tensor, backend: str) -> Tensor:
     return unfilled_rows(gate)
 
 
-define("moh_route(Tensor gate, str backend) -> Tensor", _rows, _rows_fake)
+define("moh_route(Tensor gate, str backend) -> Tensor", _rows_operator, _rows_fake)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Saved, apart, first_order
 from .._native import ACCUMULATION, Maybe, route
 from . import _routing_attention_native as native
 from ._attention_autograd import row_dot, zeros
@@ -38,7 +38,7 @@ def attend(
     way = route(op, (*score.tensors, v, gate, routing.rows, routing.keys))
     made: tuple[Maybe, ...]
     if way == "autograd":
-        made = _differentiable(*packed(score, routing, v, gate), *read_outs, backend)
+        made = _differentiable(*apart(*packed(score, routing, v, gate), *read_outs, backend, op))
     else:
         want = _wanted(routing, False, read_outs)
         call = native.forward if way == "direct" else _forward
@@ -66,12 +66,12 @@ def _forward(
 
 
 class _RoutingAttention(torch.autograd.Function):
-    """`packed` arguments with v and gate, four read-outs, backend -> o, row statistic, entropy,
+    """`packed` arguments with v and gate, four read-outs, backend, op -> o, row statistic, entropy,
     p_max, sq_norm; all but o and the lse without gradient."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        score, routing, (v, gate, *read_outs, backend) = native._unpacked(arguments, 2)
+        score, routing, (v, gate, *read_outs, backend, ctx.op) = native._unpacked(arguments, 2)
         want = _wanted(routing, gate is not None, (True, *read_outs[1:]))
         o, w, row, *others = _forward(score, v, gate, routing, want, backend)
         w = w if want.w else o
@@ -79,15 +79,14 @@ class _RoutingAttention(torch.autograd.Function):
         ctx.numbers, ctx.routing = score.numbers, routing[2:]
         ctx.want_lse, ctx.backend = read_outs[0] and not routing.by_slot, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*others)
-        if not ctx.want_lse:
-            ctx.mark_non_differentiable(row)
+        # Once: a second call replaces the first.
+        ctx.mark_non_differentiable(*others, *(() if ctx.want_lse else (row,)))
         return o, row, *others
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_o: Maybe, d_lse: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
-        *tensors, rows, keys, v, gate, w, row = ctx.saved_tensors
+    @first_order()
+    def backward(ctx: Any, saved: Saved, d_o: Maybe, d_lse: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
+        *tensors, rows, keys, v, gate, w, row = saved
         score, routing = Score(*tensors, *ctx.numbers), Routing(rows, keys, *ctx.routing)
         needs = ctx.needs_input_grad
         if d_o is None:

@@ -20,6 +20,7 @@ from ..reference.bilevel_routing import Grid
 from ._attention_native import Want, WantGrad, gradients
 from ._attention_native import resolved as resolved_score
 from ._attention_score import TENSORS, Score
+from ._operands import Operand, check_operands, operands, require, require_given
 
 # columns, height, width, rows of the image, columns of the image
 Cells = tuple[int, int, int, int, int]
@@ -225,6 +226,15 @@ def _empty(score: Score, routing: Routing) -> bool:
 # ---- Operators ----------------------------------------------------------------------------------
 
 NUMBERS = len(Score._fields) - TENSORS
+CELLS = 5
+
+
+def _cells(which: str) -> str:
+    """One by one: torch.jit.trace records no lists of symbolic integers."""
+    sizes = ("columns", "height", "width", "image_height", "image_width")
+    return ", ".join(f"SymInt {which}_{size}" for size in sizes)
+
+
 _LISTS = "Tensor rows, Tensor? keys"
 _SCORE = (
     "Tensor q, Tensor k, Tensor? bias, Tensor? key_bias, Tensor? key_gain,"
@@ -233,7 +243,7 @@ _SCORE = (
 _NUMBERS = (
     "float scale, float softcap, bool causal, SymInt left, SymInt right, int activation,"
     " int normalizer, SymInt gain_begin, SymInt gain_end, SymInt max_q, SymInt max_k,"
-    " SymInt[] row_cells, SymInt[] key_cells, bool by_slot, bool pad_keys, bool mask_self,"
+    f" {_cells('row')}, {_cells('key')}, bool by_slot, bool pad_keys, bool mask_self,"
     " float mean_eps, bool covers"
 )
 
@@ -244,15 +254,46 @@ def _unpacked(arguments: tuple[Any, ...], others: int) -> tuple[Score, Routing, 
     (rows, keys), rest = rest[:2], rest[2:]
     middle, rest = rest[:others], rest[others:]
     score = Score(*tensors, *rest[:NUMBERS])
-    flags = len(Routing._fields) - 2
-    routing = Routing(rows, keys, *rest[NUMBERS : NUMBERS + flags])
-    return score, routing, (*middle, *rest[NUMBERS + flags :])
+    rest = rest[NUMBERS:]
+    cells, rest = (rest[:CELLS], rest[CELLS : 2 * CELLS]), rest[2 * CELLS :]
+    flags = len(Routing._fields) - 4
+    return score, Routing(rows, keys, *cells, *rest[:flags]), (*middle, *rest[flags:])
 
 
 def packed(score: Score, routing: Routing, *others: Any) -> tuple[Any, ...]:
     """The first arguments of an operator."""
-    cells = (list(routing.row_cells), list(routing.key_cells))
+    cells = *routing.row_cells, *routing.key_cells
     return *score.tensors, routing.rows, routing.keys, *others, *score.numbers, *cells, *routing[4:]
+
+
+_LISTED = operands(
+    q="input B Sq Hq D", k="input B Sk H D", bias="input B? Hq? Sq? Sk?",
+    key_bias="statistic B Hq Sk", key_gain="statistic B Hq Sk",
+    row_temperature="statistic B Sq Hq", cu_seqlens_q="index N+1", cu_seqlens_k="index N+1",
+    rows="index B Hq G Nq", keys="index B Hq G Nk", v="input B Sk H Dv",
+)  # fmt: skip
+_OF_FORWARD = _LISTED + operands(head_gate="statistic B Sq Hq")
+_OF_BACKWARD = _LISTED + operands(
+    d_w="input B Sq Hq Dv", row="statistic B Hq Rows", delta="statistic B Hq Sq",
+    slots="input B Rows Hq Dv", factor="statistic B Sq Hq",
+)  # fmt: skip
+
+
+def _check(op: str, given: Sequence[Operand], tensors: Sequence[Any], routing: Routing) -> None:
+    """Tensors and cells belong together."""
+    q, k, v = tensors[0], tensors[1], tensors[TENSORS + 2]
+    slots, cells = None, (routing.row_cells, routing.key_cells)
+    for name, x, (*cell, height, width) in zip("qk", (q, k), cells, strict=True):
+        require(op, f"cells of {name}", min(cell) > 0, "sizes of at least 1")
+        require(op, f"cells of {name}", height * width == x.shape[1], "an image of all tokens")
+    if routing.rows.dim() == 4:
+        slots = routing.slots
+    known = {"Rows": slots if routing.by_slot and slots is not None else q.shape[1]}
+    check_operands(op, given, tensors, **known)
+    packed = tensors[6] is not None or tensors[7] is not None
+    require(op, "cu_seqlens", not packed, "None")
+    require(op, "keys", routing.keys is not None or not routing.by_slot, "a tensor by slot")
+    require(op, "v", v.shape[3] > 0, "a tensor of width 1 at least")
 
 
 def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want:
@@ -260,7 +301,10 @@ def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    op = "routing_attention_fwd"
     score, routing, (v, gate, *want, backend) = _unpacked(arguments, 2)
+    _check(op, _OF_FORWARD, arguments[: TENSORS + 4], routing)
+    require(op, "want_w, want_row", not routing.by_slot or (want[0] and want[1]), "True by slot")
     return fixed_arity(forward(score, v, gate, routing, _want(*want), backend), score.q)
 
 
@@ -271,6 +315,10 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     score, routing, (v, d_w, row, delta, slots, factor, *want, backend) = _unpacked(arguments, 6)
+    op = "routing_attention_bwd"
+    _check(op, _OF_BACKWARD, arguments[: TENSORS + 8], routing)
+    require_given(op, delta=(delta, not routing.by_slot), slots=(slots, routing.by_slot))
+    require(op, "factor", factor is None or takes_factor(d_w, backend), "None with this backend")
     wanted = WantGrad(True, want[0], want[1], False, want[2])
     made = backward(score, v, d_w, row, delta, slots, factor, routing, wanted, backend)
     return fixed_arity(made, score.q)

@@ -12,13 +12,14 @@ from .. import _library
 from .._errors import (
     describe,
     fail,
+    require_dense,
     require_one_dtype,
     require_rank,
     require_same_device,
     require_sizes,
     require_tensors,
 )
-from .._native import ACCUMULATION
+from .._native import ACCUMULATION, is_recorded
 from ..reference.bilevel_routing import Grid, grid_of
 from ._checks import heads_match
 
@@ -38,14 +39,6 @@ def require_count(op: str, name: str, n: object, low: int, high: int | None, rem
 def _bounds(low: int, high: int | None) -> str:
     """In words; only for a call that fails, as torch.compile cannot write a symbolic size."""
     return f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-
-
-def require_flag(op: str, name: str, flag: object) -> bool:
-    """A Python boolean."""
-    if not isinstance(flag, bool):
-        got = describe(flag) if isinstance(flag, Tensor) else repr(flag)
-        fail(TypeError, op, name, got, "True or False", "Flags are fixed when the call is made.")
-    return flag
 
 
 def check_images(op: str, q: Tensor, k: Tensor) -> None:
@@ -153,6 +146,7 @@ def check_slots(op: str, name: str, index: object, q: Tensor, tokens: int) -> Te
 def _check_int64(op: str, name: str, index: object, remedy: str) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         fail(TypeError, op, name, describe(index), "an int64 tensor", remedy)
+    require_dense(op, name, index)
 
 
 _FEW = 4096  # numbers that one thread looks at sooner than torch starts to
@@ -160,7 +154,7 @@ _FEW = 4096  # numbers that one thread looks at sooner than torch starts to
 
 def check_range(op: str, name: str, index: Tensor, low: int, end: int, remedy: str) -> None:
     """low <= index < end, of plain tensors on the CPU. A GPU would have to be waited for."""
-    if torch.compiler.is_compiling() or type(index) is not Tensor:
+    if is_recorded() or type(index) is not Tensor:
         return
     if not index.is_cpu or not index.numel():
         return
@@ -190,6 +184,7 @@ def check_centroids(op: str, centroids: object, x: Tensor) -> Tensor:
     """centroids [H, K, D] that belong to x, of any floating dtype."""
     if not isinstance(centroids, Tensor) or not centroids.is_floating_point():
         _reject_centroids(op, describe(centroids))
+    require_dense(op, "centroids", centroids)
     require_rank(op, 3, "[H, K, D]", centroids=centroids)
     heads, d = x.shape[2:]
     require_sizes(op, "[H, K, D]", "centroids", centroids, (heads, centroids.shape[1], d))

@@ -168,7 +168,7 @@ def _kmeans_arguments(
     """score, v, no gate, routing: groups are clusters."""
     routing = Routing(
         q_index,
-        q_index.detach() if k_index is q_index else k_index,  # torch.compile wants two tensors
+        k_index,
         sequence_cells(q.shape[1]),
         sequence_cells(k.shape[1]),
         by_slot=True,

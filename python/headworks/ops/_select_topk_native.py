@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._native import NativeCall, define, route, run
+from ._operands import check_operands, operands, require
 
 
 def select_topk(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
@@ -35,9 +36,18 @@ def _select_fake(score: Tensor, k: int, keep_order: bool, backend: str) -> Tenso
     return score.new_empty((score.shape[0], k), dtype=torch.int64)
 
 
+_OPERANDS = operands(score="input R N")
+
+
+def _select(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
+    sizes = check_operands("select_topk", _OPERANDS, (score,))
+    require("select_topk", "k", 0 <= k <= sizes["N"], "a number from 0 to N")
+    return select_rows(score, k, keep_order, backend)
+
+
 define(
     "select_topk(Tensor score, SymInt k, bool keep_order, str backend) -> Tensor",
-    select_rows,
+    _select,
     _select_fake,
 )
 _select_operator = torch.ops.headworks.select_topk.default

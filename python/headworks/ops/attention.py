@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._errors import describe, fail
+from .._autograd import apart
+from .._errors import describe, fail, require_dense, require_flag
 from .._native import (
     NATIVE_CALLS,
     Maybe,
@@ -19,6 +20,7 @@ from .._native import (
     route,
     widen,
 )
+from .._trees import saved_by_name
 from ..reference import attention as reference
 from . import _attention_native as native
 from . import _attention_operators as operators
@@ -59,6 +61,13 @@ class Aux:
     mass: Tensor | None = None
 
 
+def check_flags(op: str, aux: Aux) -> None:
+    """The read-outs asked for by True or False."""
+    for name in ("lse", "entropy", "p_max", "sq_norm"):
+        require_flag(op, f"return_aux.{name}", getattr(aux, name))
+
+
+@saved_by_name
 class AuxResult(NamedTuple):
     """The read-outs asked for, [B, H, Sq] in float32 (float64 for float64); None for the others."""
 
@@ -206,10 +215,10 @@ def attention(
         v = widen(v)
     way = route(OP, (*score.tensors, v, gate, mix))
     if way == "autograd":
-        o, *made = differentiable(
+        o, *made = differentiable(*apart(
             *score.tensors, v, gate, mix, mass_keys, *score.numbers,
             aux.lse, aux.entropy, aux.p_max, aux.sq_norm, backend,
-        )  # fmt: skip
+        ))  # fmt: skip
     else:
         want = _PLAIN if return_aux is None else _wanted(aux)
         call = native.forward if way == "direct" else operators.forward
@@ -291,6 +300,7 @@ def _check_aux(return_aux: object, score: Score) -> Aux:
             "headworks.Aux(...)",
             "Name the read-outs, for example return_aux=headworks.Aux(lse=True).",
         )
+    check_flags(OP, return_aux)
     require_softmax(OP, "return_aux", return_aux, score.activation)
     return return_aux
 
@@ -307,13 +317,14 @@ def _mass_keys(mass: object, score: Score) -> Tensor:
             "int64 indices [n] or [B, n], or booleans [Sk], [B, Sk] or [B, H, Sk]",
             "Convert it with .long() or .bool().",
         )
+    require_dense(OP, "return_aux.mass", mass)
     if mass.dtype == torch.int64:
         index = check_index(OP, "return_aux.mass", mass, q)
         check_index_values(OP, "return_aux.mass", index, keys)
         # An index that is no key, unseen on a GPU, falls into a column that is cut off.
         index = torch.where((index >= 0) & (index < keys), index, keys)
         chosen = torch.zeros((batch, keys + 1), dtype=torch.bool, device=q.device)
-        mass = chosen.scatter(1, index, True)[:, None, :keys]
+        mass = chosen.scatter(1, index, 1)[:, None, :keys]
     elif mass.dim() < 3:
         mass = mass[None, None] if mass.dim() == 1 else mass[:, None]
     m = mass.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

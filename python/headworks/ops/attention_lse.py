@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Saved, apart, first_order
 from .._native import (
     NATIVE_CALLS,
     Maybe,
@@ -70,7 +70,7 @@ def attention_lse(
             return reference.attention_lse(score.q, score.k, **reference_options(_OP, score))
     way = route(_OP, score.tensors)
     if way == "autograd":
-        return _differentiable(*score, backend)
+        return _differentiable(*apart(*score, backend))
     lse = operators.row_statistic(score, way, backend)
     assert lse is not None
     return lse
@@ -98,9 +98,9 @@ class _LogSumExp(torch.autograd.Function):
         return row
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_lse: Tensor) -> tuple[Maybe, ...]:
-        *tensors, row = ctx.saved_tensors
+    @first_order(_OP)
+    def backward(ctx: Any, saved: Saved, d_lse: Tensor) -> tuple[Maybe, ...]:
+        *tensors, row = saved
         score = Score(*tensors, *ctx.numbers)
         v = zeros(score.k, *score.k.shape[:3], 1)
         d_w = zeros(score.q, *score.q.shape[:3], 1)

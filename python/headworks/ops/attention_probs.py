@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._errors import describe, fail, require_same_device
+from .._errors import describe, fail, require_dense, require_same_device
 from .._native import (
     NATIVE_CALLS,
     Maybe,
@@ -127,6 +127,7 @@ def _check_offsets(offsets: object, q: Tensor) -> None:
             "an int64 tensor [n]",
             "Diagonals are the same for all batch elements.",
         )
+    require_dense(_OP, "offsets", offsets)
     require_same_device(_OP, "q", q, offsets=offsets)
 
 

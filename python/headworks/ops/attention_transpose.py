@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Saved, apart, first_order
 from .._native import (
     ACCUMULATION,
     NATIVE_CALLS,
@@ -100,7 +100,7 @@ def attention_transpose(
         x = widen(x)
     way = route(_OP, (*score.tensors, x, lse))
     if way == "autograd":
-        y = _differentiable(*score.tensors, x, lse, *score.numbers, backend)
+        y = _differentiable(*apart(*score.tensors, x, lse, *score.numbers, backend))
     else:
         row = operators.row_statistic(score, way, backend) if lse is None else lse
         call = native.columns if way == "direct" else operators.columns
@@ -123,9 +123,9 @@ class _Transpose(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Maybe, ...]:
-        *tensors, x, row = ctx.saved_tensors
+    @first_order(_OP)
+    def backward(ctx: Any, saved: Saved, g: Tensor) -> tuple[Maybe, ...]:
+        *tensors, x, row = saved
         own = Score(*tensors, *ctx.numbers)
         score = own._replace(k=per_query_head(own.k, own.q.shape[2]))
         d_x = operators.forward(score, g, None, None, None, Want(skip_dead=False), ctx.backend).o

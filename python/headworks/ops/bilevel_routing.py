@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._errors import describe, fail, require_number
+from .._errors import describe, fail, require_flag, require_number
 from .._native import (
     NATIVE_CALLS,
     Maybe,
@@ -31,9 +31,8 @@ from ._routing_checks import (
     check_image_values,
     check_images,
     require_count,
-    require_flag,
 )
-from .attention import Aux, AuxResult
+from .attention import Aux, AuxResult, check_flags
 
 _ROUTE = "bilevel_route"
 _ATTEND = "bilevel_routing_attention"
@@ -343,6 +342,7 @@ def _check_aux(return_aux: Aux | None) -> Aux:
             "headworks.Aux(...)",
             "Name the read-outs, for example return_aux=headworks.Aux(lse=True).",
         )
+    check_flags(_ATTEND, return_aux)
     if return_aux.mass is not None:
         fail(
             NotImplementedError,

@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._errors import describe, fail, require_same_device, require_sizes
+from .._autograd import Saved, apart, first_order
+from .._errors import (
+    describe,
+    fail,
+    require_dense,
+    require_flag,
+    require_same_device,
+    require_sizes,
+)
 from .._native import (
     ACCUMULATION,
     NATIVE_CALLS,
@@ -92,6 +99,7 @@ def column_stats(
         (torch.Size([1, 4, 100]), tensor([100., 100., 100., 100.]))
     """
     score, lse, row_weight = _checked(q, k, lse, kind, row_weight, options)
+    require_flag(_OP, "reduce_heads", reduce_heads)
     if out is not None:
         _check_out(out, score, reduce_heads)
     backend = backend_for(_OP, backend, score.q)
@@ -117,7 +125,7 @@ def _column_stats(
         score, way = score.detached(), "operator" if way == "autograd" else way
     result: Any
     if way == "autograd":
-        result = _sum(*score.tensors, row_weight, lse, *score.numbers, backend)
+        result = _sum(*apart(*score.tensors, row_weight, lse, *score.numbers, backend))
     else:
         row = operators.row_statistic(score, way, backend) if lse is None else lse
         call = native.columns if way == "direct" else operators.columns
@@ -170,9 +178,9 @@ class _ColumnSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gamma: Tensor) -> tuple[Maybe, ...]:
-        *tensors, row_weight, row = ctx.saved_tensors
+    @first_order(_OP)
+    def backward(ctx: Any, saved: Saved, gamma: Tensor) -> tuple[Maybe, ...]:
+        *tensors, row_weight, row = saved
         own = Score(*tensors, *ctx.numbers)
         dtype = gamma.dtype
         score = own._replace(
@@ -232,6 +240,7 @@ def _check_out(out: object, score: Score, reduce_heads: bool) -> None:
     dtype = ACCUMULATION[score.q.dtype]
     if not isinstance(out, Tensor) or out.dtype != dtype:
         fail(TypeError, _OP, "out", describe(out), f"a tensor of {dtype}", "Results are that.")
+    require_dense(_OP, "out", out)
     require_sizes(_OP, layout, "out", out, sizes)
     require_same_device(_OP, "q", score.q, out=out)
 

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Saved, apart, first_order
 from .._errors import (
+    STRIDED,
     describe,
     fail,
+    require_flag,
     require_one_dtype,
     require_rank,
     require_same_device,
@@ -35,11 +37,14 @@ from .._native import (
     run,
     widen,
 )
+from .._trees import saved_by_name
 from ..reference import key_scan as reference
+from ._operands import check_operands, operands, require, require_given
 
 _OP = "key_scan"
 
 
+@saved_by_name
 class KeyScanState(NamedTuple):
     """What key_scan keeps of the tokens it has seen: their average and its weight.
 
@@ -112,6 +117,8 @@ def key_scan(
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4]))
     """
     s, v, o0, lse0 = _checked(s, v, initial_state)
+    if type(output_final_state) is not bool:
+        require_flag(_OP, "output_final_state", output_final_state)
     backend = backend_for(_OP, backend, s)
     if backend == "reference" or not v.shape[3]:
         return _other_ways(s, v, o0, lse0, output_final_state, backend)
@@ -125,7 +132,7 @@ def key_scan(
     elif way == "operator":
         o, _, o1, lse1 = torch.ops.headworks.key_scan_fwd(*inputs, output_final_state, backend)
     else:
-        o, o1, lse1 = _differentiable(*inputs, output_final_state, backend)
+        o, o1, lse1 = _differentiable(*apart(*inputs, output_final_state, backend))
     return (o, KeyScanState(o1, lse1)) if output_final_state else o
 
 
@@ -152,14 +159,19 @@ def _checked(s: Tensor, v: Tensor, initial_state: object) -> tuple[Tensor, Tenso
     if autocasts(s):
         s, v = autocast(s, v)
     dtype, device = s.dtype, s.device
-    if not (
-        s.dim() == 3
-        and v.dim() == 4
-        and v.shape[:3] == s.shape
-        and dtype == v.dtype
-        and dtype in ACCUMULATION
-        and device == v.device
-    ):
+    try:
+        fits = (
+            s.layout is v.layout is STRIDED
+            and s.dim() == 3
+            and v.dim() == 4
+            and v.shape[:3] == s.shape
+            and dtype == v.dtype
+            and dtype in ACCUMULATION
+            and device == v.device
+        )
+    except RuntimeError:  # a nested tensor has no shape
+        fits = False
+    if not fits:
         _reject(s, v)
     if initial_state is None:
         return s, v, None, None
@@ -228,8 +240,25 @@ def _forward(
     return o, lse, o1, lse1
 
 
-def _forward_operator(s: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return fixed_arity(_forward(s, *rest), s)
+_SV = operands(s="input B S H", v="input B S H Dv")
+_START = operands(o0="statistic B H Dv", lse0="statistic B H")
+_OF_BACKWARD = (
+    operands(d_o="input B S H Dv", d_o1="statistic B H Dv", d_lse1="statistic B H")
+    + _SV
+    + operands(o="input B S H Dv", lse="statistic B S H")
+    + _START
+    + operands(o1="statistic B H Dv")
+)
+
+
+def _forward_operator(
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, backend: str
+) -> tuple[Tensor, ...]:
+    op = "key_scan_fwd"
+    sizes = check_operands(op, _SV + _START, (s, v, o0, lse0))
+    require(op, "v", sizes["Dv"] > 0, "a tensor of width 1 at least")
+    require_given(op, lse0=(lse0, o0 is not None))
+    return fixed_arity(_forward(s, v, o0, lse0, final_state, backend), s)
 
 
 def _forward_fake(
@@ -252,6 +281,13 @@ def _backward_operator(
     state_grad: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    op = "key_scan_bwd"
+    given = (d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1)
+    sizes = check_operands(op, _OF_BACKWARD, given)
+    require(op, "v", sizes["Dv"] > 0, "a tensor of width 1 at least")
+    require_given(op, lse0=(lse0, o0 is not None), d_lse1=(d_lse1, d_o1 is not None))
+    require(op, "o1", o1 is not None or d_o1 is None, "a tensor with d_o1")
+    require(op, "state_grad", o0 is not None or not state_grad, "False without o0")
     grads = empties(s, v, *((o0, lse0) if state_grad else (None, None)))
     tensors = [s, v, o, lse, o0, lse0, o1, d_o, d_o1, d_lse1, *grads]
     run("key_scan.backward", backend, tensors, ())
@@ -305,9 +341,11 @@ class _KeyScan(torch.autograd.Function):
         return o, o1, lse1
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_o: Maybe, d_o1: Maybe, d_lse1: Maybe) -> tuple[Maybe, ...]:
-        s, v, o, lse, o0, lse0, o1 = ctx.saved_tensors
+    @first_order(_OP)
+    def backward(
+        ctx: Any, saved: Saved, d_o: Maybe, d_o1: Maybe, d_lse1: Maybe
+    ) -> tuple[Maybe, ...]:
+        s, v, o, lse, o0, lse0, o1 = saved
         state_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         if d_o is None:
             d_o = o.new_zeros(()).expand(o.shape)

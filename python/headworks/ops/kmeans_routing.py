@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from .._errors import describe, fail, require_number
+from .._errors import describe, fail, require_flag, require_number
 from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, as_written, backend_for
 from ..reference import kmeans_routing as reference
 from . import _kmeans_route_native as route_native
@@ -20,7 +20,6 @@ from ._routing_checks import (
     check_sequence,
     check_slots,
     require_count,
-    require_flag,
 )
 
 _ROUTE = "kmeans_route"

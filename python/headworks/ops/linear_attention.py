@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._autograd import apart
+from .._errors import STRIDED, require_flags, require_tensors
 from .._native import (
     ACCUMULATION,
     NATIVE_CALLS,
@@ -21,6 +23,7 @@ from .._native import (
     route,
     widen,
 )
+from .._trees import saved_by_name
 from ..reference import linear_attention as reference
 from . import _linear_attention_native as native
 from ._checks import check_cu_seqlens, check_cu_seqlens_values, heads_match
@@ -33,6 +36,7 @@ from ._linear_attention_checks import (
 )
 
 
+@saved_by_name
 class LinearState(NamedTuple):
     """Everything that linear attention keeps of the tokens it has seen.
 
@@ -142,6 +146,10 @@ def linear_attention(
     q, k, v, kv0, z0, bounds, number, scale = _checked(
         q, k, v, feature_map, scale, eps, initial_state, cu_seqlens
     )
+    if not (type(is_causal) is type(normalize) is type(output_final_state) is bool):
+        require_flags(
+            OP, is_causal=is_causal, normalize=normalize, output_final_state=output_final_state
+        )
     backend = backend_for(OP, backend, q)
     if backend == "reference" or not v.shape[3]:
         return _other_ways(
@@ -150,7 +158,7 @@ def linear_attention(
         )  # fmt: skip
 
     inputs = (q, k, v, kv0, z0, bounds)
-    scalars = (number, bool(is_causal), bool(normalize), scale, float(eps))
+    scalars = (number, is_causal, normalize, scale, float(eps))
     way = route(OP, inputs)
     kv1: Any
     z1: Any
@@ -161,7 +169,7 @@ def linear_attention(
             *inputs, *scalars, output_final_state, False, backend
         )
     else:
-        o, kv1, z1 = native.differentiable(*inputs, *scalars, output_final_state, backend)
+        o, kv1, z1 = native.differentiable(*apart(*inputs, *scalars, output_final_state, backend))
     return (o, LinearState(kv1, z1)) if output_final_state else o
 
 
@@ -211,11 +219,20 @@ def _checked(
         reject_inputs(OP, "[B, S, H, D]", q, k, v)
     if autocasts(q):
         q, k, v = autocast(q, k, v)
-    if not (q.dim() == 4 and k.dim() == 4 and v.dim() == 4):
+    if not (
+        q.layout is k.layout is v.layout is STRIDED
+        and q.dim() == 4
+        and k.dim() == 4
+        and v.dim() == 4
+    ):
         reject_inputs(OP, "[B, S, H, D]", q, k, v)
-    batch, tokens, query_heads, d = q.shape
-    k_batch, k_tokens, heads, k_d = k.shape
-    v_batch, v_tokens, v_heads, value_dim = v.shape
+    try:
+        batch, tokens, query_heads, d = q.shape
+        k_batch, k_tokens, heads, k_d = k.shape
+        v_batch, v_tokens, v_heads, value_dim = v.shape
+    except RuntimeError:  # a nested tensor has no shape
+        require_tensors(OP, q=q, k=k, v=v)
+        raise
     dtype, device = q.dtype, q.device
     if not (
         batch == k_batch == v_batch
@@ -265,7 +282,7 @@ def _native_call(
     )
     o, z, kv1, z1 = native.outputs(q, v, bounds, number, output_final_state, normalize)
     tensors = [q, k, v, o, z, kv0, z0, kv1, z1, bounds, None]
-    scalars = (number, bool(is_causal), bool(normalize), scale, float(eps))
+    scalars = (number, is_causal, normalize, scale, float(eps))
     return "linear_attention.forward", backend_for(OP, backend, q), tensors, scalars
 
 

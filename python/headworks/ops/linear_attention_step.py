@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._errors import fail
+from .._errors import STRIDED, fail, require_flag, require_tensors
 from .._native import (
     ACCUMULATION,
     NATIVE_CALLS,
@@ -31,6 +31,8 @@ from ._linear_attention_checks import (
     num_features,
     reject_inputs,
 )
+from ._linear_attention_native import known_sizes
+from ._operands import check_operands, operands
 from .linear_attention import LinearState
 
 _OP = "linear_attention_step"
@@ -85,6 +87,8 @@ def linear_attention_step(
     if callable(feature_map):
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
     q, k, v, kv, z, number, scale = _checked(q, k, v, state, feature_map, scale, eps)
+    if type(normalize) is not bool:
+        require_flag(_OP, "normalize", normalize)
     backend = backend_for(_OP, backend, q)
     way = route(_OP, (q, k, v, kv, z))
     if way == "autograd":
@@ -117,9 +121,9 @@ def linear_attention_step(
         z.copy_(new.z)
         return o
     if way == "direct":
-        return _step(q, k, v, kv, z, number, bool(normalize), scale, float(eps), backend)
+        return _step(q, k, v, kv, z, number, normalize, scale, float(eps), backend)
     o = torch.ops.headworks.linear_attention_step(
-        q, k, v, kv, z, number, bool(normalize), scale, float(eps), backend
+        q, k, v, kv, z, number, normalize, scale, float(eps), backend
     )
     return cast(Tensor, o)
 
@@ -138,11 +142,20 @@ def _checked(
         reject_inputs(_OP, "[B, H, D]", q, k, v)
     if autocasts(q):
         q, k, v = autocast(q, k, v)
-    if not (q.dim() == 3 and k.dim() == 3 and v.dim() == 3):
+    if not (
+        q.layout is k.layout is v.layout is STRIDED
+        and q.dim() == 3
+        and k.dim() == 3
+        and v.dim() == 3
+    ):
         reject_inputs(_OP, "[B, H, D]", q, k, v)
-    batch, query_heads, d = q.shape
-    k_batch, heads, k_d = k.shape
-    v_batch, v_heads, value_dim = v.shape
+    try:
+        batch, query_heads, d = q.shape
+        k_batch, heads, k_d = k.shape
+        v_batch, v_heads, value_dim = v.shape
+    except RuntimeError:  # a nested tensor has no shape
+        require_tensors(_OP, q=q, k=k, v=v)
+        raise
     dtype, device = q.dtype, q.device
     if not (
         batch == k_batch == v_batch
@@ -160,6 +173,12 @@ def _checked(
     number, scale = check_options(_OP, feature_map, scale, eps, d)
     sizes = (batch, heads, num_features(number, d), value_dim)
     kv, z = check_state(_OP, "state", state, q, feature_map, sizes)
+    _check_memory(kv, z)
+    return q, k, v, kv, z, number, scale
+
+
+def _check_memory(kv: Tensor, z: Tensor) -> None:
+    """Every element of a state has a place of its own."""
     for name, x in (("state.kv", kv), ("state.z", z)):
         if not x.is_contiguous() and _repeats_memory(x):
             fail(
@@ -170,7 +189,6 @@ def _checked(
                 "memory of its own for every element, because it is updated in place",
                 f"Pass {name}.contiguous().",
             )
-    return q, k, v, kv, z, number, scale
 
 
 def _repeats_memory(x: Tensor) -> bool:
@@ -206,6 +224,19 @@ def _step(
     return o
 
 
+_OPERANDS = operands(
+    q="input N Hq D", k="input N H D", v="input N H Dv", kv="statistic N H F Dv",
+    z="statistic N H F",
+)  # fmt: skip
+
+
+def _step_operator(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, z: Tensor, *rest: Any) -> Tensor:
+    known = known_sizes(_OP, q, v, None, rest[0])
+    check_operands(_OP, _OPERANDS, (q, k, v, kv, z), **known)
+    _check_memory(kv, z)
+    return _step(q, k, v, kv, z, *rest)
+
+
 def _output(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
 
@@ -217,7 +248,7 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 define(
     "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) z,"
     " int feature_map, bool normalize, float scale, float eps, str backend) -> Tensor",
-    _step,
+    _step_operator,
     _step_fake,
 )
 
@@ -238,7 +269,7 @@ def _native_call(
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
     q, k, v, kv, z, number, scale = _checked(q, k, v, state, feature_map, scale, eps)
     tensors: list[Tensor | None] = [q, k, v, kv, z, _output(q, v)]
-    scalars = (number, bool(normalize), scale, float(eps))
+    scalars = (number, normalize, scale, float(eps))
     return "linear_attention.step", backend_for(_OP, backend, q), tensors, scalars
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._errors import fail, require_one_dtype, require_tensors
+from .._errors import fail, require_flag, require_one_dtype, require_tensors
 from .._native import ACCUMULATION, NATIVE_CALLS, NativeCall, backend_for
 from ..reference import select_topk as reference
 from . import _select_topk_native as native
-from ._routing_checks import require_count, require_flag
+from ._routing_checks import require_count
 
 OP = "select_topk"
 
