@@ -14,7 +14,10 @@ ci/gpu.sh --dry-run "$folder/home" || status=1
 for name in summary.txt junit.tgz bench.jsonl sanitizer.tgz kernels.ncu-rep env.txt; do
   [ -s "$folder/home/$name" ] || { echo "gpu_dry_run: no $name came home" >&2; status=1; }
 done
-[ "$(find "$folder/home" -type f | wc -l)" -le 8 ] || { echo "gpu_dry_run: over 8 files" >&2; status=1; }
+if [ "$(find "$folder/home" -type f | wc -l)" -gt 8 ]; then
+  echo "gpu_dry_run: more than 8 files came home" >&2
+  status=1
+fi
 
 cp bench/GPU.md "$folder/copy/bench/"
 PYTHONPATH=python:$PWD "$python" -m bench.fill_gpu "$folder/home" --root "$folder/copy"

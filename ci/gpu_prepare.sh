@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # What a GPU machine need not spend its minutes on, into .gpu_day/ (which git ignores and the run
-# carries): the library for sm_90a, the tests of the primitives, wheels of peers. Needs nvcc, no GPU.
+# carries): the library for sm_90a, the tests of the primitives, wheels of peers. Needs nvcc, and
+# no GPU.
 # Usage: ci/gpu_prepare.sh [--baseline LIBHEADWORKS.SO]
 #        BUILD (default build/gpu_day), MAX_JOBS, PYTHON; ARCH (default 9.0a)
 set -euo pipefail
@@ -12,11 +13,12 @@ arch=${ARCH:-9.0a}
 folder=.gpu_day
 most=$((64 << 20))
 
+usage="usage: ci/gpu_prepare.sh [--baseline LIBHEADWORKS.SO]"
 baseline=
 case "${1:-}" in
   "") ;;
-  --baseline) baseline=$(realpath -e "${2:?usage: ci/gpu_prepare.sh [--baseline LIBHEADWORKS.SO]}") ;;
-  *) echo "usage: ci/gpu_prepare.sh [--baseline LIBHEADWORKS.SO]" >&2; exit 2 ;;
+  --baseline) baseline=$(realpath -e "${2:?$usage}") ;;
+  *) echo "$usage" >&2; exit 2 ;;
 esac
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 command -v nvcc >/dev/null || { echo "gpu_prepare: no nvcc on PATH or in CUDA_HOME" >&2; exit 2; }
@@ -34,8 +36,9 @@ fi
 
 number=sm_${arch//./}
 sources=(tests/device/main.cpp tests/emu/test_{primitives,fragments,gemm}.cpp)
-newest=$(ls -t "${sources[@]}" tests/emu/*.cuh tests/emu/*.h csrc/core/*.h "$folder/primitives" 2>/dev/null | head -n 1)
-if [ "$newest" != "$folder/primitives" ]; then
+changed=$(find "${sources[@]}" tests/emu csrc/core -newer "$folder/primitives" 2>/dev/null \
+  || echo all)
+if [ -n "$changed" ]; then
   nvcc -x cu -std=c++20 --expt-relaxed-constexpr -O2 \
     -gencode "arch=compute_${number#sm_},code=$number" -Icsrc -Itests -o "$folder/primitives" \
     "${sources[@]}"
@@ -50,7 +53,8 @@ for name in fla-core routing-transformer; do
 done
 
 carried=$(du -sb --apparent-size "$folder" | cut -f1)
-tree=$(git ls-files -co --exclude-standard -z | xargs -0 -r stat -c %s | awk '{ n += $1 } END { print n }')
+tree=$(git ls-files -co --exclude-standard -z | xargs -0 -r stat -c %s \
+  | awk '{ n += $1 } END { print n }')
 find "$folder" -type f -printf '%10s  %p\n' | sort -k 2
 printf '%s carried, %s in the tree: %.1f of %d MiB\n' "$carried" "$tree" \
   "$(awk "BEGIN { print ($carried + $tree) / 1048576 }")" $((most >> 20))

@@ -139,7 +139,7 @@ def test_a_stage_goes_on_behind_what_fails_and_brings_home(tmp_path, impatient):
 
 
 def test_the_day_ends_in_time_whatever_hangs(tmp_path, impatient):
-    day, out = a_day(tmp_path, seconds=6.0)
+    day, out = a_day(tmp_path, seconds=6.0 / target.TARGETS["emulator"].stretch)
     start = time.monotonic()
     day._stage("one", 100, [python(f"hang {i}", REPORT) for i in range(6)])
     day._stage("two", 100, [python("late", "pass")])

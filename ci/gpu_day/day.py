@@ -56,7 +56,7 @@ class Day:
     ) -> None:
         self.target, self.prepared, self.work, self.out = target, prepared, work, out
         self.start = time.monotonic()
-        self.end = self.start + seconds
+        self.end = self.start + seconds * target.stretch
         self.outcomes: list[Outcome] = []
         self.lock = threading.Lock()
         self.python = os.environ.get("PYTHON", sys.executable)
@@ -66,7 +66,7 @@ class Day:
         self.environment = self._environment()
         for name in ("summary.txt", "bench.jsonl", "env.txt"):
             (out / name).write_text("")
-        self._say(f"{target.name}, at most {seconds:.0f} s")
+        self._say(f"{target.name}, at most {seconds * target.stretch:.0f} s")
 
     @property
     def fine(self) -> bool:
