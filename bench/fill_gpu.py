@@ -219,8 +219,8 @@ def _failures(data: Data | None) -> str:
     if data is None:
         return PENDING
     day = data["day"]
-    counts = [f"- samples: {sum(s['outcome'] == 'ok' for s in day['samples'])} of "
-              f"{len(day['samples'])} ran"]  # fmt: skip
+    good = sum(s["outcome"] == "ok" for s in day["samples"])
+    counts = [f"- samples: {good} launched and were right"]
     for tool in sorted({row["tool"] for row in day["sanitizers"]}):
         rows = [row for row in day["sanitizers"] if row["tool"] == tool]
         errors = sum(row.get("errors") or 0 for row in rows)
@@ -230,7 +230,7 @@ def _failures(data: Data | None) -> str:
         counts.append(f"- {tool}: {ran} cases of {len(rows)} operators, {errors} errors{tail}")
     failed = [(s["spec"], s["backend"], s["dtype"], s["message"])
               for s in day["samples"] if s["outcome"] != "ok"]  # fmt: skip
-    named = [f"- `{' '.join(words[:3])}`: {words[3]}" for words in failed]
+    named = [f"- `{' '.join(words[:3]).strip()}`: {words[3]}" for words in failed]
     for row in day["tests"]:
         named += [f"- `{test}`: {message}" for test, message in row["failed"]]
     more = [f"- and {len(named) - SHOWN} more"] if len(named) > SHOWN else []

@@ -331,7 +331,7 @@ def results(tmp_path):
               "message": "illegal access"}  # fmt: skip
     write_archive(folder / "junit.tgz", tmp_path / "junit", **{
         "correctness-linear_attention.jsonl": "".join(json.dumps(d) + "\n" for d in done),
-        "samples.jsonl": json.dumps(sample) + "\n"})  # fmt: skip
+        "samples.jsonl": json.dumps({"count": 3}) + "\n" + json.dumps(sample) + "\n"})  # fmt: skip
     write_archive(folder / "sanitizer.tgz", tmp_path / "sanitizer", **{
         "memcheck-key_scan.jsonl": json.dumps({"outcome": "ok"}) + "\n",
         "memcheck-key_scan.txt": "========= ERROR SUMMARY: 3 errors\n"})  # fmt: skip
@@ -367,6 +367,7 @@ def test_a_day_becomes_the_page(results, copy, monkeypatch):
     assert "| linear_attention | forward S 8192 bf16 | 0.50 |" in page  # against the baseline
     assert "memcheck: 1 cases of 1 operators, 3 errors" in page
     assert "`key_scan simt float64`: illegal access" in page
+    assert "`2 samples`: not run, or did not end" in page
     assert "bfloat16-b]`: 1 | 2 off" in page and "bfloat16-c]`: did not end" in page
     assert fill(monkeypatch, results, "--root", copy) == 0
     assert (copy / "bench" / "GPU.md").read_text() == page

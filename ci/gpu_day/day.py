@@ -168,7 +168,7 @@ class Day:
         self._stage("profiles", 545, [Step("ncu", command, 90.0)])
         if report.with_suffix(".ncu-rep").is_file():
             command = ("ncu", "--import", f"{report}.ncu-rep", "--page", "details")
-            self._stage("profiles", 555, [Step("ncu-text", command, 20.0)])
+            self._stage("their text", 555, [Step("ncu-text", command, 20.0)])
 
     def _warm(self) -> None:
         """Compiles the peers while the GPU is busy with tests, so that the benchmark need not."""

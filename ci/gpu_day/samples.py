@@ -92,6 +92,7 @@ def main() -> int:
     importlib.import_module("torch").set_num_threads(1)
     waiting, running, failed = list(samples()), [], 0
     with Path(sys.argv[1]).open("a") as file, contextlib.suppress(KeyboardInterrupt):
+        file.write(json.dumps({"count": len(waiting)}) + "\n")
         while waiting or running:
             while waiting and len(running) < target().workers:
                 running.append(Child(*waiting.pop(0)))
@@ -108,4 +109,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # at once: whoever interrupts waits a moment only

@@ -15,7 +15,7 @@ from headworks.ops import _routing_native as native
 from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
-from .routing import operators_of
+from .routing import limit, operators_of
 
 STATISTICS = ("lse", "entropy", "p_max", "sq_norm")
 
@@ -197,4 +197,5 @@ SPEC = Spec(
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
+    limit=limit,
 )

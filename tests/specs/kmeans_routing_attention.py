@@ -11,7 +11,7 @@ import headworks as hw
 from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
-from .routing import operators_of
+from .routing import limit, operators_of
 
 # The function shadows its module in the package.
 module = importlib.import_module("headworks.ops.kmeans_routing")
@@ -173,4 +173,5 @@ SPEC = Spec(
     sample_cases=SAMPLE_CASES,
     dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
+    limit=limit,
 )
