@@ -19,6 +19,7 @@ from .._native import ACCUMULATION, Maybe, NativeCall, define, fixed_arity, run
 from ..reference.bilevel_routing import Grid
 from ._attention_native import Want, WantGrad, gradients
 from ._attention_native import resolved as resolved_score
+from ._attention_operators import check_score
 from ._attention_score import TENSORS, Score
 from ._operands import Operand, check_operands, operands, require, require_given
 
@@ -279,8 +280,10 @@ _OF_BACKWARD = _LISTED + operands(
 )  # fmt: skip
 
 
-def _check(op: str, given: Sequence[Operand], tensors: Sequence[Any], routing: Routing) -> None:
-    """Tensors and cells belong together."""
+def _check(
+    op: str, given: Sequence[Operand], tensors: Sequence[Any], score: Score, routing: Routing
+) -> None:
+    """Tensors, numbers and cells belong together."""
     q, k, v = tensors[0], tensors[1], tensors[TENSORS + 2]
     slots, cells = None, (routing.row_cells, routing.key_cells)
     for name, x, (*cell, height, width) in zip("qk", (q, k), cells, strict=True):
@@ -290,8 +293,8 @@ def _check(op: str, given: Sequence[Operand], tensors: Sequence[Any], routing: R
         slots = routing.slots
     known = {"Rows": slots if routing.by_slot and slots is not None else q.shape[1]}
     check_operands(op, given, tensors, **known)
-    packed = tensors[6] is not None or tensors[7] is not None
-    require(op, "cu_seqlens", not packed, "None")
+    check_score(op, score)
+    require(op, "cu_seqlens_q", score.cu_seqlens_q is None, "None")
     require(op, "keys", routing.keys is not None or not routing.by_slot, "a tensor by slot")
     require(op, "v", v.shape[3] > 0, "a tensor of width 1 at least")
 
@@ -303,7 +306,7 @@ def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "routing_attention_fwd"
     score, routing, (v, gate, *want, backend) = _unpacked(arguments, 2)
-    _check(op, _OF_FORWARD, arguments[: TENSORS + 4], routing)
+    _check(op, _OF_FORWARD, arguments[: TENSORS + 4], score, routing)
     require(op, "want_w, want_row", not routing.by_slot or (want[0] and want[1]), "True by slot")
     return fixed_arity(forward(score, v, gate, routing, _want(*want), backend), score.q)
 
@@ -316,7 +319,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     score, routing, (v, d_w, row, delta, slots, factor, *want, backend) = _unpacked(arguments, 6)
     op = "routing_attention_bwd"
-    _check(op, _OF_BACKWARD, arguments[: TENSORS + 8], routing)
+    _check(op, _OF_BACKWARD, arguments[: TENSORS + 8], score, routing)
     require_given(op, delta=(delta, not routing.by_slot), slots=(slots, routing.by_slot))
     require(op, "factor", factor is None or takes_factor(d_w, backend), "None with this backend")
     wanted = WantGrad(True, want[0], want[1], False, want[2])
