@@ -296,7 +296,9 @@ def kmeans_update(
         m_c = \sum_{t \in c} x_t \,/\, n_c, \qquad
         \mu_c \leftarrow \mathrm{decay} \, \mu_c + (1 - \mathrm{decay}) \, m_c / |m_c|
 
-    A cluster without tokens keeps its centroid. The average is not normalised again.
+    A cluster without tokens keeps its centroid. The average is not normalised again. A token that
+    is not finite counts for no cluster, and a cluster whose sum overflows keeps its centroid:
+    centroids that are finite stay so.
 
     Args:
         centroids: [H, K, D], any floating dtype. Not modified.

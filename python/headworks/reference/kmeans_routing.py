@@ -93,11 +93,14 @@ def cluster_sums(x: Tensor, centroids: Tensor, index: Tensor | None) -> Tensor:
     """Of every cluster the sum of its members and their number, [H, K, D + 1].
 
     Members are those of index [B, H, K, W]; without it every token belongs to the cluster of the
-    largest similarity, the first of them where several are equal.
+    largest similarity, the first of them where several are equal. A token that is not finite
+    belongs to none.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x = x.detach().to(dtype)
+    is_finite = x.isfinite().all(-1, keepdim=True)
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # [B, S, H, D + 1]
+    x = torch.where(is_finite, x, 0.0)
     if index is not None:
         return _gathered(x, index).sum((0, 3))
     nearest = select_topk(similarity(x[..., :-1], centroids).transpose(-1, -2), 1)  # [B, H, S, 1]
@@ -106,12 +109,14 @@ def cluster_sums(x: Tensor, centroids: Tensor, index: Tensor | None) -> Tensor:
 
 
 def kmeans_update(centroids: Tensor, sums: Tensor, decay: float) -> Tensor:
-    """mu <- decay mu + (1 - decay) m / |m|, m the mean of a cluster; empty clusters stay."""
+    """mu <- decay mu + (1 - decay) m / |m|, m the mean of a cluster; empty clusters stay, and those
+    whose sum has no finite length."""
     total, count = sums[..., :-1], sums[..., -1:]
     mu = centroids.detach().to(sums.dtype)
     direction = torch.nn.functional.normalize(total, dim=-1)
     moved = decay * mu + (1 - decay) * direction
-    return torch.where(count > 0, moved, mu).to(centroids.dtype)
+    moves = (count > 0) & direction.isfinite().all(-1, keepdim=True)
+    return torch.where(moves, moved, mu).to(centroids.dtype)
 
 
 def _softmax(s: Tensor) -> Tensor:
