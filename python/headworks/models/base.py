@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from ..nn._layer import Layer, reset_children
 from ..nn._types import Device, DType
 from ..nn.functional import swiglu
 from ..nn.norm import RMSNorm
@@ -22,7 +23,7 @@ from .sampling import sample
 Config: TypeAlias = "BasedConfig | SoftmaxConfig"
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """y = (a * silu(b)) W2^T for [a | b] = x W1^T. fc1.weight [2 E, d], fc2.weight [d, E]."""
 
     def __init__(
@@ -37,7 +38,7 @@ class GatedMLP(nn.Module):
         return self.fc2(swiglu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """x + mixer(norm1(x)), then x + mlp(norm2(x))."""
 
     def __init__(
@@ -126,12 +127,17 @@ class LanguageModel(nn.Module):
         self.config = config
         self.transformer = _Trunk(config, mixers, **like)
         self.lm_head = nn.Linear(config.d_model, padded_vocab(config), bias=False, **like)
-        self.reset_parameters()
-        if config.tie_embeddings:
-            self.lm_head.weight = self.transformer.embeddings.word_embeddings.weight
+        self._draw_weights()
+        self._tie()
 
     def reset_parameters(self) -> None:
-        """Normal weights of init_std; what writes to the residual stream 1 / sqrt(2 L) smaller."""
+        """Makes the model what a new one is: weights, norms, and what the mixers keep."""
+        reset_children(self)
+        self._draw_weights()
+        self._tie()
+
+    def _draw_weights(self) -> None:
+        # Normal weights of init_std; what writes to the residual stream 1 / sqrt(2 L) smaller.
         std = self.config.init_std
         residual_std = std / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
@@ -142,6 +148,16 @@ class LanguageModel(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.embeddings.word_embeddings.weight
+
+    def _apply(self, *arguments: Any, **options: Any) -> LanguageModel:
+        # Off the meta device every module gets a parameter of its own.
+        super()._apply(*arguments, **options)
+        self._tie()
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._layer import Layer, reset_children
+from ..nn._recompute import recomputing
 from ..nn._types import Device, DType
 from ..nn.bilevel_routing import BiLevelRoutingAttention, depthwise
 from ..ops.attention import attention
@@ -23,7 +26,18 @@ _NORM_EPS = 1e-6
 _STAGES = 4
 
 
-class LePEAttention(nn.Module):
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, whose statistics a recomputation of activation checkpointing leaves alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, Y, X] -> the same shape."""
+        if not (self.training and recomputing()):
+            return super().forward(x)
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class LePEAttention(Layer):
     """Full attention over an image, with a depthwise convolution of the input added.
 
     x [B, Y, X, C] -> y of the same shape. Names: ``qkv`` [3 C, C] without bias, ``proj`` [C, C],
@@ -57,7 +71,7 @@ class LePEAttention(nn.Module):
         return self.proj(o)
 
 
-class BiFormerBlock(nn.Module):
+class BiFormerBlock(Layer):
     """x + dwconv(x), then x + attn(norm1(x)), then x + mlp(norm2(x)); x [B, C, Y, X]."""
 
     def __init__(
@@ -160,12 +174,17 @@ class BiFormer(nn.Module):
                     )  # fmt: skip
                 blocks.append(BiFormerBlock(dim, attn, mlp_ratio, drops.pop(0), **like))
             self.stages.append(nn.Sequential(*blocks))
-        self.norm = nn.BatchNorm2d(embed_dim[-1], **like)
+        self.norm = BatchNorm2d(embed_dim[-1], **like)
         self.head = nn.Linear(embed_dim[-1], num_classes, **like) if num_classes else nn.Identity()
-        self.reset_parameters()
+        self._draw_weights()
 
     def reset_parameters(self) -> None:
-        """Linear weights normal with deviation 0.02, cut at 2, their biases 0."""
+        """Makes the model what a new one is: weights, norms and their statistics."""
+        reset_children(self)
+        self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        # Linear weights normal with deviation 0.02, cut at 2, their biases 0.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -186,7 +205,7 @@ class BiFormer(nn.Module):
 def _halve(inputs: int, outputs: int, like: dict[str, Any]) -> list[nn.Module]:
     """A convolution that halves the image, and its norm."""
     conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, **like)
-    return [conv, nn.BatchNorm2d(outputs, **like)]
+    return [conv, BatchNorm2d(outputs, **like)]
 
 
 def _stem(inputs: int, outputs: int, like: dict[str, Any]) -> nn.Module:

@@ -89,8 +89,7 @@ def load_checkpoint(
     model_type, config_type = _MODELS[content["model"]]
     model = model_type(config_type.from_dict(content["config"]), device="meta", **options)
     model.load_state_dict(content["state_dict"], assign=True)
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.transformer.embeddings.word_embeddings.weight
+    model._tie()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     name = content["tokenizer"]

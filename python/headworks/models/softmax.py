@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._layer import Layer
 from ..nn._types import Device, DType
 from ..nn.rotary import apply_rotary, rotary_tables
 from .base import LanguageModel
@@ -41,7 +42,7 @@ class KVCache:
         return [self.k[:, :, : self.length], self.v[:, :, : self.length]]
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(Layer):
     """Causal multi-head attention by torch's SDPA. Wqkv.weight [3 d, d], out_proj.weight [d, d]."""
 
     def __init__(

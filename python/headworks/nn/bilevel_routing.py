@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.bilevel_routing import bilevel_routing_attention
+from ._layer import Layer
 from ._types import Device, DType
 
 
-class BiLevelRoutingAttention(nn.Module):
+class BiLevelRoutingAttention(Layer):
     r"""Image tokens attend to the tokens of the topk regions that suit their region best.
 
     .. math:: y = W_o \big( \mathrm{attention}(q, k, v) + \mathrm{dwconv}(v) \big)

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._native import without_products
 from ..ops.attention import attention
-from ..ops.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
+from ..ops.kmeans_routing import kmeans_route, kmeans_routing_attention
 from ..reference.kmeans_routing import similarity
+from ._centroids import Centroids
 from ._checks import check_batch, check_sequence, check_token
+from ._recompute import may_repeat, recomputing
+from ._side_loss import joined
 from ._types import Device, DType
 from .rotary import apply_rotary, rotary_tables
 
-_INITIAL_ITERATIONS = 10
 _LAYER_NORM_EPS = 1e-6
 
 
@@ -65,7 +66,7 @@ class RoutingState:
         return [self.local_k, self.local_v, self.k, self.v, *held]
 
 
-class KMeansRoutingAttention(nn.Module):
+class KMeansRoutingAttention(Centroids):
     r"""Multi-head attention with local heads, which see a window, and routing heads, in which a
     token attends to the tokens of its clusters.
 
@@ -79,7 +80,12 @@ class KMeansRoutingAttention(nn.Module):
     data: random tokens, then ten rounds of k-means. Every forward in training moves them by
     ``(1 - decay)`` of the way to its clusters' means after they were used. The commitment loss,
     ``commitment`` times the mean squared difference of the routing vectors from their nearest
-    centroids, is kept until :meth:`pop_loss` takes it. Keep the buffer in float32.
+    centroids, is kept until :meth:`pop_loss` takes it. Keep the buffer in float32. Tokens that are
+    not finite move nothing.
+
+    Under torch.utils.checkpoint, in any mode, the repetition inside the backward pass routes by
+    the centroids of the first run and does not move them. They are kept for it, of at most 64
+    forwards that wait for their backward pass, and found again by the input.
 
     **Causality.** The default routing, the paper's, chooses members from the whole sequence:
     earlier outputs do not depend on later values, but on later tokens through the membership. Such
@@ -131,9 +137,6 @@ class KMeansRoutingAttention(nn.Module):
         >>> loss = layer.pop_loss()
     """
 
-    centroids: Tensor
-    initialized: Tensor
-
     def __init__(
         self,
         d_model: int,
@@ -159,7 +162,7 @@ class KMeansRoutingAttention(nn.Module):
         device: Device = None,
         dtype: DType = None,
     ) -> None:
-        super().__init__()
+        super().__init__(decay, group)
         _check_options(
             d_model, num_heads, local_heads, num_clusters, window, local_window, is_causal,
             is_causal_prefix, norm, rotary_dim,
@@ -171,8 +174,7 @@ class KMeansRoutingAttention(nn.Module):
         self.length = num_clusters * window if length is None else length
         self.shared_qk, self.norm, self.mean_eps = shared_qk, norm, mean_eps
         self.mask_self = shared_qk and norm == "l2" if mask_self is None else mask_self
-        self.rotary_dim, self.decay, self.commitment = rotary_dim, decay, commitment
-        self.group, self.backend = group, backend
+        self.rotary_dim, self.commitment, self.backend = rotary_dim, commitment, backend
         self.scale = self.head_dim**-0.5 if norm == "l2" else 1.0
 
         like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
@@ -184,11 +186,7 @@ class KMeansRoutingAttention(nn.Module):
             self.to_k = nn.Linear(d_model, width, **like)
         self.to_v = nn.Linear(d_model, width, **like)
         self.out_proj = nn.Linear(d_model, d_model, **like)
-        start = torch.randn(self.routing_heads, num_clusters, self.head_dim, device=device)
-        self.register_buffer("centroids", F.normalize(start, dim=-1))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
-        self._ready = False  # what `initialized` says, once it has been asked
-        self._loss: Tensor | None = None
+        self._add_buffers(self.routing_heads, num_clusters, self.head_dim, device)
 
     def init_state(self, batch_size: int) -> RoutingState:
         """The state before any token."""
@@ -254,49 +252,41 @@ class KMeansRoutingAttention(nn.Module):
             o.insert(0, self._local_heads(x, position, state))
         return self.out_proj(torch.cat(o, 2).flatten(1))
 
-    def pop_loss(self) -> Tensor:
-        """The commitment loss of the latest forward in training, once; 0 if there was none."""
-        loss, self._loss = self._loss, None
-        return self.centroids.new_zeros(()) if loss is None else loss
-
-    @torch.no_grad()
-    def initialize(self, routed: Tensor) -> None:
-        """Centroids of the routing vectors [B, S, Hr, D]: random tokens, then k-means."""
-        tokens = routed.flatten(0, 1)  # [B S, Hr, D]
-        if not tokens.shape[0]:
-            return
-        chosen = torch.randperm(tokens.shape[0], device=tokens.device)
-        chosen = chosen.repeat(-(-self.num_clusters // len(chosen)))[: self.num_clusters]
-        start = F.normalize(tokens[chosen].transpose(0, 1).to(self.centroids.dtype), dim=-1)
-        if self.group is not None:  # every rank starts from the tokens of the first
-            start = start.contiguous()
-            first = torch.distributed.get_global_rank(self.group, 0)
-            torch.distributed.broadcast(start, first, group=self.group)
-        for _ in range(_INITIAL_ITERATIONS):
-            start = kmeans_update(start, routed, decay=0.0, group=self.group)
-        self.centroids.copy_(start)
-        self.initialized.fill_(True)
-        self._ready = True
-
     def _routing_heads(self, x: Tensor, position: Tensor, after: RoutingState | None) -> Tensor:
         # x [B, S, d_model] -> o [B, S, Hr, D]
         q, k, v, routed = self._heads(x, position)
-        every = torch.cat(routed, 1)
         if self.training:
-            self._ready = self._ready or bool(self.initialized)
-            if not self._ready:
-                self.initialize(every.detach())
-            self._loss = self._commitment(every)
-        index = [self._route(r) for r in routed]
-        o = self._within(q, k, v, index[0], index[-1])
+            return self._trained(q, k, v, routed, after)
+        self._loss = None
+        return self._routed(q, k, v, routed, self.centroids, after)
+
+    def _trained(
+        self, q: Tensor, k: Tensor, v: Tensor, routed: list[Tensor], after: RoutingState | None
+    ) -> Tensor:
+        # As _routed, with the loss, and with the step of the centroids unless this is repeated.
+        every = torch.cat(routed, 1)
+        past = self._begin(every.detach())
+        loss = self._commitment(every, past.centroids)
+        o = self._routed(q, k, v, routed, past.centroids, after)
+        if recomputing():
+            return joined(o, loss, past.stand_in)
+        past.stand_in = self._keep(loss)
+        if may_repeat():
+            self._memory.note(every, past)
+        self._move(every)
+        return o
+
+    def _routed(
+        self, q: Tensor, k: Tensor, v: Tensor, routed: list[Tensor], centroids: Tensor,
+        after: RoutingState | None,
+    ) -> Tensor:  # fmt: skip
+        # q, k, v [B, S, Hr, D] -> o [B, S, Hr, D]
+        index = [self._route(r, centroids) for r in routed]
         if after is not None:
             after.k, after.v = k.detach(), v.detach()
             for members, r, i in zip((after.queries, after.keys), routed, index, strict=False):
-                members.seen, members.index = similarity(r, self.centroids), i
-        if self.training:
-            moved = kmeans_update(self.centroids, every, decay=self.decay, group=self.group)
-            self.centroids.copy_(moved)
-        return o
+                members.seen, members.index = similarity(r, centroids), i
+        return self._within(q, k, v, index[0], index[-1])
 
     def _local_heads(self, x: Tensor, position: Tensor, state: RoutingState | None) -> Tensor:
         # x [B, S, d_model] -> o [B, S, Hl, D]; the state's keys stand before those of x.
@@ -335,15 +325,15 @@ class KMeansRoutingAttention(nn.Module):
             return F.normalize(x, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=_LAYER_NORM_EPS)
 
-    def _route(self, routed: Tensor) -> Tensor:
+    def _route(self, routed: Tensor, centroids: Tensor) -> Tensor:
         if self.is_causal_prefix:
             return kmeans_route(
-                routed, self.centroids, window=self.window, is_causal_prefix=True,
+                routed, centroids, window=self.window, is_causal_prefix=True,
                 length=self.length, backend=without_products(self.backend),
             )  # fmt: skip
         window = min(self.window, routed.shape[1])
         return kmeans_route(
-            routed, self.centroids, window=window, backend=without_products(self.backend)
+            routed, centroids, window=window, backend=without_products(self.backend)
         )
 
     def _within(self, q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
@@ -358,21 +348,18 @@ class KMeansRoutingAttention(nn.Module):
             backend=self.backend,
         )  # fmt: skip
 
-    def _commitment(self, routed: Tensor) -> Tensor:
-        nearest = similarity(routed, self.centroids).argmax(2)  # [B, H, S]
+    def _commitment(self, routed: Tensor, centroids: Tensor) -> Tensor:
+        nearest = similarity(routed, centroids).argmax(2)  # [B, H, S]
         head = torch.arange(self.routing_heads, device=routed.device)[:, None]
-        target = self.centroids[head, nearest].transpose(1, 2)  # [B, S, H, D]
-        return self.commitment * F.mse_loss(routed, target.to(routed.dtype))
+        target = centroids[head, nearest].transpose(1, 2)  # [B, S, H, D]
+        squares = F.mse_loss(routed, target.to(routed.dtype), reduction="sum")
+        return self.commitment * squares / max(routed.numel(), 1)
 
     def _no_members(self, batch_size: int, like: Tensor) -> Members:
         shape = (batch_size, self.routing_heads, self.num_clusters)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         seen = like.new_zeros(*shape, 0, dtype=dtype)
         return Members(seen, like.new_full((*shape, self.window), -1, dtype=torch.int64))
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._ready = False
 
     def extra_repr(self) -> str:
         return (

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..ops.linear_attention import LinearState, linear_attention
 from ..ops.linear_attention_step import linear_attention_step
 from ._checks import check_sequence, check_token
+from ._layer import Layer
 from ._types import Device, DType
 from .norm import RMSNorm
 
 
-class BasedLinearAttention(nn.Module):
+class BasedLinearAttention(Layer):
     r"""Multi-head linear attention with the second-order Taylor map of exp.
 
     .. math:: o_i = \sum_{j \le i} w_{ij} v_j \Big/ \sum_{j \le i} w_{ij}, \qquad

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..ops.moh_attention import moh_attention
 from ..ops.select_topk import select_topk
 from ._checks import check_sequence
+from ._side_loss import SideLoss
 from ._types import Device, DType
 
 
-class MixtureOfHeads(nn.Module):
+class MixtureOfHeads(SideLoss):
     r"""Multi-head attention in which each token chooses heads; some are shared by all tokens.
 
     .. math::
@@ -94,16 +95,14 @@ class MixtureOfHeads(nn.Module):
                 self.wg_0 = nn.Linear(d_model, 2, bias=False, **like)
         if shared_heads > 1:
             self.wg_1 = nn.Linear(d_model, shared_heads, bias=False, **like)
-        self._loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, d_model] -> y of the same shape."""
         check_sequence(self, x)
         gate, loss = self.route(x)
-        self._loss = loss if self.training else None
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         o = moh_attention(q, k, v, gate, is_causal=self.is_causal, backend=self.backend)
-        return self.proj(o.flatten(-2))
+        return self._aside(loss, x, self.proj(o.flatten(-2)))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gate [B, S, H] and the balance loss, both in fp32 (fp64 for fp64)."""
@@ -126,11 +125,6 @@ class MixtureOfHeads(nn.Module):
             alpha = 2 * self.wg_0(x).softmax(-1, dtype=dtype)  # [B, S, 2]
             groups = [alpha[..., i, None] * g for i, g in enumerate(groups)]
         return torch.cat(groups, -1), loss
-
-    def pop_loss(self) -> Tensor:
-        """The balance loss of the latest forward in training, once; 0 if there was none."""
-        loss, self._loss = self._loss, None
-        return self.proj.weight.new_zeros(()) if loss is None else loss
 
     def extra_repr(self) -> str:
         return (

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_batch, check_packed, check_sequence, check_token, packed_positions
+from ._layer import Layer
 from ._types import Device, DType
 from .functional import gated_short_conv, short_conv
 
@@ -25,7 +26,7 @@ class _ShortConv(nn.Module):
         )
 
 
-class GatedShortConv(nn.Module):
+class GatedShortConv(Layer):
     r"""Token mixing of the nearest neighbours, gated:
 
     .. math:: [a \,|\, b] = x W_{in}^T + c_{in}, \qquad

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.attention import attention
 from ._checks import check_batch, check_packed, check_sequence, check_token, packed_positions
+from ._layer import Layer
 from ._types import Device, DType
 from .rotary import apply_rotary, rotary_tables
 
@@ -32,7 +33,7 @@ class WindowState:
         return [self.k, self.v]
 
 
-class SlidingWindowAttention(nn.Module):
+class SlidingWindowAttention(Layer):
     r"""Multi-head softmax attention in which a token sees itself and the ``window`` tokens before:
 
     .. math:: o_i = \sum_{j=i-w}^{i} \mathrm{softmax}_j(q_i \cdot k_j / \sqrt{D}) \, v_j
