@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the specs' small comparisons with a mutant on, each in a process of its own.
+
+Everything that takes time is done once: torch, the specs and the references' results are loaded
+before the first fork, and the run without a mutant tells which comparisons reach which switch. A
+mutant runs those alone, the quickest first, until one differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import pickle
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SURVIVED, DIFFERENT, REFUSED, BROKEN = 0, 3, 4, 5
+REACHED, DOES_NOT_APPLY = 1, 2
+BACKENDS = {"cpu": "cpu", "simt": "emulate:simt", "sm80": "emulate:sm80"}
+# (order of threads, landing of copies, seed); the first for every mutant, all for barriers.
+SCHEDULES = (
+    ("shuffled", "late", 1), ("reverse", "early", 2), ("forward", "late", 3),
+    ("shuffled", "early", 4), ("reverse", "late", 5), ("shuffled", "mixed", 6),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One case of one spec on one backend."""
+
+    spec: int
+    case: object
+    backend: str
+    dtype: object
+    gradients: bool = True
+
+
+@dataclass
+class Baseline:
+    """Of each task that ran: seconds, and the flags of every switch."""
+
+    seconds: dict[int, float]
+    flags: dict[int, bytes]
+    wrong: list[str]
+
+    def flag(self, n: int) -> int:
+        return max((f[n] & REACHED for f in self.flags.values()), default=0) | max(
+            (f[n] & DOES_NOT_APPLY for f in self.flags.values()), default=0
+        )
+
+    def reaching(self, n: int) -> list[int]:
+        tasks = [t for t, f in self.flags.items() if f[n] & REACHED]
+        return sorted(tasks, key=lambda t: self.seconds[t])
+
+
+class Judge:
+    def __init__(self, library: Path, backends: tuple[str, ...], budget: float = 20.0):
+        """`budget`: seconds of comparisons, as measured without a mutant, that one may take."""
+        os.environ["HEADWORKS_LIBRARY_DIR"] = str(library)
+        sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
+        import torch
+
+        from headworks import _library
+        from headworks.testing import spec as spec_module
+        from specs import SPECS
+
+        torch.set_num_threads(1)  # a process with OpenMP threads must not fork
+        self.torch, self.library, self.specs, self.budget = torch, _library, SPECS, budget
+        self.check_case = spec_module.check_case
+        _library.info()  # loads both libraries
+        self.switches = [
+            ctypes.CDLL(str(library / name))
+            for name in ("libheadworks.so", "libheadworks_emulator.so")
+            if (library / name).exists()
+        ]
+        for switch in self.switches:
+            switch.hw_mutant_table.restype = ctypes.c_void_p
+        spec_module.REMEMBERED = 1 << 30
+        self.tasks = self._list(backends)
+        for task in self.tasks:  # remembers what the reference gives
+            self._compare(task, "reference")
+
+    def _list(self, backends: tuple[str, ...]) -> list[Task]:
+        t = self.torch
+        tasks = []
+        for i, spec in enumerate(self.specs):
+            for short in backends:
+                dtype = t.bfloat16 if short == "sm80" else t.float32
+                if dtype not in spec.dtypes.get(short, ()):
+                    continue
+                cases = list(spec.emulator_cases)
+                if short == "cpu":
+                    cases += spec.sample_cases
+                backend = BACKENDS[short]
+                tasks += [Task(i, c, backend, dtype) for c in cases if not spec.limit(backend, c)]
+        return tasks
+
+    def _compare(self, task: Task, backend: str = ""):
+        self.check_case(self.specs[task.spec], task.case, backend or task.backend, task.dtype)
+
+    def _set(self, state: int):
+        for switch in self.switches:
+            switch.hw_mutant_set(state)
+
+    def _take_flags(self, numbers: int) -> bytes:
+        total = bytearray(numbers)
+        for switch in self.switches:
+            table = (ctypes.c_ubyte * numbers).from_address(switch.hw_mutant_table())
+            for n, flag in enumerate(table):
+                total[n] |= flag
+            ctypes.memset(table, 0, numbers)
+        return bytes(total)
+
+    def _schedule(self, schedule: tuple[str, str, int]):
+        order, copies, seed = schedule
+        self.library.configure_emulator(seed=seed, order=order, copies=copies)
+
+    # ---- Without a mutant
+
+    def baseline(self, numbers: int, workers: int) -> Baseline:
+        """Every comparison once, as the sources are, and which switches it reaches."""
+        result = Baseline({}, {}, [])
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = {}
+            for w in range(workers):
+                mine = list(range(w, len(self.tasks), workers))
+                file = Path(folder) / str(w)
+                jobs[w] = (lambda mine=mine, file=file: self._record(mine, numbers, file), 1800)
+            statuses = run_forked(jobs, workers)
+            for w in range(workers):
+                if statuses[w][0] != 0:
+                    result.wrong.append(f"the run without a mutant ended with {statuses[w][0]}")
+                    continue
+                seconds, flags, wrong = pickle.loads((Path(folder) / str(w)).read_bytes())
+                result.seconds |= seconds
+                result.flags |= flags
+                result.wrong += wrong
+        return result
+
+    def _record(self, tasks: list[int], numbers: int, file: Path) -> int:
+        seconds, flags, wrong = {}, {}, []
+        for t in tasks:
+            task = self.tasks[t]
+            self._set(-1)
+            self._take_flags(numbers)
+            start = time.monotonic()
+            try:
+                if task.backend != "cpu":
+                    self._schedule(SCHEDULES[0])
+                self._compare(task)
+            except NotImplementedError:  # a size that the quick preset does not build
+                continue
+            except Exception as error:
+                if "no native function" in str(error):  # an operator that was left out
+                    continue
+                wrong.append(f"{self._name(t)}: {str(error)[:300]}")
+                continue
+            seconds[t], flags[t] = time.monotonic() - start, self._take_flags(numbers)
+        file.write_bytes(pickle.dumps((seconds, flags, wrong)))
+        return 0
+
+    def _name(self, t: int) -> str:
+        task = self.tasks[t]
+        return f"{self.specs[task.spec]}[{task.case}, {task.backend}]"
+
+    # ---- With a mutant
+
+    def job(self, n: int, baseline: Baseline, everywhere: bool) -> tuple[Callable[[], int], float]:
+        """What a child runs for mutant n, and after how many seconds it counts as hanging."""
+        chosen, total = [], 0.0
+        for t in baseline.reaching(n):
+            if total > self.budget and len(chosen) > 3:
+                break
+            chosen.append(t)
+            total += baseline.seconds[t]
+        schedules = SCHEDULES if everywhere else SCHEDULES[:1]
+        limit = 10 + 3 * total * len(schedules)
+        return lambda: self._try(n, chosen, schedules), limit
+
+    def _try(self, n: int, chosen: list[int], schedules) -> int:
+        self._set(n)
+        for t in chosen:
+            task = self.tasks[t]
+            for schedule in schedules:
+                try:
+                    if task.backend != "cpu":
+                        self._schedule(schedule)
+                    self._compare(task)
+                except AssertionError:
+                    return DIFFERENT
+                except Exception:
+                    return REFUSED
+                if task.backend == "cpu":
+                    break
+        return SURVIVED
+
+    def try_all(self, numbers: dict[int, bool], baseline: Baseline, workers: int, report):
+        """Of each mutant (True: with every schedule) how its process ended, and its seconds."""
+        jobs = {n: self.job(n, baseline, everywhere) for n, everywhere in numbers.items()}
+        return run_forked(jobs, workers, report)
+
+
+def run_forked(jobs, workers: int, report=lambda *_: None) -> dict[int, tuple[int, float]]:
+    """Runs each job, (function, seconds), in a forked process; status (negative: signal), time."""
+    waiting, running, done = list(jobs.items()), {}, {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            n, (work, limit) = waiting.pop(0)
+            pid = os.fork()
+            if pid == 0:
+                _child(work, limit)
+            running[pid] = n, time.monotonic()
+        pid, status = os.wait()
+        if pid not in running:
+            continue
+        n, start = running.pop(pid)
+        done[n] = os.waitstatus_to_exitcode(status), time.monotonic() - start
+        report(n, *done[n])
+    return done
+
+
+def _child(work: Callable[[], int], limit: float):
+    status = BROKEN
+    try:
+        faulthandler.disable()
+        signal.alarm(int(limit) + 1)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30),) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if not os.environ.get("HW_MUTANTS_VERBOSE"):
+            os.dup2(null, 2)
+        status = work()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            import traceback
+
+            traceback.print_exc()
+    finally:
+        os._exit(status)
