@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # How one line becomes translation units and the dispatch table.
 #
-#   hw_add_operator(name FUNCTIONS f...  CPU t...  SIMT t...  SM80 t... SM80_DIMS d...  SM90 ...)
+#   hw_add_operator(name FUNCTIONS f...  CPU t...  SIMT t...  SM80 t... SM80_DIMS d...  SM90 ...
+#                   CPU_APART t...  SIMT_APART f...  SM80_APART f...  SIMT_PTXAS option...)
 #
-# One instance is one translation unit of a few lines, written under the build folder:
-#   cpu          per (dtype, instruction set), around csrc/ops/<name>/<name>_cpu.cpp; instruction
-#                sets with a list HW_ISA_INSTANCES_<isa> only for the instances in it
+# Instances are translation units of a few lines, written under the build folder:
+#   cpu          per instruction set, around csrc/ops/<name>/<name>_cpu.cpp, for all dtypes together
+#                but those listed as APART; instruction sets with a list HW_ISA_INSTANCES_<isa> only
+#                for the instances in it
 #   simt, sm80   per (dtype, dim), around csrc/ops/<name>/<name>_<backend>.cuh; a .cu for nvcc and,
-#                for the emulator, the same text as .cpp
+#                for the emulator, the same text as .cpp. nvcc takes minutes for some: the functions
+#                listed as APART get a unit of their own. PTXAS: options for the assembler
 # Files that would not change are not rewritten, so a second configure compiles nothing.
 include_guard()
 include(${CMAKE_CURRENT_LIST_DIR}/HeadworksStop.cmake)
@@ -35,7 +38,8 @@ set(HW_TYPE_f16 hw::f16)
 macro(hw_add_operator name)
   set(HW_OP ${name})
   cmake_parse_arguments(hw "" ""
-    "FUNCTIONS;CPU;SIMT;SIMT_DIMS;SM80;SM80_DIMS;SM90;SM90_DIMS" ${ARGN})
+    "FUNCTIONS;CPU;CPU_APART;SIMT;SIMT_DIMS;SIMT_APART;SIMT_PTXAS;SM80;SM80_DIMS;SM80_APART;SM90;SM90_DIMS;SM90_APART"
+    ${ARGN})
   if(NOT hw_FUNCTIONS OR hw_UNPARSED_ARGUMENTS)
     hw_stop("hw_add_operator(${HW_OP}): FUNCTIONS is missing, or these are unknown: "
       "${hw_UNPARSED_ARGUMENTS}")
@@ -74,29 +78,45 @@ macro(hw_add_host)
   string(APPEND HW_OPERATOR_ROWS "    &${HW_OP}::kOperator,\n")
 endmacro()
 
+# What dtypes of one unit share is compiled once: the headers, and all code that knows only the
+# accumulation type.
 macro(hw_add_cpu)
   hw_dtypes("${hw_CPU}" hw_list)
   if(hw_list)
     hw_require(${hw_folder}/${HW_OP}_cpu.cpp)
   endif()
+  set(hw_together ${hw_list})
+  list(REMOVE_ITEM hw_together ${hw_CPU_APART} "")
   foreach(HW_ISA IN LISTS HW_ISAS)
-    foreach(HW_DTYPE IN LISTS hw_list)
-      if(HW_ISA_INSTANCES_${HW_ISA} AND
-          NOT ${HW_OP}_${HW_DTYPE} IN_LIST HW_ISA_INSTANCES_${HW_ISA})
-        continue()
+    hw_write_cpu_unit(${HW_OP}_cpu_${HW_ISA} "${hw_together}")
+    foreach(hw_dtype IN LISTS hw_CPU_APART)
+      if(hw_dtype IN_LIST hw_list)
+        hw_write_cpu_unit(${HW_OP}_cpu_${hw_dtype}_${HW_ISA} ${hw_dtype})
       endif()
-      set(HW_TYPE ${HW_TYPE_${HW_DTYPE}})
+    endforeach()
+  endforeach()
+endmacro()
+
+# One unit with the instances of these dtypes for HW_ISA; none where that is not worth it.
+macro(hw_write_cpu_unit name dtypes)
+  set(HW_TABLES "")
+  foreach(HW_DTYPE IN ITEMS ${dtypes})
+    if(NOT HW_ISA_INSTANCES_${HW_ISA} OR ${HW_OP}_${HW_DTYPE} IN_LIST HW_ISA_INSTANCES_${HW_ISA})
       set(HW_INSTANCE ${HW_OP}_cpu_${HW_DTYPE}_${HW_ISA})
-      set(hw_out ${hw_generated}/${HW_INSTANCE}.cpp)
-      configure_file(${hw_templates}/instance_cpu.cpp.in ${hw_out} @ONLY)
-      set_source_files_properties(${hw_out} PROPERTIES
-        COMPILE_OPTIONS "${HW_CPU_FLAGS};${HW_ISA_FLAGS_${HW_ISA}}")
-      list(APPEND HW_SOURCES_CPU_${HW_ISA} ${hw_out})
+      string(APPEND HW_TABLES "extern const FunctionTable ${HW_INSTANCE};\n"
+        "const FunctionTable ${HW_INSTANCE} = kTable<${HW_TYPE_${HW_DTYPE}}>;\n")
       string(APPEND HW_DECLARATIONS "extern const FunctionTable ${HW_INSTANCE};\n")
       string(APPEND HW_ROWS_NATIVE "    {&${HW_OP}::kOperator, Backend::cpu, DType::${HW_DTYPE}, "
         "0, Isa::${HW_ISA}, &${HW_INSTANCE}},\n")
-    endforeach()
+    endif()
   endforeach()
+  if(HW_TABLES)
+    set(hw_out ${hw_generated}/${name}.cpp)
+    configure_file(${hw_templates}/instance_cpu.cpp.in ${hw_out} @ONLY)
+    set_source_files_properties(${hw_out} PROPERTIES
+      COMPILE_OPTIONS "${HW_CPU_FLAGS};${HW_ISA_FLAGS_${HW_ISA}}")
+    list(APPEND HW_SOURCES_CPU_${HW_ISA} ${hw_out})
+  endif()
 endmacro()
 
 macro(hw_add_gpu backend)
@@ -135,23 +155,45 @@ macro(hw_add_gpu_instance)
   set(HW_INSTANCE ${HW_OP}_${HW_BACKEND}_${HW_DTYPE}_${HW_DIM})
   string(APPEND HW_DECLARATIONS "extern const FunctionTable ${HW_INSTANCE};\n")
   set(HW_ENTRIES "")
-  set(HW_FINDERS "")
   foreach(function IN LISTS hw_FUNCTIONS)
-    string(APPEND HW_FINDERS "HW_FUNCTION_OF(${function})\n")
     string(APPEND HW_ENTRIES "    ${function}_of<Kernel>(),\n")
   endforeach()
   string(CONCAT hw_row "    {&${HW_OP}::kOperator, Backend::${HW_BACKEND}, DType::${HW_DTYPE}, "
     "${HW_DIM}, Isa::none, &${HW_INSTANCE}},\n")
   if(HW_CUDA_FOUND AND HW_CUDA_ARCHS_${hw_upper})
-    set(hw_out ${hw_generated}/${HW_INSTANCE}.cu)
-    configure_file(${hw_templates}/instance_gpu.in ${hw_out} @ONLY)
-    list(APPEND HW_SOURCES_CUDA_${hw_upper} ${hw_out})
+    hw_write_gpu_units(.cu HW_SOURCES_CUDA_${hw_upper} "${hw_${hw_upper}_APART}")
     string(APPEND HW_ROWS_NATIVE "${hw_row}")
   endif()
   if(HW_EMULATOR AND NOT HW_BACKEND STREQUAL "sm90")
-    set(hw_out ${hw_generated}/${HW_INSTANCE}.cpp)
-    configure_file(${hw_templates}/instance_gpu.in ${hw_out} @ONLY)
-    list(APPEND HW_SOURCES_EMULATED ${hw_out})
+    hw_write_gpu_units(.cpp HW_SOURCES_EMULATED "")
     string(APPEND HW_ROWS_EMULATED "${hw_row}")
+  endif()
+endmacro()
+
+# The units of an instance: one, and one for each function in `apart`; appends them to `sources`.
+macro(hw_write_gpu_units suffix sources apart)
+  set(hw_apart ${apart})
+  set(HW_APART "")
+  set(HW_FINDERS "")
+  foreach(HW_FUNCTION IN LISTS hw_FUNCTIONS)
+    if(HW_FUNCTION IN_LIST hw_apart)
+      set(hw_name ${HW_INSTANCE}_${HW_FUNCTION})
+      string(APPEND HW_APART "void ${hw_name}(const Call&);\n")
+      string(APPEND HW_FINDERS "HW_FUNCTION_APART(${HW_FUNCTION}, ${hw_name})\n")
+      hw_write_gpu_unit(instance_gpu_apart.in ${hw_name}${suffix} ${sources})
+    else()
+      string(APPEND HW_FINDERS "HW_FUNCTION_OF(${HW_FUNCTION})\n")
+    endif()
+  endforeach()
+  hw_write_gpu_unit(instance_gpu.in ${HW_INSTANCE}${suffix} ${sources})
+endmacro()
+
+macro(hw_write_gpu_unit template name sources)
+  set(hw_out ${hw_generated}/${name})
+  configure_file(${hw_templates}/${template} ${hw_out} @ONLY)
+  list(APPEND ${sources} ${hw_out})
+  if("${name}" MATCHES "\\.cu$" AND hw_${hw_upper}_PTXAS)
+    set_source_files_properties(${hw_out} PROPERTIES
+      COMPILE_OPTIONS "-Xptxas=${hw_${hw_upper}_PTXAS}")
   endif()
 endmacro()

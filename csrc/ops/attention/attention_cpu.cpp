@@ -41,8 +41,11 @@ void probs(const Call& call) {
 }  // namespace hw::attention
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {
-    {&attention::forward<HW_ELEMENT>, &attention::backward<HW_ELEMENT>,
-     &attention::columns<HW_ELEMENT>, &attention::probs<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {{&attention::forward<T>, &attention::backward<T>,
+                                   &attention::columns<T>, &attention::probs<T>}};
+
+}  // namespace
 }  // namespace hw

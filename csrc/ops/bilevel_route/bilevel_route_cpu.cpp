@@ -138,7 +138,10 @@ void scores(const Call& call) {
 }  // namespace hw::bilevel_route
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {
-    {&bilevel_route::means<HW_ELEMENT>, &bilevel_route::scores<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {{&bilevel_route::means<T>, &bilevel_route::scores<T>}};
+
+}  // namespace
 }  // namespace hw

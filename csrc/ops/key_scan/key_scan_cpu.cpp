@@ -349,7 +349,10 @@ void backward(const Call& call) {
 }  // namespace hw::key_scan
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {
-    {&key_scan::forward<HW_ELEMENT>, &key_scan::backward<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {{&key_scan::forward<T>, &key_scan::backward<T>}};
+
+}  // namespace
 }  // namespace hw

@@ -189,7 +189,10 @@ constexpr auto prefix_of() -> void (*)(const Call&) {
 }  // namespace hw::kmeans_route
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {
-    {&kmeans_route::similarity<HW_ELEMENT>, kmeans_route::prefix_of<HW_ELEMENT>()}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {{&kmeans_route::similarity<T>, kmeans_route::prefix_of<T>()}};
+
+}  // namespace
 }  // namespace hw

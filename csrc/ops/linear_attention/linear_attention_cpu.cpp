@@ -310,8 +310,11 @@ void backward(const Call& call) {
 }  // namespace hw::linear_attention
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {{&linear_attention::forward<HW_ELEMENT>,
-                                    &linear_attention::backward<HW_ELEMENT>,
-                                    &linear_attention::step<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {
+    {&linear_attention::forward<T>, &linear_attention::backward<T>, &linear_attention::step<T>}};
+
+}  // namespace
 }  // namespace hw

@@ -47,6 +47,10 @@ void forward(const Call& call) {
 }  // namespace hw::moh_route
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {{&moh_route::forward<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {{&moh_route::forward<T>}};
+
+}  // namespace
 }  // namespace hw

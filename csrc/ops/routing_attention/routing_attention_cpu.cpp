@@ -35,7 +35,11 @@ void backward(const Call& call) {
 }  // namespace hw::routing_attention
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {
-    {&routing_attention::forward<HW_ELEMENT>, &routing_attention::backward<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {
+    {&routing_attention::forward<T>, &routing_attention::backward<T>}};
+
+}  // namespace
 }  // namespace hw

@@ -114,6 +114,10 @@ void forward(const Call& call) {
 }  // namespace hw::select_topk
 
 namespace hw {
-extern const FunctionTable HW_INSTANCE;
-const FunctionTable HW_INSTANCE = {{&select_topk::forward<HW_ELEMENT>}};
+namespace {
+
+template <class T>
+constexpr FunctionTable kTable = {{&select_topk::forward<T>}};
+
+}  // namespace
 }  // namespace hw
