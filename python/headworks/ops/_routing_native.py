@@ -53,7 +53,7 @@ def bilevel_routing_attention(
     assert o is not None
     image = q.shape[1:3]
     made = [None if x is None else x.view(*x.shape[:2], *image) for x in rest]
-    return o.view(len(o), *image, *o.shape[2:])[..., : v.shape[4]], *made
+    return o.view(o.shape[0], *image, *o.shape[2:])[..., : v.shape[4]], *made
 
 
 def _bilevel_arguments(

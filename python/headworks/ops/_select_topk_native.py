@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def select_topk(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor
 
 def _rows(score: Tensor) -> Tensor:
     """[R, N]"""
-    return score.reshape(score.shape[:-1].numel(), score.shape[-1])
+    return score.reshape(math.prod(score.shape[:-1]), score.shape[-1])
 
 
 def select_rows(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:

@@ -141,7 +141,7 @@ def to_regions(x: Tensor, grid: Grid) -> Tensor:
     """[B, Y, X, H, D] as [B, H, R, n, D], with zeros beyond the image."""
     below, beyond = grid.rows * grid.height - x.shape[1], grid.columns * grid.width - x.shape[2]
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, beyond, 0, below))
-    x = x.reshape(len(x), *_cut(grid), *x.shape[3:])  # [B, rows, height, columns, width, H, D]
+    x = x.reshape(x.shape[0], *_cut(grid), *x.shape[3:])  # [B, rows, height, columns, width, H, D]
     return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
 
 
