@@ -20,7 +20,12 @@ from headworks.models import base, biformer, softmax
 WIDTH = 32
 LIKE = {"d_model": WIDTH, "num_layers": 3, "num_heads": 4, "vocab_size": 61, "mlp_hidden": 32}
 ROUTING = models.RoutingConfig(
-    **LIKE, local_heads=2, num_clusters=4, window=6, local_window=5, commitment=0.5
+    **{**LIKE, "num_layers": 2},
+    local_heads=2,
+    num_clusters=4,
+    window=6,
+    local_window=5,
+    commitment=0.5,
 )
 BASED = models.BasedConfig(
     **LIKE, linear_layers=(1,), window_layers=(2,), window=5, conv_bias=True, g_norm=True

@@ -144,13 +144,12 @@ def attention_mask(
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
 
-    def made(function: Callable[..., Any], **skip: bool) -> Tensor | None:
-        mask: Tensor | None = masking_utils.sdpa_mask(
+    def made(function: Callable[..., Any], **skip: bool) -> Any:
+        return masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, mask_function=function, attention_mask=attention_mask,
             local_size=local_size, device=device, config=config, **skip, **others,
         )  # fmt: skip
-        return mask
 
     _require_interface(type(config))
     is_aligned = q_length in (1, kv_length)  # whichever corner is meant
@@ -158,11 +157,12 @@ def attention_mask(
     allow_is_causal_skip = allow_is_causal_skip and is_aligned and may_be_none
     allow_is_bidirectional_skip = allow_is_bidirectional_skip and may_be_none
     if torch.compiler.is_compiling():
-        return made(
+        traced: Tensor | None = made(
             mask_function,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
+        return traced
     never: Any = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     size = (batch_size, 1, q_length, kv_length)
     known = _pattern_of(mask_function, q_length, kv_length, q_offset, kv_offset, local_size)

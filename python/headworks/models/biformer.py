@@ -33,7 +33,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         """x [B, C, Y, X] -> the same shape."""
         if not (self.training and recomputing()):
             return super().forward(x)
-        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        moved: list[Any] = [self.running_mean, self.running_var]
+        mean, variance = (x.clone() for x in moved)
         return F.batch_norm(x, mean, variance, self.weight, self.bias, True, 0.0, self.eps)
 
 

@@ -53,7 +53,8 @@ def group_of_name(name: str | None) -> Group:
     if name is None:
         return Group(None)
     try:
-        return Group(torch.distributed.distributed_c10d._resolve_process_group(name))
+        known: Any = torch.distributed.distributed_c10d
+        return Group(known._resolve_process_group(name))
     except (AttributeError, RuntimeError, ValueError):
         warnings.warn(
             f"headworks: a layer was saved with the process group {name!r}, which does not exist "
@@ -101,7 +102,7 @@ class Centroids(SideLoss):
     def _begin(self, routed: Tensor) -> Past:
         """The centroids by which this forward in training routes the vectors [B, S, Hr, D]."""
         if recomputing():
-            past = self._memory.recall(routed)
+            past: Past | None = self._memory.recall(routed)
             if past is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: a forward in training inside a backward pass repeats "

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -21,7 +23,8 @@ class Layer(nn.Module):
 def reset_children(module: nn.Module) -> None:
     """Sets back everything below the module."""
     for child in module.children():
-        if hasattr(child, "reset_parameters"):
-            child.reset_parameters()
-        else:
+        reset: Any = getattr(child, "reset_parameters", None)
+        if reset is None:
             reset_children(child)
+        else:
+            reset()

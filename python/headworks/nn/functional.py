@@ -5,20 +5,35 @@
 Composed from elementary torch operations these cost more time on a CPU than the matrix products
 around them: every elementary operation reads and writes a full [tokens, channels] tensor, and the
 backward of a split or a slice writes another one full of zeros. Written as one node, each keeps
-only its inputs and writes its gradient once.
+only its inputs and writes its gradient once. The formulas themselves, `_..._formula`, serve where
+that does not matter: in a graph that is compiled, which fuses them, and for second derivatives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._autograd import Saved, first_order
-
 _silu_backward = torch.ops.aten.silu_backward
+
+
+def _differentiable(ctx: Any, formula: Callable[..., Tensor], *inputs: Any, dy: Tensor) -> Any:
+    """The gradients of the formula's inputs as functions of them, for create_graph=True."""
+    with torch.enable_grad():
+        y = formula(*inputs)
+        wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=True) if wants]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(next(grads) if wants else None for wants in ctx.needs_input_grad)
+
+
+def _rms_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * r * weight.to(wide.dtype)).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -31,13 +46,15 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         r = mean_square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, r)
+        ctx.eps = eps
         return (wide * r).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
-    @first_order("rms_norm")
-    def backward(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # With n = x r:  dw = sum dy n,  dx = r (dy w - n mean_c(dy w n)).
-        x, weight, r = saved
+        x, weight, r = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, _rms_formula, x, weight, ctx.eps, dy=dy)
         n = x.to(r.dtype) * r
         dy_n = dy * n
         along = (dy_n @ weight.to(r.dtype)).unsqueeze(-1).div_(x.shape[-1])
@@ -48,9 +65,16 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., C], weight [C]."""
+    if torch.compiler.is_compiling():
+        return _rms_formula(x, weight, eps)
     if x.device.type == "cpu":
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def _swiglu_formula(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return a * F.silu(b)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -64,9 +88,10 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(b).mul_(a)
 
     @staticmethod
-    @first_order("swiglu")
-    def backward(ctx: Any, saved: Saved, dy: Tensor) -> Tensor:
-        (x,) = saved
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, _swiglu_formula, x, dy=dy)
         a, b = x.chunk(2, -1)
         dx = torch.empty_like(x)
         da, db = dx.chunk(2, -1)
@@ -77,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """a * silu(b) for x = [a | b]. x [..., 2 C] -> [..., C]."""
-    return _SwiGLU.apply(x)
+    return _swiglu_formula(x) if torch.compiler.is_compiling() else _SwiGLU.apply(x)
 
 
 def short_conv(x: Tensor, weight: Tensor, history: Tensor | None = None) -> Tensor:
@@ -88,16 +113,28 @@ def short_conv(x: Tensor, weight: Tensor, history: Tensor | None = None) -> Tens
     width = weight.shape[-1]
     taps = weight[:, 0].to(x.dtype)  # [C, K]
     if history is not None:
-        padded = torch.cat([history.to(x.dtype), x], dim=1)
-        tokens = x.shape[1]
-        y = padded[:, width - 1 :] * taps[:, width - 1]
-        for j in range(width - 1):
-            y = torch.addcmul(y, padded[:, j : j + tokens], taps[:, j])
-        return y
+        return _conv_formula(torch.cat([history.to(x.dtype), x], dim=1), taps)
     y = x * taps[:, width - 1]
     for lag in range(1, min(width, x.shape[1])):
         y[:, lag:].addcmul_(x[:, :-lag], taps[:, width - 1 - lag])
     return y
+
+
+def _conv_formula(padded: Tensor, taps: Tensor) -> Tensor:
+    # padded [B, K - 1 + S, C]  taps [C, K] -> y [B, S, C]
+    last = taps.shape[1] - 1
+    tokens = padded.shape[1] - last
+    y = padded[:, last:] * taps[:, last]
+    for j in range(last):
+        y = torch.addcmul(y, padded[:, j : j + tokens], taps[:, j])
+    return y
+
+
+def _gated_conv_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    a, b = x.chunk(2, -1)
+    padded = F.pad(a, (0, 0, weight.shape[-1] - 1, 0))
+    conv = _conv_formula(padded, weight[:, 0].to(x.dtype))
+    return F.silu(conv if bias is None else conv + bias.to(x.dtype)) * b
 
 
 class _GatedShortConv(torch.autograd.Function):
@@ -110,14 +147,14 @@ class _GatedShortConv(torch.autograd.Function):
         conv = short_conv(a, weight)
         if bias is not None:
             conv.add_(bias.to(x.dtype))
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, conv, bias)
+        ctx.save_for_backward(x, weight, bias, conv)
         return F.silu(conv).mul_(b)
 
     @staticmethod
-    @first_order("gated_short_conv")
-    def backward(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, conv, _ = saved
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, conv = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, _gated_conv_formula, x, weight, bias, dy=dy)
         width, tokens = weight.shape[-1], x.shape[1]
         a, b = x.chunk(2, -1)
         dx = torch.empty_like(x)
@@ -132,10 +169,12 @@ class _GatedShortConv(torch.autograd.Function):
             late, early, j = dconv[:, lag:], a[:, :-lag], width - 1 - lag
             da[:, :-lag].addcmul_(late, taps[:, j])
             dtaps[:, j] = (late * early).sum((0, 1))
-        dbias = dconv.sum((0, 1)) if ctx.has_bias else None
+        dbias = None if bias is None else dconv.sum((0, 1)).to(bias.dtype)
         return dx, dtaps.unsqueeze(1).to(weight.dtype), dbias
 
 
 def gated_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(conv(a) + bias) * b for x = [a | b]. x [B, S, 2 C], weight [C, 1, K] -> [B, S, C]."""
+    if torch.compiler.is_compiling():
+        return _gated_conv_formula(x, weight, bias)
     return _GatedShortConv.apply(x, weight, bias)

@@ -119,7 +119,7 @@ class MixtureOfHeads(SideLoss):
             kept = p * chosen
             total = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).eps)
             groups.append(self.routed_heads * kept / total)
-            tokens = max(x.shape[0] * x.shape[1], 1)
+            tokens = torch.ones_like(p[..., 0]).sum().clamp(min=1)
             loss = p.shape[-1] * (p.sum((0, 1)) * chosen.sum((0, 1))).sum() / tokens**2
         if self.shared_heads and self.routed_heads:
             alpha = 2 * self.wg_0(x).softmax(-1, dtype=dtype)  # [B, S, 2]

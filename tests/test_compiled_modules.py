@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers and models as graphs: torch.compile(fullgraph=True) in training, torch.export with dynamic
+batch and length; and second derivatives of the pieces between the operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headworks.nn import functional
+from test_modules import LOSSES, MODULES, applied, example
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+TRAINED = (
+    "GatedShortConv", "KMeansRoutingAttention", "MixtureOfHeads", "BasedLM", "RoutingLM",
+    "SoftmaxLM", "BiFormer",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_deterministic_start):
+    torch.set_num_threads(1)
+    yield
+    torch._dynamo.reset()
+
+
+def two(name):
+    """The same module twice."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(MODULES[name]().train())
+    return made
+
+
+def steps(name, module, call, x):
+    """Outputs, losses, gradients and buffers of two steps, the first forward among them."""
+    torch.manual_seed(1)
+    results = []
+    for _ in range(2):
+        y = applied(name, call, x)
+        side = module.pop_loss() if name in LOSSES else torch.zeros(())
+        (y.square().sum() + side).backward()
+        results += [y.detach(), side.detach()]
+    return [*results, *(p.grad for p in module.parameters()), *module.buffers()]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_in_one_graph(name):
+    module, other = two(name)
+    x = example(name)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    expected = steps(name, module, module, x)
+    for got, wanted in zip(steps(name, other, compiled, x), expected, strict=True):
+        if wanted is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_training_in_one_graph_by_inductor():
+    module, other = two("GatedShortConv")
+    x = example("GatedShortConv")
+    compiled = torch.compile(other, fullgraph=True)
+    expected = steps("GatedShortConv", module, module, x)
+    for got, wanted in zip(steps("GatedShortConv", other, compiled, x), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_layer_needs_no_second_graph():
+    """Centroids that are set already are not asked for in the graph."""
+    module, other = two("KMeansRoutingAttention")
+    x = example("KMeansRoutingAttention")
+    module(x)
+    other.load_state_dict(module.state_dict())
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(other, fullgraph=True, backend=count)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "gated_short_conv"])
+def test_second_derivatives(name):
+    """Also where the first cotangent is a constant, as that of a sum is."""
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    taps = torch.randn(3, 1, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    function, inputs = {
+        "rms_norm": (functional.rms_norm, (x, weight)),
+        "swiglu": (functional.swiglu, (x,)),
+        "gated_short_conv": (functional.gated_short_conv, (x, taps, bias)),
+    }[name]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+    def penalty(x):
+        (g,) = torch.autograd.grad(function(x, *inputs[1:]).sum(), x, create_graph=True)
+        return g.square().sum()
+
+    assert torch.autograd.gradcheck(penalty, (x,))
