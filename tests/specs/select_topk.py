@@ -13,7 +13,8 @@ ONE_HOT = 1 << 22
 
 
 def case(N=100, k=10, rows=(2, 3), *, order=True, scores="normal"):
-    """`scores`: normal, equal, few (four values), special (infinities, NaN, both zeros)."""
+    """`scores`: normal, equal, few (four values), special (infinities, NaN, both zeros), powers (of
+    two, and the numbers next to them: their keys differ in the last bit, or in single ones)."""
     sizes = {"B": rows[0] if rows else 1, "rows": rows, "N": N, "scores": scores}
     words = [f"N{N}", f"k{k}", "x".join(map(str, rows)) or "1", scores]
     words += [] if order else ["by_rank"]
@@ -33,7 +34,19 @@ def make(case, dtype, device="cpu", seed=0):
     elif n["scores"] == "special":
         values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0], dtype=score.dtype)
         score = values[torch.randint(len(values), shape, generator=generator)]
+    elif n["scores"] == "powers":
+        return {"score": _powers(shape, dtype, generator).to(device)}
     return {"score": score.to(device, dtype)}
+
+
+def _powers(shape, dtype, generator):
+    """2^-14 to 2^13 and the next smaller numbers, with both signs, in any order."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    power = torch.ldexp(torch.ones(28, dtype=torch.float64), torch.arange(-14, 14)).to(dtype)
+    values = torch.cat([power, (power.view(bits) - 1).view(dtype)])
+    values = torch.cat([values, -values])
+    order = torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
+    return values[order % len(values)]
 
 
 def one_hot(index, size):
@@ -64,6 +77,7 @@ CASES = (
         for s in ("equal", "few", "special")
         for o in (True, False)
     ),
+    *(case(N=112, k=k, scores="powers", order=o) for k in (1, 28, 29, 84) for o in (True, False)),
     case(rows=()),
     case(rows=(0, 3)),
     case(rows=(2, 3, 4, 5), N=17, k=5),
@@ -76,6 +90,10 @@ EMULATOR_CASES = (
     case(N=130, k=40, rows=(1, 2), scores="few", order=False),
     *(case(N=n, k=k, rows=(1, 1)) for n, k in ((0, 0), (1, 1), (63, 5), (64, 64), (65, 64))),
     case(N=200, k=50, rows=(1, 1), scores="equal"),
+    # Ranks among different scores; ties on both sides of a piece of 256; keys of single bits.
+    case(N=300, k=290, rows=(1, 2), order=False),
+    case(N=600, k=400, rows=(1, 1), scores="few"),
+    *(case(N=112, k=k, rows=(1, 1), scores="powers", order=k == 28) for k in (28, 29)),
 )
 
 SAMPLE_CASES = (
