@@ -66,7 +66,8 @@ struct QueryGradKernel {
 
     typename L::Values d_q;
     d_q.clear();
-    loop.walk(loop.others(), [&](const auto& stage, const auto& score) {
+    const Range keys = loop.others();
+    loop.walk(keys, [&](const auto& stage, const auto& score) {
       Pairs c, dp, y;
       loop.products(c, stage);
       loop.second_products(dp, stage);
@@ -75,10 +76,12 @@ struct QueryGradKernel {
       if (score.bends()) score.chain(dp, y);
       multiply_columns<Element>(d_q, pack<Element>(dp), stage.first);
     });
-    if (!kPlain && b.d_row_temperature) store_temperatures(b, loop, d_q);
+    // Rows that meet no keys were not loaded: nothing of them may be read.
+    const bool loaded = !keys.empty();
+    if (!kPlain && b.d_row_temperature) store_temperatures(b, loop, d_q, loaded);
     const auto factor = [&](int half) {
       if constexpr (!kPlain)
-        if (b.row_temperature)
+        if (b.row_temperature && loaded)
           return p.inputs.in.scale *
                  loop.smem.numbers.tau[loop.warp_row() + L::Pairs::row(0, 2 * half)];
       return p.inputs.in.scale;
@@ -114,12 +117,13 @@ struct QueryGradKernel {
 
   // d_tau_i = scale <sum_j dx_ij k_j, q_i>
   HW_DEVICE HW_INLINE static void store_temperatures(const BackwardParams& b, const L& loop,
-                                                     const typename L::Values& d_q) {
+                                                     const typename L::Values& d_q, bool loaded) {
     HW_UNROLL
     for (int half = 0; half < 2; ++half) {
       float sum = 0;
       HW_UNROLL
       for (int j = 0; j < L::Values::kTiles; ++j) {
+        if (!loaded) continue;
         const dev::Two q = dev::unpack<Element>(loop.smem.first_own.pair(
             loop.warp_row() + L::Values::row(0, 2 * half), L::Values::column(j, 0)));
         sum += d_q.at[0][j][2 * half] * q.lo + d_q.at[0][j][2 * half + 1] * q.hi;
