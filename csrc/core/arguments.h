@@ -19,9 +19,28 @@ class Arguments {
   Ref<const void, N> input() {
     return output<N>().template as<const void>();
   }
+  // A statistic and its rest, [2, ...], or the statistic alone.
+  template <class T, int N>
+  void with_rest(Ref<T, N>& value, Ref<T, N>& rest) {
+    const Tensor& given = call_.tensor(next_tensor_);
+    if (given.ndim != N + 1) {
+      value = output<N>().template as<T>();
+      return;
+    }
+    const Ref<void, N + 1> both = output<N + 1>();
+    check(both.size[0] == 2, ErrorKind::value, "a statistic with its rest has size ", both.size[0],
+          " at dimension 0, expected 2");
+    value.data = both.data;
+    for (int d = 0; d < N; ++d)
+      value.size[d] = both.size[d + 1], value.stride[d] = both.stride[d + 1];
+    rest = value;
+    if (both.data)
+      rest.data = static_cast<char*>(both.data) + both.stride[0] * dtype_size(given.dtype);
+  }
   double scalar() { return call_.scalar(next_scalar_++); }
-  bool flag() { return scalar() != 0; }
-  int integer() { return static_cast<int>(scalar()); }
+  bool flag() { return call_.flag(next_scalar_++); }
+  int64_t integer() { return call_.integer(next_scalar_++); }
+  int64_t bound() { return call_.bound(next_scalar_++); }
 
  private:
   const Call& call_;

@@ -10,6 +10,7 @@
 // shapes, dtypes and devices. Running one with a null pointer and elements is an error.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -21,6 +22,7 @@
 namespace hw {
 
 inline constexpr int kMaxDims = 6;
+inline constexpr double kMaxInteger = 9007199254740992.0;  // 2^53: doubles up to here are exact
 
 enum class Device : int32_t { cpu = 0, cuda = 1, other = 2 };
 
@@ -80,10 +82,32 @@ struct Call {
   std::span<const double> scalars;
   Context context;
 
-  const Tensor& tensor(int i) const { return tensors[static_cast<size_t>(i)]; }
-  double scalar(int i) const { return scalars[static_cast<size_t>(i)]; }
-  bool flag(int i) const { return scalar(i) != 0.0; }
-  int integer(int i) const { return static_cast<int>(scalar(i)); }
+  const Tensor& tensor(int i) const {
+    check(static_cast<size_t>(i) < tensors.size(), ErrorKind::value, "a call has no tensor ", i);
+    return tensors[static_cast<size_t>(i)];
+  }
+  double scalar(int i) const {
+    check(static_cast<size_t>(i) < scalars.size(), ErrorKind::value, "a call has no scalar ", i);
+    return scalars[static_cast<size_t>(i)];
+  }
+  bool flag(int i) const {
+    const double x = scalar(i);
+    check(x == 0.0 || x == 1.0, ErrorKind::value, "scalar ", i, " of a call is ", x,
+          ", expected 0 or 1");
+    return x != 0.0;
+  }
+  int64_t integer(int i) const {
+    const double x = scalar(i);
+    check(x >= -kMaxInteger && x <= kMaxInteger && x == std::trunc(x), ErrorKind::value, "scalar ",
+          i, " of a call is ", x, ", expected an integer of at most 53 bits");
+    return static_cast<int64_t>(x);
+  }
+  // An integer whose size does not matter beyond 53 bits: a bound of lengths or of distances.
+  int64_t bound(int i) const {
+    const double x = scalar(i);
+    const bool large = x < -kMaxInteger || x > kMaxInteger;
+    return large ? static_cast<int64_t>(std::copysign(kMaxInteger, x)) : integer(i);
+  }
 };
 
 }  // namespace hw

@@ -184,6 +184,8 @@ void check_call(FunctionId f, const Call& call) {
   if (call.tensors.empty() || !call.tensor(0).present()) [[unlikely]]
     throw Error(ErrorKind::value, f.name() + ": a call needs at least its first tensor");
   check_devices(f, call);
+  check_signature(f.op->name, f.op->functions[static_cast<size_t>(f.index)],
+                  f.op->signatures[static_cast<size_t>(f.index)], call);
   f.op->check(f.index, call);
 }
 

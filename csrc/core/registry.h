@@ -13,6 +13,7 @@
 #include <string>
 
 #include "core/call.h"
+#include "core/signature.h"
 
 namespace hw {
 
@@ -29,7 +30,8 @@ struct FunctionTable {
 struct Operator {
   const char* name;                        // "linear_attention"
   std::span<const char* const> functions;  // {"forward", "backward", "step"}
-  // Shape, dtype and device checks common to all backends; throws Error.
+  std::span<const Signature> signatures;   // of these
+  // What the signatures cannot say, common to all backends; throws Error.
   void (*check)(int function, const Call&);
   // Limits of a backend beyond dtype, dim and device; empty when it can.
   std::string (*why_not)(int function, Backend, const Call&);

@@ -24,6 +24,11 @@
 // What a pass leaves per row for all later ones ("row statistic" l): L_i for the softmaxes, n_i with
 // normalizer sum; the others need none. It replays p by the same functor (attention_score.h).
 //
+// Rounding L to the accumulation type costs up to half an ulp, 32 at 1e9: where all scores of a row
+// are large, log sum_j exp(s_ij - M_i) is lost. So what was lost, the "rest", is handed on beside L,
+// and p = exp((s - L) - rest) whatever the size of s. An L from elsewhere has no rest: its weights
+// are those of the rounded number.
+//
 // Read-outs of a row, softmaxes only: entropy -sum p ln p, p_max, sum p^2, mass sum_j p_ij m_j. One
 // pass: with the running maximum M and l = sum e^{s-M}, t = sum e^{s-M} (s - M) is carried to M' as
 // e^{M-M'} (t + (M - M') l), and the entropy is (l (L - M) - t) / l': no cancellation at large s.
@@ -51,6 +56,7 @@
 #include "core/call.h"
 #include "core/macros.h"
 #include "core/math.h"
+#include "core/signature.h"
 
 namespace hw::attention {
 
@@ -102,7 +108,7 @@ struct ForwardParams : ScoreParams {
   Ref<const void, 3> mass_keys;     // [B, Hq, Sk]  acc: m of the read-out `mass`
   Ref<void, 4> o;                   // [B, Sq, Hq, Dv]  out
   Ref<void, 4> w;                   // [B, Sq, Hq, Dv]  out: before gate and mix; absent: not wanted
-  Ref<void, 3> row;                 // [B, Hq, Sq]  out, acc: row statistic; absent: not wanted
+  Ref<void, 3> row, rest;           // [B, Hq, Sq]  out, acc: row statistic; absent: not wanted
   Ref<void, 3> entropy, p_max, sq_norm, mass;  // [B, Hq, Sq]  out, acc; absent: not wanted
   bool skip_dead;  // rows with g = 0 or u = 1 need no loop: their row statistic becomes +inf
 
@@ -116,6 +122,7 @@ struct BackwardParams : ScoreParams {
   Ref<const void, 4> d_w;      // [B, Sq, Hq, Dv], times
   Ref<const void, 3> factor;   // [B, Sq, Hq]  acc; absent: 1. cpu only, where elements are of acc
   Ref<const void, 3> row;      // [B, Hq, Sq]  acc: row statistic, absent if there is none
+  Ref<const void, 3> rest;     // [B, Hq, Sq]  acc: of the row statistic, or absent
   Ref<const void, 3> delta;    // [B, Hq, Sq]  acc: D_i - d_L_i
   Ref<void, 4> d_q, d_k, d_v;  // out; d_v absent: not wanted
   Ref<void, 4> d_bias;         // [B, Hq, Sq, Sk]  out, acc, zero strides where bias is broadcast
@@ -130,6 +137,7 @@ struct BackwardParams : ScoreParams {
 struct ColumnsParams : ScoreParams {
   Ref<const void, 4> x;           // [B, Sq, Hq, Dx], or absent
   Ref<const void, 3> row;         // [B, Hq, Sq]  acc, absent if there is none
+  Ref<const void, 3> rest;        // [B, Hq, Sq]  acc: of the row statistic, or absent
   Ref<const void, 3> row_weight;  // [B, Hq, Sq]  acc: r, or absent
   Ref<void, 4> y;                 // [B, Sk, Hq, Dx]  out, with x
   Ref<void, 3> sum, max;          // [B, Hq, Sk]  out, acc; absent: not wanted
@@ -142,6 +150,7 @@ struct ColumnsParams : ScoreParams {
 //   offsets  out [B, Hq, Sq, n]   p_{i, i + Sk - Sq + offsets[n]}
 struct ProbsParams : ScoreParams {
   Ref<const void, 3> row;            // [B, Hq, Sq]  acc, absent if there is none
+  Ref<const void, 3> rest;           // [B, Hq, Sq]  acc: of the row statistic, or absent
   Ref<const int64_t, 2> keys, rows;  // [B, n]
   Ref<const int64_t, 1> offsets;     // [n]
   Ref<void, 4> p;                    // out, acc
@@ -153,15 +162,62 @@ struct ProbsParams : ScoreParams {
 //   backward  v d_w row delta d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature workspace
 //   columns   x row row_weight y sum max workspace
 //   probs     row keys rows offsets p workspace
+//   row is [2, B, Hq, Sq], L and its rest, or [B, Hq, Sq], L alone
 //   scalars of all: scale softcap causal left right activation normalizer gain_begin gain_end
 //                   max_q max_k; forward: skip_dead
 ForwardParams forward_params(const Call& call);
 BackwardParams backward_params(const Call& call);
 void read_forward(Arguments& a, ForwardParams& p);  // from the next argument on
 void read_backward(Arguments& a, BackwardParams& p);
-void check_scores(const ScoreParams& p);
 ColumnsParams columns_params(const Call& call);
 ProbsParams probs_params(const Call& call);
+
+// The signatures of the same; letters as above, S and K for Sq and Sk, Q for Hq. Of the outputs of
+// rows, `w` and `row` may lie elsewhere.
+inline constexpr int kScoreScalars = 11;
+inline constexpr std::array<Argument, 8> kScoreTensors{
+    {{"q", "BSQD"},
+     {"k", "BKHD"},
+     {"bias", "BQSK", Kind::element, Need::optional},
+     {"key_bias", "BQK", Kind::wide, Need::optional},
+     {"key_gain", "BQK", Kind::wide, Need::optional},
+     {"row_temperature", "BSQ", Kind::wide, Need::optional},
+     {"cu_seqlens_q", "n", Kind::index, Need::optional},
+     {"cu_seqlens_k", "n", Kind::index, Need::optional}}};
+
+constexpr std::array<Argument, 11> forward_tensors(const char* w, const char* row) {
+  return {{{"v", "BKHV", Kind::element, Need::optional},
+           {"head_gate", "BSQ", Kind::wide, Need::optional},
+           {"identity_mix", "BQ", Kind::wide, Need::optional},
+           {"mass_keys", "BQK", Kind::wide, Need::optional},
+           {"o", "BSQV", Kind::element, Need::optional},
+           {"w", w, Kind::element, Need::optional},
+           {"row", row, Kind::wide, Need::optional},
+           {"entropy", "BQS", Kind::wide, Need::optional},
+           {"p_max", "BQS", Kind::wide, Need::optional},
+           {"sq_norm", "BQS", Kind::wide, Need::optional},
+           {"mass", "BQS", Kind::wide, Need::optional}}};
+}
+
+constexpr std::array<Argument, 11> backward_tensors(const char* row, Need delta) {
+  return {{{"v", "BKHV"},
+           {"d_w", "BSQV"},
+           {"row", row, Kind::wide, Need::optional},
+           {"delta", "BQS", Kind::wide, delta},
+           {"d_q", "BSQD"},
+           {"d_k", "BKHD"},
+           {"d_v", "BKHV", Kind::element, Need::optional},
+           {"d_bias", "BQSK", Kind::wide, Need::optional},
+           {"d_key_bias", "BQK", Kind::wide, Need::optional},
+           {"d_key_gain", "BQK", Kind::wide, Need::optional},
+           {"d_row_temperature", "BSQ", Kind::wide, Need::optional}}};
+}
+
+// What signatures do not say of the arguments from number `first`, that of q, on.
+void check_scores(const Call& call, int first);
+void check_forward(const Call& call, int first);
+void check_backward(const Call& call, int first, const ScoreParams& p);
+void check_statistic(const ScoreParams& p, const Tensor& row);
 
 // One sequence: rows [q_begin, q_begin + q_count) and keys [k_begin, k_begin + k_count) of `batch`.
 struct Sequence {

@@ -25,7 +25,7 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kLanes = 16;  // threads along either side of a tile
 inline constexpr int kSlices = 2;  // slices of columns that a block accumulates
-inline constexpr int kTerms = 7;   // numbers of a row (4) or key (3) that scores need
+inline constexpr int kTerms = 8;   // numbers of a row (5) or key (3) that scores need
 
 // What a thread owns along a side, and the elements of a 16-byte access.
 template <class A>
@@ -107,8 +107,9 @@ template <class A>
 ForwardPlan forward_plan(const Call& call) {
   const Tensor &q = call.tensor(kQ), &bounds = call.tensor(kBounds), &v = call.tensor(kV);
   const int64_t sequences = bounds.present() ? bounds.size[0] - 1 : q.size[0];
-  return forward_plan<A>(sequences, q.size[2], static_cast<int64_t>(call.scalar(kMaxQ)),
-                         static_cast<int64_t>(call.scalar(kMaxK)), v.present() ? v.size[3] : 0,
+  const int64_t max_q = min_of(call.bound(kMaxQ), q.size[1]);
+  const int64_t max_k = min_of(call.bound(kMaxK), call.tensor(kQ + 1).size[1]);
+  return forward_plan<A>(sequences, q.size[2], max_q, max_k, v.present() ? v.size[3] : 0,
                          call.context.multiprocessors);
 }
 

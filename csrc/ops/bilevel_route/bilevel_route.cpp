@@ -11,25 +11,45 @@ namespace {
 constexpr const char* kFunctions[] = {"means", "scores"};
 enum Function { kMeans, kScores };
 
-void check_means(const MeansParams& p) {
+constexpr Argument kMeansTensors[] = {{"x", "BYXHD"}, {"m", "BRHD", Kind::wide}};
+constexpr Argument kScoresTensors[] = {{"q", "BRQD"}, {"k", "BKHD"}, {"a", "BGRK"}};
+constexpr Signature kSignatures[] = {{kMeansTensors, 5}, {kScoresTensors, 0}};
+
+bool contiguous(const Tensor& t) {
+  int64_t step = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.size[d] != 1 && t.stride[d] != step) return false;
+    step *= t.size[d];
+  }
+  return true;
+}
+
+void check_means(const Call& call) {
+  const MeansParams p = means_params(call);
   const Cells& c = p.cells;
-  check(c.columns > 0 && c.height > 0 && c.width > 0 && c.rows_of_image == p.x.size[1] &&
-            c.columns_of_image == p.x.size[2] && p.m.size[1] == c.count(),
+  check(c.rows_of_image == p.x.size[1] && c.columns_of_image == p.x.size[2] &&
+            c.within(p.x.size[1] * p.x.size[2]) && p.m.size[1] == c.count(),
         ErrorKind::value, "bilevel_route: cells of ", c.height, " x ", c.width,
         " do not give an image of ", p.x.size[1], " x ", p.x.size[2], " tokens ", p.m.size[1],
         " regions");
+  check(contiguous(call.tensor(1)), ErrorKind::value, "bilevel_route: m is not contiguous");
 }
 
-void check_scores(const ScoresParams& p) {
-  check(p.q.size[3] == p.k.size[3] && p.a.size[2] == p.q.size[1] && p.a.size[3] == p.k.size[1],
-        ErrorKind::value, "bilevel_route: means of ", p.q.size[1], " and ", p.k.size[1],
-        " regions, scores of ", p.a.size[2], " x ", p.a.size[3]);
-  check(p.a.size[1] == 1 || p.a.size[1] == p.q.size[2], ErrorKind::value,
-        "bilevel_route: ", p.a.size[1], " graphs for ", p.q.size[2], " heads");
+void check_scores(const Call& call) {
+  const ScoresParams p = scores_params(call);
+  const int64_t heads = p.q.size[2], own = p.k.size[2], graphs = p.a.size[1];
+  check(own > 0 ? heads % own == 0 : heads == 0, ErrorKind::value, "bilevel_route: q has ", heads,
+        " heads, not a multiple of the ", own, " heads of k");
+  check(graphs == 1 || graphs == heads, ErrorKind::value, "bilevel_route: ", graphs, " graphs for ",
+        heads, " heads");
+  check(contiguous(call.tensor(0)) && contiguous(call.tensor(1)), ErrorKind::value,
+        "bilevel_route: means are not contiguous");
+  check_narrow("bilevel_route", "the number of regions", max_of(p.a.size[2], p.a.size[3]));
+  check_narrow("bilevel_route", "the number of channels", p.q.size[3]);
 }
 
 void check_call(int function, const Call& call) {
-  function == kMeans ? check_means(means_params(call)) : check_scores(scores_params(call));
+  function == kMeans ? check_means(call) : check_scores(call);
 }
 
 std::string why_not(int, Backend backend, const Call&) {
@@ -62,7 +82,7 @@ ScoresParams scores_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"bilevel_route", kFunctions, &check_call,
+const Operator kOperator = {"bilevel_route", kFunctions, kSignatures,  &check_call,
                             &why_not,        &any_dim,   &no_workspace};
 
 }  // namespace hw::bilevel_route

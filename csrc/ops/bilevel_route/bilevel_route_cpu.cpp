@@ -104,10 +104,11 @@ class Scores {
     const int rows = static_cast<int>(p_.a.size[2]), columns = static_cast<int>(p_.a.size[3]);
     const int width = static_cast<int>(q.size[3]), padded = round_up(columns, kLanes<A>);
     Scratch& scratch = Scratch::of_thread();
-    scratch.reset(Scratch::bytes_of<A>(padded * width) + Scratch::bytes_of<A>(rows * padded));
-    A* k_columns = scratch.take<A>(padded * width);  // [D, padded]
-    A* sums = scratch.take<A>(rows * padded);        // [R, padded]
-    std::fill_n(sums, rows * padded, A(0));
+    const int64_t of_k = int64_t{padded} * width, of_sums = int64_t{rows} * padded;
+    scratch.reset(Scratch::bytes_of<A>(of_k) + Scratch::bytes_of<A>(of_sums));
+    A* k_columns = scratch.take<A>(of_k);  // [D, padded]
+    A* sums = scratch.take<A>(of_sums);    // [R, padded]
+    std::fill_n(sums, of_sums, A(0));
     for (int64_t h = p_.first_head(graph); h < p_.end_head(graph); ++h) {
       hw::transpose(k.at(batch, 0, h / p_.group()), k.stride[1], columns, width, k_columns, padded);
       clear_columns(k_columns, padded, width, columns, padded);
@@ -116,7 +117,7 @@ class Scores {
                      padded);
     }
     for (int i = 0; i < rows; ++i)
-      narrow(a.at(batch, graph, i), sums + i * padded, columns, a.stride[3]);
+      narrow(a.at(batch, graph, i), sums + int64_t{i} * padded, columns, a.stride[3]);
   }
 
   const ScoresParams p_;

@@ -10,16 +10,42 @@
 namespace hw::key_scan {
 namespace {
 
+constexpr const char* kName = "key_scan";
 constexpr const char* kFunctions[] = {"forward", "backward"};
 
+constexpr Argument kForwardTensors[] = {{"s", "BSH"},
+                                        {"v", "BSHV"},
+                                        {"o", "BSHV"},
+                                        {"lse", "+BSH", Kind::wide},
+                                        {"o0", "BHV", Kind::wide, Need::optional},
+                                        {"lse0", "BH", Kind::wide, Need::optional},
+                                        {"o1", "BHV", Kind::wide, Need::optional},
+                                        {"lse1", "BH", Kind::wide, Need::optional},
+                                        {"wide", "BSHV", Kind::wide, Need::optional}};
+constexpr Argument kBackwardTensors[] = {{"s", "BSH"},
+                                         {"v", "BSHV"},
+                                         {"wide", "BSHV", Kind::wide},
+                                         {"lse", "+BSH", Kind::wide},
+                                         {"o0", "BHV", Kind::wide, Need::optional},
+                                         {"lse0", "BH", Kind::wide, Need::optional},
+                                         {"o1", "BHV", Kind::wide, Need::optional},
+                                         {"d_o", "BSHV"},
+                                         {"d_o1", "BHV", Kind::wide, Need::optional},
+                                         {"d_lse1", "BH", Kind::wide, Need::optional},
+                                         {"d_s", "BSH"},
+                                         {"d_v", "BSHV"},
+                                         {"d_o0", "BHV", Kind::wide, Need::optional},
+                                         {"d_lse0", "BH", Kind::wide, Need::optional}};
+constexpr Signature kSignatures[] = {{kForwardTensors, 0}, {kBackwardTensors, 0}};
+
 void check_call(int function, const Call& call) {
-  const ForwardParams p = function == 0 ? forward_params(call) : backward_params(call);
-  for (int i = 0; i < 3; ++i)
-    check(p.s.size[i] == p.v.size[i], ErrorKind::value, "key_scan: s has size ", p.s.size[i],
-          " in dimension ", i, ", v has ", p.v.size[i], "; both are [B, S, H, ...]");
-  if (function == 1)
-    check(p.o1 || !backward_params(call).d_o1, ErrorKind::value,
-          "key_scan: a gradient of the final state needs o1, the final state itself");
+  check_together(kName, call, 4, 5, "o0 and lse0");
+  if (function == 0) return check_together(kName, call, 6, 7, "o1 and lse1");
+  check_together(kName, call, 12, 13, "d_o0 and d_lse0");
+  check(call.tensor(4).present() || !call.tensor(12).present(), ErrorKind::value,
+        "key_scan: a gradient of the initial state needs the initial state");
+  check(call.tensor(6).present() || !call.tensor(8).present(), ErrorKind::value,
+        "key_scan: a gradient of the final state needs o1, the final state itself");
 }
 
 std::string why_not(int, Backend backend, const Call&) {
@@ -41,9 +67,10 @@ ForwardParams forward_params(const Call& call) {
   Arguments a(call);
   ForwardParams p;
   p.s = a.input<3>(), p.v = a.input<4>();
-  p.o = a.output<4>(), p.lse = a.output<3>();
+  p.o = a.output<4>(), a.with_rest(p.lse, p.rest);
   p.o0 = a.input<3>(), p.lse0 = a.input<2>();
   p.o1 = a.output<3>(), p.lse1 = a.output<2>();
+  p.wide = a.output<4>();
   return p;
 }
 
@@ -51,7 +78,7 @@ BackwardParams backward_params(const Call& call) {
   Arguments a(call);
   BackwardParams p;
   p.s = a.input<3>(), p.v = a.input<4>();
-  p.o = a.output<4>(), p.lse = a.output<3>();
+  p.wide = a.output<4>(), a.with_rest(p.lse, p.rest);
   p.o0 = a.input<3>(), p.lse0 = a.input<2>();
   p.o1 = a.output<3>();
   p.d_o = a.input<4>();
@@ -62,6 +89,7 @@ BackwardParams backward_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"key_scan", kFunctions, &check_call, &why_not, &any_dim, &workspace};
+const Operator kOperator = {kName,    kFunctions, kSignatures, &check_call,
+                            &why_not, &any_dim,   &workspace};
 
 }  // namespace hw::key_scan

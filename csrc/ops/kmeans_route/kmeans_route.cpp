@@ -11,32 +11,22 @@ namespace {
 constexpr const char* kFunctions[] = {"similarity", "prefix"};
 enum Function { kSimilarity, kPrefix };
 
-template <int N>
-void check_sizes(const char* name, const Tensor& tensor, const int64_t (&expected)[N]) {
-  for (int n = 0; n < N; ++n)
-    check(tensor.size[n] == expected[n], ErrorKind::value, "kmeans_route: ", name, " has size ",
-          tensor.size[n], " at dimension ", n, ", expected ", expected[n]);
-}
+constexpr Argument kSimilarityTensors[] = {
+    {"x", "BSHD"}, {"centroids", "HKD", Kind::wide}, {"d", "BHKS", Kind::wide}};
+constexpr Argument kPrefixTensors[] = {{"d", "RS"}, {"index", "RW", Kind::index}};
+constexpr Signature kSignatures[] = {{kSimilarityTensors, 0}, {kPrefixTensors, 1}};
 
 void check_similarity(const Call& call) {
   const SimilarityParams p = similarity_params(call);
-  const Tensor &x = call.tensor(0), &centroids = call.tensor(1), &d = call.tensor(2);
-  const DType wide = x.dtype == DType::f64 ? DType::f64 : DType::f32;
-  check(centroids.dtype == wide && d.dtype == wide, ErrorKind::type, "kmeans_route: centroids are ",
-        dtype_name(centroids.dtype), " and d is ", dtype_name(d.dtype), ", expected ",
-        dtype_name(wide), " beside x of ", dtype_name(x.dtype));
-  check_sizes("centroids", centroids, {x.size[2], p.clusters(), x.size[3]});
-  check_sizes("d", d, {x.size[0], x.size[2], centroids.size[1], x.size[1]});
+  const Tensor& d = call.tensor(2);
+  check_narrow("kmeans_route", "the number of channels", p.channels());
+  check_narrow("kmeans_route", "the number of clusters", p.clusters());
   check(p.tokens() <= 1 || d.stride[3] == 1, ErrorKind::value, "kmeans_route: d has stride ",
         d.stride[3], " along the tokens, expected 1");
 }
 
 void check_prefix(const Call& call) {
   const PrefixParams p = prefix_params(call);
-  const Tensor &d = call.tensor(0), &index = call.tensor(1);
-  check(index.dtype == DType::i64, ErrorKind::type, "kmeans_route: index is ",
-        dtype_name(index.dtype), ", expected int64");
-  check_sizes("index", index, {d.size[0], p.window()});
   check(p.length >= p.tokens() && p.length >= p.window(), ErrorKind::value,
         "kmeans_route: length is ", p.length, ", expected at least ", p.tokens(), " tokens and ",
         p.window(), " members");
@@ -71,12 +61,12 @@ PrefixParams prefix_params(const Call& call) {
   PrefixParams p;
   p.d = a.input<2>();
   p.index = a.output<2>().as<int64_t>();
-  p.length = static_cast<int64_t>(a.scalar());
+  p.length = a.integer();
   return p;
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"kmeans_route", kFunctions, &check_call,
+const Operator kOperator = {"kmeans_route", kFunctions, kSignatures,  &check_call,
                             &why_not,       &any_dim,   &no_workspace};
 
 }  // namespace hw::kmeans_route

@@ -15,6 +15,21 @@ namespace {
 enum Function { kForward = 0, kBackward = 1 };
 constexpr const char* kFunctions[] = {"forward", "backward"};
 
+// R: where w and row statistics are, slots or tokens.
+constexpr std::array<Argument, 2> kLists{
+    {{"row_blocks", "BQGi", Kind::index}, {"key_blocks", "BQGj", Kind::index, Need::optional}}};
+constexpr std::array<Argument, 2> kBackwardLists{{{"slots", "BRQV", Kind::element, Need::optional},
+                                                  {"factor", "BSQ", Kind::wide, Need::optional}}};
+constexpr int kRoutingScalars = 14;
+constexpr auto kForwardTensors =
+    joined(kLists, joined(attention::kScoreTensors, attention::forward_tensors("BRQV", "+BQR")));
+constexpr auto kBackwardTensors =
+    joined(joined(kLists, kBackwardLists),
+           joined(attention::kScoreTensors, attention::backward_tensors("+BQR", Need::optional)));
+constexpr Signature kSignatures[] = {
+    {kForwardTensors, kRoutingScalars + attention::kScoreScalars + 1},
+    {kBackwardTensors, kRoutingScalars + attention::kScoreScalars}};
+
 void read_lists(Arguments& a, Routing& r) {
   r.rows.blocks = a.output<4>().as<const int64_t>();
   r.keys.blocks = a.output<4>().as<const int64_t>();
@@ -34,59 +49,76 @@ void set_lengths(Params& p) {
   p.max_k = p.keys ? p.keys.slots() : p.k.size[1];
 }
 
-void check_lists(const char* which, const Lists& l, const attention::ScoreParams& p,
-                 int64_t tokens) {
-  if (!l) return;
-  check(l.blocks.size[0] == p.batch() && l.blocks.size[1] == p.query_heads(), ErrorKind::value,
-        "routing_attention: lists of ", which, " are of [", l.blocks.size[0], ", ",
-        l.blocks.size[1], "] batch entries and heads, expected [", p.batch(), ", ", p.query_heads(),
-        "]");
+void check_lists(const char* which, const Lists& l, int64_t tokens) {
   const Cells& c = l.cells;
-  check(c.columns > 0 && c.height > 0 && c.width > 0 &&
-            c.rows_of_image * c.columns_of_image == tokens,
-        ErrorKind::value, "routing_attention: an image of ", c.rows_of_image, " x ",
-        c.columns_of_image, " tokens in cells of ", c.height, " x ", c.width, " does not fit the ",
-        tokens, " tokens of the ", which);
+  check(c.within(tokens), ErrorKind::value, "routing_attention: an image of ", c.rows_of_image,
+        " x ", c.columns_of_image, " tokens in cells of ", c.height, " x ", c.width,
+        " does not fit the ", tokens, " tokens of the ", which);
 }
 
 template <class Params>
-void check_params(const Params& p) {
-  attention::check_scores(p);
-  check(!p.packed() && p.activation == attention::Activation::softmax, ErrorKind::value,
-        "routing_attention: sequences are not packed, the activation is softmax");
-  check(static_cast<bool>(p.rows), ErrorKind::value, "routing_attention: rows have no lists");
-  check_lists("rows", p.rows, p, p.q.size[1]);
-  check_lists("keys", p.keys, p, p.k.size[1]);
-  check(!p.keys || p.keys.blocks.size[2] == p.groups(), ErrorKind::value,
-        "routing_attention: ", p.groups(), " lists of rows, ", p.keys.blocks.size[2], " of keys");
-  check(p.keys || (p.groups() == 1 && !p.by_slot), ErrorKind::value,
+void check_params(const Params& p, const Call& call, int q) {
+  attention::check_scores(call, q);
+  check(!call.tensor(q + 6).present() && p.activation == attention::Activation::softmax,
+        ErrorKind::value, "routing_attention: sequences are not packed, the activation is softmax");
+  const bool listed = call.tensor(1).present();
+  check_lists("rows", p.rows, p.q.size[1]);
+  if (listed) check_lists("keys", p.keys, p.k.size[1]);
+  check(listed || (p.rows.blocks.size[2] == 1 && !p.by_slot), ErrorKind::value,
         "routing_attention: all keys go with one list of rows");
-  check(!p.keys || !(p.bias || p.key_bias || p.key_gain || p.row_temperature || p.softcap > 0),
-        ErrorKind::value, "routing_attention: listed keys go with plain scores");
+  bool plain = !(p.softcap > 0);
+  for (int i = 2; i < 6; ++i) plain = plain && !call.tensor(q + i).present();
+  check(!listed || plain, ErrorKind::value, "routing_attention: listed keys go with plain scores");
+}
+
+// Results of rows, tensor `i`, where they are there: at slots or at tokens, which are dimension `d`.
+template <class Params>
+void check_places(const Params& p, const Tensor& t, int d) {
+  if (!t.present()) return;
+  const int64_t places = p.by_slot ? p.rows.blocks.size[2] * p.rows.slots() : p.q.size[1];
+  check(t.size[d] == places, ErrorKind::value, "routing_attention: results of ", t.size[d],
+        " rows, expected ", places);
 }
 
 void check_backward(const Call& call) {
   const BackwardParams p = backward_params(call);
-  check_params(p);
-  if (!p.factor) return;
-  const Tensor &factor = call.tensor(kFactor), &q = call.tensor(kBackwardQ);
-  check(factor.dtype == q.dtype && (q.dtype == DType::f32 || q.dtype == DType::f64),
-        ErrorKind::type, "routing_attention: a factor of d_w is ", dtype_name(factor.dtype),
-        " beside elements of ", dtype_name(q.dtype), ", expected float32 or float64 for both");
-  for (int n = 0; n < 3; ++n)
-    check(factor.size[n] == q.size[n], ErrorKind::value, "routing_attention: factor has size ",
-          factor.size[n], " at dimension ", n, ", expected ", q.size[n]);
+  check_params(p, call, kBackwardQ);
+  attention::check_backward(call, kBackwardQ, p);
+  const Tensor &slots = call.tensor(2), &factor = call.tensor(kFactor),
+               &q = call.tensor(kBackwardQ);
+  const Tensor &row = call.tensor(kBackwardQ + 10), &delta = call.tensor(kBackwardQ + 11);
+  check_places(p, row, row.ndim - 1);
+  check(slots.present() == p.by_slot && delta.present() != p.by_slot, ErrorKind::value,
+        "routing_attention: by slot comes slots, otherwise delta");
+  check(!factor.present() || factor.dtype == q.dtype, ErrorKind::type,
+        "routing_attention: a factor of d_w is ", dtype_name(factor.dtype), " beside elements of ",
+        dtype_name(q.dtype), ", expected float32 or float64 for both");
+}
+
+void check_forward(const Call& call) {
+  const ForwardParams p = forward_params(call);
+  check_params(p, call, kForwardQ);
+  attention::check_forward(call, kForwardQ);
+  const Tensor &w = call.tensor(kForwardQ + 13), &row = call.tensor(kForwardQ + 14);
+  check_places(p, w, 1);
+  check_places(p, row, row.ndim - 1);
+  check(call.tensor(kForwardQ + 8).present(), ErrorKind::value, "routing_attention: v is missing");
+  check(!p.by_slot || (w.present() && row.present()), ErrorKind::value,
+        "routing_attention: by slot w and row are made");
 }
 
 void check_call(int function, const Call& call) {
-  if (function == kForward)
-    check_params(forward_params(call));
-  else
-    check_backward(call);
+  function == kForward ? check_forward(call) : check_backward(call);
 }
 
 std::string why_not(int function, Backend backend, const Call& call) {
-  if (function == kBackward && backend != Backend::cpu && backward_params(call).factor)
+  if (backend == Backend::cpu) return {};
+  const Shape s = function == kForward ? forward_shape(call) : backward_shape(call);
+  const int64_t slots = max_of(s.row_slots, s.key_slots);
+  const int64_t most = max_of(max_of(s.rows, s.keys), s.groups * slots);
+  if (most >= INT32_MAX || s.key_regions >= INT32_MAX)
+    return concat("there are ", most, " tokens or slots, and their numbers have 32 bits");
+  if (function == kBackward && call.tensor(kFactor).present())
     return "routing_attention multiplies d_w by a factor on the CPU alone";
   return {};
 }
@@ -126,7 +158,7 @@ BackwardParams backward_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"routing_attention", kFunctions, &check_call, &why_not, &width,
-                            &workspace};
+const Operator kOperator = {
+    "routing_attention", kFunctions, kSignatures, &check_call, &why_not, &width, &workspace};
 
 }  // namespace hw::routing_attention

@@ -24,11 +24,6 @@ using attention::simt::RowsParams;
 
 inline constexpr const char* kName = "routing_attention";
 
-inline void check_tokens(const attention::ScoreParams& p) {
-  check(p.q.size[1] < INT32_MAX && p.k.size[1] < INT32_MAX, ErrorKind::value, kName, ": ",
-        p.q.size[1], " rows and ", p.k.size[1], " keys, at most 2^31 - 2 can be listed");
-}
-
 // ---- Forward ------------------------------------------------------------------------------------
 
 // Blocks of rows; keys are not cut into spans.
@@ -44,7 +39,6 @@ attention::simt::ForwardPlan plan_of(const ForwardParams& f) {
 template <class Element>
 void forward(const Call& call) {
   const ForwardParams f = forward_params(call);
-  check_tokens(f);
   Room room(call.tensor(kForwardWorkspace), kName);
   const ForwardRoom memory = forward_room(room, forward_shape(call));
 
@@ -132,7 +126,6 @@ template <class Element>
 void backward(const Call& call) {
   GradParams<Element, Listed> p{};
   static_cast<BackwardParams&>(p.b) = backward_params(call);
-  check_tokens(p.b);
   Room room(call.tensor(kBackwardWorkspace), kName);
   const auto memory = backward_room<Accum<Element>>(room, backward_shape(call));
   if (p.b.by_slot)

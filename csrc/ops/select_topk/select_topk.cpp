@@ -9,11 +9,11 @@ namespace hw::select_topk {
 namespace {
 
 constexpr const char* kFunctions[] = {"forward"};
+constexpr Argument kTensors[] = {{"score", "RN"}, {"index", "Rk", Kind::index}};
+constexpr Signature kSignatures[] = {{kTensors, 1}};
 
 void check_call(int, const Call& call) {
   const ForwardParams p = forward_params(call);
-  check(p.index.size[0] == p.rows(), ErrorKind::value, "select_topk: score has ", p.rows(),
-        " rows, index has ", p.index.size[0]);
   check(p.k() <= p.count(), ErrorKind::value, "select_topk: k is ", p.k(), ", a row has ",
         p.count(), " scores");
 }
@@ -45,6 +45,7 @@ ForwardParams forward_params(const Call& call) {
 }
 
 extern const Operator kOperator;
-const Operator kOperator = {"select_topk", kFunctions, &check_call, &why_not, &any_dim, &workspace};
+const Operator kOperator = {"select_topk", kFunctions, kSignatures, &check_call,
+                            &why_not,      &any_dim,   &workspace};
 
 }  // namespace hw::select_topk
