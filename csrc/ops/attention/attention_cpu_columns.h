@@ -50,7 +50,7 @@ class Columns {
                   Scratch::bytes_of<A>(kColumnKeys * padded_) +
                   2 * Scratch::bytes_of<A>(kColumnKeys * kLanes<A>));
     Tile<T> tile(p_);
-    Replay<T> replay(p_, p_.row);
+    Replay<T> replay(p_, p_.row, p_.rest);
     A* s = scratch.take<A>(kTile);
     E* room = scratch.take<E>(operand_room<T>(kRows, width_));
     const Sums sums{scratch.take<A>(kColumnKeys * padded_),
@@ -107,13 +107,13 @@ class Columns {
     }
   }
 
-  // NaN is kept: it is not smaller than anything.
+  // NaN is kept, whether it comes first or last.
   static void raise(const Range& keys, int first, int rows, const A* p, A* max) {
     for (int64_t j = 0; j < keys.count(); ++j)
       for (int i = first; i < first + rows; ++i) {
         A& top = max[j * kLanes<A>];
         const A x = p[j * kRows + i];
-        if (!(x <= top)) top = x;
+        if (x > top || x != x) top = x;
       }
   }
 
@@ -141,6 +141,7 @@ template <class T>
 class Probs {
  public:
   using A = Accum<T>;
+  using Statistic = typename Replay<T>::Statistic;
 
   explicit Probs(const Call& call)
       : p_(probs_params(call)),
@@ -169,11 +170,11 @@ class Probs {
     scratch.reset(2 * Scratch::bytes_of<A>(dim));
     A* q = scratch.take<A>(dim);
     A* k = scratch.take<A>(dim);
-    A statistic = 0;
+    Statistic statistic;
     Range seen{0, 0};
     if (inside) {
       widen(q, q_.at(at.batch, block.row(0), head), dim, q_.stride[3]);
-      statistic = Replay<T>(p_, p_.row).of(block, 0);
+      statistic = Replay<T>(p_, p_.row, p_.rest).of(block, 0);
       seen = block.mask.visible_keys(row);
     }
     const Ref<A, 4> p = p_.p.template as<A>();
@@ -194,7 +195,7 @@ class Probs {
     return p_.keys(block.at.batch, i);
   }
 
-  A weight(const Block& b, int64_t key, const A* q, A* k, A statistic) const {
+  A weight(const Block& b, int64_t key, const A* q, A* k, const Statistic& statistic) const {
     const int64_t batch = b.at.batch, j = b.key(key), row = b.row(0);
     widen(k, k_.at(batch, j, b.head / p_.group()), p_.dim(), k_.stride[3]);
     A x = static_cast<A>(p_.scale) * inner_product(q, k, p_.dim());

@@ -387,10 +387,15 @@ class Forward {
     const A inverse = some ? 1 / total : A(0);
     if (!reads_out_) return moved * inverse;
     const A log_total = std::log(total);
-    const A row = state.dead ? kInfinity<A> : some ? top + log_total : -kInfinity<A>;
+    // A score of +inf is L, though p is NaN there.
+    const A row = state.dead || top == kInfinity<A> ? kInfinity<A>
+                  : some                            ? top + log_total
+                                                    : -kInfinity<A>;
+    const A rest = std::isfinite(row) ? (top - row) + log_total : A(0);
     put(p_.row, block, i, row);
+    put(p_.rest, block, i, rest);
     put(p_.entropy, block, i, some ? (weights * log_total - r.tilt[i]) * inverse : A(0));
-    put(p_.p_max, block, i, some && before != -kInfinity<A> ? std::exp(before - row) : A(0));
+    put(p_.p_max, block, i, some ? std::exp((before - row) - rest) : A(0));
     put(p_.sq_norm, block, i, r.squares[i] * inverse * inverse);
     put(p_.mass, block, i, r.mass[i] * inverse);
     return moved * inverse;
@@ -402,6 +407,7 @@ class Forward {
                     ? static_cast<A>(block.visible_keys(i).count())
                     : A(1);
     if (p_.normalizer == Normalizer::sum) put(p_.row, block, i, state.dead ? kInfinity<A> : n);
+    put(p_.rest, block, i, A(0));
     return n != 0 ? 1 / n : A(0);
   }
 

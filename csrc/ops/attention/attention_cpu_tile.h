@@ -267,20 +267,32 @@ class Replay {
   using A = Accum<T>;
   using V = Vec<A>;
 
-  Replay(const ScoreParams& p, const Ref<const void, 3>& row) : p_(p), row_(row.as<const A>()) {}
+  // What of a row is used.
+  struct Statistic {
+    A row = 0, rest = 0;  // softmaxes: L and its rest, +inf for rows without weight; others: 1 / n
+  };
+
+  // `rest`: of the row statistic, or absent.
+  Replay(const ScoreParams& p, const Ref<const void, 3>& row, const Ref<const void, 3>& rest)
+      : p_(p), row_(row.as<const A>()), rest_(rest.as<const A>()) {}
 
   void load_rows(const Block& block, int width) {
-    for (int i = 0; i < width; ++i) row_of_[i] = i < block.count() ? of(block, i) : A(0);
+    for (int i = 0; i < width; ++i) {
+      const Statistic of_row = i < block.count() ? of(block, i) : Statistic{};
+      row_of_[i] = of_row.row, rest_of_[i] = of_row.rest;
+    }
   }
 
-  // What of the row is used: softmaxes L, with +inf for rows without weight; others 1 / n.
-  A of(const Block& block, int i) const {
+  Statistic of(const Block& block, int i) const {
     const A row = row_ ? row_(block.at.batch, block.head, block.result(i)) : A(1);
-    if (is_softmax(p_.activation)) return row == -kInfinity<A> ? kInfinity<A> : row;
-    if (p_.normalizer == Normalizer::none) return 1;
-    if (p_.normalizer == Normalizer::sum) return row != 0 && row < kInfinity<A> ? 1 / row : A(0);
+    if (is_softmax(p_.activation)) {
+      if (std::abs(row) == kInfinity<A>) return {kInfinity<A>, 0};
+      return {row, rest_ ? rest_(block.at.batch, block.head, block.result(i)) : A(0)};
+    }
+    if (p_.normalizer == Normalizer::none) return {1};
+    if (p_.normalizer == Normalizer::sum) return {row != 0 && row < kInfinity<A> ? 1 / row : A(0)};
     const int64_t seen = block.visible_keys(i).count();
-    return seen > 0 ? 1 / static_cast<A>(seen) : A(0);
+    return {seen > 0 ? 1 / static_cast<A>(seen) : A(0)};
   }
 
   void weights(int64_t keys, const Lanes& lanes, A* s) const {
@@ -289,7 +301,8 @@ class Replay {
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = s + j * kRows + l;
         const V row = load(row_of_ + l), x = load(at);
-        store(at, soft ? exp_of(x - row) : activation(p_.activation, x) * row);
+        store(at,
+              soft ? exp_of((x - row) - load(rest_of_ + l)) : activation(p_.activation, x) * row);
       }
   }
 
@@ -306,14 +319,15 @@ class Replay {
 
  private:
   const ScoreParams& p_;
-  const Ref<const A, 3> row_;
-  alignas(64) A row_of_[kRows];
+  const Ref<const A, 3> row_, rest_;
+  alignas(64) A row_of_[kRows], rest_of_[kRows];
 };
 
 // The scalar form of the same: one pair of a block.
-template <class A>
-A replay_weight(const ScoreParams& p, A s, A row) {
-  return is_softmax(p.activation) ? exp_of(s - row) : activation(p.activation, s) * row;
+template <class A, class Statistic>
+A replay_weight(const ScoreParams& p, A s, const Statistic& of) {
+  return is_softmax(p.activation) ? exp_of((s - of.row) - of.rest)
+                                  : activation(p.activation, s) * of.row;
 }
 
 }  // namespace

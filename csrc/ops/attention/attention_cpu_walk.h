@@ -25,7 +25,7 @@ class Cotangents {
         factor_(p.factor.as<const A>()),
         delta_(p.delta.as<const A>()),
         v_(p.v.as<const T>()),
-        replay_(p, p.row),
+        replay_(p, p.row, p.rest),
         value_dim_(p.value_dim()),
         rows_(p.value_dim()) {
     Scratch& scratch = Scratch::of_thread();

@@ -63,7 +63,7 @@ struct QueryGradKernel {
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
     Rows tile(b, Source::of(b, group / p.parts / heads),
-              (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.delta, nullptr);
+              (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta, nullptr);
     if (tile.own().empty()) return;
 
     A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
@@ -128,7 +128,7 @@ struct KeyGradKernel {
     // Query heads of an owner; not kept in a register.
     const auto share = [&b, apart] { return apart ? 1 : b.group(); };
     Keys tile(b, Source::of(b, group / p.parts / heads), index % p.blocks * kSide<A>, &b.row,
-              &b.delta, nullptr);
+              &b.rest, &b.delta, nullptr);
     if (tile.own().empty()) return;
 
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
@@ -228,7 +228,7 @@ struct BiasGradKernel {
   HW_DEVICE HW_INLINE static void visit(const Params& p, const Source& source, int head,
                                         int64_t first, int64_t key_tile, bool all_keys,
                                         typename Rows::Micro& sum) {
-    Rows tile(p.b, source, first, &p.b.row, &p.b.delta, nullptr);
+    Rows tile(p.b, source, first, &p.b.row, &p.b.rest, &p.b.delta, nullptr);
     Range keys = source.keys_of(tile.own());
     if (!all_keys) {  // the whole tile: keys stay where their sums are
       const int64_t begin = key_tile * kSide<A>, end = min_of(begin + kSide<A>, source.keys());

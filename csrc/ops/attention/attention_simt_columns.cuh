@@ -34,7 +34,7 @@ struct ColumnsKernel {
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
     Keys tile(f, Source::of(f, group / p.parts / heads), index % p.blocks * kSide<A>, &f.row,
-              &f.row_weight, nullptr);
+              &f.rest, &f.row_weight, nullptr);
     if (tile.own().empty()) return;
 
     A y[kSlices][kOwn][kOwn], sum[kOwn] = {}, top[kOwn] = {};
@@ -50,7 +50,7 @@ struct ColumnsKernel {
           const Scored<A> e = tile.score(r, u, c[0][u]);
           const A weight = e.met ? tile.weight(r, u, e.s) : A(0);
           sum[0] += f.row_weight ? weight * tile.extra(r, u) : weight;
-          if (!(weight <= top[0])) top[0] = weight;  // NaN is kept
+          if (weight > top[0] || weight != weight) top[0] = weight;  // NaN is kept
           c[0][u] = weight;
         }
       };
@@ -85,7 +85,7 @@ struct ColumnsKernel {
     HW_UNROLL
     for (int mask = kLanes / 2; mask > 0; mask /= 2) {
       const A other = dev::shuffle_xor(x, mask);
-      if (!(other <= x)) x = other;
+      if (other > x || other != other) x = other;
     }
     return x;
   }
@@ -158,9 +158,9 @@ struct ProbsKernel {
     if (f.bias) added = static_cast<A>(f.bias.template as<const Element>()(b, head, i, j));
     if (f.key_bias) added += f.key_bias.template as<const A>()(b, head, key);
     const A s = shape.score(shape.capped(x), gain, added);
-    const A statistic =
-        replayed(f, source, i, f.row ? f.row.template as<const A>()(b, head, row) : A(1));
-    return replay(f, s, statistic);
+    const A statistic = f.row ? f.row.template as<const A>()(b, head, row) : A(1);
+    const A rest = f.rest ? f.rest.template as<const A>()(b, head, row) : A(0);
+    return replay(f, s, replayed(f, source, i, statistic), replayed_rest(statistic, rest));
   }
 
   HW_DEVICE HW_INLINE static A product(const ProbsParams& f, int64_t b, int64_t row, int64_t key,

@@ -56,7 +56,7 @@ class Rows {
       : p(params),
         f(params.f),
         task(t),
-        tile(f, Source::of(f, t.sequence), t.first, nullptr, nullptr, &f.mass_keys),
+        tile(f, Source::of(f, t.sequence), t.first, nullptr, nullptr, nullptr, &f.mass_keys),
         soft(is_softmax(f.activation)) {}
 
   HW_DEVICE HW_INLINE void run() {

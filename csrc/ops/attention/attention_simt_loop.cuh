@@ -38,10 +38,16 @@ HW_DEVICE HW_INLINE A replayed(const ScoreParams& p, const Source& source, int64
   return n != A(0) && n < infinity<A>() ? A(1) / n : A(0);
 }
 
-// p from s and what replayed() gave.
+// The rest of its statistic, 0 where that is infinite.
 template <class A>
-HW_DEVICE HW_INLINE A replay(const ScoreParams& p, A s, A row) {
-  return is_softmax(p.activation) ? exp_of(s - row) : activation(p.activation, s) * row;
+HW_DEVICE HW_INLINE A replayed_rest(A row, A rest) {
+  return row == infinity<A>() || row == -infinity<A>() ? A(0) : rest;
+}
+
+// p from s and what replayed() and replayed_rest() gave.
+template <class A>
+HW_DEVICE HW_INLINE A replay(const ScoreParams& p, A s, A row, A rest) {
+  return is_softmax(p.activation) ? exp_of((s - row) - rest) : activation(p.activation, s) * row;
 }
 
 // A score and what its derivative needs.
@@ -53,7 +59,7 @@ struct Scored {
 };
 
 // The numbers of rows and keys that scores need, in shared memory.
-enum class Term : int { factor, gain_row, statistic, extra, key_gain, key_bias, mass, count };
+enum class Term : int { factor, gain_row, statistic, rest, extra, key_gain, key_bias, mass, count };
 static_assert(static_cast<int>(Term::count) == kTerms);
 
 template <class Element, class Source, int kOwn, bool kOwnRows>
@@ -64,13 +70,14 @@ class Tile {
   static_assert(kOwn * kOther < 32, "a bit per pair");
   using Micro = A[kOwn][kOther];
 
-  // `row`, `extra`: row statistic, and one more number per row (D - dL, or a weight); `key_extra`:
-  // one more per key (m of the read-out mass). Each may be absent.
+  // `row`, `rest`, `extra`: row statistic and its rest, and one more number per row (D - dL, or a
+  // weight); `key_extra`: one more per key (m of the read-out mass). Each may be absent.
   HW_DEVICE HW_INLINE Tile(const ScoreParams& params, const Source& s, int64_t first,
-                           const Ref<const void, 3>* row, const Ref<const void, 3>* extra,
-                           const Ref<const void, 3>* key_extra)
+                           const Ref<const void, 3>* row, const Ref<const void, 3>* rest,
+                           const Ref<const void, 3>* extra, const Ref<const void, 3>* key_extra)
       : p(params),
         row_(row),
+        rest_(rest),
         extra_(extra),
         key_extra_(key_extra),
         shape(params.softcap),
@@ -269,7 +276,8 @@ class Tile {
 
   // p from s and the row statistic.
   HW_DEVICE HW_INLINE A weight(int r, int u, A s) const {
-    return replay(p, s, terms(Term::statistic)[row_in_tile(r, u)]);
+    const int row = row_in_tile(r, u);
+    return replay(p, s, terms(Term::statistic)[row], terms(Term::rest)[row]);
   }
 
   // dp / ds apart from the normalisation of softmaxes: p itself, or a'(s) / n.
@@ -428,12 +436,13 @@ class Tile {
       factor = scale * p.row_temperature.template as<const A>()(b, row, head());
     terms(Term::factor)[i] = factor;
     terms(Term::gain_row)[i] = position >= p.gain_begin && position < p.gain_end ? A(1) : A(0);
-    terms(Term::statistic)[i] =
-        exists ? replayed(p, source(), place,
-                          given(row_) ? row_->template as<const A>()(b, head(), result) : A(1))
-               : A(0);
-    const A extra =
-        exists && given(extra_) ? extra_->template as<const A>()(b, head(), result) : A(0);
+    const auto number = [&](const Ref<const void, 3>* of, A otherwise) {
+      return given(of) ? of->template as<const A>()(b, head(), result) : otherwise;
+    };
+    const A row_statistic = exists ? number(row_, A(1)) : A(0);
+    terms(Term::statistic)[i] = exists ? replayed(p, source(), place, row_statistic) : A(0);
+    terms(Term::rest)[i] = exists ? replayed_rest(row_statistic, number(rest_, A(0))) : A(0);
+    const A extra = exists ? number(extra_, A(0)) : A(0);
     terms(Term::extra)[i] = extra;
     some_ |= extra != A(0);
   }
@@ -461,7 +470,7 @@ class Tile {
   }
 
   const ScoreParams& p;
-  const Ref<const void, 3>*row_, *extra_, *key_extra_;  // or null
+  const Ref<const void, 3>*row_, *rest_, *extra_, *key_extra_;  // or null
   const ScoreShape<A> shape;
   const bool shaped_;     // s is not x
   bool idle_;             // the warp owns nothing that exists

@@ -132,10 +132,16 @@ class RowEnd {
     const bool some = total != A(0);
     const A log_total = std::log(total), inverse = some ? A(1) / total : A(0);
     if (writes) {
-      const A row = dead ? infinity<A>() : some ? r.max + log_total : -infinity<A>();
+      // A score of +inf is L, though p is NaN there.
+      const A row = dead || r.max == infinity<A>() ? infinity<A>()
+                    : some                         ? r.max + log_total
+                                                   : -infinity<A>();
+      const bool finite = row - row == A(0);
+      const A rest = finite ? (r.max - row) + log_total : A(0);
       put(f.row, row);
+      put(f.rest, rest);
       put(f.entropy, some ? (r.sum * log_total - r.tilt) * inverse : A(0));
-      put(f.p_max, some ? decay(largest, row) : A(0));
+      put(f.p_max, some ? exp_of((largest - row) - rest) : A(0));
       put(f.sq_norm, r.squares * inverse * inverse);
       put(f.mass, r.mass * inverse);
     }
@@ -148,6 +154,7 @@ class RowEnd {
     if (f.normalizer == Normalizer::sum) {
       n = r.sum;
       if (writes) put(f.row, dead ? infinity<A>() : n);
+      if (writes) put(f.rest, A(0));
     }
     return n != A(0) ? A(1) / n : A(0);
   }

@@ -23,9 +23,9 @@
 
 namespace hw::attention::sm80 {
 
-// Whether scores are scale > 0 times products, masked, and weights a softmax.
+// Whether scores are scale > 0 times products, masked, and weights a softmax. 1 / scale is a float.
 inline bool has_plain_scores(const ScoreParams& p) {
-  return is_softmax(p.activation) && p.scale > 0 && p.softcap == 0 && !p.bias && !p.key_bias &&
+  return is_softmax(p.activation) && p.scale > 1e-30 && p.softcap == 0 && !p.bias && !p.key_bias &&
          !p.key_gain && !p.row_temperature;
 }
 
@@ -37,7 +37,7 @@ inline bool is_plain(const ForwardParams& f) {
 inline Units units_of(bool plain, const ScoreParams& p) {
   if (!plain) return {};
   const float scale = static_cast<float>(p.scale);
-  return {scale * kLog2e, scale};
+  return {scale * kLog2e, scale, 1.0f / scale};
 }
 
 // The workspace of a call; checked to be large enough.
@@ -78,11 +78,12 @@ void forward(const Call& call) {
 template <class Element>
 LoopInputs<Element> loop_inputs(const ScoreParams& p, bool plain, const Ref<const void, 4>& queries,
                                 const Ref<const void, 4>& keys, const Ref<const void, 3>& statistic,
-                                const Ref<const void, 3>& extra) {
+                                const Ref<const void, 3>& rest, const Ref<const void, 3>& extra) {
   return {ScoreInputs<Element>(p),
           input_of<Element>(queries),
           input_of<Element>(keys),
           statistic,
+          rest,
           extra,
           units_of(plain, p).unit};
 }
@@ -104,14 +105,15 @@ void launch_bias(GradientParams<Element> p, const Context& context) {
 
 template <class Element, int kDim, bool kPlain>
 void backward(const Call& call, const BackwardParams& b) {
-  const GradientParams<Element> p{{},
-                                  b,
-                                  loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row, b.delta),
-                                  output_of<Element>(b.d_q),
-                                  output_of<Element>(b.d_k),
-                                  output_of<Element>(b.d_v),
-                                  shares_bias(b),
-                                  0};
+  const GradientParams<Element> p{
+      {},
+      b,
+      loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row, b.rest, b.delta),
+      output_of<Element>(b.d_q),
+      output_of<Element>(b.d_k),
+      output_of<Element>(b.d_v),
+      shares_bias(b),
+      0};
   const Context& context = call.context;
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, kPlain>>(queries, p, b.max_q, context);
@@ -137,11 +139,12 @@ void backward(const Call& call) {
 template <class Element, int kDim, bool kPlain>
 void columns(const Call& call, const ColumnsParams& c) {
   using Kernel = ColumnsKernel<Element, kDim, kPlain>;
-  const typename Kernel::Params p{{},
-                                  c,
-                                  loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.row_weight),
-                                  output_of<Element>(c.y),
-                                  0};
+  const typename Kernel::Params p{
+      {},
+      c,
+      loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.rest, c.row_weight),
+      output_of<Element>(c.y),
+      0};
   launch_blocks<Kernel>(c.sequences() * c.query_heads(), p, c.max_k, call.context);
 }
 

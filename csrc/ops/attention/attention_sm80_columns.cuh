@@ -64,7 +64,9 @@ struct ColumnsKernel {
 
  private:
   // NaN is kept.
-  HW_DEVICE HW_INLINE static float larger(float w, float than) { return w <= than ? than : w; }
+  HW_DEVICE HW_INLINE static float larger(float w, float than) {
+    return w > than || w != w ? w : than;
+  }
 };
 
 }  // namespace hw::attention::sm80

@@ -14,9 +14,10 @@
 
 namespace hw::attention::sm80 {
 
-// Exponents are unit (score - max), to base 2; natural = unit ln 2 (plain: scale, otherwise 1).
+// Exponents are unit (score - max), to base 2; natural = unit ln 2 (plain: scale, otherwise 1), and
+// `inverse` is 1 / natural.
 struct Units {
-  float unit = kLog2e, natural = 1;
+  float unit = kLog2e, natural = 1, inverse = 1;
 };
 
 // Running sums of a row over the keys so far. Not softmaxes: max = 0 and sum = sum a(s).
@@ -81,16 +82,19 @@ struct Finish {
     const float total = one_more ? weights + dev::exp2_fast(-r.max * units.unit) : weights;
     const bool some = total != 0.0f;
     const float log_total = std::log2(total) * kLn2;
-    const float statistic = dead   ? kInfinity
-                            : some ? r.max * units.natural + log_total
-                                   : -kInfinity;
+    // A score of +inf is L, though p is NaN there.
+    const float statistic = dead || r.max == kInfinity ? kInfinity
+                            : some                     ? r.max * units.natural + log_total
+                                                       : -kInfinity;
+    // Of the distance that replays see (ScoreTile::distance).
+    const float above = fmaf(-statistic, units.inverse, r.max) * units.natural;
+    const float rest = statistic - statistic == 0.0f ? above + log_total : 0.0f;
     const float inverse = some ? 1.0f / total : 0.0f;
-    if (writes) put(f.row, row, statistic);
+    if (writes) put(f.row, row, statistic), put(f.rest, row, rest);
     if constexpr (!kPlain) {
       if (writes) {
         put(f.entropy, row, some ? (weights * log_total - r.tilt) * inverse : 0.0f);
-        put(f.p_max, row,
-            some && before != -kInfinity ? dev::exp2_fast((before - statistic) * kLog2e) : 0.0f);
+        put(f.p_max, row, some ? dev::exp2_fast(((before - statistic) - rest) * kLog2e) : 0.0f);
         put(f.sq_norm, row, r.squares * inverse * inverse);
         put(f.mass, row, r.mass * inverse);
       }
@@ -132,7 +136,8 @@ struct Finish {
                     : f.normalizer == Normalizer::length
                         ? static_cast<float>(place.mask.visible_keys(row).count())
                         : 1.0f;
-    if (writes && f.normalizer == Normalizer::sum) put(f.row, row, dead ? kInfinity : n);
+    if (writes && f.normalizer == Normalizer::sum)
+      put(f.row, row, dead ? kInfinity : n), put(f.rest, row, 0.0f);
     return n != 0.0f ? 1.0f / n : 0.0f;
   }
 

@@ -250,12 +250,12 @@ struct ForwardKernel {
     // One row of a fragment.
     HW_DEVICE HW_INLINE void exponentials(float (&s)[Scores::kTiles][4], int half, RowSums& r,
                                           const Stage& stage) {
-      const float shift = r.max == -kInfinity ? 0.0f : r.max, base = shift * p.units.unit;
+      const float shift = r.max == -kInfinity ? 0.0f : r.max;
       HW_UNROLL
       for (int j = 0; j < Scores::kTiles; ++j) {
         HW_UNROLL
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const float score = s[j][i], e = dev::exp2_fast(score * p.units.unit - base);
+          const float score = s[j][i], e = dev::exp2_fast((score - shift) * p.units.unit);
           s[j][i] = e;
           r.sum += e;
           if constexpr (!kPlain) {

@@ -23,9 +23,9 @@ template <class Element>
 struct LoopInputs {
   ScoreInputs<Element> in;
   Input<Element> of_queries, of_keys;  // second tensors, [B, S, heads, width]; may be absent
-  Ref<const void, 3> statistic;        // [B, Hq, Sq] or absent
+  Ref<const void, 3> statistic, rest;  // [B, Hq, Sq] or absent
   Ref<const void, 3> extra;            // [B, Hq, Sq] or absent
-  float unit;                          // exponents are unit x - base, to base 2
+  float unit;                          // exponents are unit (x - base) - rest, to base 2
 };
 
 template <class Element, int kDim, bool kPlain, bool kKeysDown_, bool kOwnSecond_,
@@ -45,7 +45,7 @@ struct Loop {
   using OtherSide = Side<Feed, !kKeysDown>;
 
   struct QueryNumbers {
-    float statistic[kQueries], extra[kQueries];
+    float statistic[kQueries], rest[kQueries], extra[kQueries];
     If<!kPlain, float[kQueries]> tau;
   };
   struct KeyNumbers {
@@ -279,6 +279,7 @@ struct Loop {
   template <class At>
   HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
     query_numbers<kQueries, kThreads>(to.statistic, inputs.statistic, place, at);
+    query_numbers<kQueries, kThreads>(to.rest, inputs.rest, place, at);
     query_numbers<kQueries, kThreads>(to.extra, inputs.extra, place, at);
     if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, place, at);
   }
@@ -310,9 +311,10 @@ struct Loop {
     }
     return at;
   }
-  HW_DEVICE HW_INLINE static void point_to(Spot& at, const QueryNumbers& queries, int query,
-                                           const NoKeyNumbers& keys, int key) {
+  HW_DEVICE HW_INLINE void point_to(Spot& at, const QueryNumbers& queries, int query,
+                                    const NoKeyNumbers& keys, int key) const {
     at.statistic = queries.statistic + query;
+    at.rest = inputs.rest ? queries.rest + query : nullptr;
     at.extra = queries.extra + query;
     if constexpr (!kPlain) {
       at.tau = queries.tau + query;

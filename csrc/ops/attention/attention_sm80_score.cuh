@@ -9,7 +9,7 @@
 // of attention_score.h, with fast functions by the type Fast.
 //
 // "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight into
-// the exponent, p = exp2(unit c - base), with unit = scale log2 e. In the others s is kept, and the
+// the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is kept, and the
 // unit is log2 e.
 #pragma once
 
@@ -126,13 +126,14 @@ template <class Element>
 struct ScoreInputs {
   Input<Element> q, k;
   ScoreShape<float> shape;
-  float scale;
+  float scale, inverse_scale;
 
   explicit ScoreInputs(const ScoreParams& p)
       : q(input_of<Element>(p.q)),
         k(input_of<Element>(p.k)),
         shape(p.softcap),
-        scale(static_cast<float>(p.scale)) {}
+        scale(static_cast<float>(p.scale)),
+        inverse_scale(1.0f / static_cast<float>(p.scale)) {}
 };
 
 // First query and key of a fragment, in the sequence, and numbers in shared memory from these on, of
@@ -142,6 +143,7 @@ struct Spot {
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key
   const float *statistic = nullptr, *extra = nullptr;    // per query: row statistic; D - d_L
+  const float* rest = nullptr;                           // per query: of the statistic, or null
   const int *row_token = nullptr, *key_token = nullptr;
   const Extent *row_parts = nullptr, *key_parts = nullptr;  // of 16 each
 };
@@ -247,11 +249,11 @@ struct ScoreTile {
     }
   }
 
-  // What p of a query is relative to: unit times L (rows without weight: +inf), or 1 / n.
+  // What p of a query is relative to: L (rows without weight: +inf), or 1 / n.
   HW_DEVICE HW_INLINE float base(int q) const {
     if (soft()) {
       const float l = spot.statistic[q];
-      return l == -kInfinity ? kInfinity : l * kLog2e;
+      return l == -kInfinity ? kInfinity : l;
     }
     if (p.normalizer == Normalizer::none) return 1.0f;
     if (p.normalizer == Normalizer::sum) {
@@ -262,11 +264,28 @@ struct ScoreTile {
     return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
   }
 
+  // The rest of L, to base 2; 0 where L is infinite.
+  HW_DEVICE HW_INLINE float rest(int q) const {
+    const float l = spot.statistic[q];
+    return spot.rest != nullptr && l - l == 0.0f ? spot.rest[q] * kLog2e : 0.0f;
+  }
+
+  // From L to s in units of x. The difference comes first: it is exact where both are large.
+  HW_DEVICE HW_INLINE float distance(float x, int q) const {
+    if constexpr (kPlain) return fmaf(-base(q), in.inverse_scale, x);
+    return x - base(q);
+  }
+
+  // e^(s - L)
+  HW_DEVICE HW_INLINE float soft_weight(float x, int q, float unit) const {
+    return dev::exp2_fast(distance(x, q) * unit - rest(q));
+  }
+
   // p of s (plain: of c) in place.
   HW_DEVICE HW_INLINE void weigh(F& x, float unit) const {
     if (soft()) {
       F::each([&](int s, int j, int i) {
-        x.at[s][j][i] = dev::exp2_fast(x.at[s][j][i] * unit - base(query(s, j, i)));
+        x.at[s][j][i] = soft_weight(x.at[s][j][i], query(s, j, i), unit);
       });
     } else {
       F::each([&](int s, int j, int i) {
@@ -402,16 +421,13 @@ struct ScoreTile {
             feed.mask_self() && self >= 0 ? self : kNever};
   }
 
-  // As differentiate; scores of tokens with themselves are constants. Their p is made from their own
-  // distance to L, for that of large numbers in `unit` is not exact enough.
+  // As differentiate; scores of tokens with themselves are constants.
   HW_DEVICE HW_INLINE void differentiate_but_self(F& x, F& dp, float unit) const {
     const float constant = self_score();
     F::each([&](int s, int j, int i) {
       const int q = query(s, j, i);
       const bool self = x.at[s][j][i] == constant;
-      const float exponent =
-          self ? (Feed::kSelfScore - spot.statistic[q]) * kLog2e : x.at[s][j][i] * unit - base(q);
-      const float weight = dev::exp2_fast(exponent);
+      const float weight = soft_weight(x.at[s][j][i], q, unit);
       x.at[s][j][i] = weight;
       dp.at[s][j][i] = self ? 0.0f : weight * (dp.at[s][j][i] - spot.extra[q]);
     });

@@ -91,10 +91,11 @@ class _Attention(torch.autograd.Function):
         row = made.row if score.has_row_statistic else None
         ctx.save_for_backward(*tensors, v, gate, mix, made.w if save_w else made.o, row)
         ctx.numbers, ctx.want_lse, ctx.backend = numbers, want_lse, backend
+        lse = made.row if row is None else row[0]
         ctx.set_materialize_grads(False)
         # Once: a second call replaces the first.
-        ctx.mark_non_differentiable(*made[3:], *(() if want_lse else (made.row,)))
-        return made.o, *made[2:]  # type: ignore[return-value]
+        ctx.mark_non_differentiable(*made[3:], *(() if want_lse else (lse,)))
+        return made.o, lse, *made[3:]  # type: ignore[return-value]
 
     @staticmethod
     @first_order(OP)
@@ -109,8 +110,12 @@ class _Attention(torch.autograd.Function):
         b = None
         if mix is not None and any(epilogue):
             b = row_dot(d_o, per_query_head(v, d_o.shape[2]))
-        d_w, d_direct, delta = _through_epilogue(d_o, a, gate, mix)
-        delta = delta.transpose(1, 2) if row is not None else zeros(a, *score.row_shape)
+        d_w, d_direct = _through_epilogue(d_o, gate, mix)
+        if row is None:
+            delta = zeros(a, *score.row_shape)
+        else:
+            # Of d_w as rounded: then ds = 0 where a row sees one key.
+            delta = (a if d_w is d_o else row_dot(d_w, w)).transpose(1, 2)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
         want = score_gradients(needs)._replace(v=needs[TENSORS])
@@ -124,18 +129,16 @@ class _Attention(torch.autograd.Function):
         return *returned(score, grads, want), d_v, d_gate, d_mix, *none
 
 
-def _through_epilogue(
-    d_o: Tensor, a: Tensor, gate: Maybe, mix: Maybe
-) -> tuple[Tensor, Maybe, Tensor]:
-    """d_w, what reaches d_v through the mix, D."""
+def _through_epilogue(d_o: Tensor, gate: Maybe, mix: Maybe) -> tuple[Tensor, Maybe]:
+    """d_w, and what reaches d_v through the mix."""
     if mix is None:
         if gate is None:
-            return d_o, None, a
-        return (gate[..., None] * d_o).to(d_o.dtype), None, gate * a
+            return d_o, None
+        return (gate[..., None] * d_o).to(d_o.dtype), None
     u = mix[:, None]
     g = u.new_ones(()) if gate is None else gate
     kept = g * (1 - u)
-    return (kept[..., None] * d_o).to(d_o.dtype), (g * u)[..., None] * d_o, kept * a
+    return (kept[..., None] * d_o).to(d_o.dtype), (g * u)[..., None] * d_o
 
 
 def _of_epilogue(

@@ -27,7 +27,10 @@ OP = "attention"
 
 
 class Forward(NamedTuple):
-    """Results of a forward call; None for what is not wanted."""
+    """Results of a forward call; None for what is not wanted.
+
+    row [2, B, Hq, Sq]: the row statistic, and what rounding took from it.
+    """
 
     o: Maybe
     w: Maybe = None
@@ -110,7 +113,7 @@ def outputs(score: Score, v: Maybe, mass_keys: Maybe, want: Want) -> Forward:
         return Forward(o, w)
     shape, dtype = score.row_shape, ACCUMULATION[q.dtype]
     if want.row:
-        row = torch.empty(shape, dtype=dtype, device=device)
+        row = torch.empty((2, *shape), dtype=dtype, device=device)
     if want.entropy:
         entropy = torch.empty(shape, dtype=dtype, device=device)
     if want.p_max:
@@ -138,7 +141,7 @@ def forward(
     if _empty(score):
         _zero(made)
         if made.row is not None and score.activation == ACTIVATIONS["softmax"]:
-            made.row.fill_(-torch.inf)
+            made.row[0].fill_(-torch.inf)
         return made
     tensors, numbers = resolved(score)
     tensors += (v, head_gate, identity_mix, mass_keys, *made)
@@ -304,4 +307,4 @@ def row_placeholder(score: Score, lse: Maybe) -> Maybe:
     """For hw.explain: a row statistic, without its values."""
     if lse is not None or not score.has_row_statistic:
         return lse
-    return score.q.new_empty(score.row_shape, dtype=ACCUMULATION[score.q.dtype])
+    return score.q.new_empty((2, *score.row_shape), dtype=ACCUMULATION[score.q.dtype])

@@ -186,7 +186,7 @@ def backward(score: Score, *others: Any) -> tuple[Tensor, ...]:
 
 
 def row_statistic(score: Score, way: str, backend: str) -> Maybe:
-    """What later passes need of every row, from a pass over the scores."""
+    """What later passes need of every row, [2, B, Hq, Sq], from a pass over the scores."""
     if not score.has_row_statistic:
         return None
     call = native.forward if way == "direct" else forward

@@ -42,8 +42,8 @@ def attend(
     else:
         want = _wanted(routing, False, read_outs)
         call = native.forward if way == "direct" else _forward
-        o, _, *rest = call(score, v, gate, routing, want, backend)
-        made = o, *rest
+        o, _, row, *rest = call(score, v, gate, routing, want, backend)
+        made = o, row[0] if want.row else None, *rest
     asked = (True, *read_outs)
     return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=True))
 
@@ -78,10 +78,11 @@ class _RoutingAttention(torch.autograd.Function):
         ctx.save_for_backward(*score.tensors, routing.rows, routing.keys, v, gate, w, row)
         ctx.numbers, ctx.routing = score.numbers, routing[2:]
         ctx.want_lse, ctx.backend = read_outs[0] and not routing.by_slot, backend
+        lse = row[0]
         ctx.set_materialize_grads(False)
         # Once: a second call replaces the first.
-        ctx.mark_non_differentiable(*others, *(() if ctx.want_lse else (row,)))
-        return o, row, *others
+        ctx.mark_non_differentiable(*others, *(() if ctx.want_lse else (lse,)))
+        return o, lse, *others
 
     @staticmethod
     @first_order()

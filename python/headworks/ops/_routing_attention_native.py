@@ -70,7 +70,7 @@ def image_cells(grid: Grid, image: tuple[int, int]) -> Cells:
 
 
 class Forward(NamedTuple):
-    """Results of a forward call; None for what is not wanted."""
+    """Results of a forward call; None for what is not wanted. row: as in _attention_native."""
 
     o: Tensor
     w: Maybe
@@ -87,9 +87,10 @@ def outputs(score: Score, v: Tensor, routing: Routing, want: Want) -> Forward:
     rows = routing.slots if routing.by_slot else tokens
     o = q.new_empty((batch, tokens, heads, v.shape[3]))
     w = q.new_empty((batch, rows, heads, v.shape[3])) if want.w else None
-    asked = (want.row, want.entropy, want.p_max, want.sq_norm)
+    asked = (want.entropy, want.p_max, want.sq_norm)
+    row = q.new_empty((2, batch, heads, rows), dtype=dtype) if want.row else None
     return Forward(
-        o, w, *(q.new_empty((batch, heads, rows), dtype=dtype) if x else None for x in asked)
+        o, w, row, *(q.new_empty((batch, heads, rows), dtype=dtype) if x else None for x in asked)
     )
 
 
@@ -105,7 +106,7 @@ def forward(
             if x is not None:
                 x.zero_()
     if made.row is not None and (empty or leaves):  # of rows without weight
-        made.row.fill_(-torch.inf if empty else torch.inf)
+        made.row[0].fill_(-torch.inf if empty else torch.inf)
     if not empty:
         run("routing_attention.forward", backend, *_forward_call(score, v, gate, routing, made))
     return made

@@ -222,7 +222,8 @@ def attention(
     else:
         want = _PLAIN if return_aux is None else _wanted(aux)
         call = native.forward if way == "direct" else operators.forward
-        o, _, *made = call(score, v, gate, mix, mass_keys, want, backend)
+        o, _, row, *made = call(score, v, gate, mix, mass_keys, want, backend)
+        made = [row[0] if want.row else None, *made]
     if not has_width:
         o = o[..., :0]
     return o if return_aux is None else (o, _result(aux, *made))
@@ -340,9 +341,10 @@ def _wanted(aux: Aux) -> Want:
     return Want(False, aux.lse, aux.entropy, aux.p_max, aux.sq_norm, not asked)
 
 
-def _result(aux: Aux, *made: Maybe) -> AuxResult:
-    asked = (aux.lse, aux.entropy, aux.p_max, aux.sq_norm, aux.mass is not None)
-    return AuxResult(*(x if yes else None for yes, x in zip(asked, made, strict=True)))
+def _result(aux: Aux, lse: Maybe, *made: Maybe) -> AuxResult:
+    asked = (aux.entropy, aux.p_max, aux.sq_norm, aux.mass is not None)
+    others = (x if yes else None for yes, x in zip(asked, made, strict=True))
+    return AuxResult(lse if aux.lse else None, *others)
 
 
 def _native_call(

@@ -71,9 +71,9 @@ def attention_lse(
     way = route(_OP, score.tensors)
     if way == "autograd":
         return _differentiable(*apart(*score, backend))
-    lse = operators.row_statistic(score, way, backend)
-    assert lse is not None
-    return lse
+    row = operators.row_statistic(score, way, backend)
+    assert row is not None
+    return row[0]
 
 
 def _checked(q: Tensor, k: Tensor, options: Any) -> Score:
@@ -95,7 +95,7 @@ class _LogSumExp(torch.autograd.Function):
         assert row is not None
         ctx.save_for_backward(*score.tensors, row)
         ctx.numbers, ctx.backend = score.numbers, backend
-        return row
+        return row[0]
 
     @staticmethod
     @first_order(_OP)
