@@ -133,7 +133,7 @@ template <class Params>
 Work<Params> work_of(Pass pass, const Call& call, const Params& params, int tile, int tensor) {
   const Shape shape = shape_of_pass(pass, call);
   const Plan plan = plan_of(shape, tile);
-  const Workspace at = make_workspace(pass, shape, plan);
+  const Workspace at = make_workspace(pass, shape, plan, tile);
   const Tensor& given = call.tensor(tensor);
   const int64_t bytes = given.present() ? given.numel() * dtype_size(given.dtype) : 0;
   check(bytes >= at.bytes, ErrorKind::value, "linear_attention: workspace has ", bytes,

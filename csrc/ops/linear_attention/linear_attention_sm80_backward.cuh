@@ -103,7 +103,9 @@ struct GradientKernel {
     alignas(16) float y[kWarps][kTile][kPitch];  // each warp's part of y
   };
   static_assert(kWarps % kStrips == 0, "every strip has the same number of warps");
-  static_assert(sizeof(Smem) * kMinBlocks <= 160 * 1024, "shared memory of sm_80");
+  static_assert(sizeof(Smem) <= (kDim == kLeastTile ? kSharedLimit : kWideSharedLimit) &&
+                    sizeof(Smem) * kMinBlocks <= kWideSharedLimit,
+                "shared memory of every architecture from sm_80 on, or of sm_80");
 
   struct Block {
     const Params& p;

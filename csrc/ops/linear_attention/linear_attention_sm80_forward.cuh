@@ -44,7 +44,8 @@ struct ApplyKernel {
     If<!kQueries, float[kTile]> inverse;              // 1 / z
   };
   static_assert(kWarps % kStrips == 0, "strips of the denominator belong to the first warps");
-  static_assert(sizeof(Smem) * kMinBlocks <= 160 * 1024, "shared memory of sm_80");
+  static_assert(sizeof(Smem) <= kSharedLimit && sizeof(Smem) * kMinBlocks <= kWideSharedLimit,
+                "shared memory of every architecture from sm_80 on; of sm_80");
 
   struct Block {
     const Params& p;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and
-// scalars only. No device code here: the host side asks `sm80::why_not`, `dim`, `workspace_bytes`.
+// Linear attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes,
+// scalars and the device only. No device code here: the host side asks `sm80::why_not`, `dim`, `workspace_bytes`.
 #pragma once
 
 #include <cmath>
@@ -8,10 +8,17 @@
 
 #include "ops/linear_attention/linear_attention_plan.h"
 
+#include "core/cuda_device.h"
+
 namespace hw::linear_attention::sm80 {
 
 inline constexpr int kMaxDim = 16;         // columns of q and k
 inline constexpr int kMaxValueTile = 128;  // columns of v in a block
+inline constexpr int kLeastTile = 64;
+
+// Shared memory of a block: every device from sm_80 on has the first, sm_80 and sm_90 the second,
+// which the gradients of the largest tile need.
+inline constexpr int kSharedLimit = 99 * 1024, kWideSharedLimit = 160 * 1024;
 
 enum class Pass : int { forward = 0, backward = 1 };
 
@@ -19,9 +26,21 @@ inline Shape shape_of_pass(Pass pass, const Call& call) {
   return pass == Pass::backward ? backward_shape(call) : forward_shape(call);
 }
 
+// The largest value tile that a pass has on the device of the call.
+inline int max_tile(Pass pass, const Call& call) {
+  if (pass == Pass::forward) return kMaxValueTile;
+  const int bytes = cuda_device(call.tensor(0).device_index).shared_bytes_per_block;
+  return bytes < kWideSharedLimit ? kLeastTile : kMaxValueTile;
+}
+
 // The value tile wanted: dv columns; of more than the largest tile, slices of it.
-inline int dim(const Call& call) {
-  return min_of(static_cast<int>(call.tensor(2).size[3]), kMaxValueTile);
+inline int dim(Pass pass, const Call& call) {
+  return static_cast<int>(min_of<int64_t>(call.tensor(2).size[3], max_tile(pass, call)));
+}
+
+// The tile of the instance that a call runs with.
+inline int tile_of(Pass pass, const Call& call) {
+  return dim(pass, call) <= kLeastTile ? kLeastTile : kMaxValueTile;
 }
 
 // Why a forward or backward call cannot run here; empty if it can.
@@ -63,7 +82,7 @@ struct Workspace {
   int64_t bytes = 0;
 };
 
-inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan) {
+inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan, int tile) {
   const bool backward = pass == Pass::backward;
   Carver carver;
   Workspace w;
@@ -75,17 +94,15 @@ inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan) {
   w.queries = carver.take(backward ? states : 0, sizeof(float));
   w.factor = carver.take(rows, sizeof(float));
   w.delta = carver.take(rows, sizeof(float));
-  w.sum = carver.take(s.value_dim > kMaxValueTile ? queries * kMaxDim : 0, sizeof(float));
+  w.sum = carver.take(s.value_dim > tile ? queries * kMaxDim : 0, sizeof(float));
   w.bytes = carver.bytes;
   return w;
 }
 
-// The tile of the instance that a call runs with.
-inline int tile_of(const Call& call) { return dim(call) <= 64 ? 64 : kMaxValueTile; }
-
 inline int64_t workspace_bytes(Pass pass, const Call& call) {
   const Shape s = shape_of_pass(pass, call);
-  return make_workspace(pass, s, plan_of(s, tile_of(call))).bytes;
+  const int tile = tile_of(pass, call);
+  return make_workspace(pass, s, plan_of(s, tile), tile).bytes;
 }
 
 }  // namespace hw::linear_attention::sm80

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls planned for other devices than the emulator's usual one: less shared memory for a block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headworks as hw
+from backends import identify, native_info, targets
+from headworks import _library
+from headworks.testing import check_case, compare
+from specs import SPECS
+
+pytestmark = pytest.mark.operator
+
+# By backend: the device with the least shared memory per block that the backend is for.
+SMALLEST = {
+    "emulate:simt": {"capability": 75, "shared_bytes": 64 * 1024},
+    "emulate:sm80": {"capability": 86, "shared_bytes": 99 * 1024},
+}
+
+
+@pytest.fixture
+def configure():
+    if not native_info().get("emulator"):
+        pytest.skip("the emulator is not built (preset emu)")
+    yield _library.configure_emulator
+    _library.configure_emulator()
+
+
+def on_small_devices():
+    for spec in SPECS:
+        for backend, _, dtype in targets(spec, emulated=True):
+            if dtype == (torch.float32 if backend == "emulate:simt" else torch.bfloat16):
+                yield pytest.param(spec, backend, dtype, id=identify(spec, backend, dtype))
+
+
+@pytest.mark.parametrize("spec, backend, dtype", list(on_small_devices()))
+def test_every_kernel_fits_the_smallest_device(spec, backend, dtype, configure):
+    """The emulator refuses a launch that asks for more shared memory than the device has."""
+    configure(**SMALLEST[backend])
+    for case in spec.emulator_cases:
+        if not spec.limit(backend, case):
+            check_case(spec, case, backend, dtype)
+
+
+@pytest.mark.parametrize("value_dim", [65, 100, 128, 200])
+def test_linear_attention_on_99_kilobytes(value_dim, configure):
+    """sm_86, sm_89, sm_120: gradients of more than 64 columns of v come in slices."""
+    configure(capability=86, shared_bytes=99 * 1024)
+    q, k = (torch.randn(1, 150, 2, 16).bfloat16() for _ in range(2))
+    v, g = (torch.randn(1, 150, 2, value_dim).bfloat16() for _ in range(2))
+
+    def gradients(backend, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        o = hw.linear_attention(*inputs, backend=backend)
+        return torch.autograd.grad(o, inputs, g.to(dtype))
+
+    oracle, rough = gradients("reference", torch.float64), gradients("reference", torch.bfloat16)
+    for x, y, r in zip(gradients("emulate:sm80", torch.bfloat16), oracle, rough, strict=True):
+        compare(x, y, torch.bfloat16, reference=r)
