@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import headworks as hw
+from backends import native_info
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
 
 pytestmark = pytest.mark.operator
 
 F64, F32 = torch.float64, torch.float32
+BACKENDS = ["cpu"] + (["emulate:simt"] if native_info().get("emulator") else [])
 
 
 def inputs(b=1, s=150, h=2, dv=24, dtype=F64):
@@ -186,3 +188,82 @@ def test_bad_input(case, monkeypatch):
     allocates_nothing(monkeypatch)
     s, v = arguments.pop("s"), arguments.pop("v")
     case.check(lambda: hw.key_scan(s, v, **arguments))
+
+
+def test_long_sequences_have_the_same_bits_in_any_batch():
+    """Enough tokens for segments, in batches on either side of what would fill the threads."""
+    s, v = torch.randn(9, 1500, 1), torch.randn(9, 1500, 1, 8)
+    g = torch.randn_like(v)
+
+    def results(some):
+        inputs = [x[some].requires_grad_() for x in (s, v)]
+        o = hw.key_scan(*inputs)
+        return o.detach(), *torch.autograd.grad(o, inputs, g[some])
+
+    every = results(slice(None))
+    for some in (slice(0, 1), slice(2, 9)):
+        for n, (x, y) in enumerate(zip(results(some), every, strict=True)):
+            assert_same_bits(x, y[some], f"result {n} of {some}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_the_initial_state_is_not_made_of_rounded_rows(dtype, backend):
+    """1000 tokens that hardly weigh beside the state: every row rounds to the state's o."""
+    torch.manual_seed(3)
+    s, v = torch.full((1, 1000, 1), -20.0).to(dtype), torch.randn(1, 1000, 1, 8).to(dtype)
+    o0, lse0, g = torch.randn(1, 1, 8), torch.zeros(1, 1), torch.randn(1, 1000, 1, 8).to(dtype)
+
+    def gradient(backend, *tensors):
+        s, v, o0, lse0, g = tensors
+        lse0 = lse0.clone().requires_grad_()
+        o = hw.key_scan(s, v, initial_state=(o0, lse0), backend=backend)
+        return torch.autograd.grad(o, lse0, g)[0]
+
+    oracle = gradient("reference", *(x.double() for x in (s, v, o0, lse0, g)))
+    actual = gradient(backend, s, v, o0, lse0, g)
+    assert oracle.abs().max() < 0.01
+    compare(actual, oracle, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [-1e9, 1e9, 3e4])
+def test_equal_scores_of_any_size(backend, size):
+    """All equal: o is the mean, and every token has its share of the gradient."""
+    s, v = torch.full((1, 70, 1), size), torch.randn(1, 70, 1, 8)
+    g = torch.randn_like(v)
+
+    def results(backend, s, v, g):
+        inputs = [x.clone().requires_grad_() for x in (s, v)]
+        o = hw.key_scan(*inputs, backend=backend)
+        return o.detach(), *torch.autograd.grad(o, inputs, g)
+
+    oracle = results("reference", *(x.double() for x in (s, v, g)))
+    for x, y in zip(results(backend, s, v, g), oracle, strict=True):
+        compare(x, y, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [0, 3, 1100])
+def test_a_state_without_weight_has_no_value(backend, tokens):
+    """lse = -inf: o of the state is nothing, whatever it holds, and has no gradient."""
+    o0 = torch.ones(1, 1, 8, requires_grad=True)
+    s, v = torch.full((1, tokens, 1), -torch.inf), torch.ones(1, tokens, 1, 8)
+    state = (o0, torch.full((1, 1), -torch.inf))
+    o, end = hw.key_scan(s, v, initial_state=state, output_final_state=True, backend=backend)
+    compare(o, torch.zeros(o.shape, dtype=torch.float64), torch.float32)
+    compare(end.o, torch.zeros(1, 1, 8, dtype=torch.float64), torch.float32)
+    (d_o0,) = torch.autograd.grad(end.o.sum() + o.sum(), o0)
+    compare(d_o0, torch.zeros(1, 1, 8, dtype=torch.float64), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_score_that_is_not_finite_spoils_later_rows(backend, value):
+    s, v = torch.randn(1, 1100, 1), torch.randn(1, 1100, 1, 8)
+    s[:, 5] = value
+    o, end = hw.key_scan(s, v, output_final_state=True, backend=backend)
+    oracle, end_of_oracle = hw.key_scan(s, v, output_final_state=True, backend="reference")
+    compare(o, oracle.double(), torch.float32)
+    compare(end.lse, end_of_oracle.lse.double(), torch.float32)
+    assert o[:, 5:].isnan().all() and not o[:, :5].isnan().any()

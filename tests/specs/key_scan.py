@@ -58,10 +58,10 @@ def operators(tensors, case):
     s, v, o0, lse0 = (tensors.get(n) for n in ("s", "v", "o0", "lse0"))
     forward = torch.ops.headworks.key_scan_fwd.default
     backward = torch.ops.headworks.key_scan_bwd.default
-    arguments = (s, v, o0, lse0, True, "auto")
-    o, lse, o1, lse1 = forward(*arguments)
+    arguments = (s, v, o0, lse0, True, True, "auto")
+    o, lse, o1, lse1, wide = forward(*arguments)
     grads = [torch.randn_like(x) for x in (o, o1, lse1)]
-    saved = (s, v, o, lse, o0, lse0, o1, o0 is not None, "auto")
+    saved = (s, v, o if o.dtype == lse.dtype else wide, lse, o0, lse0, o1, o0 is not None, "auto")
     return [(forward, arguments), (backward, (*grads, *saved))]
 
 

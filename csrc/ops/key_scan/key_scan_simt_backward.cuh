@@ -16,18 +16,27 @@ template <class Element>
 struct GradParams {
   using Acc = Accum<Element>;
   Geometry geometry;
-  Ref<const Element, 3> s;          // [B, S, H]
-  Ref<const Element, 4> v, o, d_o;  // [B, S, H, Dv]
-  Ref<const Acc, 3> lse;            // [B, S, H]
-  Ref<const Acc, 3> o0, o1, d_o1;   // [B, H, Dv]             or absent
-  Ref<const Acc, 2> lse0, d_lse1;   // [B, H]                 or absent
-  Ref<Element, 3> d_s;              // [B, S, H]              out
-  Ref<Element, 4> d_v;              // [B, S, H, Dv]          out
-  Ref<Acc, 3> d_o0;                 // [B, H, Dv]             out, or absent
-  Ref<Acc, 2> d_lse0;               // [B, H]                 out, or absent
-  Acc* rows;    // [segments, B, H, Dv]      R of the first row, then what enters
-  Acc* totals;  // [segments, B, H, slices]  T, the same
-  Acc* scores;  // [slices, B, S + 1, H]     parts of ds; row S: of d_lse0
+  Ref<const Element, 3> s;         // [B, S, H]
+  Ref<const Element, 4> v, d_o;    // [B, S, H, Dv]
+  Ref<const Acc, 4> o;             // [B, S, H, Dv]          unrounded
+  Ref<const Acc, 3> lse, rest;     // [B, S, H]              rest: or absent
+  Ref<const Acc, 3> o0, o1, d_o1;  // [B, H, Dv]             or absent
+  Ref<const Acc, 2> lse0, d_lse1;  // [B, H]                 or absent
+  Ref<Element, 3> d_s;             // [B, S, H]              out
+  Ref<Element, 4> d_v;             // [B, S, H, Dv]          out
+  Ref<Acc, 3> d_o0;                // [B, H, Dv]             out, or absent
+  Ref<Acc, 2> d_lse0;              // [B, H]                 out, or absent
+  Acc* rows;                       // [segments, B, H, Dv]      R of the first row, then what enters
+  Acc* totals;                     // [segments, B, H, slices]  T, the same
+  Acc* scores;                     // [slices, B, S + 1, H]     parts of ds; row S: of d_lse0
+
+  // c of the sums, in column j of a head.
+  HW_DEVICE HW_INLINE Acc origin(int64_t b, int64_t h, int64_t j) const {
+    return o0 && lse0(b, h) != nothing<Acc>() ? o0(b, h, j) : Acc(0);
+  }
+  HW_DEVICE HW_INLINE Log<Acc> log_at(int64_t b, int64_t row, int64_t h) const {
+    return {lse(b, row, h), rest ? rest(b, row, h) : Acc(0)};
+  }
 };
 
 // Phase (a): kWrite = false, nothing enters.   Phase (c): kWrite = true.
@@ -62,7 +71,8 @@ struct GradKernel {
   HW_DEVICE HW_INLINE void load_end() {
     t = Acc(0);
     HW_UNROLL
-    for (int i = 0; i < kColumns; ++i) r[i] = Acc(0);
+    for (int i = 0; i < kColumns; ++i) r[i] = c[i] = Acc(0);
+    for_own<kColumns>(columns, [&](int i, int64_t j) { c[i] = p.origin(u.batch, u.head, j); });
     if constexpr (!kWrite) return;
     if (g.segments > 1) {
       const int64_t entry = u.entry(g);
@@ -71,9 +81,9 @@ struct GradKernel {
       return;
     }
     if (p.d_o1) {
-      for_own<kColumns>(columns, [&](int i, int64_t c) {
-        r[i] = p.d_o1(u.batch, u.head, c);
-        t += r[i] * p.o1(u.batch, u.head, c);
+      for_own<kColumns>(columns, [&](int i, int64_t j) {
+        r[i] = p.d_o1(u.batch, u.head, j);
+        t += r[i] * (p.o1(u.batch, u.head, j) - c[i]);
       });
     }
     if (p.d_lse1 && u.slice == 0 && u.lane == 0) t -= p.d_lse1(u.batch, u.head);
@@ -85,9 +95,9 @@ struct GradKernel {
     const bool valid = u.used && mine < u.end;
     Acc link = 1, take = 0, score = 0;
     if (valid) {
-      const Acc lse = p.lse(u.batch, mine, u.head);
-      if (mine + 1 < u.end) link = decay(lse, p.lse(u.batch, mine + 1, u.head));
-      if (kWrite) take = decay(static_cast<Acc>(p.s(u.batch, mine, u.head)), lse);
+      const Log<Acc> own = p.log_at(u.batch, mine, u.head);
+      if (mine + 1 < u.end) link = decay(own, p.log_at(u.batch, mine + 1, u.head));
+      if (kWrite) take = decay({static_cast<Acc>(p.s(u.batch, mine, u.head)), Acc(0)}, own);
     }
     for (int n = g.lanes - kBatch; n >= 0; n -= kBatch) walk_batch(row + n, n, link, take, score);
     if (kWrite && valid) {
@@ -100,7 +110,8 @@ struct GradKernel {
   }
 
   HW_DEVICE HW_INLINE void walk_batch(int64_t row, int source, Acc link, Acc take, Acc& score) {
-    OwnRow<Element> d_o[kBatch], o[kBatch], v[kBatch];
+    OwnRow<Element, kColumns> d_o[kBatch], v[kBatch];
+    OwnRow<Acc, kColumns> o[kBatch];
     HW_UNROLL
     for (int n = 0; n < kBatch; ++n) {
       d_o[n] = load(p.d_o, row + n);
@@ -116,8 +127,8 @@ struct GradKernel {
       for (int i = 0; i < kColumns; ++i) {
         const Acc d = static_cast<Acc>(d_o[n].v[i]);
         r[i] = a * r[i] + d;
-        t += d * static_cast<Acc>(o[n].v[i]);
-        if constexpr (kWrite) sum += static_cast<Acc>(v[n].v[i]) * r[i];
+        t += d * (o[n].v[i] - c[i]);
+        if constexpr (kWrite) sum += (static_cast<Acc>(v[n].v[i]) - c[i]) * r[i];
       }
       if constexpr (kWrite) {
         sum = unit_sum(sum - t, g.lanes);
@@ -130,10 +141,11 @@ struct GradKernel {
     }
   }
 
-  HW_DEVICE HW_INLINE OwnRow<Element> load(const Ref<const Element, 4>& x, int64_t row) {
+  template <class T>
+  HW_DEVICE HW_INLINE OwnRow<T, kColumns> load(const Ref<const T, 4>& x, int64_t row) {
     const bool valid = u.used && row < u.end;
-    return load_own<kVectors>(valid ? x.at(u.batch, row, u.head) : nullptr, x.stride[3], columns,
-                              valid);
+    return load_own<kVectors, kColumns>(valid ? x.at(u.batch, row, u.head) : nullptr, x.stride[3],
+                                        columns, valid);
   }
 
   HW_DEVICE HW_INLINE void store_entry() {
@@ -148,14 +160,12 @@ struct GradKernel {
   HW_DEVICE HW_INLINE void store_start() {
     if (!p.d_o0 && !p.d_lse0) return;
     const bool first = u.used && u.segment == 0;
-    const Acc lse0 = p.lse0(u.batch, u.head);
-    const Acc weight = decay(lse0, g.tokens > 0 ? p.lse(u.batch, 0, u.head) : lse0);
-    Acc sum = -t;
-    for_own<kColumns>(columns, [&](int i, int64_t c) {
-      if (weight != Acc(0)) sum += p.o0(u.batch, u.head, c) * r[i];
-      if (first && p.d_o0) p.d_o0(u.batch, u.head, c) = weight * r[i];
+    const Log<Acc> before = {p.lse0(u.batch, u.head), Acc(0)};
+    const Acc weight = decay(before, g.tokens > 0 ? p.log_at(u.batch, 0, u.head) : before);
+    for_own<kColumns>(columns, [&](int i, int64_t j) {
+      if (first && p.d_o0) p.d_o0(u.batch, u.head, j) = weight * r[i];
     });
-    sum = unit_sum(sum, g.lanes);
+    const Acc sum = unit_sum(-t, g.lanes);
     if (!first || u.lane != 0 || !p.d_lse0) return;
     const Acc d = weight == Acc(0) ? Acc(0) : weight * sum;
     if (g.slices == 1)
@@ -172,7 +182,7 @@ struct GradKernel {
   const Geometry& g;
   const Unit u;
   const Columns columns;
-  Acc r[kColumns];
+  Acc r[kColumns], c[kColumns];
   Acc t;  // of the own columns
 };
 
@@ -204,9 +214,9 @@ struct GradPrefixKernel {
       if (k == 0) break;
       const int64_t first = k * g.segment_tokens;
       const int64_t last = min_of(first + g.segment_tokens, g.tokens) - 1;
-      const Acc lse = p.lse(b, first, h);
-      const Acc inside = decay(lse, p.lse(b, last, h));
-      enters = decay(p.lse(b, first - 1, h), lse) * (own + inside * enters);
+      const Log<Acc> log = p.log_at(b, first, h);
+      const Acc inside = decay(log, p.log_at(b, last, h));
+      enters = decay(p.log_at(b, first - 1, h), log) * (own + inside * enters);
     }
   }
 
@@ -218,7 +228,7 @@ struct GradPrefixKernel {
     Acc t = slice == 0 && p.d_lse1 ? -p.d_lse1(b, h) : Acc(0);
     if (!p.d_o1) return t;
     for (int64_t c = slice * columns; c < min_of((slice + 1) * columns, g.value_dim); ++c) {
-      t += p.d_o1(b, h, c) * p.o1(b, h, c);
+      t += p.d_o1(b, h, c) * (p.o1(b, h, c) - p.origin(b, h, c));
     }
     return t;
   }
@@ -277,9 +287,9 @@ void backward(const Call& call) {
   Acc* workspace = workspace_of<Acc>(call, 14, w);
   p.s = b.s.template as<const Element>();
   p.v = b.v.template as<const Element>();
-  p.o = b.o.template as<const Element>();
+  p.o = b.wide.template as<const Acc>();
   p.d_o = b.d_o.template as<const Element>();
-  p.lse = b.lse.template as<const Acc>();
+  p.lse = b.lse.template as<const Acc>(), p.rest = b.rest.template as<const Acc>();
   p.o0 = b.o0.template as<const Acc>();
   p.o1 = b.o1.template as<const Acc>();
   p.d_o1 = b.d_o1.template as<const Acc>();

@@ -21,7 +21,8 @@ struct ScanParams {
   Ref<const Element, 3> s;  // [B, S, H]
   Ref<const Element, 4> v;  // [B, S, H, Dv]
   Ref<Element, 4> o;        // [B, S, H, Dv]              out
-  Ref<Acc, 3> lse;          // [B, S, H]                  out
+  Ref<Acc, 4> wide;         // [B, S, H, Dv]              out: o unrounded, or absent
+  Ref<Acc, 3> lse, rest;    // [B, S, H]                  out: L; its rest, or absent
   Ref<const Acc, 3> o0;     // [B, H, Dv]                 or absent
   Ref<const Acc, 2> lse0;   // [B, H]
   Ref<Acc, 3> o1;           // [B, H, Dv]                 out, or absent
@@ -95,7 +96,11 @@ struct ScanKernel {
     LogSum<Acc> before = dev::shuffle_up(now, 1);
     if (u.lane == 0) before = sum;
     const Acc keep = share(before, now), take = share(one_score(s), now);
-    if (kWrite && valid && u.slice == 0) p.lse(u.batch, mine, u.head) = now.log();
+    if (kWrite && valid && u.slice == 0) {
+      const Log<Acc> log = now.log();
+      p.lse(u.batch, mine, u.head) = log.value;
+      if (p.rest) p.rest(u.batch, mine, u.head) = log.rest;
+    }
     sum = dev::shuffle(now, u.first_lane + g.lanes - 1);
     for (int r = 0; r < g.lanes; r += kBatch) walk_batch(row + r, r, keep, take);
   }
@@ -112,12 +117,12 @@ struct ScanKernel {
   // Rows row .. row + kBatch - 1, whose factors are in the lanes from `source` on. A value that
   // has no weight is not looked at: what is masked may be NaN.
   HW_DEVICE HW_INLINE void walk_batch(int64_t row, int source, Acc keep, Acc take) {
-    OwnRow<Element> v[kBatch];
+    OwnRow<Element, kColumns> v[kBatch];
     HW_UNROLL
     for (int n = 0; n < kBatch; ++n) {
       const bool valid = u.used && row + n < u.end;
       const Element* from = valid ? p.v.at(u.batch, row + n, u.head) : nullptr;
-      v[n] = load_own<kVectors>(from, p.v.stride[3], columns, valid);
+      v[n] = load_own<kVectors, kColumns>(from, p.v.stride[3], columns, valid);
     }
     HW_UNROLL
     for (int n = 0; n < kBatch; ++n) {
@@ -130,6 +135,9 @@ struct ScanKernel {
       }
       if (kWrite && u.used && row + n < u.end) {
         store_own<kVectors>(p.o.at(u.batch, row + n, u.head), p.o.stride[3], columns, o, Acc(1));
+        if (p.wide)
+          store_own<kVectors>(p.wide.at(u.batch, row + n, u.head), p.wide.stride[3], columns, o,
+                              Acc(1));
       }
     }
   }
@@ -141,7 +149,7 @@ struct ScanKernel {
       if (p.o1) {
         for_own<kColumns>(columns, [&](int i, int64_t c) { p.o1(u.batch, u.head, c) = o[i]; });
       }
-      if (p.lse1 && u.slice == 0 && u.lane == 0) p.lse1(u.batch, u.head) = sum.log();
+      if (p.lse1 && u.slice == 0 && u.lane == 0) p.lse1(u.batch, u.head) = sum.log().value;
     } else {
       const int64_t entry = u.entry(g);
       for_own<kColumns>(columns, [&](int i, int64_t c) { p.rows[entry * g.value_dim + c] = o[i]; });
@@ -225,11 +233,12 @@ void forward(const Call& call) {
   ScanParams<Element> p{};
   p.geometry = make_geometry<Element>(call);
   const Workspace w = make_workspace(p.geometry, false);
-  Acc* workspace = workspace_of<Acc>(call, 8, w);
+  Acc* workspace = workspace_of<Acc>(call, 9, w);
   p.s = f.s.template as<const Element>();
   p.v = f.v.template as<const Element>();
   p.o = f.o.template as<Element>();
-  p.lse = f.lse.template as<Acc>();
+  p.wide = f.wide.template as<Acc>();
+  p.lse = f.lse.template as<Acc>(), p.rest = f.rest.template as<Acc>();
   p.o0 = f.o0.template as<const Acc>();
   p.lse0 = f.lse0.template as<const Acc>();
   p.o1 = f.o1.template as<Acc>();
@@ -237,7 +246,7 @@ void forward(const Call& call) {
   p.rows = workspace + w.rows;
   p.own = workspace + w.own;
   p.start = workspace + w.start;
-  if (has_vectors(p.v) && has_vectors(p.o))
+  if (has_vectors(p.v) && has_vectors(p.o) && (!p.wide || has_vectors(p.wide)))
     run_forward<Element, true>(p, call.context);
   else
     run_forward<Element, false>(p, call.context);

@@ -1,60 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Key scan on CUDA: units, the columns of a lane, and log-sums as pairs.
-//
-// The log-sum-exp is carried as (m, a): the largest score so far and the sum of e^{s - m}. Scores
-// are compared with scores only, so no rounding of L enters a weight, however large L is:
-//   (m, a) + (m', a') = (M, a e^{m - M} + a' e^{m' - M}),  M = max(m, m');   L = m + log a
-// The empty sum is (-inf, 0). NaN in a score makes a NaN and stays.
+// Key scan on CUDA: units, and the columns of a lane.
 #pragma once
-
-#include <cmath>
-#include <limits>
 
 #include "ops/key_scan/key_scan.h"
 #include "ops/key_scan/key_scan_simt_layout.cuh"
+#include "ops/key_scan/key_scan_sum.h"
 
 #include "core/device.h"
 #include "core/dtype.h"
 #include "core/vector.h"
 
 namespace hw::key_scan::simt {
-
-template <class Acc>
-HW_DEVICE HW_INLINE Acc nothing() {
-  return -std::numeric_limits<Acc>::infinity();
-}
-
-// e^{from - to} for from <= to; 0 where `from` is nothing.
-template <class Acc>
-HW_DEVICE HW_INLINE Acc decay(Acc from, Acc to) {
-  return from == nothing<Acc>() ? Acc(0) : std::exp(from - to);
-}
-
-template <class Acc>
-struct LogSum {
-  Acc m, a;
-
-  HW_DEVICE HW_INLINE Acc log() const { return a == Acc(0) ? nothing<Acc>() : m + std::log(a); }
-};
-
-template <class Acc>
-HW_DEVICE HW_INLINE LogSum<Acc> one_score(Acc s) {
-  return {s, s == nothing<Acc>() ? Acc(0) : Acc(1)};
-}
-
-template <class Acc>
-HW_DEVICE HW_INLINE LogSum<Acc> join(const LogSum<Acc>& x, const LogSum<Acc>& y) {
-  const Acc m = x.m > y.m ? x.m : y.m;
-  const auto part = [m](const LogSum<Acc>& z) { return z.m == m ? z.a : z.a * decay(z.m, m); };
-  return {m, part(x) + part(y)};
-}
-
-// The share of x in a sum: e^{log x - log sum}.
-template <class Acc>
-HW_DEVICE HW_INLINE Acc share(const LogSum<Acc>& x, const LogSum<Acc>& sum) {
-  if (x.a == Acc(0)) return Acc(0);
-  return (x.m == sum.m ? x.a : x.a * decay(x.m, sum.m)) / sum.a;
-}
 
 // ---- Units --------------------------------------------------------------------------------------
 
@@ -118,38 +74,53 @@ HW_DEVICE HW_INLINE Columns own_columns(const Geometry& g, const Unit& u) {
   return {first, step, static_cast<int>(min_of<int64_t>(count, kColumns))};
 }
 
-template <class Element>
-using OwnRow = Vec<Element, kOwn<Element>>;
+template <class T, int kColumns>
+struct OwnRow {
+  T v[kColumns];
+};
 
-// The own columns of row `row`, 0 where there is none.
-template <bool kVectors, class Element>
-HW_DEVICE HW_INLINE OwnRow<Element> load_own(const Element* row, int64_t stride, const Columns& c,
-                                             bool valid) {
-  OwnRow<Element> x = {};
+// The own columns of row `row`, 0 where there is none. Vectors are of 16 bytes.
+template <bool kVectors, int kColumns, class T>
+HW_DEVICE HW_INLINE OwnRow<T, kColumns> load_own(const T* row, int64_t stride, const Columns& c,
+                                                 bool valid) {
+  OwnRow<T, kColumns> x = {};
   if (!valid) return x;
   if constexpr (kVectors) {
-    if (c.count > 0) x = load_vector<kOwn<Element>>(row + c.first);
+    constexpr int kTogether = kOwn<T>;
+    static_assert(kColumns % kTogether == 0, "whole vectors");
+    HW_UNROLL
+    for (int i = 0; i < kColumns; i += kTogether) {
+      if (c.count <= i) continue;
+      const auto part = load_vector<kTogether>(row + c.first + i);
+      HW_UNROLL
+      for (int j = 0; j < kTogether; ++j) x.v[i + j] = part.v[j];
+    }
   } else {
     HW_UNROLL
-    for (int i = 0; i < kOwn<Element>; ++i) {
+    for (int i = 0; i < kColumns; ++i) {
       if (i < c.count) x.v[i] = row[(c.first + i * c.step) * stride];
     }
   }
   return x;
 }
 
-template <bool kVectors, class Element, class Acc>
-HW_DEVICE HW_INLINE void store_own(Element* row, int64_t stride, const Columns& c,
-                                   const Acc (&x)[kOwn<Element>], Acc factor) {
+template <bool kVectors, class T, class Acc, int kColumns>
+HW_DEVICE HW_INLINE void store_own(T* row, int64_t stride, const Columns& c,
+                                   const Acc (&x)[kColumns], Acc factor) {
   if constexpr (kVectors) {
-    OwnRow<Element> packed;
+    constexpr int kTogether = kOwn<T>;
     HW_UNROLL
-    for (int i = 0; i < kOwn<Element>; ++i) packed.v[i] = Element(factor * x[i]);
-    if (c.count > 0) store_vector(row + c.first, packed);
+    for (int i = 0; i < kColumns; i += kTogether) {
+      if (c.count <= i) continue;
+      Vec<T, kTogether> packed;
+      HW_UNROLL
+      for (int j = 0; j < kTogether; ++j) packed.v[j] = T(factor * x[i + j]);
+      store_vector(row + c.first + i, packed);
+    }
   } else {
     HW_UNROLL
-    for (int i = 0; i < kOwn<Element>; ++i) {
-      if (i < c.count) row[(c.first + i * c.step) * stride] = Element(factor * x[i]);
+    for (int i = 0; i < kColumns; ++i) {
+      if (i < c.count) row[(c.first + i * c.step) * stride] = T(factor * x[i]);
     }
   }
 }

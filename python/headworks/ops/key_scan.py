@@ -128,9 +128,11 @@ def key_scan(
     o1: Any
     lse1: Any
     if way == "direct":
-        o, _, o1, lse1 = _forward(*inputs, output_final_state, backend)
+        o, _, o1, lse1, _ = _forward(*inputs, output_final_state, False, backend)
     elif way == "operator":
-        o, _, o1, lse1 = torch.ops.headworks.key_scan_fwd(*inputs, output_final_state, backend)
+        o, _, o1, lse1, _ = torch.ops.headworks.key_scan_fwd(
+            *inputs, output_final_state, False, backend
+        )
     else:
         o, o1, lse1 = _differentiable(*apart(*inputs, output_final_state, backend))
     return (o, KeyScanState(o1, lse1)) if output_final_state else o
@@ -220,24 +222,31 @@ def _checked_state(state: object, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 # The native calls. Tensor order: csrc/ops/key_scan/key_scan.h.
 
 
-def _outputs(s: Tensor, v: Tensor, final_state: bool) -> tuple[Tensor, Tensor, Maybe, Maybe]:
-    """o, lse, o1, lse1 unfilled; None for the state where it is not asked for."""
+_Made = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
+
+
+def _outputs(s: Tensor, v: Tensor, final_state: bool, wide: bool) -> _Made:
+    """o, lse [2, B, S, H], o1, lse1 and, if `wide`, o in the accumulation dtype where that is
+    another; unfilled, None for what is not asked for."""
     dtype, device = ACCUMULATION[s.dtype], s.device
     o = torch.empty(v.shape, dtype=v.dtype, device=device)
-    lse = torch.empty(s.shape, dtype=dtype, device=device)
-    if not final_state:
-        return o, lse, None, None
-    batch, _, heads, value_dim = v.shape
-    o1 = torch.empty((batch, heads, value_dim), dtype=dtype, device=device)
-    return o, lse, o1, torch.empty((batch, heads), dtype=dtype, device=device)
+    lse = torch.empty((2, *s.shape), dtype=dtype, device=device)
+    o1 = lse1 = None
+    if final_state:
+        batch, _, heads, value_dim = v.shape
+        o1 = torch.empty((batch, heads, value_dim), dtype=dtype, device=device)
+        lse1 = torch.empty((batch, heads), dtype=dtype, device=device)
+    if not wide or dtype == v.dtype:
+        return o, lse, o1, lse1, None
+    return o, lse, o1, lse1, torch.empty(v.shape, dtype=dtype, device=device)
 
 
 def _forward(
-    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, backend: str
-) -> tuple[Tensor, Tensor, Maybe, Maybe]:
-    o, lse, o1, lse1 = _outputs(s, v, final_state)
-    run("key_scan.forward", backend, [s, v, o, lse, o0, lse0, o1, lse1], ())
-    return o, lse, o1, lse1
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, wide: bool, backend: str
+) -> _Made:
+    o, lse, o1, lse1, o_wide = made = _outputs(s, v, final_state, wide)
+    run("key_scan.forward", backend, [s, v, o, lse, o0, lse0, o1, lse1, o_wide], ())
+    return made
 
 
 _SV = operands(s="input B S H", v="input B S H Dv")
@@ -262,9 +271,9 @@ def _forward_operator(
 
 
 def _forward_fake(
-    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, backend: str
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, wide: bool, backend: str
 ) -> tuple[Tensor, ...]:
-    return fixed_arity(_outputs(s, v, final_state), s)
+    return fixed_arity(_outputs(s, v, final_state, wide), s)
 
 
 def _backward_operator(
@@ -312,8 +321,8 @@ def _backward_fake(
 
 
 define(
-    "key_scan_fwd(Tensor s, Tensor v, Tensor? o0, Tensor? lse0, bool final_state, str backend)"
-    " -> (Tensor o, Tensor lse, Tensor o1, Tensor lse1)",
+    "key_scan_fwd(Tensor s, Tensor v, Tensor? o0, Tensor? lse0, bool final_state, bool wide,"
+    " str backend) -> (Tensor o, Tensor lse, Tensor o1, Tensor lse1, Tensor o_wide)",
     _forward_operator,
     _forward_fake,
 )
@@ -327,13 +336,16 @@ define(
 
 
 class _KeyScan(torch.autograd.Function):
-    """Saves the inputs, o, the running log-sum and the final state."""
+    """Saves the inputs, o unrounded, the running log-sum and the final state."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         s, v, o0, lse0, final_state, backend = arguments
-        o, lse, o1, lse1 = torch.ops.headworks.key_scan_fwd(s, v, o0, lse0, final_state, backend)
-        ctx.save_for_backward(s, v, o, lse, o0, lse0, o1 if final_state else None)
+        o, lse, o1, lse1, wide = torch.ops.headworks.key_scan_fwd(
+            s, v, o0, lse0, final_state, True, backend
+        )
+        wide = o if o.dtype == lse.dtype else wide
+        ctx.save_for_backward(s, v, wide, lse, o0, lse0, o1 if final_state else None)
         ctx.final_state, ctx.backend = final_state, backend
         ctx.set_materialize_grads(False)
         if not final_state:
@@ -348,7 +360,7 @@ class _KeyScan(torch.autograd.Function):
         s, v, o, lse, o0, lse0, o1 = saved
         state_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         if d_o is None:
-            d_o = o.new_zeros(()).expand(o.shape)
+            d_o = v.new_zeros(()).expand(v.shape)
         if not ctx.final_state:
             d_o1 = d_lse1 = None
         elif d_o1 is not None or d_lse1 is not None:
@@ -375,8 +387,8 @@ def _native_call(
     backend: str = "auto",
 ) -> NativeCall:
     s, v, o0, lse0 = _checked(s, v, initial_state)
-    o, lse, o1, lse1 = _outputs(s, v, output_final_state)
-    tensors = [s, v, o, lse, o0, lse0, o1, lse1, None]
+    o, lse, o1, lse1, _ = _outputs(s, v, output_final_state, False)
+    tensors = [s, v, o, lse, o0, lse0, o1, lse1, None, None]
     return "key_scan.forward", backend_for(_OP, backend, s), tensors, ()
 
 
