@@ -128,10 +128,10 @@ def _only(spec, name):
 
 @pytest.mark.parametrize(SAMPLE, samples((torch.float32, torch.bfloat16)))
 def test_deterministic(spec, case, backend, device, dtype):
-    """The same bits in every run and with 1, 2 and 3 threads."""
+    """The same bits in every run and with any number of threads."""
     tensors = spec.make(case, dtype, device)
     expected = evaluate(spec, case, backend, tensors)
-    for threads in (2, 1, 3):
+    for threads in (2, 1, 3, 4, 7, 8, 16):
         torch.set_num_threads(threads)
         actual = evaluate(spec, case, backend, tensors)
         for name, x in expected.items():
@@ -150,6 +150,34 @@ def test_batch_invariant(spec, case, backend, device, dtype):
         alone = {n: x[b : b + 1] for n, x in tensors.items()}
         for name, x in evaluate(spec, case, backend, alone, gradients=False).items():
             assert_same_bits(x, every[name][b : b + 1], f"{name} of batch element {b}")
+
+
+@pytest.mark.parametrize(SAMPLE, samples((torch.float32, torch.bfloat16), gradients=True,
+                                         batched=True))  # fmt: skip
+def test_gradients_batch_invariant(spec, case, backend, device, dtype):
+    """So are its gradients, with the cotangents that it has among others."""
+    tensors = spec.make(case, dtype, device)
+    names = [n for n in spec.differentiable if n in tensors]
+    batch = case.sizes["B"]
+
+    def gradients(tensors, cotangents=None):
+        inputs = {n: x.detach().requires_grad_(n in names) for n, x in tensors.items()}
+        outputs = {n: x for n, x in spec.run(inputs, case, backend).items() if x.requires_grad}
+        if cotangents is None:
+            cotangents = {n: torch.randn_like(x) for n, x in outputs.items()}
+        wanted = [inputs[n] for n in names]
+        return cotangents, torch.autograd.grad(
+            list(outputs.values()), wanted, [cotangents[n] for n in outputs]
+        )
+
+    cotangents, every = gradients(tensors)
+    _, flipped = gradients(*({n: x.flip(0) for n, x in d.items()} for d in (tensors, cotangents)))
+    for name, x, y in zip(names, flipped, every, strict=True):
+        assert_same_bits(x.flip(0), y, f"d_{name} in reverse order")
+    for b in range(batch):
+        one = ({n: x[b : b + 1] for n, x in d.items()} for d in (tensors, cotangents))
+        for name, x, y in zip(names, gradients(*one)[1], every, strict=True):
+            assert_same_bits(x, y[b : b + 1], f"d_{name} of batch element {b}")
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

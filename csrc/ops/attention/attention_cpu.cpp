@@ -2,7 +2,8 @@
 // Softmax-type attention on the CPU; the mathematics is in attention.h.
 //
 //   _cpu_tile.h       scores of 64 keys x 64 queries, and weights replayed from row statistics
-//   _cpu_forward.h    rows with a running softmax; _cpu_row_sums.h what is kept of a row;
+//   _cpu_forward.h    rows with a running softmax; _cpu_row_sums.h what is kept of a row,
+//                     _cpu_outputs.h what becomes of it;
 //                     _cpu_along_keys.h the same for a few rows, or for a few keys
 //   _cpu_backward.h   gradients; _cpu_walk.h those of one block of queries
 //   _cpu_columns.h    columns given the row statistics; single weights

@@ -5,7 +5,8 @@
 // each block the keys it sees: p is replayed once, d_q of the block grows in scratch memory, d_k
 // and d_v grow where they lie (fp32, one key head) or in a buffer of the task. Five products per
 // tile, no atomics, one order of additions. With few heads the keys are cut into spans of their own
-// d_k and d_v, and what each span gives to d_q is added up afterwards, in order.
+// d_k and d_v, and what each span gives to d_q is added up in order: afterwards, if spans are tasks
+// of their own, which the number of sequences may decide, for the sums are the same.
 //
 // A bias that several batch entries or heads share would be added to by several tasks: its gradient
 // is a second loop (SharedBias) whose tasks own rows of the bias and walk all that share them.
@@ -16,7 +17,7 @@
 namespace hw::attention {
 namespace {
 
-constexpr int64_t kFewHeads = 8;       // fewer tasks than this: cut the keys
+constexpr int64_t kFewHeads = 8;       // fewer than this: cut the keys
 constexpr int64_t kSpanOfHead = 1024;  // shortest span of keys
 
 // Rows of the query heads, increasing.
@@ -55,19 +56,41 @@ class Backward {
         padded_(round_up(dim_, kLanes<A>)),
         padded_values_(round_up(value_dim_, kLanes<A>)),
         pairs_(p_.sequences() * heads_) {
-    if (pairs_ > 0 && pairs_ < kFewHeads)
-      spans_ = std::max<int64_t>(1, std::min(ceil_div(kFewHeads, pairs_), p_.max_k / kSpanOfHead));
-    span_ = round_up(ceil_div(std::max<int64_t>(p_.max_k, 1), spans_), static_cast<int64_t>(kKeys));
+    if (pairs_ >= kFewHeads) return;
+    for (int64_t n = 0; n < p_.sequences(); ++n)
+      spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
   }
 
   void run() {
-    if (spans_ > 1) parts_.reserve(spans_ * part_size() * static_cast<int64_t>(sizeof(A)));
-    parallel_tasks(pairs_ * spans_, threads_, [&](int64_t i) { work(i / spans_, i % spans_); });
-    if (spans_ > 1)
-      parallel_tasks(p_.sequences() * p_.query_heads(), threads_, [&](int64_t i) { add_parts(i); });
+    if (spans_ == 1) {
+      parallel_tasks(pairs_, threads_, [&](int64_t pair) { work(pair); });
+      return;
+    }
+    parts_.reserve(spans_ * part_size() * static_cast<int64_t>(sizeof(A)));
+    parallel_tasks(pairs_ * spans_, threads_,
+                   [&](int64_t i) { work_span(i / spans_, i % spans_); });
+    parallel_tasks(p_.sequences() * p_.query_heads(), threads_, [&](int64_t i) { add_parts(i); });
   }
 
  private:
+  // Spans of the keys of a sequence, and keys of one.
+  struct Cut {
+    int64_t spans, length;
+
+    Range span(int64_t i, int64_t keys) const {
+      return {std::min(i * length, keys), std::min((i + 1) * length, keys)};
+    }
+  };
+
+  Cut cut_of(const Sequence& at) const {
+    int64_t spans = 1;
+    if (heads_ > 0 && heads_ < kFewHeads)
+      spans = std::max<int64_t>(
+          1, std::min(ceil_div<int64_t>(kFewHeads, heads_), at.k_count / kSpanOfHead));
+    const int64_t keys = std::max<int64_t>(at.k_count, 1);
+    return {spans, round_up(ceil_div(keys, spans), static_cast<int64_t>(kKeys))};
+  }
+
   // One span's part of d_q: [sequences or 1, max rows, query heads, padded_].
   int64_t part_rows() const { return p_.q.size[0] * p_.q.size[1]; }
   int64_t part_size() const { return part_rows() * p_.query_heads() * padded_; }
@@ -87,13 +110,45 @@ class Backward {
     return all;
   }
 
-  void work(int64_t pair, int64_t span) {
+  // A key head whose spans are worked on one after another, for each block of queries.
+  void work(int64_t pair) {
+    const Sequence at = sequence(p_, pair / heads_);
+    const Cut cut = cut_of(at);
+    Scratch& scratch = Scratch::of_thread();
+    scratch.reset(Walk<T>::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
+    Walk<T> walk(p_);
+    A* total = scratch.take<A>(kRows * padded_);
+    each_block(pair, {0, at.k_count}, [&](const Block& block, const KeySums<A>& sums) {
+      walk.block(block, cut.span(0, at.k_count), sums);
+      if (cut.spans > 1) std::copy_n(walk.d_q(), block.count() * padded_, total);
+      for (int64_t i = 1; i < cut.spans; ++i) {
+        const Range keys = cut.span(i, at.k_count);
+        walk.block(block, keys, sums.from(keys.begin));
+        for (int d = 0; d < block.count() * padded_; ++d) total[d] += walk.d_q()[d];
+      }
+      write_queries(block, cut.spans > 1 ? total : walk.d_q(), walk);
+    });
+  }
+
+  void work_span(int64_t pair, int64_t span) {
+    const Sequence at = sequence(p_, pair / heads_);
+    const Cut cut = cut_of(at);
+    if (span >= cut.spans) return;
+    Scratch::of_thread().reset(Walk<T>::bytes(p_));
+    Walk<T> walk(p_);
+    const Range keys = cut.span(span, at.k_count);
+    each_block(pair, keys, [&](const Block& block, const KeySums<A>& sums) {
+      walk.block(block, keys, sums);
+      for (int i = 0; i < block.count(); ++i)
+        std::copy_n(walk.d_q() + i * padded_, padded_, part_of(block, i, span));
+    });
+  }
+
+  // f(block, sums) for every block of queries of a key head, with the sums of `keys`.
+  template <class F>
+  void each_block(int64_t pair, const Range& keys, const F& f) {
     const Sequence at = sequence(p_, pair / heads_);
     const int head = static_cast<int>(pair % heads_);
-    const Range keys{std::min(span * span_, at.k_count), std::min((span + 1) * span_, at.k_count)};
-    Scratch& scratch = Scratch::of_thread();
-    scratch.reset(Walk<T>::bytes(p_));
-    Walk<T> walk(p_);
     Buffer buffer;
     const KeySums<A> sums = prepare(at, head, keys, buffer);
     for (int h = head * group_; h < (head + 1) * group_; ++h) {
@@ -104,8 +159,7 @@ class Backward {
         block.rows = lists_ != nullptr
                          ? RowLists::block(i, all.rows.end)
                          : Range{i * kRows, std::min<int64_t>((i + 1) * kRows, all.rows.end)};
-        walk.block(block, keys, sums);
-        write_queries(block, walk, span);
+        f(block, sums);
       }
     }
     if (!sums.in_place) write_keys(at, head, keys, sums);
@@ -154,14 +208,10 @@ class Backward {
         to->template as<A>()(at.batch, head, at.k_begin + j) = 0;
   }
 
-  void write_queries(const Block& block, Walk<T>& walk, int64_t span) {
-    for (int i = 0; i < block.count(); ++i) {
-      A* row = walk.d_q() + i * padded_;
-      if (spans_ > 1)
-        std::copy_n(row, padded_, part_of(block, i, span));
-      else
-        write_query(block, i, row, walk.factor(i), walk.row());
-    }
+  // `sums` [rows, padded]: of all keys.
+  void write_queries(const Block& block, A* sums, Walk<T>& walk) {
+    for (int i = 0; i < block.count(); ++i)
+      write_query(block, i, sums + i * padded_, walk.factor(i), walk.row());
   }
 
   // d_q = scale tau sum, d_tau = scale <sum, q>
@@ -182,12 +232,13 @@ class Backward {
     const Sequence at = sequence(p_, i / p_.query_heads());
     const Block block = rows_of(at, static_cast<int>(i % p_.query_heads()));
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
+    const Cut cut = cut_of(at);
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Scratch::bytes_of<A>(padded_));
     A* q_row = scratch.take<A>(padded_);
     for (int64_t r = 0; r < block.rows.end; ++r) {
       A* total = part_of(block, static_cast<int>(r), 0);
-      for (int64_t span = 1; span < spans_; ++span) {
+      for (int64_t span = 1; span < cut.spans; ++span) {
         const A* part = part_of(block, static_cast<int>(r), span);
         for (int d = 0; d < padded_; ++d) total[d] += part[d];
       }
@@ -202,7 +253,7 @@ class Backward {
   const RowLists* const lists_;
   const int heads_, group_, dim_, value_dim_, padded_, padded_values_;
   const int64_t pairs_;
-  int64_t spans_ = 1, span_ = 0;
+  int64_t spans_ = 1;  // tasks of a key head: the most spans of any, or one for all of them
   Buffer parts_;
 };
 

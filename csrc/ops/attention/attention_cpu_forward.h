@@ -4,20 +4,22 @@
 // A task is a block of 64 queries of one head and walks the keys it may see, tile by tile. Tiles
 // that the mask empties are never visited, tiles whose activation is zero everywhere skip the
 // product with v. With few blocks and many keys (decoding) the keys are cut into spans, whose
-// partial results are merged in order. Cuts depend on shapes alone, so results do not depend on the
-// number of threads. Where q and k are the same for all batch entries (zero strides), one task
+// partial results are merged in order. Cuts depend on the sizes of a sequence alone, so results
+// depend neither on the number of threads nor on the other sequences; whether the spans of a block
+// are tasks of their own may depend on both. Where q and k are the same for all batch entries (zero strides), one task
 // serves up to kPanels entries: scores and softmax are computed once. Blocks of a few queries or of
 // a few keys are walked by AlongKeys.
 #pragma once
 
 #include "ops/attention/attention_cpu_along_keys.h"
+#include "ops/attention/attention_cpu_outputs.h"
 #include "ops/attention/attention_cpu_row_sums.h"
 #include "ops/attention/attention_cpu_tile.h"
 
 namespace hw::attention {
 namespace {
 
-constexpr int64_t kFewTasks = 16;      // fewer than this: cut the keys
+constexpr int64_t kFewTasks = 16;      // fewer than this, of a sequence: cut the keys
 constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
 constexpr int64_t kPanels = 8;         // batch entries that share scores
 
@@ -35,16 +37,21 @@ class Forward {
   explicit Forward(const ForwardParams& p) : Forward(p, 1, false) {}
 
   void run() {
-    if (spans_ > 1) partials_.reserve(tasks_ * spans_ * partial_bytes());
-    parallel_tasks(tasks_ * spans_, threads_, [&](int64_t i) { work(i / spans_, i % spans_); });
-    if (spans_ > 1) parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
+    if (spans_ == 1) {
+      parallel_tasks(tasks_, threads_, [&](int64_t task) { work(task); });
+      return;
+    }
+    partials_.reserve(tasks_ * spans_ * partial_bytes());
+    parallel_tasks(tasks_ * spans_, threads_,
+                   [&](int64_t i) { work_span(i / spans_, i % spans_); });
+    parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
   }
 
   // A block that is not empty, and all its keys. `meanwhile`: see core/matmul.h.
   void run_block(const Block& block, const Requests& meanwhile = {}) {
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
-    fill(block, 0, state, scratch, meanwhile);
+    fill(block, kWhole, 0, state, scratch, meanwhile);
     finish(block, state, scratch);
   }
 
@@ -54,6 +61,7 @@ class Forward {
       : p_(p),
         threads_(threads),
         v_(p_.v.as<const T>()),
+        outputs_(p_),
         soft_(is_softmax(p_.activation)),
         reads_out_(p_.row || p_.entropy || p_.p_max || p_.sq_norm || p_.mass),
         value_dim_(p_.value_dim()),
@@ -62,9 +70,23 @@ class Forward {
         groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
         blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
         tasks_(groups_ * heads_ * blocks_) {
-    if (cuts && tasks_ > 0 && tasks_ < kFewTasks)
-      spans_ = std::max<int64_t>(1, std::min(ceil_div(kFewTasks, tasks_), p_.max_k / kSpanTokens));
-    span_ = round_up(ceil_div(std::max<int64_t>(p_.max_k, 1), spans_), static_cast<int64_t>(kKeys));
+    if (!cuts || tasks_ == 0 || tasks_ >= kFewTasks) return;
+    for (int64_t n = 0; n < p_.sequences(); ++n)
+      spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
+  }
+
+  // Spans of the keys of a block, and keys of one.
+  struct Cut {
+    int64_t spans, length;
+  };
+  static constexpr Cut kWhole{1, int64_t{1} << 62};
+
+  Cut cut_of(const Sequence& at) const {
+    const int64_t tasks = heads_ * ceil_div<int64_t>(at.q_count, kRows);
+    if (tasks == 0 || tasks >= kFewTasks) return kWhole;
+    const int64_t spans = std::min(ceil_div(kFewTasks, tasks), at.k_count / kSpanTokens);
+    if (spans <= 1) return kWhole;
+    return {spans, round_up(ceil_div(at.k_count, spans), static_cast<int64_t>(kKeys))};
   }
 
   // What a task keeps: sums of its rows, and w before the division.
@@ -119,22 +141,39 @@ class Forward {
             reinterpret_cast<A*>(memory + round_up<int64_t>(sizeof(RowSums<A>), 64))};
   }
 
-  void work(int64_t task, int64_t span) {
+  // A block whose spans are worked on one after another.
+  void work(int64_t task) {
     const Block block = block_of(task);
     if (block.rows.empty()) return;
-    if (spans_ == 1) return run_block(block);
+    const Cut cut = cut_of(block.at);
+    if (cut.spans == 1) return run_block(block);
+    Buffer memory;
+    memory.reserve(2 * partial_bytes());
+    State whole = state_in(memory.data()), part = state_in(memory.data() + partial_bytes());
+    fill(block, cut, 0, whole, reserve());
+    for (int64_t span = 1; span < cut.spans; ++span) {
+      fill(block, cut, span, part, reserve());
+      add(block, whole, part);
+    }
+    finish(block, whole, reserve());
+  }
+
+  void work_span(int64_t task, int64_t span) {
+    const Block block = block_of(task);
+    const Cut cut = cut_of(block.at);
+    if (block.rows.empty() || span >= cut.spans) return;
     State state = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
-    fill(block, span, state, reserve());
+    fill(block, cut, span, state, reserve());
   }
 
   // The sums of a span of keys.
-  void fill(const Block& block, int64_t span, State& state, Scratch& scratch,
+  void fill(const Block& block, const Cut& cut, int64_t span, State& state, Scratch& scratch,
             const Requests& meanwhile = {}) {
     state.rows->clear();
     state.dead = dead(block);
     state.along_keys = along_keys(block);
     if (state.dead || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
-    if (!state.dead) walk(block, span, state, scratch, meanwhile);
+    if (!state.dead) walk(block, cut, span, state, scratch, meanwhile);
   }
 
   bool along_keys(const Block& block) const {
@@ -151,10 +190,11 @@ class Forward {
     return true;
   }
 
-  void walk(const Block& block, int64_t span, State& state, Scratch& scratch, Requests meanwhile) {
+  void walk(const Block& block, const Cut& cut, int64_t span, State& state, Scratch& scratch,
+            Requests meanwhile) {
     Range keys = block.keys();
-    keys.begin = std::max(keys.begin / kKeys * kKeys, span * span_);
-    keys.end = std::min(keys.end, (span + 1) * span_);
+    keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
+    keys.end = std::min(keys.end, (span + 1) * cut.length);
     if (state.along_keys)
       return AlongKeys<T>(p_, panels_).walk(block, keys, *state.rows, state.values, meanwhile);
     Tile<T> tile(p_);
@@ -262,36 +302,35 @@ class Forward {
   void merge(int64_t task) {
     const Block block = block_of(task);
     if (block.rows.empty()) return;
-    Scratch& scratch = reserve();
     State whole = state_in(partials_.data() + task * spans_ * partial_bytes());
     whole.dead = dead(block);
     whole.along_keys = along_keys(block);
+    for (int64_t span = 1; span < cut_of(block.at).spans; ++span)
+      add(block, whole, state_in(partials_.data() + (task * spans_ + span) * partial_bytes()));
+    finish(block, whole, reserve());
+  }
+
+  // The sums of the next span to those of the spans before.
+  void add(const Block& block, State& whole, const State& part) {
     const int width = round_up(block.count(), kLanes<A>);
-    for (int64_t span = 1; span < spans_; ++span) {
-      State part = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
-      alignas(64) A of_whole[kRows], of_part[kRows];
-      for (int i = 0; i < width; ++i) {
-        RowSums<A>&a = *whole.rows, &b = *part.rows;
-        const A top = std::max(a.max[i], b.max[i]);
-        of_whole[i] = a.move(i, top);
-        of_part[i] = b.move(i, top);
-        a.sum[i] += b.sum[i];
-        a.tilt[i] += b.tilt[i];
-        a.squares[i] += b.squares[i];
-        a.mass[i] += b.mass[i];
-      }
-      if (whole.along_keys) {
-        add_rows(block, whole.values, of_whole, part.values, of_part);
-        continue;
-      }
-      for (int64_t d = 0; d < panels_ * value_dim_; ++d)
-        for (int l = 0; l < width; l += kLanes<A>) {
-          A* at = whole.values + d * kRows + l;
-          const V part_value = load(part.values + d * kRows + l) * load(of_part + l);
-          store(at, fma(load(at), load(of_whole + l), part_value));
-        }
+    alignas(64) A of_whole[kRows], of_part[kRows];
+    for (int i = 0; i < width; ++i) {
+      RowSums<A>&a = *whole.rows, &b = *part.rows;
+      const A top = std::max(a.max[i], b.max[i]);
+      of_whole[i] = a.move(i, top);
+      of_part[i] = b.move(i, top);
+      a.sum[i] += b.sum[i];
+      a.tilt[i] += b.tilt[i];
+      a.squares[i] += b.squares[i];
+      a.mass[i] += b.mass[i];
     }
-    finish(block, whole, scratch);
+    if (whole.along_keys) return add_rows(block, whole.values, of_whole, part.values, of_part);
+    for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+      for (int l = 0; l < width; l += kLanes<A>) {
+        A* at = whole.values + d * kRows + l;
+        const V part_value = load(part.values + d * kRows + l) * load(of_part + l);
+        store(at, fma(load(at), load(of_whole + l), part_value));
+      }
   }
 
   void add_rows(const Block& block, A* whole, const A* of_whole, const A* part, const A* of_part) {
@@ -309,9 +348,10 @@ class Forward {
     find_factors(block, state, factor);
     if (!v_) return;
     if (state.along_keys) return finish_rows(block, state.values, factor, scratch);
-    if (writes_vectors()) {
+    if (outputs_.writes_vectors()) {
       for (int64_t b = 0; b < panels_of(block); ++b)
-        write_rows(block, block.at.batch + b, factor, state.values + b * value_dim_ * kRows);
+        outputs_.write_rows(block, block.at.batch + b, factor,
+                            state.values + b * value_dim_ * kRows);
       return;
     }
     const int padded = padded_values();
@@ -322,41 +362,24 @@ class Forward {
       hw::transpose(state.values + b * value_dim_ * kRows, kRows, value_dim_, block.count(), rows,
                     padded);
       for (int i = 0; i < block.count(); ++i)
-        write_row(block, block.at.batch + b, i, rows + i * padded, v_row);
+        outputs_.write_row(block, block.at.batch + b, i, rows + i * padded, v_row);
     }
   }
 
   // The same of w as AlongKeys leaves it.
   void finish_rows(const Block& block, A* values, const A* factor, Scratch& scratch) {
-    const bool vectors = writes_vectors();
+    const bool vectors = outputs_.writes_vectors();
     A* v_row = scratch.take<A>(padded_values());
     for (int64_t b = 0; b < panels_of(block); ++b) {
       A* of_batch = values + b * kRows * padded_values();
       if (vectors) {
-        write_vectors(block, block.at.batch + b, factor, of_batch);
+        outputs_.write_vectors(block, block.at.batch + b, factor, of_batch);
         continue;
       }
       for (int i = 0; i < block.count(); ++i) {
         A* w = of_batch + i * padded_values();
         for (int d = 0; d < value_dim_; ++d) w[d] *= factor[i];
-        write_row(block, block.at.batch + b, i, w, v_row);
-      }
-    }
-  }
-
-  void write_vectors(const Block& block, int64_t batch, const A* factor, const A* values) {
-    const Ref<A, 2> o = rows_of_head(p_.o.template as<A>(), batch, block.head);
-    const Ref<A, 2> w = p_.w ? rows_of_head(p_.w.template as<A>(), batch, block.head) : Ref<A, 2>{};
-    const auto gate = p_.head_gate.template as<const A>();
-    const int width = value_dim_;
-    for (int i = 0; i < block.count(); ++i) {
-      const int64_t row = block.result(i);
-      const A g = gate ? gate(batch, block.row(i), block.head) : A(1);
-      A *to_o = o.at(row), *to_w = w ? w.at(row) : nullptr;
-      for (int d = 0; d < width; d += kLanes<A>) {
-        const V x = load(values + i * width + d) * factor[i];
-        if (to_w != nullptr) store(to_w + d, x);
-        store(to_o + d, x * g);
+        outputs_.write_row(block, block.at.batch + b, i, w, v_row);
       }
     }
   }
@@ -416,70 +439,14 @@ class Forward {
       to.template as<A>()(block.at.batch + b, block.head, block.result(i)) = value;
   }
 
-  // Whether o = g w, and rows of both are whole vectors.
-  bool writes_vectors() const {
-    return std::is_same_v<T, A> && value_dim_ % kLanes<A> == 0 && !p_.identity_mix &&
-           p_.o.stride[3] == 1 && (!p_.w || p_.w.stride[3] == 1);
-  }
-
-  // The rows of w^T times their factors, transposed on the way to w and o.
-  void write_rows(const Block& block, int64_t batch, const A* factor, const A* values) {
-    constexpr int kSide = kLanes<A>;
-    const Ref<A, 4> o = p_.o.template as<A>(), w = p_.w.template as<A>();
-    const auto gate = p_.head_gate.template as<const A>();
-    for (int l = 0; l < block.count(); l += kSide) {
-      const int rows = std::min(kSide, block.count() - l);
-      A *to_o[kSide], *to_w[kSide];
-      A gates[kSide];
-      for (int r = 0; r < rows; ++r) {
-        const int64_t row = block.result(l + r);
-        to_o[r] = o.at(batch, row, block.head);
-        to_w[r] = w ? w.at(batch, row, block.head) : nullptr;
-        gates[r] = gate ? gate(batch, block.row(l + r), block.head) : A(1);
-      }
-      const V own = load(factor + l);
-      for (int d = 0; d < value_dim_; d += kSide) {
-        V square[kSide];
-        HW_UNROLL for (int r = 0; r < kSide; ++r) {
-          square[r] = load(values + (d + r) * kRows + l) * own;
-        }
-        transpose_square<A>(square);
-        HW_UNROLL for (int r = 0; r < kSide; ++r) {
-          if (r < rows && w) store(to_w[r] + d, square[r]);
-          if (r < rows) store(to_o[r] + d, square[r] * gates[r]);
-        }
-      }
-    }
-  }
-
-  // o = g ((1 - u) w + u v)
-  void write_row(const Block& block, int64_t batch, int i, A* w, A* v_row) {
-    const int64_t row = block.result(i);
-    if (p_.w) {
-      const Ref<T, 4> to = p_.w.template as<T>();
-      narrow(to.at(batch, row, block.head), w, value_dim_, to.stride[3]);
-    }
-    if (p_.identity_mix) {
-      const A u = p_.identity_mix.template as<const A>()(batch, block.head);
-      widen(v_row, v_.at(batch, block.key(block.place(i)), block.head / p_.group()), value_dim_,
-            v_.stride[3]);
-      for (int d = 0; d < value_dim_; ++d) w[d] = (1 - u) * w[d] + u * v_row[d];
-    }
-    if (p_.head_gate) {
-      const A g = p_.head_gate.template as<const A>()(batch, block.row(i), block.head);
-      for (int d = 0; d < value_dim_; ++d) w[d] *= g;
-    }
-    const Ref<T, 4> o = p_.o.template as<T>();
-    narrow(o.at(batch, row, block.head), w, value_dim_, o.stride[3]);
-  }
-
   const ForwardParams p_;
   const int threads_;
   const Ref<const T, 4> v_;
+  const Outputs<T> outputs_;
   const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
   const int value_dim_, heads_;
   const int64_t panels_, groups_, blocks_, tasks_;
-  int64_t spans_ = 1, span_ = 0;
+  int64_t spans_ = 1;  // tasks of a block: the most spans of any, or one for all of them
   Buffer partials_;
 };
 

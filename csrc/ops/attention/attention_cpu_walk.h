@@ -119,6 +119,11 @@ struct KeySums {
   A *d_k, *d_v;  // of the first key of the span
   int64_t d_k_ld, d_v_ld;
   bool in_place;  // where the results lie
+
+  // Those of a later span that begins `key` keys on.
+  KeySums from(int64_t key) const {
+    return {d_k + key * d_k_ld, d_v + key * d_v_ld, d_k_ld, d_v_ld, in_place};
+  }
 };
 
 // The loop over one block's keys.

@@ -4,9 +4,10 @@
 //   GroupsForward     a task: a group of some query heads, each thread knowing its next one;
 //                     results go where they belong, no two tasks write the same
 //   Mean              by slot: o of tokens from w of slots, a task per query head, slots in order
-//   GroupsBackward    a task: a key head, all its groups in their order (or, where heads are few, a
-//                     part of the groups with sums of its own, added up afterwards, in order);
-//                     d_q, d_k and d_v of a group are added to those of its tokens
+//   GroupsBackward    a task: a key head, all its groups in their order; d_q, d_k and d_v of a group
+//                     are added to those of its tokens. Where a batch entry has few heads the groups
+//                     are cut into parts with sums of their own, which are added up in order, and
+//                     are tasks of their own if there are few in all
 //
 // No atomics: every sum has one owner and one order.
 #pragma once
@@ -24,7 +25,7 @@ namespace {
 
 constexpr int64_t kRowsOfTask = 512;  // groups that a forward thread takes have as many together
 constexpr int64_t kFarSlots = 2048;   // rows and keys of longer lists need not be asked for ahead
-constexpr int64_t kFewTasks = 8;      // fewer key heads than this: cut the groups into parts
+constexpr int64_t kFewHeads = 8;      // fewer key heads than this: cut the groups into parts
 
 template <class T>
 class GroupsForward {
@@ -223,7 +224,7 @@ class TokenSums {
     given_[token] = true;
   }
   // All rows += those of another, both after end().
-  void add(const TokenSums& part) {
+  void add(const TokenSums& part) const {
     for (int64_t i = 0; i < to_.size[1]; ++i)
       for (int64_t d = 0; d < padded_; d += kLanes<A>) {
         A* sum = at_ + i * ld_ + d;
@@ -259,16 +260,24 @@ class GroupsBackward {
         group_(p.group()),
         groups_(p.groups()),
         pairs_(p.batch() * heads_) {
-    if (pairs_ > 0 && pairs_ < kFewTasks)
-      parts_ = std::max<int64_t>(1, std::min(ceil_div(kFewTasks, pairs_), groups_));
-    in_place_ = parts_ == 1 && TokenSums<T>::in_place(p.d_q) && TokenSums<T>::in_place(p.d_k) &&
+    if (heads_ > 0 && heads_ < kFewHeads)
+      parts_ = std::max<int64_t>(1, std::min(ceil_div<int64_t>(kFewHeads, heads_), groups_));
+    apart_ = parts_ > 1 && pairs_ < kFewHeads;
+    in_place_ = !apart_ && TokenSums<T>::in_place(p.d_q) && TokenSums<T>::in_place(p.d_k) &&
                 TokenSums<T>::in_place(p.d_v);
   }
 
   void run() {
-    if (parts_ > 1) memory_.reserve(pairs_ * parts_ * room() * static_cast<int64_t>(sizeof(A)));
-    parallel_tasks(pairs_ * parts_, threads_, [&](int64_t task) { work(task); });
-    if (parts_ > 1) parallel_tasks(pairs_, threads_, [&](int64_t pair) { add_parts(pair); });
+    if (!apart_) {
+      parallel_tasks(pairs_, threads_, [&](int64_t pair) { work(pair); });
+      return;
+    }
+    memory_.reserve(pairs_ * parts_ * room() * static_cast<int64_t>(sizeof(A)));
+    parallel_tasks(pairs_ * parts_, threads_, [&](int64_t task) {
+      A* room = reinterpret_cast<A*>(memory_.data()) + task * this->room();
+      add_groups(task / parts_, task % parts_, room);
+    });
+    parallel_tasks(pairs_, threads_, [&](int64_t pair) { add_parts(pair); });
   }
 
  private:
@@ -309,16 +318,20 @@ class GroupsBackward {
             of_d_q};
   }
 
-  void work(int64_t task) {
-    const int64_t pair = task / parts_, part = task % parts_;
+  // A key head whose parts are worked on one after another.
+  void work(int64_t pair) {
     Buffer memory;
-    A* room = nullptr;
-    if (parts_ > 1) {
-      room = reinterpret_cast<A*>(memory_.data()) + task * this->room();
-    } else if (!in_place_) {
-      memory.reserve(this->room() * static_cast<int64_t>(sizeof(A)));
-      room = reinterpret_cast<A*>(memory.data());
-    }
+    const int64_t rooms = (in_place_ ? 0 : 1) + (parts_ > 1 ? 1 : 0);
+    if (rooms > 0) memory.reserve(rooms * room() * static_cast<int64_t>(sizeof(A)));
+    A* room = in_place_ ? nullptr : reinterpret_cast<A*>(memory.data());
+    A* more = reinterpret_cast<A*>(memory.data()) + (in_place_ ? 0 : this->room());
+    const Sums whole = add_groups(pair, 0, room);
+    for (int64_t part = 1; part < parts_; ++part) add(whole, add_groups(pair, part, more));
+    write(whole);
+  }
+
+  // Sums over a part of the groups, complete.
+  Sums add_groups(int64_t pair, int64_t part, A* room) {
     Buffer marks;
     marks.reserve(2 * p_.k.size[1] + p_.q.size[1]);
     Sums sums = sums_of(pair, room, reinterpret_cast<bool*>(marks.data()));
@@ -332,27 +345,30 @@ class GroupsBackward {
       for (int64_t g = groups_ * part / parts_; g < groups_ * (part + 1) / parts_; ++g)
         groups.add(pair / heads_, head, g, d_q, sums.d_k, sums.d_v);
       d_q.end();
-      if (parts_ == 1) d_q.write();
     }
     sums.d_k.end();
     sums.d_v.end();
-    if (parts_ > 1) return;
-    sums.d_k.write();
-    sums.d_v.write();
+    return sums_of(pair, room, nullptr);
   }
 
   void add_parts(int64_t pair) {
     A* rooms = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * room();
-    Sums whole = sums_of(pair, rooms, nullptr);
-    for (int64_t part = 1; part < parts_; ++part) {
-      const Sums more = sums_of(pair, rooms + part * room(), nullptr);
-      whole.d_k.add(more.d_k);
-      whole.d_v.add(more.d_v);
-      for (int h = 0; h < group_; ++h) whole.d_q(h).add(more.d_q(h));
-    }
-    whole.d_k.write();
-    whole.d_v.write();
-    for (int h = 0; h < group_; ++h) whole.d_q(h).write();
+    const Sums whole = sums_of(pair, rooms, nullptr);
+    for (int64_t part = 1; part < parts_; ++part)
+      add(whole, sums_of(pair, rooms + part * room(), nullptr));
+    write(whole);
+  }
+
+  void add(const Sums& whole, const Sums& part) const {
+    whole.d_k.add(part.d_k);
+    whole.d_v.add(part.d_v);
+    for (int h = 0; h < group_; ++h) whole.d_q(h).add(part.d_q(h));
+  }
+
+  void write(const Sums& sums) const {
+    sums.d_k.write();
+    sums.d_v.write();
+    for (int h = 0; h < group_; ++h) sums.d_q(h).write();
   }
 
   // The walk over groups, and the gradients of one group's keys.
@@ -450,6 +466,7 @@ class GroupsBackward {
   const int heads_, group_;  // key heads; query heads that share one
   const int64_t groups_, pairs_;
   int64_t parts_ = 1;
+  bool apart_ = false;  // parts are tasks of their own
   bool in_place_;
   Buffer memory_;  // rooms of all tasks, if there are parts
 };
