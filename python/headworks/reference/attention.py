@@ -148,12 +148,23 @@ def attention_probs(
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """o = sum_n e^{L_n - L} o_n with L = log sum_n e^{L_n}: [B, S, H, D] and [B, H, S]."""
+    """o = sum_n e^{L_n - L} o_n with L = log sum_n e^{L_n}: [B, S, H, D] and [B, H, S].
+
+    Parts are added one after another, element by element: no order of sums is left to torch, which
+    would choose it by the number of threads.
+    """
     lse = torch.stack(list(lses))  # [N, B, H, S]
-    empty = (lse == -torch.inf).all(0)
-    share = torch.where(empty, 0, torch.where(empty, 0, lse).softmax(0))
-    o = torch.einsum("nbhs,nbshd->bshd", share, torch.stack([x.to(lse.dtype) for x in outs]))
-    total = torch.where(empty, -torch.inf, torch.where(empty, 0, lse).logsumexp(0))
+    top = lse.detach().amax(0)
+    empty = top == -torch.inf
+    weight = (lse - torch.where(empty, 0, top)).exp()
+    whole = weight[0]
+    for x in weight[1:]:
+        whole = whole + x
+    whole = torch.where(empty, 1, whole)
+    o = torch.zeros((), dtype=lse.dtype, device=lse.device)
+    for x, part in zip(outs, weight / whole, strict=True):
+        o = o + part.transpose(1, 2)[..., None] * x.to(lse.dtype)
+    total = torch.where(top.isinf(), top, top + whole.log())
     return o.to(outs[0].dtype), total
 
 
@@ -201,9 +212,15 @@ def _softmax(s: Tensor, one_more: bool, lse: Tensor | None) -> tuple[Tensor, Ten
     empty = (s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(empty, 0, s)
     own = s.logsumexp(-1, keepdim=True)
-    # A given L has its own value and the gradient of the one of these scores.
-    used = own if lse is None else lse.detach()[..., None] + own - own.detach()
-    p = torch.where(empty, 0, (s - used).exp())
+    if lse is None:
+        # L only brings exponents near 0: divided by their sum, what rounding took from it is no
+        # matter.
+        e = (s - own.detach()).exp()
+        p = e / torch.where(own.isfinite(), e.sum(-1, keepdim=True), 1)
+    else:
+        # A given L has its own value and the gradient of the one of these scores.
+        p = (s - (lse.detach()[..., None] + own - own.detach())).exp()
+    p = torch.where(empty, 0, p)
     return p[..., : s.shape[-1] - one_more], torch.where(empty, -torch.inf, own)[..., 0]
 
 
