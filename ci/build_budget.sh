@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
 preset=${1:-cpu}
 case $preset in
-  cpu) total=360 unit=60 ;;
+  cpu) total=620 unit=75 ;;
   cuda) total=1200 unit=60 ;;
   *) echo "build_budget.sh: '$preset' has no budget; expected cpu or cuda" >&2; exit 2 ;;
 esac

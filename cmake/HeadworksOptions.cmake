@@ -74,6 +74,11 @@ set(HW_ISA_FLAGS_avx512bf16 ${HW_ISA_FLAGS_avx512} -mavx512bf16)
 # back to a weaker one.
 set(HW_ISA_INSTANCES_avx512bf16 attention_bf16 routing_attention_bf16)
 set(HW_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # A unit holds several dtypes; gcc stops inlining in large ones. What is not inlined in a unit for a
+  # wide instruction set may be taken from one for the baseline.
+  list(APPEND HW_CPU_FLAGS --param=inline-unit-growth=1000 --param=large-unit-insns=1000000)
+endif()
 if(HW_SANITIZE)
   list(REMOVE_ITEM HW_CPU_FLAGS -O3)
 endif()
