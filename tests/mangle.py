@@ -9,6 +9,7 @@ with a library of the preset asan (ci/native.sh tells how).
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 
@@ -43,7 +44,8 @@ def recorded():
                 if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
                     continue
                 for case in spec.emulator_cases[:3]:
-                    if not spec.limit(backend, case):
+                    # Small builds lack some dtypes and dims.
+                    with contextlib.suppress(NotImplementedError):
                         evaluate(spec, case, backend, spec.make(case, dtype))
     finally:
         _library.call = original
@@ -79,7 +81,8 @@ def spoil_tensors(rng, tensors):
         tensors[i] = x.new_empty([0] * x.dim())
     elif kind == "values" and not x.is_floating_point() and x.numel():
         flat = x.flatten()
-        flat[rng.randrange(flat.numel())] = rng.choice([-1, -(2**62), 2**62, 2**31, 1000, 3])
+        wrong = rng.choice([-1, -(2**62), 2**62, 2**31, 1000, 3])
+        flat[rng.randrange(flat.numel())] = torch.tensor(wrong).to(x.dtype)
         tensors[i] = flat.view(x.shape)
     else:
         tensors[i] = torch.zeros(x.shape, dtype=x.dtype).transpose(0, -1) if x.dim() else x

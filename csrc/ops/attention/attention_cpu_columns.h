@@ -206,7 +206,8 @@ class Probs {
     if (p_.key_bias) added += p_.key_bias.template as<const A>()(batch, b.head, j);
     if (p_.bias)
       added += static_cast<A>(p_.bias.template as<const T>()(batch, b.head, b.rows.begin, key));
-    return replay_weight(p_, shape_.score(shape_.capped(x), gain, added), statistic);
+    const A y = shape_.capped(x);
+    return replay_weight(p_, p_.key_gain ? shape_.score(y, gain, added) : y + added, statistic);
   }
 
   const ProbsParams p_;

@@ -112,7 +112,8 @@ class Tile {
 
   // s from x, which may be the same array; -inf where a row does not see a key.
   void scores(const Range& keys, const A* x, A* s) {
-    const bool masked = !block_.sees_whole(keys);
+    // Lanes beyond the block's rows are hidden as well: 0 times an infinite k is NaN there.
+    const bool masked = !block_.sees_whole(keys) || block_.count() < lanes_.end;
     if (masked) find_limits(keys);
     if (!shapes_scores()) {
       if (x != s) copy(keys, x, s);

@@ -157,7 +157,7 @@ struct ProbsKernel {
       gain = f.key_gain.template as<const A>()(b, head, key);
     if (f.bias) added = static_cast<A>(f.bias.template as<const Element>()(b, head, i, j));
     if (f.key_bias) added += f.key_bias.template as<const A>()(b, head, key);
-    const A s = shape.score(shape.capped(x), gain, added);
+    const A y = shape.capped(x), s = f.key_gain ? shape.score(y, gain, added) : y + added;
     const A statistic = f.row ? f.row.template as<const A>()(b, head, row) : A(1);
     const A rest = f.rest ? f.rest.template as<const A>()(b, head, row) : A(0);
     return replay(f, s, replayed(f, source, i, statistic), replayed_rest(statistic, rest));
