@@ -43,7 +43,7 @@ def attend(
         want = _wanted(routing, False, read_outs)
         call = native.forward if way == "direct" else _forward
         o, _, row, *rest = call(score, v, gate, routing, want, backend)
-        made = o, row[0] if want.row else None, *rest
+        made = o, row[0] if want.row and row is not None else None, *rest
     asked = (True, *read_outs)
     return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=True))
 

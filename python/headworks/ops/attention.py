@@ -223,7 +223,7 @@ def attention(
         want = _PLAIN if return_aux is None else _wanted(aux)
         call = native.forward if way == "direct" else operators.forward
         o, _, row, *made = call(score, v, gate, mix, mass_keys, want, backend)
-        made = [row[0] if want.row else None, *made]
+        made = [row[0] if want.row and row is not None else None, *made]
     if not has_width:
         o = o[..., :0]
     return o if return_aux is None else (o, _result(aux, *made))
