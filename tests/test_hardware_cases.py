@@ -2,7 +2,7 @@
 """The cases that are meant for a GPU, in the emulator: the full lists of every specification, on
 its small device, and on one of 132 multiprocessors, for which calls are cut otherwise.
 
-    pytest -m hardware                         all of them: an hour
+    pytest -m hardware                         all of them: half an hour of a core
     HEADWORKS_SHARE=i/n pytest -m hardware     the large device in DAILY's dtypes, which reach every
                                                kernel, and of the rest every n-th
 """
