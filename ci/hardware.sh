@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The GPU's cases of every operator in the emulator: on a device of 132 multiprocessors in two dtypes
-# that reach every kernel, and of the other dtypes and the small device a share a day, in turn.
+# The GPU's cases of every operator in the emulator: on a device of 132 multiprocessors in two
+# dtypes that reach every kernel, and of the other dtypes and the small device a share a day.
 # Usage: ci/hardware.sh [SHARES]     default 12; 1: everything. PYTHON: one with headworks and its
 #        emulator; DAY in place of today's number
 set -euo pipefail
