@@ -74,7 +74,7 @@ struct Context {
   void* stream = nullptr;       // cudaStream_t; null on the CPU
   int32_t device_index = 0;     // CUDA device of the call
   int32_t num_threads = 1;      // CPU threads the call may use
-  int32_t multiprocessors = 0;  // of the CUDA device; a fixed small number when emulated
+  int32_t multiprocessors = 0;  // of the CUDA device, real or emulated
 };
 
 struct Call {
