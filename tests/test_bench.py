@@ -18,6 +18,7 @@ from headworks.testing import compare
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+attention = importlib.import_module("bench.attention")
 linear_attention = importlib.import_module("bench.linear_attention")
 fill_docs = importlib.import_module("bench.fill_docs")
 peers = importlib.import_module("bench.peers")
@@ -86,6 +87,21 @@ def test_key_scan_peers_compute_the_same(peer):
     expected = hw.key_scan(s.double(), v.double(), backend="reference")
     o = peers.key_scan_peers(compiled=False)[peer](s, v)
     compare(o, expected, torch.float32, name=peer)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_attention_peers_compute_the_same(causal, kv_heads):
+    shape = {"B": 2, "H": 4, "Hkv": kv_heads, "D": 16}
+    written = kv_heads == 4
+    case = attention.dense_case(
+        "cpu", "", shape, "forward", 20, causal, torch.float32, written=written
+    )
+    calls = case.contenders()
+    expected = calls.pop("headworks")().double()
+    assert calls.keys() == ({"sdpa", "eager", "compiled", "flex"} if written else {"sdpa"})
+    for name in calls.keys() - {"compiled", "flex"}:
+        compare(calls[name](), expected, torch.float32, name=name)
 
 
 def test_growth_exponent():
