@@ -48,9 +48,13 @@ class Repeated(Generic[Call]):
                 return None
         if route(self._op, tensors) != "direct" or autocasts(tensors[0]):
             return None
+        try:
+            shapes, strides = [x.shape for x in tensors], [x.stride() for x in tensors]
+        except RuntimeError:  # nested and sparse tensors have none: the checks will say so
+            return None
         return (
-            *[x.shape for x in tensors],
-            *[x.stride() for x in tensors],
+            *shapes,
+            *strides,
             *[x.dtype for x in tensors],
             *[x.device for x in tensors],
             options,
