@@ -186,7 +186,7 @@ def shape_of(
 ) -> tuple[float, float, bool, int, int]:
     """scale, softcap, causal, left, right of a Score, validated."""
     if type(is_causal) is not bool:
-        require_flag(op, "is_causal", is_causal)
+        require_flag(op, "is_causal", is_causal)  # type: ignore[unreachable]
     left, right = check_window(op, is_causal, window_size)
     if scale is None:
         scale = float(q.shape[3] ** -0.5)

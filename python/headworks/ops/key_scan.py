@@ -118,7 +118,7 @@ def key_scan(
     """
     s, v, o0, lse0 = _checked(s, v, initial_state)
     if type(output_final_state) is not bool:
-        require_flag(_OP, "output_final_state", output_final_state)
+        require_flag(_OP, "output_final_state", output_final_state)  # type: ignore[unreachable]
     backend = backend_for(_OP, backend, s)
     if backend == "reference" or not v.shape[3]:
         return _other_ways(s, v, o0, lse0, output_final_state, backend)

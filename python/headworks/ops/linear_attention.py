@@ -147,7 +147,7 @@ def linear_attention(
         q, k, v, feature_map, scale, eps, initial_state, cu_seqlens
     )
     if not (type(is_causal) is type(normalize) is type(output_final_state) is bool):
-        require_flags(
+        require_flags(  # type: ignore[unreachable]
             OP, is_causal=is_causal, normalize=normalize, output_final_state=output_final_state
         )
     backend = backend_for(OP, backend, q)

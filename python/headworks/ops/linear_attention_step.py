@@ -88,7 +88,7 @@ def linear_attention_step(
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
     q, k, v, kv, z, number, scale = _checked(q, k, v, state, feature_map, scale, eps)
     if type(normalize) is not bool:
-        require_flag(_OP, "normalize", normalize)
+        require_flag(_OP, "normalize", normalize)  # type: ignore[unreachable]
     backend = backend_for(_OP, backend, q)
     way = route(_OP, (q, k, v, kv, z))
     if way == "autograd":
