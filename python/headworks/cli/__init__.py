@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,13 +22,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parse(arguments)
-        return int(options.run(options) or 0)
+        status = int(options.run(options) or 0)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
+        _leave_output()
         return 0
+    except OSError as error:  # a full disk, a file that went away
+        print(f"headworks {' '.join(arguments[:1])}: {error}", file=sys.stderr)
+        _leave_output()
+        return 1
     except ImportError as error:
         # The native module or an extra is missing: its message says what to install.
         print(f"headworks {' '.join(arguments[:1])}: {error}", file=sys.stderr)
         return 1
+
+
+def _leave_output() -> None:
+    """What is left in the buffer of an output that failed is not tried again at the exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         suite = importlib.import_module("bench.suite")
         report = importlib.import_module("bench.report")
         baseline = report.read_json(args.baseline) if args.baseline else None
-        _check_writable(args.json)
+        _check_writable("--json", args.json)
+        _check_folder("--plots", args.plots)
         device = _device(args)
         chosen = {
             name: _cases(suite.load(name), args, device)
@@ -79,9 +81,30 @@ def _find_bench() -> None:
     raise ValueError("the suites are not in the installed package; run this in a source checkout")
 
 
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"--json is {path}, but {path.absolute().parent} is no folder")
+def _check_writable(option: str, path: Path | None) -> None:
+    """Opens the file as it will be opened after minutes of measuring, and leaves it as it is."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} is {path}, but {path.absolute().parent} is no folder")
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from error
+    if is_new:
+        path.unlink()
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from error
 
 
 def _cases(module: Any, args: argparse.Namespace, device: str) -> list[Any]:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; the exit status: 0, 2 for a bad request, 130 after Ctrl-C."""
     start = time.monotonic()
+    _print_anything()
     try:
         plan = make_plan(args)
     except DemoError as error:
@@ -72,19 +75,45 @@ def run(args: argparse.Namespace) -> int:
         with fastest_threads(trainer):
             return _demo(plan, trainer, start)
     except KeyboardInterrupt:
-        _save(plan, trainer)
-        return _stopped(plan, trainer)
+        return _interrupted(plan, trainer)
+    except _NotSavedError as error:
+        print(f"headworks demo: {error}", file=sys.stderr)
+        return 1
+
+
+class _NotSavedError(Exception):
+    """A result could not be written; the message says which, and where the checkpoint is."""
+
+
+def _interrupted(plan: Plan, trainer: Trainer) -> int:
+    try:
+        return _stopped(plan, trainer, _save(plan, trainer))
+    except _NotSavedError as error:
+        print(f"headworks demo: {error}", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _demo(plan: Plan, trainer: Trainer, start: float) -> int:
     say = _silent if plan.quiet else print
     say(_describe(plan, trainer))
     ended = _train(plan, trainer, start, say)
-    _save(plan, trainer)
+    checkpoint = _save(plan, trainer)
     results = _training_results(plan, trainer, ended)
-    if ended == "interrupted":
-        _write_json(plan, results)
-        return _stopped(plan, trainer)
+    try:
+        if ended == "interrupted":
+            _write_json(plan, results)
+            return _stopped(plan, trainer, checkpoint)
+        return _show(plan, trainer, results, start, say)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _NotSavedError(f"{_why(error)}; the checkpoint is {checkpoint}") from error
+
+
+def _show(
+    plan: Plan, trainer: Trainer, results: dict[str, Any], start: float, say: Callable[..., None]
+) -> int:
+    """What the trained model does: text, decoding, pictures."""
     say(f"validation: {results['validation_bits_per_byte']:.3f} bits per byte\n")
     results["generated_text"] = _generate(plan, trainer, say)
     rows = _measure(plan, trainer, say)
@@ -142,9 +171,33 @@ def _train(plan: Plan, trainer: Trainer, start: float, say: Callable[..., None])
     return ended
 
 
-def _save(plan: Plan, trainer: Trainer) -> None:
+def _save(plan: Plan, trainer: Trainer) -> Path:
+    """Writes the checkpoint, into the system's temporary folder if its own cannot be written."""
     extra = {"size": _size_name(plan), "text": plan.text_name, "training": trainer.state()}
-    save_checkpoint(plan.out / _CHECKPOINT, trainer.model, tokenizer=ByteTokenizer(), extra=extra)
+    path = plan.out / _CHECKPOINT
+    try:
+        save_checkpoint(path, trainer.model, tokenizer=ByteTokenizer(), extra=extra)
+        return path
+    except OSError as error:
+        why = f"{path} cannot be written: {error.strerror}"
+    try:
+        instead = Path(tempfile.mkdtemp(prefix="headworks-demo-")) / _CHECKPOINT
+        save_checkpoint(instead, trainer.model, tokenizer=ByteTokenizer(), extra=extra)
+    except OSError as error:
+        raise _NotSavedError(f"{why}; nor can {tempfile.gettempdir()}: {_why(error)}") from error
+    raise _NotSavedError(f"{why}; the checkpoint is {instead}")
+
+
+def _why(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _print_anything() -> None:
+    """Text that the terminal's encoding lacks becomes question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _size_name(plan: Plan) -> str:
@@ -228,8 +281,7 @@ def _write_json(plan: Plan, results: dict[str, Any]) -> None:
     (plan.out / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _stopped(plan: Plan, trainer: Trainer) -> int:
-    checkpoint = plan.out / _CHECKPOINT
+def _stopped(plan: Plan, trainer: Trainer, checkpoint: Path) -> int:
     print(
         f"\nstopped after {trainer.step} of {trainer.steps} steps; checkpoint: {checkpoint}\n"
         f"go on with: headworks demo --resume {checkpoint} --out {checkpoint.parent}",

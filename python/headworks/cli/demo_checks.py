@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models import BasedConfig, Checkpoint, load_checkpoint
+from ..models import BasedConfig, BasedLM, Checkpoint, load_checkpoint
 from ..ops.linear_attention import linear_attention
 from .demo_train import RECIPES, Recipe
 
@@ -21,6 +22,7 @@ DEFAULT_MINUTES = 1.8
 DEFAULT_CONTEXTS = "1024,4096,16384"
 MAX_CONTEXT = 1 << 20
 HELD_OUT = 0.1
+_BYTES_PER_PARAMETER = 13  # of a checkpoint: the weight, two moments, and a little
 
 
 class DemoError(ValueError):
@@ -68,13 +70,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
     minutes = args.minutes
     if minutes is None and args.steps is None and device.type == "cpu" and size == "tiny":
         minutes = DEFAULT_MINUTES
+    config = BasedConfig.byte_level(size) if checkpoint is None else _based(checkpoint)
     return Plan(
         device=device,
-        out=_output_folder(args.out),
+        out=_output_folder(args.out, config),
         text_name=name,
         train_text=train_text,
         val_text=val_text,
-        config=BasedConfig.byte_level(size) if checkpoint is None else _based(checkpoint),
+        config=config,
         recipe=recipe,
         steps=_first_given(args.steps, trained.get("steps"), recipe.steps),
         seed=_first_given(args.seed, trained.get("seed"), 0),
@@ -99,6 +102,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise DemoError(f"--seed is {args.seed}, expected 0 .. 2^63 - 1")
     if not args.prompt:
         raise DemoError("--prompt is empty, expected at least one character")
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DemoError(
+            f"--prompt is not UTF-8 text (character {error.start}), expected what the model reads"
+        ) from error
 
 
 def _first_given(*values: int | None) -> int:
@@ -215,11 +224,18 @@ def _check_kernels(device: torch.device) -> None:
         raise DemoError(f"linear attention does not run on {device}: {message}") from error
 
 
-def _output_folder(path: Path) -> Path:
+def _output_folder(path: Path, config: BasedConfig) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        free = shutil.disk_usage(path).free
     except OSError as error:
         raise DemoError(f"--out {path} cannot be written: {error.strerror}") from error
+    needed = _BYTES_PER_PARAMETER * BasedLM(config, device="meta").num_parameters()
+    if free < needed:
+        raise DemoError(
+            f"--out {path} has {free / 2**20:.0f} MiB free, expected {needed / 2**20:.0f} MiB for "
+            "the checkpoint; choose another folder"
+        )
     return path
