@@ -106,3 +106,18 @@ def test_second_derivatives(name):
         return g.square().sum()
 
     assert torch.autograd.gradcheck(penalty, (x,))
+
+
+# The lengths that the module takes whatever its sizes are.
+LENGTHS = {"KMeansRoutingAttention": (7, 512), "RoutingLM": (2, 24)}
+EXPORTED = ("GatedShortConv", "BasedLM", "SoftmaxLM", "RoutingLM", "KMeansRoutingAttention")
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_with_any_batch_and_length(name):
+    module, x = MODULES[name]().eval(), example(name)
+    least, most = LENGTHS.get(name, (2, 512))
+    sizes = {0: torch.export.Dim("b", max=64), 1: torch.export.Dim("s", min=least, max=most)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,)).module()
+    for other in (x, x[:1], torch.cat([x, x[:1]])[:, :9], torch.cat([x, x[:, :7]], 1)):
+        torch.testing.assert_close(exported(other), module(other), rtol=1e-4, atol=1e-5)
