@@ -12,6 +12,7 @@ import torch
 
 import headworks as hw
 from headworks.testing import (
+    HALF,
     LAYOUTS,
     assert_same_bits,
     check_case,
@@ -56,6 +57,42 @@ def test_compare_accepts_what_it_should():
 def test_compare_refuses_what_it_should(actual, oracle, dtype, words):
     with pytest.raises(AssertionError, match=words):
         compare(actual, oracle, dtype, reference=oracle.clone())
+
+
+def planted(kind, x, y, dtype):
+    """y with a fault that no single element gives away."""
+    y = y.clone()
+    if kind == "scaled":
+        return y * 1.01
+    if kind == "small elements dropped":
+        y[x.abs() < 0.01 * x.abs().max()] = 0
+    if kind == "a row scaled":
+        y[2, 7] *= 1.1 if dtype == BF16 else 1.01
+    if kind == "a small row lost":
+        y[1, 3] = 0
+    return y
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float16, F32), ids=str)
+@pytest.mark.parametrize("size", (0.1, 1.0, 100.0))
+@pytest.mark.parametrize(
+    "kind", ("", "scaled", "small elements dropped", "a row scaled", "a small row lost")
+)
+def test_what_no_element_gives_away(kind, size, dtype):
+    """Right but for rounding passes; 1 % too much, and what is lost among larger numbers, do not.
+    Below 1, where the noise of an element no longer shrinks with it, only sums over many tell."""
+    generator = torch.Generator().manual_seed(3)
+    x = size * torch.randn(4, 50, 24, generator=generator, dtype=F64)
+    x[1, 3] *= 0.25
+    y, reference = x.to(dtype), (x * 1.0001).to(dtype)
+    wrong = planted(kind, x, y.double(), dtype)
+    if not kind:
+        compare(wrong, x, dtype, reference=reference)
+    elif size >= 1 or dtype == F32 or kind in ("scaled", "small elements dropped"):
+        words = {"scaled": "slope of all|norm|elements off", "small elements dropped": "slope of "
+                 "small|elements off"}.get(kind, "of row|elements off")  # fmt: skip
+        with pytest.raises(AssertionError, match=words):
+            compare(wrong, x, dtype, reference=reference)
 
 
 def test_sixteen_bits_need_a_reference():
@@ -120,6 +157,35 @@ def test_a_wrong_gradient_is_caught(spec):
 
         with pytest.raises(AssertionError, match=f": d_{wrong}:"):
             check_case(type(spec)(**{**vars(spec), "run": run}), case, "cpu", F32)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS if "q" in s.differentiable], ids=str)
+def test_gradients_one_percent_too_large_are_caught(spec, dtype):
+    """In 16 bits as well, whose elements are rounded more coarsely than that."""
+    case = spec.sample_cases[0]
+    for wrong in (n for n in ("q", "k", "v") if n in spec.differentiable):
+
+        def run(tensors, case, backend, wrong=wrong):
+            x = tensors[wrong]
+            if backend != "reference" and x.requires_grad:
+                x = Scaled.apply(x)
+            return spec.run({**tensors, wrong: x}, case, backend)
+
+        with pytest.raises(AssertionError, match=f": d_{wrong}: "):
+            check_case(type(spec)(**{**vars(spec), "run": run}), case, "cpu", dtype)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, whose gradient is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad.double() * 1.01).to(grad.dtype)
 
 
 def test_an_operator_test_without_comparison_fails(tmp_path):
