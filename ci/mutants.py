@@ -110,7 +110,7 @@ def main() -> int:
     made.make()
     print(f"built in {time.monotonic() - start:.0f} s, {len(made.dropped)} do not compile")
     backends = tuple(args.backend or judging.BACKENDS)
-    judge = judging.Judge(made.library, backends)
+    judge = judging.Judge(made.library, backends, made.operators)
     print(f"references: {time.monotonic() - start:.0f} s", flush=True)
     baseline = judge.baseline(made.numbers, args.jobs)
     print(

@@ -62,8 +62,8 @@ def far(x, dim, folder, name):
 
 
 def spreads():
-    """Spec, case, dimension, names of the tensors with neighbours along it. Along the sequence every
-    place touches a page of its own, and the case is a short one."""
+    """Spec, case, dimension, names of the tensors with neighbours along it. Along the sequence
+    every place touches a page of its own, and the case is a short one."""
     for spec in SPECS:
         for dim in range(3):
             case = spec.emulator_cases[0] if dim == 1 else spec.sample_cases[0]

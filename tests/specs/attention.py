@@ -210,10 +210,11 @@ SCORES = (
     case(scale=0.0),
     *(
         case(Sq=40, Sk=65, B=2, bias=b, causal=c)
-        for b in ("bhqk", "11qk", "b11k", "1hq1", "1h1k", "b1qk")
+        for b in ("bhqk", "11qk", "b11k", "1h1k", "b1qk")
         for c in (False, True)
     ),
-    # Its gradient is 0, a sum of thousands of numbers that cancel.
+    # Gradients that are 0: a sum of a row's numbers that cancel, and one of thousands.
+    *(case(Sq=40, Sk=65, B=2, bias="1hq1", causal=c, floor=6.0) for c in (False, True)),
     case(Sq=40, Sk=65, B=2, bias="1111", floor=32.0),
     case(bias="11qk", hidden=0.4, aux=STATISTICS),
     case(bias="b1qk", B=2, hidden=0.9, causal=True, aux=STATISTICS, weights=("softmax1", None)),
@@ -365,6 +366,13 @@ EMULATOR_CASES = (
     *(case(Sq=33, Sk=40, H=1, Hq=2, weights=w) for w in WEIGHTS),
     case(Sq=70, H=2, gate=0.4, mix="h"),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
+    # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,
+    # three splits and more, slices of the values.
+    case(Sq=33, Sk=40, B=2, H=2, Hq=4, D=8, Dv=8, causal=True, scale=-0.7, key_bias="bhk"),
+    case(Sq=20, H=2, Hq=6, D=8, Dv=8, scale=0.0, key_gain="11k", temperature="bqh"),
+    case(Sq=2, Sk=700, H=2, Hq=4, D=8, Dv=8, aux=STATISTICS, label="splits"),
+    case(lengths=((1, 3), (400, 300)), H=1, Hq=2, D=8, Dv=8, causal=True, aux=("lse",)),
+    case(Sq=1, Sk=300, H=1, Hq=2, D=16, Dv=150, window=(280, None), label="splits of slices"),
 )
 
 # The speed table: B1 H8 D64.

@@ -169,6 +169,13 @@ EMULATOR_CASES = (
     case(S=33, H=1, D=1, Dv=8, feature_map="relu"),
     case(lengths=(100, 0, 260, 33), H=1, Dv=8, causal=False, state_out=True),
     case(lengths=(70, 9), H=1, Dv=8),
+    # Options that meet in pairs: maps beyond D = 32, groups of heads, scales of any sign, sliced
+    # states, packed sequences that are cut.
+    *(case(S=33, H=1, D=40, Dv=8, feature_map=m, state_out=True) for m in ("elu1", "relu")),
+    case(S=33, H=2, Hq=4, D=70, Dv=8, feature_map="identity", normalize=False, scale=-0.5),
+    case(S=33, H=1, D=8, Dv=8, scale=0.0, normalize=False),
+    case(S=70, H=1, D=4, Dv=200, causal=False, state_in=True, state_out=True),
+    case(lengths=(600, 5, 70), H=1, Hq=2, D=4, Dv=8, state_in=True, state_out=True),
 )
 
 

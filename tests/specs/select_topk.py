@@ -88,7 +88,10 @@ EMULATOR_CASES = (
     case(N=300, k=37, rows=(2, 2)),
     case(N=130, k=40, rows=(1, 2), scores="special"),
     case(N=130, k=40, rows=(1, 2), scores="few", order=False),
-    *(case(N=n, k=k, rows=(1, 1)) for n, k in ((0, 0), (1, 1), (63, 5), (64, 64), (65, 64))),
+    *(
+        case(N=n, k=k, rows=(1, 1))
+        for n, k in ((0, 0), (1, 1), (63, 5), (64, 64), (65, 64), (65, 1))
+    ),
     case(N=200, k=50, rows=(1, 1), scores="equal"),
     # Ranks among different scores; ties on both sides of a piece of 256; keys of single bits.
     case(N=300, k=290, rows=(1, 2), order=False),
