@@ -370,6 +370,17 @@ EMULATOR_CASES = (
     # three splits and more, slices of the values.
     case(Sq=33, Sk=40, B=2, H=2, Hq=4, D=8, Dv=8, causal=True, scale=-0.7, key_bias="bhk"),
     case(Sq=20, H=2, Hq=6, D=8, Dv=8, scale=0.0, key_gain="11k", temperature="bqh"),
+    case(
+        lengths=((0, 7, 66, 1), (3, 9, 66, 0)),
+        H=2,
+        Hq=4,
+        D=8,
+        Dv=8,
+        causal=True,
+        window=(9, 0),
+        gate=0.3,
+        temperature="1qh",
+    ),
     case(Sq=2, Sk=700, H=2, Hq=4, D=8, Dv=8, aux=STATISTICS, label="splits"),
     case(lengths=((1, 3), (400, 300)), H=1, Hq=2, D=8, Dv=8, causal=True, aux=("lse",)),
     case(Sq=1, Sk=300, H=1, Hq=2, D=16, Dv=150, window=(280, None), label="splits of slices"),
