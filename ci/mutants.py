@@ -106,7 +106,7 @@ def main() -> int:
         print(*chosen, sep="\n")
         return 0
     numbered = dict(enumerate(chosen, 1))
-    made = building.Build(args.folder, numbered)
+    made = building.Build(args.folder.resolve(), numbered)
     made.make()
     print(f"built in {time.monotonic() - start:.0f} s, {len(made.dropped)} do not compile")
     backends = tuple(args.backend or judging.BACKENDS)
