@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drives CMake; everything else is in pyproject.toml and CMakeLists.txt.
 
-Environment: HEADWORKS_PRESET (auto, cpu, cuda, emu, dev, asan), FORCE_CUDA, MAX_JOBS or
+Environment: HEADWORKS_PRESET (auto, cpu, cuda, emu, dev, asan, races), FORCE_CUDA, MAX_JOBS or
 CMAKE_BUILD_PARALLEL_LEVEL, TORCH_CUDA_ARCH_LIST or CMAKE_CUDA_ARCHITECTURES, CXX, CUDACXX.
 """
 
@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "python" / "headworks"
-PRESETS = ("auto", "cpu", "cuda", "emu", "dev", "asan")
+PRESETS = ("auto", "cpu", "cuda", "emu", "dev", "asan", "races")
 GB_PER_JOB, GB_TO_LEAVE = 0.5, 2.0
 
 

@@ -130,6 +130,8 @@ void set_schedule(emu::Config config, std::string_view key, const char* value) {
     config.order = one_of<emu::Order>("order", value, {"forward", "reverse", "shuffled"});
   else if (key == "copies")
     config.copies = one_of<emu::Copies>("copies", value, {"late", "early", "mixed"});
+  else if (key == "races")
+    config.races = one_of<emu::RaceCheck>("races", value, {"on", "strict", "off"});
   else
     throw Error(ErrorKind::value, concat("the emulator has no setting '", key, "'"));
   emu::configure(config);

@@ -73,8 +73,8 @@ class Clocks {
   }
   bool copy_before(int copier, uint32_t group, int thread) const {
     const Copies& c = copies_[copier];
-    return group < c.done.size() && before(copier / kLanes, c.done[group].interval,
-                                           1u << (copier % kLanes), thread);
+    return group < c.done.size() &&
+           before(copier / kLanes, c.done[group].interval, 1u << (copier % kLanes), thread);
   }
 
  private:

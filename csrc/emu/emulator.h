@@ -37,7 +37,7 @@ enum class Copies : int {
 
 // Whether accesses to memory are compared; in a build for it (preset `races`), otherwise no effect.
 enum class RaceCheck : int {
-  on = 0,      // what warps do together (shuffles, votes, mma, ldmatrix) orders memory as barriers do
+  on = 0,  // what warps do together (shuffles, votes, mma, ldmatrix) orders memory as barriers do
   strict = 1,  // only barriers do: sync_block, sync_group, sync_warp
   off = 2,
 };

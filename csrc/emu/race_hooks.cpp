@@ -27,20 +27,20 @@ using hw::emu::note;
 // The compiler declares these itself.
 #define HW_HOOK extern "C" __attribute__((visibility("default"), used))
 
-#define HW_ACCESS(kind, bytes)                                                  \
-  HW_HOOK void __tsan_##kind##bytes(void* p) {                                  \
-    note(p, bytes, AccessKind::kind, __builtin_return_address(0));              \
-  }                                                                             \
-  HW_HOOK void __tsan_unaligned_##kind##bytes(void* p) {                        \
-    note(p, bytes, AccessKind::kind, __builtin_return_address(0));              \
+#define HW_ACCESS(kind, bytes)                                     \
+  HW_HOOK void __tsan_##kind##bytes(void* p) {                     \
+    note(p, bytes, AccessKind::kind, __builtin_return_address(0)); \
+  }                                                                \
+  HW_HOOK void __tsan_unaligned_##kind##bytes(void* p) {           \
+    note(p, bytes, AccessKind::kind, __builtin_return_address(0)); \
   }
-#define HW_ACCESSES(kind) \
-  HW_ACCESS(kind, 1)      \
-  HW_ACCESS(kind, 2)      \
-  HW_ACCESS(kind, 4)      \
-  HW_ACCESS(kind, 8)      \
-  HW_ACCESS(kind, 16)     \
-  HW_HOOK void __tsan_##kind##_range(void* p, size_t bytes) { \
+#define HW_ACCESSES(kind)                                          \
+  HW_ACCESS(kind, 1)                                               \
+  HW_ACCESS(kind, 2)                                               \
+  HW_ACCESS(kind, 4)                                               \
+  HW_ACCESS(kind, 8)                                               \
+  HW_ACCESS(kind, 16)                                              \
+  HW_HOOK void __tsan_##kind##_range(void* p, size_t bytes) {      \
     note(p, bytes, AccessKind::kind, __builtin_return_address(0)); \
   }
 HW_ACCESSES(read)
@@ -52,14 +52,14 @@ HW_HOOK void __tsan_func_exit() {}
 HW_HOOK void __tsan_vptr_update(void*, void*) {}
 HW_HOOK void __tsan_vptr_read(void*) {}
 
-#define HW_ATOMIC(bits, Type)                                                          \
-  HW_HOOK Type __tsan_atomic##bits##_load(const volatile Type* p, int) {               \
-    note(p, bits / 8, AccessKind::update, __builtin_return_address(0));                \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                       \
-  }                                                                                    \
-  HW_HOOK Type __tsan_atomic##bits##_fetch_add(volatile Type* p, Type v, int) {        \
-    note(p, bits / 8, AccessKind::update, __builtin_return_address(0));                \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                 \
+#define HW_ATOMIC(bits, Type)                                                   \
+  HW_HOOK Type __tsan_atomic##bits##_load(const volatile Type* p, int) {        \
+    note(p, bits / 8, AccessKind::update, __builtin_return_address(0));         \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                \
+  }                                                                             \
+  HW_HOOK Type __tsan_atomic##bits##_fetch_add(volatile Type* p, Type v, int) { \
+    note(p, bits / 8, AccessKind::update, __builtin_return_address(0));         \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                          \
   }
 HW_ATOMIC(8, unsigned char)
 HW_ATOMIC(32, unsigned int)

@@ -150,7 +150,8 @@ void Races::compare(const Accesses& earlier, AccessKind kind, const Side& now) {
   const auto look = [&](const Access& a) {
     if (before(a, now.thread)) return;
     Side first = side(a, kind);
-    const uint32_t own = first.thread / kLanes == now.thread / kLanes ? 1u << now.thread % kLanes : 0;
+    const uint32_t own =
+        first.thread / kLanes == now.thread / kLanes ? 1u << now.thread % kLanes : 0;
     if (!a.copy && (a.lanes & ~own) != 0) {  // one that is not the present thread
       const int lane = std::countr_zero(a.lanes & ~own);
       first.thread = static_cast<uint16_t>(a.warp() * kLanes + lane);
@@ -165,8 +166,8 @@ void Races::compare(const Accesses& earlier, AccessKind kind, const Side& now) {
 // behind both. Lanes of one interval share an entry.
 void Races::add(Accesses& accesses, const Access& access) {
   const auto put = [&](Access& at) {
-    const bool together = at.place != 0 && !at.copy && !access.copy &&
-                          at.warp() == access.warp() && at.when == access.when;
+    const bool together = at.place != 0 && !at.copy && !access.copy && at.warp() == access.warp() &&
+                          at.when == access.when;
     if (!together && at.place != 0 && !before(at, access.thread)) return false;
     const uint32_t lanes = access.lanes | (together ? at.lanes : 0);
     at = access;
@@ -264,8 +265,8 @@ std::string Races::describe(const Side& side, const std::string& line) const {
   const int64_t number = numbers_[side.block - first_block_];
   const int64_t x = launch_->grid[0], y = launch_->grid[1];
   return concat(side.copy ? "the copy of thread " : "thread ", side.thread, " of block (",
-                number % x, ", ", number / x % y, ", ", number / (x * y), ") ", verb(side), " it at ",
-                line);
+                number % x, ", ", number / x % y, ", ", number / (x * y), ") ", verb(side),
+                " it at ", line);
 }
 
 }  // namespace hw::emu

@@ -170,8 +170,6 @@ void copy_async(void* to, const void* from, int bytes, int valid, Site site) {
 
 void copy_async_commit() { Engine::running().commit_copies(); }
 
-void copy_async_wait(int groups_under_way) {
-  Engine::running().wait_for_copies(groups_under_way);
-}
+void copy_async_wait(int groups_under_way) { Engine::running().wait_for_copies(groups_under_way); }
 
 }  // namespace hw::emu

@@ -93,13 +93,16 @@ def configure_emulator(
     capability: int = 80,
     multiprocessors: int = 4,
     shared_bytes: int = 163 * 1024,
+    races: str = "on",
 ) -> None:
     """How the emulator runs threads ("forward", "reverse", "shuffled") and lands async copies
-    ("late", "early", "mixed"), and the device that calls are planned for: sm_<capability>, its
-    multiprocessors, the most shared memory of a block. Process-wide, from the next call on."""
+    ("late", "early", "mixed"); the device that calls are planned for: sm_<capability>, its
+    multiprocessors, the most shared memory of a block; and, in a build of the preset races, how
+    it compares accesses to memory ("on", "strict", "off"). Process-wide, from the next call on."""
     native = _native or _load()
-    settings = {"seed": seed, "order": order, "copies": copies, "capability": capability}
-    settings |= {"multiprocessors": multiprocessors, "shared_bytes": shared_bytes}
+    settings = {"seed": seed, "order": order, "copies": copies, "races": races}
+    settings |= {"capability": capability, "multiprocessors": multiprocessors}
+    settings |= {"shared_bytes": shared_bytes}
     for key, value in settings.items():
         native.configure(True, key, str(value))
 

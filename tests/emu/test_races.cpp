@@ -68,7 +68,8 @@ TEST(race_stage_refilled) {
 
 TEST(race_two_blocks_one_output) {
   check_found<OneOutput<false>>({"global memory", "of block (0, 0, 0)", "of block (1, 0, 0)",
-                                 "blocks of a grid have no order"}, 2);
+                                 "blocks of a grid have no order"},
+                                2);
   check_sound<OneOutput<true>>(3);
 }
 
