@@ -71,10 +71,6 @@ PLANTED = (
     Planted("every_thread_writes_the_same", "ops/select_topk/select_topk_simt.cuh",
             "if (dev::thread_index() == 0) smem.prefix = 0", "smem.prefix = 0",
             "select_topk_simt_f32_0.cpp", "select_topk", "", True, "of shared memory"),
-    Planted("two_blocks_one_output", "ops/linear_attention/linear_attention_sm80_forward.cuh",
-            "if (!kQueries && stream.walk.head % p.group != 0) return;", "",
-            "linear_attention_sm80_bf16_64.cpp", "linear_attention", "H4:2", True,
-            "blocks of a grid have no order"),
 )  # fmt: skip
 
 
