@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from test_planted_faults import FAULTS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -138,3 +140,11 @@ def test_the_examples_of_the_readme_run():
         exec(compile(block, "README.md", "exec"), names)
         assert names["o"].shape == (1, 8, 64) and names["o"].isfinite().all()
         assert names["q"].grad.abs().sum() > 0
+
+
+def test_every_fault_can_be_planted():
+    """The text that a fault replaces occurs once: plants follow the sources."""
+    for fault in FAULTS:
+        text = (ROOT / "csrc" / fault.file).read_text()
+        assert text.count(fault.right) == 1, f"{fault.name}: {fault.right!r} in {fault.file}"
+        assert fault.wrong != fault.right

@@ -206,6 +206,7 @@ def test_long_sequences_have_the_same_bits_in_any_batch():
             assert_same_bits(x, y[some], f"result {n} of {some}")
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_the_initial_state_is_not_made_of_rounded_rows(dtype, backend):
@@ -222,8 +223,10 @@ def test_gradient_of_the_initial_state_is_not_made_of_rounded_rows(dtype, backen
 
     oracle = gradient("reference", *(x.double() for x in (s, v, o0, lse0, g)))
     actual = gradient(backend, s, v, o0, lse0, g)
-    assert oracle.abs().max() < 0.01
-    compare(actual, oracle, torch.float32)
+    # The sum over rows of <g, o - o0>, in which each o is rounded to fp32.
+    rounding = torch.finfo(torch.float32).eps * (g.float().abs() * o0.abs()).sum()
+    assert oracle.abs().max() < 0.01 and rounding < 0.001
+    assert (actual - oracle).abs().max() <= rounding
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -41,14 +41,14 @@ _OF_FORWARD = _OF_SCORE + operands(
     mass_keys="statistic B Hq Sk",
 )  # fmt: skip
 _OF_BACKWARD = _OF_SCORE + operands(
-    v="input B Sk H Dv", d_w="input B Sq Hq Dv", row="statistic B Hq Sq",
+    v="input B Sk H Dv", d_w="input B Sq Hq Dv", row="statistic + B Hq Sq",
     delta="statistic B Hq Sq",
 )  # fmt: skip
 _OF_COLUMNS = _OF_SCORE + operands(
-    x="input B Sq Hq Dx", row="statistic B Hq Sq", row_weight="statistic B Hq Sq"
+    x="input B Sq Hq Dx", row="statistic + B Hq Sq", row_weight="statistic B Hq Sq"
 )
 _OF_PROBS = _OF_SCORE + operands(
-    row="statistic B Hq Sq", keys="index B n", rows="index B n", offsets="index n"
+    row="statistic + B Hq Sq", keys="index B n", rows="index B n", offsets="index n"
 )
 
 

@@ -24,7 +24,8 @@ class Operand(NamedTuple):
     """A tensor of an operator.
 
     axes  its sizes by symbol, equal where the symbol is: the first that comes says which. One
-          that ends in ? may be 1, too.
+          that ends in ? may be 1, too. After a + a dimension of size 2 may stand before them: a
+          statistic and its rest.
     kind  "input": the dtype of the first; "statistic": the accumulation dtype of that; "index"
     """
 
@@ -58,8 +59,12 @@ def check_operands(
         if x.dtype != dtypes[kind]:
             _refuse(op, TypeError, name, x, str(dtypes[kind]))
         require_same_device(op, expected[0].name, first, **{name: x})
-        shape = x.shape
-        fits = len(shape) == len(axes)
+        shape, fits = x.shape, True
+        if axes[0] == "+":
+            axes = axes[1:]
+            if len(shape) == len(axes) + 1:
+                fits, shape = shape[0] == 2, shape[1:]
+        fits = fits and len(shape) == len(axes)
         for axis, size in zip(axes, shape, strict=False):
             known = sizes.setdefault(axis.rstrip("?"), size)
             fits = fits and (size == known or (size == 1 and axis[-1] == "?"))

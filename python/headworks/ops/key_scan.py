@@ -254,20 +254,20 @@ _START = operands(o0="statistic B H Dv", lse0="statistic B H")
 _OF_BACKWARD = (
     operands(d_o="input B S H Dv", d_o1="statistic B H Dv", d_lse1="statistic B H")
     + _SV
-    + operands(o="input B S H Dv", lse="statistic B S H")
+    + operands(o="statistic B S H Dv", lse="statistic + B S H")
     + _START
     + operands(o1="statistic B H Dv")
 )
 
 
 def _forward_operator(
-    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, backend: str
+    s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, wide: bool, backend: str
 ) -> tuple[Tensor, ...]:
     op = "key_scan_fwd"
     sizes = check_operands(op, _SV + _START, (s, v, o0, lse0))
     require(op, "v", sizes["Dv"] > 0, "a tensor of width 1 at least")
     require_given(op, lse0=(lse0, o0 is not None))
-    return fixed_arity(_forward(s, v, o0, lse0, final_state, backend), s)
+    return fixed_arity(_forward(s, v, o0, lse0, final_state, wide, backend), s)
 
 
 def _forward_fake(
