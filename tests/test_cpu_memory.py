@@ -15,6 +15,8 @@ import torch
 from headworks.testing import compare, evaluate
 from specs import SPECS
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 BEYOND = 2**31  # elements
 

@@ -11,6 +11,7 @@ import torch
 
 import headworks as hw
 from headworks import _library, cli
+from headworks._native import ACCUMULATION
 from headworks.cli.info import report
 
 BACKENDS = ["reference", "cpu", "sm90", "sm80", "simt", "emulate:sm80", "emulate:simt"]
@@ -40,8 +41,8 @@ def test_build_info_agrees_with_the_dispatcher():
                 continue
             s = torch.zeros(1, 2, 1, dtype=getattr(torch, name))
             v = torch.zeros(1, 2, 1, 4, dtype=s.dtype)
-            lse = torch.zeros(1, 2, 1)
-            tensors = [s, v, v, lse, None, None, None, None, None]
+            lse = torch.zeros(2, 1, 2, 1, dtype=ACCUMULATION[s.dtype])
+            tensors = [s, v, v, lse, None, None, None, None, None, None]
             assert bool(_library.reasons(function, tensors)[backend]) == bool(reason), (
                 backend,
                 name,

@@ -213,14 +213,14 @@ def test_empty_calls_reach_no_kernel(prefix, monkeypatch):
 X, MU, D = torch.ones(2, 9, 3, 4), torch.ones(3, 5, 4), torch.ones(2, 3, 5, 9)
 INDEX = torch.ones(6, 4, dtype=I64)
 WRONG = (
-    ("similarity", (X, MU.double(), D), (), TypeError, "centroids are float64"),
-    ("similarity", (X.bfloat16(), MU, D.bfloat16()), (), TypeError, "d is bfloat16"),
-    ("similarity", (X, MU[:2], D), (), ValueError, "centroids has size 2 at dimension 0"),
-    ("similarity", (X, MU[..., :3], D), (), ValueError, "centroids has size 3 at dimension 2"),
-    ("similarity", (X, MU, D[..., :8]), (), ValueError, "d has size 8 at dimension 3"),
+    ("similarity", (X, MU.double(), D), (), TypeError, "centroids is of float64"),
+    ("similarity", (X.bfloat16(), MU, D.bfloat16()), (), TypeError, "d is of bfloat16"),
+    ("similarity", (X, MU[:2], D), (), ValueError, "has size 2 at dimension 0, expected 3"),
+    ("similarity", (X, MU[..., :3], D), (), ValueError, "has size 3 at dimension 2, expected 4"),
+    ("similarity", (X, MU, D[..., :8]), (), ValueError, "has size 8 at dimension 3, expected 9"),
     ("similarity", (X, MU, D.mT.contiguous().mT), (), ValueError, "d has stride 5"),
-    ("prefix", (D[0, 0], INDEX), (9,), ValueError, "index has size 6 at dimension 0, expected 5"),
-    ("prefix", (D[0, 0], INDEX[:5].float()), (9,), TypeError, "index is float32"),
+    ("prefix", (D[0, 0], INDEX), (9,), ValueError, "has size 6 at dimension 0, expected 5"),
+    ("prefix", (D[0, 0], INDEX[:5].float()), (9,), TypeError, "index is of float32"),
     ("prefix", (D[0, 0], INDEX[:5]), (8,), ValueError, "length is 8"),
 )
 

@@ -55,6 +55,8 @@ FREE = {
     "kmeans_route": "x0 x1 centroids1",
     "bilevel_route": "q1 q2 q3 k1 k2 k3",
 }
+# A log-sum-exp that is given has no rest.
+BARE = ("attention_bwd", "row", "with an axis less")
 ALONE = ("select_topk", "moh_route")  # one tensor: there is nothing that it could not belong to
 
 
@@ -79,6 +81,8 @@ def test_mangled_tensors(operator, arguments):
                                     for z in given))  # fmt: skip
                 made, shapes = ((z,) if isinstance(z, torch.Tensor) else z for z in (made, shapes))
                 assert [z.shape for z in made] == [z.shape for z in shapes]
+                continue
+            if (op, argument.name, what) == BARE:
                 continue
             if (op, argument.name, what) == ("kmeans_route", "x", "in bfloat16"):
                 continue  # beside centroids in fp32, as that of fp32

@@ -111,10 +111,12 @@ class GroupsForward {
   void clear_slots(int64_t batch, int head, int64_t group) const {
     const Ref<T, 4> w = p_.w.template as<T>();
     const Ref<Accum<T>, 3> row = p_.row.template as<Accum<T>>();
+    const Ref<Accum<T>, 3> rest = p_.rest.template as<Accum<T>>();
     const int64_t slots = p_.rows.slots();
     for (int64_t s = group * slots; s < (group + 1) * slots; ++s) {
       for (int64_t d = 0; d < w.size[3]; ++d) w(batch, s, head, d) = T(0.0f);
       if (row) row(batch, head, s) = attention::kInfinity<Accum<T>>;
+      if (rest) rest(batch, head, s) = 0;
     }
   }
 

@@ -127,7 +127,7 @@ class RowsForward {
     clear_row<T>(p_.o, b, i, head);
     clear_row<T>(p_.w, b, i, head);
     if (p_.row) p_.row.template as<A>()(b, head, i) = attention::kInfinity<A>;
-    for (const Ref<void, 3>* x : {&p_.entropy, &p_.p_max, &p_.sq_norm})
+    for (const Ref<void, 3>* x : {&p_.rest, &p_.entropy, &p_.p_max, &p_.sq_norm})
       if (*x) x->template as<A>()(b, head, i) = 0;
   }
 

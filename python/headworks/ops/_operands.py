@@ -24,8 +24,8 @@ class Operand(NamedTuple):
     """A tensor of an operator.
 
     axes  its sizes by symbol, equal where the symbol is: the first that comes says which. One
-          that ends in ? may be 1, too. After a + a dimension of size 2 may stand before them: a
-          statistic and its rest.
+          that ends in ? may be 1, too; a number is the size itself. After a + a dimension of
+          size 2 may stand before the others: a statistic and its rest.
     kind  "input": the dtype of the first; "statistic": the accumulation dtype of that; "index"
     """
 
@@ -66,7 +66,7 @@ def check_operands(
                 fits, shape = shape[0] == 2, shape[1:]
         fits = fits and len(shape) == len(axes)
         for axis, size in zip(axes, shape, strict=False):
-            known = sizes.setdefault(axis.rstrip("?"), size)
+            known = int(axis) if axis.isdigit() else sizes.setdefault(axis.rstrip("?"), size)
             fits = fits and (size == known or (size == 1 and axis[-1] == "?"))
         if not fits:
             _refuse(op, ValueError, name, x, f"[{', '.join(axes)}] with {_in_words(sizes)}")

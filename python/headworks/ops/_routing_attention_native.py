@@ -276,7 +276,7 @@ _LISTED = operands(
 )  # fmt: skip
 _OF_FORWARD = _LISTED + operands(head_gate="statistic B Sq Hq")
 _OF_BACKWARD = _LISTED + operands(
-    d_w="input B Sq Hq Dv", row="statistic + B Hq Rows", delta="statistic B Hq Sq",
+    d_w="input B Sq Hq Dv", row="statistic 2 B Hq Rows", delta="statistic B Hq Sq",
     slots="input B Rows Hq Dv", factor="statistic B Sq Hq",
 )  # fmt: skip
 

@@ -254,7 +254,7 @@ _START = operands(o0="statistic B H Dv", lse0="statistic B H")
 _OF_BACKWARD = (
     operands(d_o="input B S H Dv", d_o1="statistic B H Dv", d_lse1="statistic B H")
     + _SV
-    + operands(o="statistic B S H Dv", lse="statistic + B S H")
+    + operands(o="statistic B S H Dv", lse="statistic 2 B S H")
     + _START
     + operands(o1="statistic B H Dv")
 )
