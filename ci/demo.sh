@@ -14,6 +14,7 @@ else
   copy=$(mktemp -d)
   trap 'rm -rf "$copy"' EXIT
 fi
+[ "${RECORD:-}" != 1 ] || export CCACHE_DISABLE=1  # what a newcomer waits
 ci/readme.sh "$copy" '&& headworks demo$'
 [ "${RECORD:-}" != 1 ] || python3 ci/readme_times.py record "$copy/readme_trace.tsv"
 cd "$copy"

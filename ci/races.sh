@@ -17,6 +17,6 @@ cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}"
 ctest --test-dir "$build" --output-on-failure -R emu
 
 export PYTHONPATH=$PWD/python HEADWORKS_LIBRARY_DIR=$build/lib HEADWORKS_RACES_BUILD=$build
-"$python" -m pytest -q -p no:cacheprovider --durations=5 tests/test_ops.py tests/test_planted_races.py \
-  -k "(test_matches_reference and emulate and ((simt and float32) or (sm80 and bfloat16)))
-      or planted_race_is"
+cases="test_matches_reference and emulate and ((simt and float32) or (sm80 and bfloat16))"
+"$python" -m pytest -q -p no:cacheprovider --durations=5 \
+  tests/test_ops.py tests/test_planted_races.py -k "($cases) or planted_race_is"

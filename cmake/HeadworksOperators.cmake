@@ -131,7 +131,8 @@ macro(hw_add_gpu backend)
     set(hw_dims 0)
   endif()
   if(HW_MINIMAL)
-    # The narrowest; under sanitizers and race checks the widest too, which takes every call that it does not.
+    # The narrowest; under sanitizers and race checks the widest too, which takes every call that it
+    # does not.
     list(GET hw_dims 0 hw_narrowest)
     list(GET hw_dims -1 hw_widest)
     set(hw_dims ${hw_narrowest})

@@ -86,6 +86,20 @@ def test_a_loaded_layer_needs_no_second_graph():
     assert len(graphs) == 1
 
 
+def test_a_useless_first_batch_starts_nothing_in_a_graph():
+    """Centroids are set by the first batch that has finite tokens, compiled or not."""
+    module, other = two("KMeansRoutingAttention")
+    x = example("KMeansRoutingAttention")
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for batch in (torch.full_like(x, torch.nan), x):
+        for call in (module, compiled):
+            torch.manual_seed(1)
+            call(batch.detach())
+        assert int(other.initialized) == int(module.initialized)
+    assert int(other.initialized) == 1
+    torch.testing.assert_close(other.centroids, module.centroids, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "gated_short_conv"])
 def test_second_derivatives(name):
     """Also where the first cotangent is a constant, as that of a sum is."""

@@ -42,7 +42,7 @@ def run(step, folder, seconds=60.0):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 0.5)
+    monkeypatch.setattr(steps, "GRACE", 1.5)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_a_step_ends_as_it_ends(tmp_path):
 
 
 def test_a_step_that_hangs_is_interrupted_and_can_report(tmp_path):
-    outcome = run(python("hang", REPORT, limit=2.0), tmp_path)
+    outcome = run(python("hang", REPORT, limit=4.0), tmp_path)
     assert outcome.status == "interrupted" and outcome.tail() == "reported"
 
 
@@ -102,7 +102,7 @@ def test_steps_side_by_side_cost_only_themselves(tmp_path, impatient):
     wanted = [
         python("deaf", IGNORE, 2.0),
         python("crash", "import os; os.abort()"),
-        python("hang", REPORT, 2.0),
+        python("hang", REPORT, 4.0),
         python("good", "pass"),
     ]
     seen = []

@@ -106,7 +106,7 @@ class Judge:
                     continue
                 cases = list(spec.emulator_cases)
                 if short == "cpu":
-                    cases += spec.sample_cases
+                    cases += [*spec.sample_cases, *self.long.get(spec.name, ())]
                 backend = BACKENDS[short]
                 tasks += [Task(i, c, backend, dtype) for c in cases if not spec.limit(backend, c)]
         return tasks

@@ -112,8 +112,8 @@ CASES = (
     *(case(S=s, state_out=True) for s in (0, 1, 2, 63, 64, 65, 111, 128, 130)),
     *(case(S=s, H=1, state_in=True, state_out=True) for s in (600, 1100)),
     *(case(S=s, causal=False, state_out=True) for s in (0, 2, 64, 130, 600)),
-    # One key: d_q is 0, as a difference of two sums over Dv, of which tensor cores make one from the
-    # state rounded to 16 bits.
+    # One key: d_q is 0, as a difference of two sums over Dv, of which tensor cores make one from
+    # the state rounded to 16 bits.
     case(S=1, causal=False, state_out=True, floor=12.0),
     *(case(S=70, D=d, Dv=32, state_in=True, state_out=True) for d in (1, 4, 8, 17, 32)),
     *(case(S=530, D=d, Dv=20, H=1) for d in (1, 17, 32)),

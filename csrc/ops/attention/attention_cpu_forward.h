@@ -6,9 +6,9 @@
 // product with v. With few blocks and many keys (decoding) the keys are cut into spans, whose
 // partial results are merged in order. Cuts depend on the sizes of a sequence alone, so results
 // depend neither on the number of threads nor on the other sequences; whether the spans of a block
-// are tasks of their own may depend on both. Where q and k are the same for all batch entries (zero strides), one task
-// serves up to kPanels entries: scores and softmax are computed once. Blocks of a few queries or of
-// a few keys are walked by AlongKeys.
+// are tasks of their own may depend on both. Where q and k are the same for all batch entries (zero
+// strides), one task serves up to kPanels entries: scores and softmax are computed once. Blocks of a
+// few queries or of a few keys are walked by AlongKeys.
 #pragma once
 
 #include "ops/attention/attention_cpu_along_keys.h"

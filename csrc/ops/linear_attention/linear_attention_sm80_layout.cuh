@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes,
-// scalars and the device only. No device code here: the host side asks `sm80::why_not`, `dim`, `workspace_bytes`.
+// scalars and the device only. No device code here: the host side asks `sm80::why_not`, `dim` and
+// `workspace_bytes`.
 #pragma once
 
 #include <cmath>

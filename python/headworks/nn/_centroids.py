@@ -127,7 +127,6 @@ class Centroids(SideLoss):
                 made, done = torch.ops.headworks.kmeans_start(*given)
                 self.centroids.copy_(made)
                 self.initialized.copy_(done)
-            self._ready = True
             return False
         self._ready = bool(self.initialized)
         if self._ready:
