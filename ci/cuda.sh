@@ -22,6 +22,7 @@ if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvc
 fi
 "$python" ci/check_seam.py --self-test
 "$python" ci/check_seam.py
-FORCE_CUDA=1 CACHE=1 PYTHON=$python ci/build_budget.sh cuda "$build"
+FORCE_CUDA=1 CACHE=1 PYTHON=$python TARGETS="hw_cuda_SIMT hw_cuda_SM80" \
+  ci/build_budget.sh cuda "$build"
 "$python" ci/check_ptx.py --self-test
 "$python" ci/check_ptx.py "$build"
