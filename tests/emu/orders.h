@@ -35,10 +35,23 @@ void for_all_orders(const Body& body) {
   }
 }
 
+template <class Body>
+void for_all_orders_of_a_race(const Body& body) {
+  for (const emu::Config& config : all_configurations()) {
+    const emu::ScopedConfig scope(racing(config));
+    body();
+  }
+}
+
 #else
 
 template <class Body>
 void for_all_orders(const Body& body) {
+  body();
+}
+
+template <class Body>
+void for_all_orders_of_a_race(const Body& body) {
   body();
 }
 
