@@ -28,10 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 
+import builder as building
 import judge as judging
 from rewrite import Mutant
 
-import build as building
 
 EXPLAINED = Path(__file__).parent / "mutants" / "explained.json"
 ALLOWED = 0.05
