@@ -32,7 +32,6 @@ import builder as building
 import judge as judging
 from rewrite import Mutant
 
-
 EXPLAINED = Path(__file__).parent / "mutants" / "explained.json"
 ALLOWED = 0.05
 # Of every sample at least this share are barriers: they are few, and nothing else finds them.
