@@ -218,8 +218,10 @@ def _softmax(s: Tensor, one_more: bool, lse: Tensor | None) -> tuple[Tensor, Ten
         e = (s - own.detach()).exp()
         p = e / torch.where(own.isfinite(), e.sum(-1, keepdim=True), 1)
     else:
-        # A given L has its own value and the gradient of the one of these scores.
-        p = (s - (lse.detach()[..., None] + own - own.detach())).exp()
+        # A given L has its own value and the gradient of the one of these scores; where that one is
+        # infinite, their difference would be NaN.
+        slope = torch.where(own.isfinite(), own - own.detach(), 0)
+        p = (s - (lse.detach()[..., None] + slope)).exp()
     p = torch.where(empty, 0, p)
     return p[..., : s.shape[-1] - one_more], torch.where(empty, -torch.inf, own)[..., 0]
 
