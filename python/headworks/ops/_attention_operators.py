@@ -56,10 +56,13 @@ def check_score(op: str, score: Score) -> None:
     """What the shapes of a Score's tensors do not say."""
     packed = score.cu_seqlens_q is not None
     require_given(op, cu_seqlens_k=(score.cu_seqlens_k, packed))
-    require(op, "B with cu_seqlens", not packed or score.q.shape[0] == 1, "1")
-    require(op, "bias with cu_seqlens", not packed or score.bias is None, "None")
-    require(op, "activation", 0 <= score.activation < len(ACTIVATIONS), "one there is")
-    require(op, "normalizer", 0 <= score.normalizer < len(NORMALIZERS), "one there is")
+    require(op, "B with cu_seqlens", score.q.shape[0], not packed or score.q.shape[0] == 1, "1")
+    require(op, "bias with cu_seqlens", "a tensor", not packed or score.bias is None, "None")
+    for name, number, known in (
+        ("activation", score.activation, ACTIVATIONS),
+        ("normalizer", score.normalizer, NORMALIZERS),
+    ):
+        require(op, name, number, 0 <= number < len(known), f"0 to {len(known) - 1}")
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -67,9 +70,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     check_operands(op, _OF_FORWARD, arguments[: TENSORS + 4])
     score, (v, gate, mix, mass_keys, *want, backend) = _unpacked(arguments, 4)
     check_score(op, score)
-    require(op, "v", v is not None or gate is mix is mass_keys is None, "a tensor for these others")
-    require(op, "v", v is None or v.shape[3] > 0, "a tensor of width 1 at least")
-    require(op, "Sq with identity_mix", mix is None or score.q.shape[1] == score.k.shape[1], "Sk")
+    require(
+        op, "v", "None", v is not None or gate is mix is mass_keys is None,
+        "a tensor for head_gate, identity_mix and mass",
+    )  # fmt: skip
+    require(op, "v", "width 0", v is None or v.shape[3] > 0, "a width of at least 1")
+    tokens = score.q.shape[1], score.k.shape[1]
+    require(op, "Sq and Sk with identity_mix", tokens, mix is None or tokens[0] == tokens[1], "one")
     made = native.forward(score, v, gate, mix, mass_keys, Want(*want), backend)
     return fixed_arity(made, score.q)
 
@@ -85,7 +92,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     score, (v, d_w, row, delta, *want, backend) = _unpacked(arguments, 4)
     check_score(op, score)
     require_given(op, row=(row, score.has_row_statistic))
-    require(op, "v", v.shape[3] > 0, "a tensor of width 1 at least")
+    require(op, "v", "width 0", v.shape[3] > 0, "a width of at least 1")
     return fixed_arity(
         native.backward(score, v, d_w, row, delta, WantGrad(*want), backend), score.q
     )
@@ -102,7 +109,7 @@ def _columns(*arguments: Any) -> tuple[Tensor, ...]:
     score, (x, row, row_weight, total, largest, backend) = _unpacked(arguments, 3)
     check_score(op, score)
     require_given(op, row=(row, score.has_row_statistic))
-    require(op, "x", x is None or x.shape[3] > 0, "a tensor of width 1 at least")
+    require(op, "x", "width 0", x is None or x.shape[3] > 0, "a width of at least 1")
     return fixed_arity(native.columns(score, x, row, row_weight, total, largest, backend), score.q)
 
 
@@ -118,7 +125,7 @@ def _probs(*arguments: Any) -> Tensor:
     check_score(op, score)
     require_given(op, row=(rest[0], score.has_row_statistic))
     chosen = sum(x is not None for x in rest[1:4])
-    require(op, "the number of keys, rows and offsets", chosen == 1, "1")
+    require(op, "the number of keys, rows and offsets", chosen, chosen == 1, "1")
     return native.probs(score, *rest)
 
 

@@ -62,8 +62,8 @@ def _route_operator(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
         cut = min(grid) > 0
         for number, cell, axis in zip(grid[:2], grid[2:], image, strict=True):
             cut = cut and number == -(-sizes[axis] // cell)
-        require(op, name, cut, "rows, columns, height and width of regions that cover the image")
-    require(op, "topk", 0 <= topk <= other.regions, "from 0 to the number of regions of k")
+        require(op, name, tuple(grid), cut, "rows, columns, height, width: regions of the image")
+    require(op, "topk", topk, 0 <= topk <= other.regions, f"0 to {other.regions}, the regions of k")
     return _route(q, k, *numbers)
 
 

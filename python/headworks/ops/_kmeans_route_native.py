@@ -80,8 +80,8 @@ def _route_operator(
     op = "kmeans_route"
     tokens = check_operands(op, _OPERANDS, (x, centroids))["S"]
     most = tokens if prefix_length is None else prefix_length
-    require(op, "prefix_length", most >= tokens, "at least S")
-    require(op, "window", 0 <= window <= most, "from 0 to S, or to prefix_length")
+    require(op, "prefix_length", most, most >= tokens, "at least S")
+    require(op, "window", window, 0 <= window <= most, "from 0 to S, or to prefix_length")
     return _route(x, centroids, window, prefix_length, backend)
 
 

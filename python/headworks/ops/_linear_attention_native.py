@@ -76,12 +76,14 @@ _OF_BACKWARD = (
 def known_sizes(op: str, q: Tensor, v: Tensor, bounds: Maybe, feature_map: int) -> dict[str, int]:
     """N and F, which follow from others; of arguments that can be asked for them."""
     d = q.shape[-1]
-    require(op, "feature_map", 0 <= feature_map < len(FEATURE_MAPS), "one there is")
-    require(op, "D", 0 < d <= MAX_TAYLOR_DIM or (d > 0 and feature_map != 0), "one that it takes")
-    require(op, "v", v.shape[-1] > 0, "a tensor of width 1 at least")
+    require(op, "feature_map", feature_map, 0 <= feature_map < len(FEATURE_MAPS), "one there is")
+    most = f"1 to {MAX_TAYLOR_DIM}" if feature_map == 0 else "at least 1"
+    require(op, "D", d, 0 < d <= MAX_TAYLOR_DIM or (d > 0 and feature_map != 0), most)
+    require(op, "v", "width 0", v.shape[-1] > 0, "a width of at least 1")
     if bounds is not None:
-        require(op, "cu_seqlens", bounds.dim() == 1 and len(bounds) > 0, "[N + 1]")
-        require(op, "B with cu_seqlens", q.shape[0] == 1, "1")
+        shape = list(bounds.shape)
+        require(op, "cu_seqlens", shape, len(shape) == 1 and shape[0] > 0, "[N + 1]")
+        require(op, "B with cu_seqlens", q.shape[0], q.shape[0] == 1, "1")
     sequences = q.shape[0] if bounds is None else bounds.shape[0] - 1
     return {"N": sequences, "F": num_features(feature_map, d)}
 
@@ -125,7 +127,7 @@ def _backward(
     given = (d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, bounds)
     check_operands(op, _OF_BACKWARD, given, **known)
     require_given(op, z0=(z0, kv0 is not None), d_z1=(d_z1, d_kv1 is not None), z=(z, scalars[2]))
-    require(op, "state_grad", kv0 is not None or not state_grad, "False without kv0")
+    require(op, "state_grad", state_grad, kv0 is not None or not state_grad, "False without kv0")
     if bounds is not None:
         check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
     grads = empties(q, k, v, *((kv0, z0) if state_grad else (None, None)))

@@ -35,7 +35,8 @@ _OPERANDS = operands(gate="input B S H")
 
 def _rows_operator(gate: Tensor, backend: str) -> Tensor:
     check_operands("moh_route", _OPERANDS, (gate,))
-    require("moh_route", "gate", gate.dtype in ACCUMULATION.values(), "an accumulation dtype")
+    wide = gate.dtype in ACCUMULATION.values()
+    require("moh_route", "gate", gate.dtype, wide, "torch.float32 or torch.float64")
     return _rows(gate, backend)
 
 

@@ -71,7 +71,8 @@ def check_operands(
         if not fits:
             _refuse(op, ValueError, name, x, f"[{', '.join(axes)}] with {_in_words(sizes)}")
     if "Hq" in sizes and "H" in sizes:
-        require(op, "Hq and H", heads_match(sizes["Hq"], sizes["H"]), "Hq a multiple of H")
+        heads = sizes["Hq"], sizes["H"]
+        require(op, "Hq and H", heads, heads_match(*heads), "Hq a multiple of H")
     return sizes
 
 
@@ -83,10 +84,10 @@ def _in_words(sizes: dict[str, int]) -> str:
     return ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
 
 
-def require(op: str, what: str, condition: bool, expected: str) -> None:
+def require(op: str, what: str, got: object, condition: bool, expected: str) -> None:
     """What the shapes alone do not say."""
     if not condition:
-        fail(ValueError, op, what, "something else", expected, _REMEDY)
+        fail(ValueError, op, what, str(got), expected, _REMEDY)
 
 
 def require_given(op: str, **pairs: tuple[Maybe, bool]) -> None:

@@ -288,16 +288,17 @@ def _check(
     q, k, v = tensors[0], tensors[1], tensors[TENSORS + 2]
     slots, cells = None, (routing.row_cells, routing.key_cells)
     for name, x, (*cell, height, width) in zip("qk", (q, k), cells, strict=True):
-        require(op, f"cells of {name}", min(cell) > 0, "sizes of at least 1")
-        require(op, f"cells of {name}", height * width == x.shape[1], "an image of all tokens")
+        require(op, f"cells of {name}", cell, min(cell) > 0, "sizes of at least 1")
+        image = f"an image of {height} x {width}"
+        require(op, f"cells of {name}", image, height * width == x.shape[1], f"{x.shape[1]} tokens")
     if routing.rows.dim() == 4:
         slots = routing.slots
     known = {"Rows": slots if routing.by_slot and slots is not None else q.shape[1]}
     check_operands(op, given, tensors, **known)
     check_score(op, score)
-    require(op, "cu_seqlens_q", score.cu_seqlens_q is None, "None")
-    require(op, "keys", routing.keys is not None or not routing.by_slot, "a tensor by slot")
-    require(op, "v", v.shape[3] > 0, "a tensor of width 1 at least")
+    require(op, "cu_seqlens_q", "a tensor", score.cu_seqlens_q is None, "None")
+    require(op, "keys", "None", routing.keys is not None or not routing.by_slot, "a tensor by slot")
+    require(op, "v", "width 0", v.shape[3] > 0, "a width of at least 1")
 
 
 def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want:
@@ -308,7 +309,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "routing_attention_fwd"
     score, routing, (v, gate, *want, backend) = _unpacked(arguments, 2)
     _check(op, _OF_FORWARD, arguments[: TENSORS + 4], score, routing)
-    require(op, "want_w, want_row", not routing.by_slot or (want[0] and want[1]), "True by slot")
+    both = not routing.by_slot or (want[0] and want[1])
+    require(op, "want_w, want_row", want[:2], both, "True by slot")
     return fixed_arity(forward(score, v, gate, routing, _want(*want), backend), score.q)
 
 
@@ -322,7 +324,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "routing_attention_bwd"
     _check(op, _OF_BACKWARD, arguments[: TENSORS + 8], score, routing)
     require_given(op, delta=(delta, not routing.by_slot), slots=(slots, routing.by_slot))
-    require(op, "factor", factor is None or takes_factor(d_w, backend), "None with this backend")
+    taken = factor is None or takes_factor(d_w, backend)
+    require(op, "factor", "a tensor", taken, "None with this backend")
     wanted = WantGrad(True, want[0], want[1], False, want[2])
     made = backward(score, v, d_w, row, delta, slots, factor, routing, wanted, backend)
     return fixed_arity(made, score.q)

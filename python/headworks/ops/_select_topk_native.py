@@ -43,7 +43,7 @@ _OPERANDS = operands(score="input R N")
 
 def _select(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
     sizes = check_operands("select_topk", _OPERANDS, (score,))
-    require("select_topk", "k", 0 <= k <= sizes["N"], "a number from 0 to N")
+    require("select_topk", "k", k, 0 <= k <= sizes["N"], "a number from 0 to N")
     return select_rows(score, k, keep_order, backend)
 
 

@@ -265,7 +265,7 @@ def _forward_operator(
 ) -> tuple[Tensor, ...]:
     op = "key_scan_fwd"
     sizes = check_operands(op, _SV + _START, (s, v, o0, lse0))
-    require(op, "v", sizes["Dv"] > 0, "a tensor of width 1 at least")
+    require(op, "v", "width 0", sizes["Dv"] > 0, "a width of at least 1")
     require_given(op, lse0=(lse0, o0 is not None))
     return fixed_arity(_forward(s, v, o0, lse0, final_state, wide, backend), s)
 
@@ -293,10 +293,10 @@ def _backward_operator(
     op = "key_scan_bwd"
     given = (d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1)
     sizes = check_operands(op, _OF_BACKWARD, given)
-    require(op, "v", sizes["Dv"] > 0, "a tensor of width 1 at least")
+    require(op, "v", "width 0", sizes["Dv"] > 0, "a width of at least 1")
     require_given(op, lse0=(lse0, o0 is not None), d_lse1=(d_lse1, d_o1 is not None))
-    require(op, "o1", o1 is not None or d_o1 is None, "a tensor with d_o1")
-    require(op, "state_grad", o0 is not None or not state_grad, "False without o0")
+    require(op, "o1", "None", o1 is not None or d_o1 is None, "a tensor with d_o1")
+    require(op, "state_grad", state_grad, o0 is not None or not state_grad, "False without o0")
     grads = empties(s, v, *((o0, lse0) if state_grad else (None, None)))
     tensors = [s, v, o, lse, o0, lse0, o1, d_o, d_o1, d_lse1, *grads]
     run("key_scan.backward", backend, tensors, ())
