@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import headworks as hw
+from backends import native_info
 from headworks import _library
 from headworks._repeated import Repeated
 from identities import randn
@@ -202,3 +203,58 @@ def test_the_instruction_set_is_the_best_there_is():
     cpu = _library.info()["cpu"]
     assert cpu["isa"] == max(cpu["available"], key=order.index)
     assert set(cpu["available"]) <= set(cpu["built"])
+
+
+@pytest.mark.parametrize("isa", _library.info()["cpu"]["available"] if native_info() else [])
+def test_the_instance_of_an_instruction_set(isa):
+    """The strongest up to the one in use that is built for the dtype."""
+    built = {
+        (i["dtype"], i["isa"])
+        for op in _library.info()["operators"]
+        for i in op["instances"]
+        if op["name"] == "attention" and i["backend"] == "cpu"
+    }
+    order = _library.info()["cpu"]["built"]
+    try:
+        _library.set_cpu_isa(isa)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            known = [i for i in order[: order.index(isa) + 1] if (name, i) in built]
+            explanation = hw.explain(hw.attention, *(x.to(dtype) for x in (Q, K, V)))
+            assert explanation.instance == f"{name}, {known[-1]}"
+            assert f"chosen ({name}, {known[-1]})" in repr(explanation)
+    finally:
+        _library.set_cpu_isa()
+
+
+@pytest.mark.parametrize(
+    "function, widths, d, dv, expected",
+    [
+        (hw.attention, (32, 64, 96, 128, 256), d, dv, expected)
+        for d, dv, expected in (
+            (8, 8, 32), (32, 32, 32), (33, 8, 64), (8, 65, 96), (96, 97, 128), (130, 8, 256),
+        )
+    ]
+    + [
+        (hw.linear_attention, (64, 128), 16, dv, expected)
+        for dv, expected in ((8, 64), (64, 64), (65, 128), (200, 128))
+    ],
+)  # fmt: skip
+def test_the_narrowest_tile_that_holds_the_call(function, widths, d, dv, expected):
+    """Of those that are built: a minimal build may lack it."""
+    if not native_info().get("emulator"):
+        pytest.skip("the emulator is not built (preset emu)")
+    built = {
+        i["dim"]
+        for op in _library.info()["emulator"]["operators"]
+        for i in op["instances"]
+        if op["name"] == function.__name__ and i["backend"] == "sm80" and i["dtype"] == "bfloat16"
+    }
+    assert built <= set(widths)
+    q = torch.zeros(1, 6, 2, d, dtype=torch.bfloat16)
+    v = torch.zeros(1, 6, 2, dv, dtype=torch.bfloat16)
+    explanation = hw.explain(function, q, q, v, backend="emulate:sm80")
+    least = min(w for w in built if w >= expected)
+    assert explanation.instance == f"bfloat16, dim {least}"
+    refused = hw.explain(function, q.double(), q.double(), v.double(), backend="emulate:sm80")
+    assert refused.backend is None and refused.instance == ""

@@ -143,6 +143,15 @@ std::string why_not(int function, const py::str& backend, const py::object& tens
   return buffer.text;
 }
 
+std::string instance(int function, const py::str& backend, const py::object& tensors,
+                     const py::object& scalars) {
+  const Target t = target(view(backend));
+  const Arguments arguments(tensors, scalars, 1);
+  Buffer buffer;
+  require(t.api->instance(function, t.backend, arguments.get(), buffer.message()), buffer);
+  return buffer.text;
+}
+
 int64_t workspace(int function, const py::str& backend, const py::object& tensors,
                   const py::object& scalars, int threads) {
   const Target t = target(view(backend));
@@ -228,6 +237,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("call", &hw::call);
   m.def("choose", &hw::choose);
   m.def("why_not", &hw::why_not);
+  m.def("instance", &hw::instance);
   m.def("workspace", &hw::workspace);
   m.def("info", &hw::info);
   m.def("configure", &hw::configure);

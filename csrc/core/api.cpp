@@ -94,6 +94,12 @@ int explain(int function, int backend, const HwArguments* a, HwMessage message) 
   });
 }
 
+int name_instance(int function, int backend, const HwArguments* a, HwMessage message) {
+  return guarded(message, [&] {
+    write(message, instance_name(function_by_number(function), named(backend), as_call(*a)));
+  });
+}
+
 int workspace_bytes(int function, int backend, const HwArguments* a, int64_t* bytes,
                     HwMessage message) {
   return guarded(message, [&] {
@@ -171,8 +177,8 @@ int configure(const char* key, const char* value, HwMessage message) {
   return guarded(message, [&] { set(key, value); });
 }
 
-constexpr HwApi kApi = {HW_API_VERSION, &function_name,   &call, &choose_backend,
-                        &explain,       &workspace_bytes, &info, &configure};
+constexpr HwApi kApi = {HW_API_VERSION, &function_name,   &call, &choose_backend, &explain,
+                        &name_instance, &workspace_bytes, &info, &configure};
 
 }  // namespace
 }  // namespace hw

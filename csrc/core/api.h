@@ -14,7 +14,7 @@
 
 #include "core/call.h"
 
-#define HW_API_VERSION 1
+#define HW_API_VERSION 2
 
 // A call without its function: see hw::Call.
 struct HwArguments {
@@ -43,6 +43,8 @@ struct HwApi {
   int (*choose)(int function, int backend, const HwArguments*, int* chosen, HwMessage);
   // Writes the reason why a backend cannot take the call, an empty text if it can.
   int (*why_not)(int function, int backend, const HwArguments*, HwMessage);
+  // Writes which of a backend's instances `call` would run: "bfloat16, dim 64".
+  int (*instance)(int function, int backend, const HwArguments*, HwMessage);
   // Bytes of device workspace that the call needs on this backend.
   int (*workspace)(int function, int backend, const HwArguments*, int64_t* bytes, HwMessage);
   // What this library is and contains, as JSON; returns the length without the final zero and

@@ -258,6 +258,17 @@ int64_t workspace(FunctionId f, Backend b, const Call& call) {
   return f.op->workspace(f.index, b, described);
 }
 
+std::string instance_name(FunctionId f, Backend b, const Call& call) {
+  const std::string reason = why_not(f, b, call);
+  check(reason.empty(), ErrorKind::not_implemented, f.name(), ": ", public_name(b),
+        " has no instance for this call: ", reason);
+  const Instance& i = *find_instance(f, b, call);
+  std::string text = dtype_name(i.dtype);
+  if (i.isa != Isa::none) text += concat(", ", isa_name(i.isa));
+  if (i.dim != 0) text += concat(", dim ", i.dim);
+  return text;
+}
+
 // ---- description ----
 
 namespace {

@@ -38,6 +38,9 @@ Backend choose(FunctionId, std::optional<Backend>, const Call&);
 void run(FunctionId, std::optional<Backend>, Call);
 
 int64_t workspace(FunctionId, Backend, const Call&);
+// The instance that run() would take of this backend, which can take the call: "bfloat16, dim 64",
+// "float32, avx2".
+std::string instance_name(FunctionId, Backend, const Call&);
 
 // This library as JSON (see HwApi::info).
 std::string describe_library();

@@ -18,12 +18,15 @@ class Explanation:
     function  the native function, for example "linear_attention.forward"
     asked     the backend that was asked for
     backend   the backend that the call uses; None if the one asked for (or every one) cannot
+    instance  what of that backend was compiled for such calls: "bfloat16, dim 64" (the width of
+              its tiles), "float32, avx2" (the instruction set); "" of the reference and of none
     reasons   for each compiled backend why it cannot take the call, "" where it can
     """
 
     function: str
     asked: str
     backend: str | None
+    instance: str
     reasons: dict[str, str]
 
     def __repr__(self) -> str:
@@ -31,7 +34,7 @@ class Explanation:
         lines = [f"{self.function}: {self.backend or refusal + ' can take this call'}"]
         for name, reason in {"reference": "", **self.reasons}.items():
             if name == self.backend:
-                verdict = "chosen"
+                verdict = f"chosen ({self.instance})" if self.instance else "chosen"
             elif reason:
                 verdict = f"cannot: {reason}"
             elif name == "reference":
@@ -63,8 +66,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     number = _library.function(name)
     reasons = dict(_library.reasons(number, tensors, scalars))
     if asked == "reference":
-        return Explanation(name, asked, "reference", reasons)
-    if asked == "auto":
-        able = [backend for backend, reason in reasons.items() if not reason]
-        return Explanation(name, asked, able[0] if able else None, reasons)
-    return Explanation(name, asked, asked if not reasons.get(asked, "not built") else None, reasons)
+        return Explanation(name, asked, "reference", "", reasons)
+    able = [b for b, reason in reasons.items() if not reason and asked in (b, "auto")]
+    if not able:
+        return Explanation(name, asked, None, "", reasons)
+    instance = _library.instance(number, able[0], tensors, scalars)
+    return Explanation(name, asked, able[0], instance, reasons)

@@ -57,6 +57,12 @@ def reasons(fn: int, tensors: Tensors, scalars: Scalars = ()) -> dict[str, str]:
     return {name: native.why_not(fn, name, tensors, scalars) for name in BACKENDS}
 
 
+def instance(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> str:
+    """Which of a backend's compiled instances `call` would run: "bfloat16, dim 64"."""
+    name: str = (_native or _load()).instance(fn, backend, tensors, scalars)
+    return name
+
+
 def workspace(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> int:
     """Bytes of workspace that the call needs on this backend, from shapes alone."""
     size: int = (_native or _load()).workspace(fn, backend, tensors, scalars, get_num_threads())
