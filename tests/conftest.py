@@ -5,9 +5,15 @@ then it fails if it did compare."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
+
+# Threads that wait sleep. Spinning, as OpenMP's do by default, they take the cores from those that
+# work wherever there are more threads than cores, and a run takes three times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from headworks import testing
