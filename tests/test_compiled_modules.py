@@ -122,16 +122,49 @@ def test_second_derivatives(name):
     assert torch.autograd.gradcheck(penalty, (x,))
 
 
-# The lengths that the module takes whatever its sizes are.
+# ---- export --------------------------------------------------------------------------------------
+
+# The lengths that the module takes whatever its sizes are; of images the batch alone is dynamic.
 LENGTHS = {"KMeansRoutingAttention": (7, 512), "RoutingLM": (2, 24)}
-EXPORTED = ("GatedShortConv", "BasedLM", "SoftmaxLM", "RoutingLM", "KMeansRoutingAttention")
+EXPORTED = (
+    "GatedShortConv", "BasedLinearAttention", "SlidingWindowAttention", "KMeansRoutingAttention",
+    "BiLevelRoutingAttention", "MixtureOfHeads", "BasedLM", "SoftmaxLM", "RoutingLM", "BiFormer",
+)  # fmt: skip
+# Those made of operators of headworks.
+MODELS = ("BasedLM", "RoutingLM", "BiFormer")
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_export_with_any_batch_and_length(name):
     module, x = MODULES[name]().eval(), example(name)
-    least, most = LENGTHS.get(name, (2, 512))
-    sizes = {0: torch.export.Dim("b", max=64), 1: torch.export.Dim("s", min=least, max=most)}
+    sizes, others = {0: torch.export.Dim("b", max=64)}, [x, x[:1], torch.cat([x, x[:1]])]
+    if x.dim() < 4:
+        least, most = LENGTHS.get(name, (2, 512))
+        sizes[1] = torch.export.Dim("s", min=least, max=most)
+        others += [others[2][:, :9], torch.cat([x, x[:, :7]], 1)]
     exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,)).module()
-    for other in (x, x[:1], torch.cat([x, x[:1]])[:, :9], torch.cat([x, x[:, :7]], 1)):
-        torch.testing.assert_close(exported(other), module(other), rtol=1e-4, atol=1e-5)
+    for other in others:
+        got, wanted = (applied(name, m, other) for m in (exported, module))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_models_ahead_of_time(name, tmp_path):
+    """AOTInductor compiles the program of a whole model; the operators are those of the process."""
+    module, x = MODULES[name]().eval(), example(name)
+    program = torch.export.export(module, (x,))
+    file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    loaded = torch._inductor.aoti_load_package(file)
+    got, wanted = (applied(name, m, x) for m in (loaded, module))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_onnx_says_what_a_model_has_not(name, tmp_path):
+    module, x = MODULES[name]().eval(), example(name)
+    with pytest.raises(Exception, match=r"headworks::\w+|linear_attention: "):
+        torch.onnx.export(module, (x,), str(tmp_path / "m.onnx"), dynamo=False)
