@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs a command of README as a newcomer would: word for word, in a fresh copy of the tree.
 # Usage: ci/readme.sh [FOLDER [END]]   FOLDER: of the copy (default: a temporary one, removed
-#                                      afterwards); END: how the line ends (default: && pytest)
+#                                      afterwards); END: how the line ends (default: && pytest -n auto)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-end=${2:-'&& pytest$'}
+end=${2:-'&& pytest -n auto$'}
 command=$(grep -E "^python3 -m venv .*$end" README.md) || {
   echo "readme.sh: README.md has no line 'python3 -m venv ... $end'" >&2
   exit 1
