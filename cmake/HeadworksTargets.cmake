@@ -69,9 +69,15 @@ if(HW_EMULATOR)
     set_source_files_properties(${HW_SOURCES_EMULATED} PROPERTIES
       COMPILE_OPTIONS "${HW_RACE_FLAGS}")
   endif()
+  if(HW_COVERAGE)  # of all but the emulator itself; -O0 keeps every branch of the source
+    target_compile_options(hw_emulated PRIVATE --coverage -O0)
+    set_source_files_properties(${HW_SOURCES_EMULATED} PROPERTIES COMPILE_OPTIONS "${HW_COVERAGE_O}")
+    set_source_files_properties(${HW_SOURCES_EMULATOR} PROPERTIES
+      COMPILE_OPTIONS "-O3;-fno-profile-arcs;-fno-test-coverage")
+  endif()
   target_link_libraries(hw_emulated PRIVATE hw_flags)
   hw_shared_library(headworks_emulator hw_emulated)
-  target_link_libraries(headworks_emulator PRIVATE ${CMAKE_DL_LIBS})
+  target_link_libraries(headworks_emulator PRIVATE ${CMAKE_DL_LIBS} $<$<BOOL:${HW_COVERAGE}>:gcov>)
   list(APPEND HW_PYTHON_TARGETS headworks_emulator)
 endif()
 

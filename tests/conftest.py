@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test: a fixed seed, torch.empty filled with NaN, two threads. A test marked `operator` that
-compared nothing (headworks.testing.compare and friends) fails, unless it is marked `no_comparison`:
-then it fails if it did compare."""
+"""Every test: a fixed seed, torch.empty filled with NaN, two threads (HEADWORKS_TEST_THREADS). A
+test marked `operator` that compared nothing (headworks.testing.compare and friends) fails, unless
+it is marked `no_comparison`: then it fails if it did compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from headworks import testing
 
-THREADS = 2
+THREADS = int(os.environ.get("HEADWORKS_TEST_THREADS", "2"))
 
 
 def pytest_configure(config):

@@ -65,16 +65,18 @@ def test_layouts(spec, case, backend, device, dtype, layout):
     check_case(spec, case, backend, dtype, device=device, layout=layout)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_emulated_layouts(spec):
-    ran = targets(spec, emulated=True)
-    if not ran:
-        pytest.skip("the emulator is not built (preset emu)")
-    for backend, _, dtype in ran:
-        if dtype in (torch.float32, torch.bfloat16):
-            for case in spec.emulator_cases[:3]:
-                for layout in LAYOUTS[1:]:
-                    check_case(spec, case, backend, dtype, layout=layout)
+def emulated_targets():
+    for spec in SPECS:
+        for backend, _, dtype in targets(spec, emulated=True):
+            if dtype in (torch.float32, torch.bfloat16):
+                yield pytest.param(spec, backend, dtype, id=identify(spec, backend, dtype))
+
+
+@pytest.mark.parametrize("spec, backend, dtype", list(emulated_targets()))
+def test_emulated_layouts(spec, backend, dtype):
+    for case in spec.emulator_cases[:3]:
+        for layout in LAYOUTS[1:]:
+            check_case(spec, case, backend, dtype, layout=layout)
 
 
 @pytest.mark.parametrize(SAMPLE, samples(gradients=True))

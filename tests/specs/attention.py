@@ -384,6 +384,7 @@ EMULATOR_CASES = (
     case(Sq=2, Sk=700, H=2, Hq=4, D=8, Dv=8, aux=STATISTICS, label="splits"),
     case(lengths=((1, 3), (400, 300)), H=1, Hq=2, D=8, Dv=8, causal=True, aux=("lse",)),
     case(Sq=1, Sk=300, H=1, Hq=2, D=16, Dv=150, window=(280, None), label="splits of slices"),
+    case(Sq=33, H=1, Hq=2, D=200, Dv=8, bias="11qk"),
 )
 
 # The speed table: B1 H8 D64.

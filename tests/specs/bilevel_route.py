@@ -12,6 +12,7 @@ from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, Spec
 
 from . import bilevel_routing_attention as attention
+from .pairs import pairwise
 from .select_topk import one_hot
 
 
@@ -79,6 +80,22 @@ EMULATOR_CASES = (
     case(Y=4, X=4, regions=(4, 4), topk=5, H=1, D=8, equal=True),
     case(Y=9, X=8, regions=(2, 3), Yk=7, Xk=5, topk=2, H=1, D=8),
     case(B=0, H=1, D=8),
+    *(
+        case(**choice)
+        for choice in pairwise(
+            image=(
+                {"Y": 6, "X": 8, "regions": (2, 2)},
+                {"Y": 9, "X": 7, "regions": (4, 3)},
+                {"Y": 6, "X": 7, "Yk": 7, "Xk": 5, "regions": (3, 2)},
+                {"Y": 5, "X": 4, "regions": (2, 2), "kv_regions": (3, 2)},
+            ),
+            topk=(1, 3, 4),
+            B=(1, 2),
+            heads=({"H": 1}, {"H": 2, "Hq": 4}, {"H": 1, "Hq": 3}),
+            per_head=(False, True),
+            D=(1, 8, 40),
+        )
+    ),
 )
 
 SAMPLE_CASES = (

@@ -15,6 +15,7 @@ from headworks.ops import _routing_native as native
 from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
+from .pairs import pairwise
 from .routing import limit, operators_of
 
 STATISTICS = ("lse", "entropy", "p_max", "sq_norm")
@@ -170,6 +171,32 @@ EMULATOR_CASES = (
     ),
     case(B=0, H=1, D=8, Dv=8),
     case(Y=16, X=16, regions=(2, 2), topk=2, H=1, D=32, Dv=32),
+    # Widths of the tensor-core kernels with small, middle and large regions; columns of v in parts.
+    *(
+        case(Y=y, X=9, regions=(2, 1), topk=2, H=1, D=100, Dv=8, graph="twice", mask=m)
+        for y, m in ((2, True), (8, True), (16, True), (8, False))
+    ),
+    case(Y=4, X=5, regions=(2, 2), topk=2, H=1, D=8, Dv=150),
+    # More regions than the block that counts who lists them has threads.
+    case(Y=2, X=2, Yk=15, Xk=18, regions=(2, 2), kv_regions=(15, 18), topk=9, H=1, D=4, Dv=4),
+    *(
+        case(B=2, Dv=8, label="pairs", **choice)
+        for choice in pairwise(
+            image=(
+                {"Y": 6, "X": 8, "regions": (2, 2)},
+                {"Y": 5, "X": 7, "regions": (2, 3)},
+                {"Y": 6, "X": 7, "Yk": 7, "Xk": 5, "regions": (3, 2)},
+                {"Y": 5, "X": 4, "regions": (2, 2), "kv_regions": (3, 2)},
+            ),
+            graph=(None, "shared", "head", "popular", "twice"),
+            topk=(1, 3),
+            mask=(True, False),
+            heads=({"H": 1}, {"H": 2, "Hq": 4}, {"H": 1, "Hq": 3}),
+            scale=(None, -0.7, 0.0),
+            aux=((), ("lse",), STATISTICS),
+            D=(8, 40),
+        )
+    ),
 )
 
 SAMPLE_CASES = (

@@ -8,6 +8,8 @@ import torch
 import headworks as hw
 from headworks.testing import EVERY_DTYPE, Case, Spec
 
+from .pairs import pairwise
+
 
 def case(S=65, Dv=32, B=2, H=2, *, state_in=False, state_out=False, spread=1.0, masked=0, label=""):
     """`spread` multiplies the scores; the first `masked` of them are -inf."""
@@ -90,6 +92,19 @@ EMULATOR_CASES = (
     case(S=600, B=1, H=1, Dv=4, state_out=True),
     case(S=70, B=1, H=1, Dv=8, spread=50.0, state_out=True),
     case(S=9, B=1, H=1, Dv=8, masked=9, state_out=True, label="all"),
+    # Units of 8, 16 and 32 lanes, two slices of columns, one segment of time or several.
+    *(
+        case(label="pairs", **choice)
+        for choice in pairwise(
+            S=(3, 33, 260),
+            Dv=(8, 40, 68, 131, 132),
+            B=(1, 2),
+            H=(1, 3),
+            state_in=(False, True),
+            state_out=(False, True),
+            masked=(0, 2, 200),
+        )
+    ),
 )
 
 BENCHMARK_CASES = tuple(case(S=s, B=1, H=8, Dv=64) for s in (1024, 4096, 16384, 65536))

@@ -12,6 +12,7 @@ import torch
 import headworks as hw
 from headworks.testing import EVERY_DTYPE, Case, Spec
 
+from .pairs import pairwise
 from .select_topk import one_hot
 
 
@@ -92,6 +93,19 @@ EMULATOR_CASES = (
     case(S=30, K=18, W=10, B=2, H=1, D=37),
     *(case(S=s, K=2, W=w, H=1, D=8) for s, w in ((1, 1), (64, 64), (65, 3))),
     case(S=40, K=2, W=10, H=1, vectors="nan"),
+    *(
+        case(prefix=choice["length"] is not None, **choice)
+        for choice in pairwise(
+            S=(40, 270),
+            K=(1, 3, 18),
+            W=(1, 11, 40),
+            D=(4, 37),
+            B=(1, 2),
+            H=(1, 2),
+            length=(None, 270, 300),
+            vectors=("normal", "equal", "few", "nan"),
+        )
+    ),
 )
 
 SAMPLE_CASES = (

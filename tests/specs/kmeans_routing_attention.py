@@ -11,6 +11,7 @@ import headworks as hw
 from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
+from .pairs import pairwise
 from .routing import limit, operators_of
 
 # The function shadows its module in the package.
@@ -131,6 +132,27 @@ EMULATOR_CASES = (
     case(Sq=30, K=5, Wq=6, H=1, D=8, Dv=8, lists="empty"),
     *(case(Sq=30, K=2, Wq=15, H=1, D=d, Dv=dv) for d, dv in ((1, 1), (40, 8), (8, 70), (64, 64))),
     case(Sq=0, K=2, Wq=0, H=1, D=8, Dv=8),
+    # Widths of the tensor-core kernels with short, middle and long lists; columns of v in parts.
+    *(
+        case(Sq=s, K=1, Wq=w, H=1, D=100, Dv=8, lists="shuffled", label="wide")
+        for s, w in ((20, 12), (40, 33), (90, 80))
+    ),
+    case(Sq=20, K=1, Wq=12, H=1, D=8, Dv=150),
+    # More tokens, and more slots, than the block that sorts them has threads.
+    case(Sq=600, K=9, Wq=62, H=1, D=4, Dv=4, lists="twice", causal=True),
+    *(
+        case(Sq=37, K=2, B=2, Dv=8, label="pairs", **choice)
+        for choice in pairwise(
+            lists=("sorted", "twice", "holes", "popular"),
+            lengths=({"Wq": 9}, {"Wq": 37}, {"Wq": 20, "Sk": 50, "Wk": 23}),
+            heads=({"H": 1}, {"H": 2, "Hq": 4}, {"H": 1, "Hq": 3}),
+            scale=(None, -0.7, 0.0),
+            causal=(False, True),
+            mask_self=(False, True),
+            eps=(0.0, 1e-2),
+            D=(8, 40),
+        )
+    ),
 )
 
 SAMPLE_CASES = (

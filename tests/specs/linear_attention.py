@@ -179,6 +179,8 @@ EMULATOR_CASES = (
     case(S=33, H=1, D=8, Dv=8, scale=0.0, normalize=False),
     case(S=70, H=1, D=4, Dv=200, causal=False, state_in=True, state_out=True),
     case(lengths=(600, 5, 70), H=1, Hq=2, D=4, Dv=8, state_in=True, state_out=True),
+    # A state beyond shared memory.
+    case(S=40, H=1, Hq=2, D=1100, Dv=12, feature_map="elu1", state_in=True, state_out=True),
 )
 
 

@@ -91,6 +91,9 @@ EMULATOR_CASES = (
     case(B=1, H=2, D=5, Dv=12, normalize=False),
     case(B=1, H=1, D=32, Dv=8),
     case(B=1, H=1, D=20, Dv=16, feature_map="elu1"),
+    # Columns of v in several blocks, which leave z to a kernel of its own, or need none.
+    *(case(B=1, H=1, D=d, Dv=70, feature_map=m) for d, m in ((32, "taylor2"), (300, "relu"))),
+    case(B=1, H=2, Hq=6, D=9, Dv=70, normalize=False, scale=-0.7),
 )
 
 BENCHMARK_CASES = tuple(case(B=b, H=16, D=16, Dv=64) for b in (1, 64, 128))

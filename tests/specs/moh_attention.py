@@ -13,6 +13,7 @@ from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
+from .pairs import pairwise
 from .routing import limit, operators_of
 
 # The function shadows its module in the package.
@@ -84,6 +85,28 @@ EMULATOR_CASES = (
     case(Sq=300, Sk=16, H=1, D=8, Dv=8),
     case(Sq=70, H=2, D=8, Dv=8, gate=1.0),
     case(Sq=0, H=1, D=8, Dv=8),
+    # Widths of the tensor-core kernels with few, more and many rows; columns of v in parts.
+    *(case(Sq=s, Sk=20, H=2, D=100, Dv=8, gate=0.0) for s in (9, 40, 90)),
+    case(Sq=40, H=1, D=100, Dv=8, key_bias="11k"),
+    case(Sq=20, H=1, D=8, Dv=150),
+    # A bias that heads or batch entries share, of which the gradient is a sum.
+    *(case(Sq=40, B=2, H=1, Hq=2, D=d, Dv=8, bias="11qk") for d in (8, 100)),
+    *(
+        case(B=2, Dv=8, label="pairs", **choice)
+        for choice in pairwise(
+            Sq=(20, 70),
+            Sk=(30, 70),
+            gate=(0.0, 0.6),
+            heads=({"H": 1}, {"H": 2, "Hq": 4}, {"H": 1, "Hq": 3}),
+            scale=(None, -0.7, 0.0),
+            mask=({}, {"causal": True}, {"window": (9, 3)}, {"causal": True, "window": (9, 0)}),
+            bias=(None, "b1qk", "1h1k"),
+            key_bias=(None, "1hk"),
+            temperature=(None, "bq1"),
+            softcap=(0.0, 2.0),
+            D=(8, 40),
+        )
+    ),
 )
 
 SAMPLE_CASES = (
