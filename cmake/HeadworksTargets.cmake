@@ -70,8 +70,9 @@ if(HW_EMULATOR)
       COMPILE_OPTIONS "${HW_RACE_FLAGS}")
   endif()
   if(HW_COVERAGE)  # of all but the emulator itself; -O0 keeps every branch of the source
+    target_compile_definitions(hw_emulated PRIVATE HW_COVERAGE)
     target_compile_options(hw_emulated PRIVATE --coverage -O0)
-    set_source_files_properties(${HW_SOURCES_EMULATED} PROPERTIES COMPILE_OPTIONS "${HW_COVERAGE_O}")
+    set_source_files_properties(${HW_SOURCES_EMULATED} PROPERTIES COMPILE_OPTIONS "")
     set_source_files_properties(${HW_SOURCES_EMULATOR} PROPERTIES
       COMPILE_OPTIONS "-O3;-fno-profile-arcs;-fno-test-coverage")
   endif()

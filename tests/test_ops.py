@@ -31,15 +31,24 @@ def test_matches_reference(spec, case, backend, device, dtype):
     check_case(spec, case, backend, dtype, device=device)
 
 
-def emulator_schedules():
+EMULATED = "spec, backend, dtype"
+ONE = {"emulate:simt": (torch.float32,), "emulate:sm80": (torch.bfloat16,)}
+EITHER = dict.fromkeys(ONE, (torch.float32, torch.bfloat16))
+
+
+def emulated(dtypes):
     for spec in SPECS:
         for backend, _, dtype in targets(spec, emulated=True):
-            if dtype != (torch.float32 if backend == "emulate:simt" else torch.bfloat16):
-                continue
-            for copies in COPIES:
-                for order in ORDERS:
-                    name = identify(spec, backend, dtype, copies, order)
-                    yield pytest.param(spec, backend, dtype, copies, order, id=name)
+            if dtype in dtypes[backend]:
+                yield pytest.param(spec, backend, dtype, id=identify(spec, backend, dtype))
+
+
+def emulator_schedules():
+    for target in emulated(ONE):
+        for copies in COPIES:
+            for order in ORDERS:
+                name = identify(target.id, copies, order)
+                yield pytest.param(*target.values, copies, order, id=name)
 
 
 @pytest.mark.parametrize("spec, backend, dtype, copies, order", list(emulator_schedules()))
@@ -65,18 +74,30 @@ def test_layouts(spec, case, backend, device, dtype, layout):
     check_case(spec, case, backend, dtype, device=device, layout=layout)
 
 
-def emulated_targets():
-    for spec in SPECS:
-        for backend, _, dtype in targets(spec, emulated=True):
-            if dtype in (torch.float32, torch.bfloat16):
-                yield pytest.param(spec, backend, dtype, id=identify(spec, backend, dtype))
-
-
-@pytest.mark.parametrize("spec, backend, dtype", list(emulated_targets()))
+@pytest.mark.parametrize(EMULATED, list(emulated(EITHER)))
 def test_emulated_layouts(spec, backend, dtype):
     for case in spec.emulator_cases[:3]:
         for layout in LAYOUTS[1:]:
             check_case(spec, case, backend, dtype, layout=layout)
+
+
+@pytest.mark.parametrize(EMULATED, list(emulated(ONE)))
+def test_emulated_forward_alone(spec, backend, dtype):
+    """Without gradients, for which a call keeps less and may skip more."""
+    for case in spec.emulator_cases:
+        if not spec.limit(backend, case):
+            check_case(spec, case, backend, dtype, gradients=False)
+
+
+@pytest.mark.parametrize(EMULATED, list(emulated(ONE)))
+def test_emulated_gradient_alone(spec, backend, dtype):
+    """That of the first input: those of the others are not made."""
+    for case in spec.emulator_cases[:3]:
+        tensors = spec.make(case, dtype)
+        every = evaluate(spec, case, backend, tensors)
+        one = evaluate(_only(spec, *spec.differentiable[:1]), case, backend, tensors)
+        for name, x in one.items():
+            assert_same_bits(x, every[name], f"{name} alone")
 
 
 @pytest.mark.parametrize(SAMPLE, samples(gradients=True))
@@ -124,8 +145,8 @@ def test_each_gradient_alone(spec, case, backend, device, dtype):
         assert_same_bits(one[f"d_{name}"], every[f"d_{name}"], f"d_{name} alone")
 
 
-def _only(spec, name):
-    return type(spec)(**{**vars(spec), "differentiable": (name,)})
+def _only(spec, *names):
+    return type(spec)(**{**vars(spec), "differentiable": names})
 
 
 @pytest.mark.parametrize(SAMPLE, samples((torch.float32, torch.bfloat16)))

@@ -385,6 +385,19 @@ EMULATOR_CASES = (
     case(lengths=((1, 3), (400, 300)), H=1, Hq=2, D=8, Dv=8, causal=True, aux=("lse",)),
     case(Sq=1, Sk=300, H=1, Hq=2, D=16, Dv=150, window=(280, None), label="splits of slices"),
     case(Sq=33, H=1, Hq=2, D=200, Dv=8, bias="11qk"),
+    # One option each, and otherwise what the tensor-core kernels call plain.
+    *(
+        case(Sq=20, H=1, D=8, Dv=8, **option)
+        for option in (
+            *({"aux": (a,)} for a in STATISTICS),
+            {"mix": "h"},
+            {"gate": 0.3},
+            {"softcap": 2.0},
+            {"key_bias": "11k"},
+            {"key_gain": "11k"},
+            {"temperature": "1q1"},
+        )
+    ),
 )
 
 # The speed table: B1 H8 D64.

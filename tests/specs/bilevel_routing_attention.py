@@ -176,7 +176,7 @@ EMULATOR_CASES = (
         case(Y=y, X=9, regions=(2, 1), topk=2, H=1, D=100, Dv=8, graph="twice", mask=m)
         for y, m in ((2, True), (8, True), (16, True), (8, False))
     ),
-    case(Y=4, X=5, regions=(2, 2), topk=2, H=1, D=8, Dv=150),
+    *(case(Y=4, X=5, regions=(2, 2), topk=2, H=1, D=8, Dv=dv) for dv in (0, 150)),
     # More regions than the block that counts who lists them has threads.
     case(Y=2, X=2, Yk=15, Xk=18, regions=(2, 2), kv_regions=(15, 18), topk=9, H=1, D=4, Dv=4),
     *(
@@ -193,7 +193,7 @@ EMULATOR_CASES = (
             mask=(True, False),
             heads=({"H": 1}, {"H": 2, "Hq": 4}, {"H": 1, "Hq": 3}),
             scale=(None, -0.7, 0.0),
-            aux=((), ("lse",), STATISTICS),
+            aux=((), *((a,) for a in STATISTICS), STATISTICS),
             D=(8, 40),
         )
     ),

@@ -137,7 +137,7 @@ EMULATOR_CASES = (
         case(Sq=s, K=1, Wq=w, H=1, D=100, Dv=8, lists="shuffled", label="wide")
         for s, w in ((20, 12), (40, 33), (90, 80))
     ),
-    case(Sq=20, K=1, Wq=12, H=1, D=8, Dv=150),
+    *(case(Sq=20, K=1, Wq=12, H=1, D=8, Dv=dv) for dv in (0, 150)),
     # More tokens, and more slots, than the block that sorts them has threads.
     case(Sq=600, K=9, Wq=62, H=1, D=4, Dv=4, lists="twice", causal=True),
     *(

@@ -94,6 +94,7 @@ EMULATOR_CASES = (
     # Columns of v in several blocks, which leave z to a kernel of its own, or need none.
     *(case(B=1, H=1, D=d, Dv=70, feature_map=m) for d, m in ((32, "taylor2"), (300, "relu"))),
     case(B=1, H=2, Hq=6, D=9, Dv=70, normalize=False, scale=-0.7),
+    case(B=3, H=1, D=5, Dv=40, normalize=False),
 )
 
 BENCHMARK_CASES = tuple(case(B=b, H=16, D=16, Dv=64) for b in (1, 64, 128))

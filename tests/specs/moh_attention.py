@@ -88,7 +88,7 @@ EMULATOR_CASES = (
     # Widths of the tensor-core kernels with few, more and many rows; columns of v in parts.
     *(case(Sq=s, Sk=20, H=2, D=100, Dv=8, gate=0.0) for s in (9, 40, 90)),
     case(Sq=40, H=1, D=100, Dv=8, key_bias="11k"),
-    case(Sq=20, H=1, D=8, Dv=150),
+    *(case(Sq=20, H=1, D=8, Dv=dv) for dv in (0, 150)),
     # A bias that heads or batch entries share, of which the gradient is a sum.
     *(case(Sq=40, B=2, H=1, Hq=2, D=d, Dv=8, bias="11qk") for d in (8, 100)),
     *(

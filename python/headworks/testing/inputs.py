@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
+LAYOUTS = ("contiguous", "transposed", "strided", "padded", "offset", "expanded")
 
 
 def restride(x: Tensor, layout: str) -> Tensor:
@@ -19,7 +19,8 @@ def restride(x: Tensor, layout: str) -> Tensor:
 
     transposed    the second and third dimensions swapped in memory (with 2, the first two)
     strided       every second element of the last dimension of a wider tensor
-    offset        rows one element apart, at an odd offset from the start of the storage
+    padded        rows one element apart
+    offset        rows two elements apart, at an odd offset from the start of the storage
     expanded      zero strides along the first dimension: its first slice, repeated
     """
     if layout == "contiguous" or x.dim() < 2 or x.numel() == 0:
@@ -29,6 +30,8 @@ def restride(x: Tensor, layout: str) -> Tensor:
         return x.transpose(a, b).contiguous().transpose(a, b)
     if layout == "strided":
         y = _gaps(x, (*x.shape[:-1], 2 * x.shape[-1]))[..., ::2]
+    elif layout == "padded":
+        y = _gaps(x, (*x.shape[:-1], x.shape[-1] + 1))[..., :-1]
     elif layout == "offset":
         y = _gaps(x, (*x.shape[:-1], x.shape[-1] + 2))[..., 1:-1]
     elif layout == "expanded":
