@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls planned for other devices than the emulator's usual one: less shared memory for a block."""
+"""Calls planned for other devices than the emulator's usual one: less shared memory for a block. And
+what the tensor-core kernels decline."""
 
 from __future__ import annotations
 
@@ -60,3 +61,16 @@ def test_linear_attention_on_99_kilobytes(value_dim, configure):
     oracle, rough = gradients("reference", torch.float64), gradients("reference", torch.bfloat16)
     for x, y, r in zip(gradients("emulate:sm80", torch.bfloat16), oracle, rough, strict=True):
         compare(x, y, torch.bfloat16, reference=r)
+
+
+@pytest.mark.no_comparison
+@pytest.mark.parametrize("scale, loss", [(1e-8, "o"), (1e8, "o"), (0.0, "kv"), (0.0, "z")])
+def test_scales_that_tensor_cores_decline(scale, loss, configure):
+    """Of linear attention's gradients: what is divided by the scale must not leave fp32."""
+    q, k, v = (torch.randn(1, 70, 1, 16).bfloat16().requires_grad_() for _ in range(3))
+    o, state = hw.linear_attention(
+        q, k, v, scale=scale, normalize=False, output_final_state=True, backend="emulate:sm80"
+    )
+    outputs = {"o": o, "kv": state.kv, "z": state.z}
+    with pytest.raises(NotImplementedError, match=r"\|scale\| = .* is not in 1e-6 .. 1e6"):
+        outputs[loss].sum().backward()

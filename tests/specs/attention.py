@@ -387,7 +387,7 @@ EMULATOR_CASES = (
     case(Sq=33, H=1, Hq=2, D=200, Dv=8, bias="11qk"),
     # One option each, and otherwise what the tensor-core kernels call plain.
     *(
-        case(Sq=20, H=1, D=8, Dv=8, **option)
+        case(Sq=20, H=3, D=8, Dv=5, **option)
         for option in (
             *({"aux": (a,)} for a in STATISTICS),
             {"mix": "h"},

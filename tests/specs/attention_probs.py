@@ -81,6 +81,8 @@ CASES = (
     *(case(66, bias="11qk", hidden=0.4, chosen=x) for x in CHOICES),
 )
 
+FULL = {"bias": "b1qk", "key_bias": "bhk", "key_gain": "b1k", "temperature": "bqh", "softcap": 3.0}
+
 SPEC = Spec(
     name="attention_probs",
     function=hw.attention_probs,
@@ -92,6 +94,7 @@ SPEC = Spec(
         case(20, 40, H=1, Hq=2),
         case(40, 20, H=1, causal=True, chosen="rows"),
         case(lengths=((0, 7, 20, 1), (3, 9, 20, 0)), H=1, D=8, chosen="offsets"),
+        case(20, 33, B=2, H=2, Hq=4, D=8, gain_rows=(5, None), **FULL),
     ),
     benchmark_cases=(case(4096, H=8, D=64, causal=True),),
     sample_cases=(

@@ -179,11 +179,15 @@ EMULATOR_CASES = (
     case(S=33, H=1, D=8, Dv=8, scale=0.0, normalize=False),
     case(S=70, H=1, D=4, Dv=200, causal=False, state_in=True, state_out=True),
     case(lengths=(600, 5, 70), H=1, Hq=2, D=4, Dv=8, state_in=True, state_out=True),
+    *(
+        case(S=70, H=1, D=40, Dv=24, feature_map="elu1", causal=c, state_in=True, state_out=True)
+        for c in (True, False)
+    ),
     # States beyond shared memory: of fewer columns, and of none. Heads that fill the device.
     case(S=20, H=1, D=32, Dv=12, state_in=True, state_out=True),
-    case(S=40, H=1, Hq=2, D=1100, Dv=12, feature_map="elu1", state_in=True, state_out=True),
+    case(S=40, H=1, D=1100, Dv=12, feature_map="elu1", state_in=True, state_out=True),
     case(S=3, H=1, D=8200, Dv=4, feature_map="relu", state_out=True),
-    case(S=260, B=4, H=2, D=4, Dv=4),
+    case(lengths=(30, 30, 30, 30, 30, 30, 30, 50), H=1, D=4, Dv=4),
 )
 
 
