@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls planned for other devices than the emulator's usual one: less shared memory for a block. And
-what the tensor-core kernels decline."""
+"""Calls planned for other devices than the emulator's usual one: less shared memory for a block;
+and what the tensor-core kernels decline."""
 
 from __future__ import annotations
 
