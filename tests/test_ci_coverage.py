@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ci/coverage.py: what it calls unreached, in counts of a small kernel, and what explains it; and
+"""ci/check_coverage.py: what it calls unreached, in counts of a small kernel; what explains it; and
 that cases chosen pairwise have all pairs."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from specs.pairs import pairwise
 
-PATH = Path(__file__).parents[1] / "ci" / "coverage.py"
+PATH = Path(__file__).parents[1] / "ci" / "check_coverage.py"
 spec = importlib.util.spec_from_file_location("ci_coverage", PATH)
 coverage = importlib.util.module_from_spec(spec)
 sys.modules["ci_coverage"] = coverage
