@@ -3,7 +3,7 @@
 """What of the kernels the emulated comparisons never reach: reads the counts of a build of the
 preset `coverage` that has run them (ci/coverage.sh does all of it).
 
-    ci/check_coverage.py build/coverage             says what is never reached; 1 if that is unexplained
+    ci/check_coverage.py build/coverage       says what is never reached; 1 if that is unexplained
 
 Over csrc/ops and csrc/core, kernels and the host code around them:
 
