@@ -2,15 +2,17 @@
 # How one line becomes translation units and the dispatch table.
 #
 #   hw_add_operator(name FUNCTIONS f...  CPU t...  SIMT t...  SM80 t... SM80_DIMS d...  SM90 ...
-#                   CPU_APART t...  SIMT_APART f...  SM80_APART f...  SIMT_PTXAS option...)
+#                   CPU_APART t...  SIMT_APART f...  SM80_APART f...  SIMT_PTXAS option...
+#                   SIMT_TOGETHER)
 #
 # Instances are translation units of a few lines, written under the build folder:
 #   cpu          per instruction set, around csrc/ops/<name>/<name>_cpu.cpp, for all dtypes together
 #                but those listed as APART; instruction sets with a list HW_ISA_INSTANCES_<isa> only
 #                for the instances in it
 #   simt, sm80   per (dtype, dim), around csrc/ops/<name>/<name>_<backend>.cuh; a .cu for nvcc and,
-#                for the emulator, the same text as .cpp. nvcc takes minutes for some: the functions
-#                listed as APART get a unit of their own. PTXAS: options for the assembler
+#                for the emulator, the same text as .cpp. Where nvcc takes a minute, the functions
+#                listed as APART get a unit of their own; where it mostly reads headers, all are
+#                TOGETHER in one .cu. PTXAS: options for the assembler
 # Files that would not change are not rewritten, so a second configure compiles nothing.
 include_guard()
 include(${CMAKE_CURRENT_LIST_DIR}/HeadworksStop.cmake)
@@ -37,7 +39,7 @@ set(HW_TYPE_f16 hw::f16)
 
 macro(hw_add_operator name)
   set(HW_OP ${name})
-  cmake_parse_arguments(hw "" ""
+  cmake_parse_arguments(hw "SIMT_TOGETHER" ""
     "FUNCTIONS;CPU;CPU_APART;SIMT;SIMT_DIMS;SIMT_APART;SIMT_PTXAS;SM80;SM80_DIMS;SM80_APART;SM90;SM90_DIMS;SM90_APART"
     ${ARGN})
   if(NOT hw_FUNCTIONS OR hw_UNPARSED_ARGUMENTS)
@@ -144,25 +146,40 @@ macro(hw_add_gpu backend)
   if(hw_list)
     hw_require(${CMAKE_CURRENT_SOURCE_DIR}/csrc/${HW_KERNEL_HEADER})
   endif()
+  set(hw_tables_together "")
   foreach(HW_DTYPE IN LISTS hw_list)
     foreach(HW_DIM IN LISTS hw_dims)
       hw_add_gpu_instance()
     endforeach()
   endforeach()
+  if(hw_tables_together)
+    set(HW_APART "")
+    set(HW_TABLES "${hw_tables_together}")
+    hw_write_gpu_unit(instance_gpu.in ${HW_OP}_${HW_BACKEND}.cu HW_SOURCES_CUDA_${hw_upper})
+  endif()
 endmacro()
 
 macro(hw_add_gpu_instance)
   set(HW_TYPE ${HW_TYPE_${HW_DTYPE}})
+  set(hw_kernel "${HW_OP}::${HW_STRUCT}<${HW_TYPE}, ${HW_DIM}>")
   set(HW_INSTANCE ${HW_OP}_${HW_BACKEND}_${HW_DTYPE}_${HW_DIM})
   string(APPEND HW_DECLARATIONS "extern const FunctionTable ${HW_INSTANCE};\n")
-  set(HW_ENTRIES "")
+  set(HW_FINDERS "")
+  string(CONCAT HW_TABLES "extern const FunctionTable ${HW_INSTANCE};\n"
+    "const FunctionTable ${HW_INSTANCE} = {{\n")
   foreach(function IN LISTS hw_FUNCTIONS)
-    string(APPEND HW_ENTRIES "    ${function}_of<Kernel>(),\n")
+    string(APPEND HW_FINDERS "HW_FUNCTION_OF(${function})\n")
+    string(APPEND HW_TABLES "    ${function}_of<${hw_kernel}>(),\n")
   endforeach()
+  string(APPEND HW_TABLES "}};\n")
   string(CONCAT hw_row "    {&${HW_OP}::kOperator, Backend::${HW_BACKEND}, DType::${HW_DTYPE}, "
     "${HW_DIM}, Isa::none, &${HW_INSTANCE}},\n")
   if(HW_CUDA_FOUND AND HW_CUDA_ARCHS_${hw_upper})
-    hw_write_gpu_units(.cu HW_SOURCES_CUDA_${hw_upper} "${hw_${hw_upper}_APART}")
+    if(hw_${hw_upper}_TOGETHER)
+      string(APPEND hw_tables_together "${HW_TABLES}")
+    else()
+      hw_write_gpu_units(.cu HW_SOURCES_CUDA_${hw_upper} "${hw_${hw_upper}_APART}")
+    endif()
     string(APPEND HW_ROWS_NATIVE "${hw_row}")
   endif()
   if(HW_EMULATOR AND NOT HW_BACKEND STREQUAL "sm90")

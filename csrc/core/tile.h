@@ -164,11 +164,47 @@ HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, 
     row(column + 1) = std::bit_cast<Element>(static_cast<uint16_t>(word >> 16));
 }
 
+// Stores x[j][i], columns first + 8 j + i of a row, `first` even: those of a lane in a row of a
+// fragment. Rows of whole words, as almost all are, take one store per pair; the others take turns in
+// a loop that is not unrolled, which keeps the kernels that end with this short.
+template <class Element, int kTiles>
+HW_DEVICE HW_INLINE void store_pairs(const Ref<Element, 1>& row, int first, bool paired,
+                                     const float (&x)[kTiles][2]) {
+  Element* to = row.at(first);
+  const int end = static_cast<int>(row.size[0]) - first;
+  uint32_t word[kTiles];
+  HW_UNROLL
+  for (int j = 0; j < kTiles; ++j) word[j] = dev::pack<Element>(x[j][0], x[j][1]);
+  if (paired && row.size[0] % 2 == 0) {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j)
+      if (8 * j < end) *reinterpret_cast<Word*>(to + 8 * j) = word[j];
+    return;
+  }
+  const auto element = [](uint32_t bits) {
+    return std::bit_cast<Element>(static_cast<uint16_t>(bits));
+  };
+  HW_UNROLL_BY(1)
+  for (int column = 0; column < end && column < 8 * kTiles; column += 8) {
+    to[column * row.stride[0]] = element(word[0]);
+    if (column + 1 < end) to[(column + 1) * row.stride[0]] = element(word[0] >> 16);
+    HW_UNROLL
+    for (int j = 0; j + 1 < kTiles; ++j) word[j] = word[j + 1];
+  }
+}
+
 // The same in fp32.
-HW_DEVICE HW_INLINE void store_pair(const Ref<float, 1>& row, int64_t column, bool, float lo,
-                                    float hi) {
-  if (column < row.size[0]) row(column) = lo;
-  if (column + 1 < row.size[0]) row(column + 1) = hi;
+template <int kTiles>
+HW_DEVICE HW_INLINE void store_pairs(const Ref<float, 1>& row, int first, bool,
+                                     const float (&x)[kTiles][2]) {
+  float* to = row.at(first);
+  const int end = static_cast<int>(row.size[0]) - first;
+  const int64_t step = row.stride[0];
+  HW_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    if (8 * j < end) to[8 * j * step] = x[j][0];
+    if (8 * j + 1 < end) to[(8 * j + 1) * step] = x[j][1];
+  }
 }
 
 // ---- Shared memory ------------------------------------------------------------------------------
@@ -242,6 +278,14 @@ struct Fragment {
   }
   HW_DEVICE HW_INLINE void clear() {
     each([&](int s, int j, int i) { at[s][j][i] = 0.0f; });
+  }
+  // x[j] = times the pair of tile j of the lane's row g + 8 half of a strip
+  HW_DEVICE HW_INLINE void copy_row(float (&x)[kTiles][2], int s, int half, float times) const {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      x[j][0] = at[s][j][2 * half] * times;
+      x[j][1] = at[s][j][2 * half + 1] * times;
+    }
   }
   // f(s, j, i) of every element
   template <class F>

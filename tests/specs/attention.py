@@ -351,7 +351,7 @@ EMULATOR_CASES = (
     *(case(Sq=s, H=1, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     *(
         case(Sq=20, H=1, D=d, Dv=dv)
-        for d, dv in ((1, 1), (40, 8), (8, 40), (64, 64), (96, 20), (128, 128))
+        for d, dv in ((1, 1), (13, 21), (40, 8), (8, 40), (64, 64), (96, 20), (128, 128))
     ),
     case(Sq=70, H=1, Hq=2, D=100, Dv=128, causal=True),
     case(Sq=40, H=1, D=200, Dv=150, causal=True),
@@ -365,6 +365,7 @@ EMULATOR_CASES = (
     case(Sq=33, H=1, softcap=2.0, temperature="1qh", key_gain="11k", gain_rows=(-1, None)),
     *(case(Sq=33, Sk=40, H=1, Hq=2, weights=w) for w in WEIGHTS),
     case(Sq=70, H=2, gate=0.4, mix="h"),
+    case(Sq=33, H=1, D=13, Dv=21, gate=0.4, mix="h"),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
     # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,
     # three splits and more, slices of the values.

@@ -160,7 +160,7 @@ struct ProbsKernel {
     const A y = shape.capped(x), s = f.key_gain ? shape.score(y, gain, added) : y + added;
     const A statistic = f.row ? f.row.template as<const A>()(b, head, row) : A(1);
     const A rest = f.rest ? f.rest.template as<const A>()(b, head, row) : A(0);
-    return replay(f, s, replayed(f, source, i, statistic), replayed_rest(statistic, rest));
+    return replay(f, s, replayed(f, source, i, row, statistic), replayed_rest(statistic, rest));
   }
 
   HW_DEVICE HW_INLINE static A product(const ProbsParams& f, int64_t b, int64_t row, int64_t key,

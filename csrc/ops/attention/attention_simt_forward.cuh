@@ -86,7 +86,7 @@ class Rows {
     if (!f.skip_dead) return false;
     bool alive = false;
     for (int64_t i = tile.own().begin + dev::thread_index(); i < tile.own().end; i += kThreads)
-      alive |= !is_dead<Element>(f, tile.source(), tile.head(), i);
+      alive |= !is_dead<Element>(f, tile.source().batch(), tile.head(), tile.source().row(i));
     return !tile.vote(alive);
   }
 
@@ -165,21 +165,23 @@ class Rows {
   }
 
   HW_DEVICE HW_INLINE void finish() {
-    HW_UNROLL
-    for (int r = 0; r < kOwn; ++r) {
-      if (!tile.has_result(r)) continue;
+    const auto row = [&](int r) {
+      if (!tile.has_result(r)) return;
       const bool writes = task.part == 0 && other_lane() == 0;
-      const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r));
-      const A factor = end.settle(sums[r], writes);
-      if (!p.v.x) continue;
+      const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r),
+                                        tile.own_token(r));
+      const A factor = end.settle(sums[0], writes);
+      if (!p.v.x) return;
       HW_UNROLL
       for (int n = 0; n < kSlices; ++n) {
         if (column(n) >= p.v.width()) continue;
         HW_UNROLL
-        for (int c = 0; c < kV; ++c) values[n][r][c] *= factor;
-        end.template write<kV>(column(n), p.v.width(), values[n][r], p.o_vectors, p.w_vectors);
+        for (int c = 0; c < kV; ++c) values[n][0][c] *= factor;
+        end.template write<kV>(column(n), p.v.width(), values[n][0], p.o_vectors, p.w_vectors);
       }
-    }
+    };
+    static_assert(kSlices == 2);
+    each_row<kOwn>(row, sums, values[0], values[1]);
   }
 
   const RowsParams<Element, Source>& p;
@@ -222,7 +224,7 @@ struct MergeKernel {
     for (int64_t span = 0; span < p.plan.spans; ++span)
       whole.add(RowSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
     const A top = whole.max;
-    const RowEnd<Element, Source> end(p.f, source, task.head, place);
+    const RowEnd<Element, Source> end(p.f, source, task.head, place, source.row(place));
     const A factor = end.settle(whole, task.part == 0 && dev::lane() == 0);
     if (!p.v.x) return;
 

@@ -28,13 +28,14 @@ HW_DEVICE HW_INLINE A infinity() {
 template <class A, class Source, int kOwn>
 inline constexpr int kBytes = Source::kListed ? kListedBytes<A, kOwn> : kSharedBytes<A, kOwn>;
 
-// What replaying row i needs of its statistic: softmaxes L, with +inf for rows without weight; others
-// 1 / n.
+// What replaying row i, which is `token` in the tensors, needs of its statistic: softmaxes L, with +inf
+// for rows without weight; others 1 / n.
 template <class A, class Source>
-HW_DEVICE HW_INLINE A replayed(const ScoreParams& p, const Source& source, int64_t i, A row) {
+HW_DEVICE HW_INLINE A replayed(const ScoreParams& p, const Source& source, int64_t i, int64_t token,
+                               A row) {
   if (is_softmax(p.activation)) return row == -infinity<A>() ? infinity<A>() : row;
   if (p.normalizer == Normalizer::none) return A(1);
-  const A n = p.normalizer == Normalizer::sum ? row : static_cast<A>(source.seen(i));
+  const A n = p.normalizer == Normalizer::sum ? row : static_cast<A>(source.seen(i, token));
   return n != A(0) && n < infinity<A>() ? A(1) / n : A(0);
 }
 
@@ -440,7 +441,7 @@ class Tile {
       return given(of) ? of->template as<const A>()(b, head(), result) : otherwise;
     };
     const A row_statistic = exists ? number(row_, A(1)) : A(0);
-    terms(Term::statistic)[i] = exists ? replayed(p, source(), place, row_statistic) : A(0);
+    terms(Term::statistic)[i] = exists ? replayed(p, source(), place, row, row_statistic) : A(0);
     terms(Term::rest)[i] = exists ? replayed_rest(row_statistic, number(rest_, A(0))) : A(0);
     const A extra = exists ? number(extra_, A(0)) : A(0);
     terms(Term::extra)[i] = extra;

@@ -69,30 +69,29 @@ struct RowSums {
   }
 };
 
-// Nobody can see row i: its gate is 0, or u = 1.
-template <class Element, class Source>
-HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, const Source& source, int head,
-                                 int64_t i) {
+// Nobody can see the row that is `row` in the tensors: its gate is 0, or u = 1; or there is none.
+template <class Element>
+HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, int64_t batch, int head, int64_t row) {
   using A = Accum<Element>;
-  const int64_t b = source.batch();
-  if constexpr (Source::kListed)
-    if (source.row(i) < 0) return true;
-  if (f.identity_mix && f.identity_mix.template as<const A>()(b, head) == A(1)) return true;
-  return f.head_gate && f.head_gate.template as<const A>()(b, source.row(i), head) == A(0);
+  if (row < 0) return true;
+  if (f.identity_mix && f.identity_mix.template as<const A>()(batch, head) == A(1)) return true;
+  return f.head_gate && f.head_gate.template as<const A>()(batch, row, head) == A(0);
 }
 
-// The end of a row: statistics, division, mix and gate.
+// The end of row i, which is `row` in the tensors: statistics, division, mix and gate. Where it lies
+// is found once: in lists that takes divisions.
 template <class Element, class Source>
 class RowEnd {
  public:
   using A = Accum<Element>;
 
-  HW_DEVICE HW_INLINE RowEnd(const ForwardParams& params, const Source& s, int h, int64_t at)
-      : f(params), source(s), head(h), i(at) {}
+  HW_DEVICE HW_INLINE RowEnd(const ForwardParams& params, const Source& s, int h, int64_t place,
+                             int64_t row_)
+      : f(params), source(s), head(h), i(place), row(row_), at(s.row_result(place, row_)) {}
 
   // Writes statistics if asked to; returns the factor of the row's values.
   HW_DEVICE HW_INLINE A settle(RowSums<A> r, bool writes) const {
-    const bool dead = f.skip_dead && is_dead<Element>(f, source, head, i);
+    const bool dead = f.skip_dead && is_dead<Element>(f, source.batch(), head, row);
     return is_softmax(f.activation) ? settle_softmax(r, writes, dead) : normalize(r, writes, dead);
   }
 
@@ -100,7 +99,7 @@ class RowEnd {
   template <int kCount>
   HW_DEVICE HW_INLINE void write(int column, int width, A (&w)[kCount], bool o_vectors,
                                  bool w_vectors) const {
-    const int64_t b = source.batch(), row = source.row(i), at = source.row_result(i, row);
+    const int64_t b = source.batch();
     const int available = width - column;
     if (f.w) {
       const Ref<Element, 4> to = f.w.template as<Element>();
@@ -109,7 +108,7 @@ class RowEnd {
     if (f.identity_mix) {
       const A u = f.identity_mix.template as<const A>()(b, head);
       const Ref<const Element, 4> v = f.v.template as<const Element>();
-      const Element* own = v.at(b, source.key_of_row(i), head / f.group(), column);
+      const Element* own = v.at(b, source.key_of_row(i, row), head / f.group(), column);
       HW_UNROLL
       for (int c = 0; c < kCount; ++c)
         if (c < available) w[c] = (A(1) - u) * w[c] + u * static_cast<A>(own[c * v.stride[3]]);
@@ -150,7 +149,7 @@ class RowEnd {
 
   HW_DEVICE HW_INLINE A normalize(const RowSums<A>& r, bool writes, bool dead) const {
     A n = A(1);
-    if (f.normalizer == Normalizer::length) n = static_cast<A>(source.seen(i));
+    if (f.normalizer == Normalizer::length) n = static_cast<A>(source.seen(i, row));
     if (f.normalizer == Normalizer::sum) {
       n = r.sum;
       if (writes) put(f.row, dead ? infinity<A>() : n);
@@ -160,15 +159,13 @@ class RowEnd {
   }
 
   HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, A value) const {
-    if (!to) return;
-    const int64_t at = source.row_result(i, source.row(i));
-    to.template as<A>()(source.batch(), head, at) = value;
+    if (to) to.template as<A>()(source.batch(), head, at) = value;
   }
 
   const ForwardParams& f;
   const Source& source;
   const int head;
-  const int64_t i;
+  const int64_t i, row, at;  // at: of its results
 };
 
 }  // namespace hw::attention::simt

@@ -44,10 +44,15 @@ struct MaskedSequence {
   HW_DEVICE HW_INLINE int64_t batch() const { return at.batch; }
   HW_DEVICE HW_INLINE int64_t rows() const { return at.q_count; }
   HW_DEVICE HW_INLINE int64_t keys() const { return at.k_count; }
-  // Row i and key j in the tensors; the key that stands where row i does.
+  // Row i and key j in the tensors.
   HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
   HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
-  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i) const { return at.k_begin + i; }
+  // The key that stands where row i does, and the number of keys it sees, given its place in the
+  // tensors.
+  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i, int64_t) const { return at.k_begin + i; }
+  HW_DEVICE HW_INLINE int64_t seen(int64_t i, int64_t) const {
+    return mask.visible_keys(i).count();
+  }
   // Where results and statistics of row i, results of key j are, given their places in the tensors.
   HW_DEVICE HW_INLINE int64_t row_result(int64_t, int64_t row) const { return row; }
   HW_DEVICE HW_INLINE int64_t key_result(int64_t, int64_t key) const { return key; }
@@ -62,7 +67,6 @@ struct MaskedSequence {
     const Range seen = mask.visible_keys(i);
     return j >= seen.begin && j < seen.end;
   }
-  HW_DEVICE HW_INLINE int64_t seen(int64_t i) const { return mask.visible_keys(i).count(); }
 };
 
 // ---- Loading ------------------------------------------------------------------------------------

@@ -102,29 +102,52 @@ struct Finish {
     return moved * inverse;
   }
 
-  // Two columns of w (before gate and mix).
-  HW_DEVICE HW_INLINE void write(int64_t row, int column, float lo, float hi) const {
+  // x[j][i]: columns first + 8 j + i of w (before gate and mix).
+  template <int kTiles>
+  HW_DEVICE HW_INLINE void write(int64_t row, int first, float (&x)[kTiles][2]) const {
     const int64_t batch = place.at.batch, token = place.at.q_begin + row;
     if constexpr (kMixes) {
-      if (f.w) store_pair(row_of(w, batch, token), column, w.paired, lo, hi);
-      if (f.identity_mix) {
-        const float u = f.identity_mix.template as<const float>()(batch, place.head);
-        const Ref<const Element, 4> v = f.v.template as<const Element>();
-        const Element* own = v.at(batch, place.at.k_begin + row, place.key_head);
-        const int64_t last = f.value_dim() - 1, step = v.stride[3];
-        lo = (1.0f - u) * lo + u * static_cast<float>(own[min_of<int64_t>(column, last) * step]);
-        hi =
-            (1.0f - u) * hi + u * static_cast<float>(own[min_of<int64_t>(column + 1, last) * step]);
-      }
+      if (f.w) store_pairs(row_of(w, batch, token), first, w.paired, x);
+      if (f.identity_mix) mix(row, first, x);
       if (f.head_gate) {
         const float g = f.head_gate.template as<const float>()(batch, token, place.head);
-        lo *= g, hi *= g;
+        HW_UNROLL
+        for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
       }
     }
-    store_pair(row_of(o, batch, token), column, o.paired, lo, hi);
+    store_pairs(row_of(o, batch, token), first, o.paired, x);
   }
 
  private:
+  // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at once
+  // need more registers than there are.
+  template <int kTiles>
+  HW_DEVICE HW_INLINE void mix(int64_t row, int first, float (&x)[kTiles][2]) const {
+    const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);
+    const Ref<const Element, 4> v = f.v.template as<const Element>();
+    const Element* own = v.at(place.at.batch, place.at.k_begin + row, place.key_head, first);
+    const int end = static_cast<int>(f.value_dim()) - first;
+    const int64_t step = v.stride[3];
+    constexpr int kTogether = min_of(kTiles, 4);
+    HW_UNROLL_BY(1)
+    for (int at = 0; at < 8 * kTiles; at += 8 * kTogether) {
+      float mixed[kTogether][2];
+      HW_UNROLL
+      for (int n = 0; n < 2 * kTogether; ++n) {
+        const int j = n / 2, i = n % 2, column = at + 8 * j + i;
+        mixed[j][i] = x[j][i];
+        if (column < end)
+          mixed[j][i] = (1.0f - u) * x[j][i] + u * static_cast<float>(own[column * step]);
+      }
+      HW_UNROLL
+      for (int n = 0; n < 2 * (kTiles - kTogether); ++n)
+        x[n / 2][n % 2] = x[n / 2 + kTogether][n % 2];
+      HW_UNROLL
+      for (int n = 0; n < 2 * kTogether; ++n)
+        x[kTiles - kTogether + n / 2][n % 2] = mixed[n / 2][n % 2];
+    }
+  }
+
   HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t batch,
                                              int64_t token) const {
     const Ref<Element, 4>& r = to.ref;
@@ -179,14 +202,15 @@ struct MergeKernel {
     const float factor = finish.settle(row, whole, dead, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
-      float lo = 0, hi = 0;
+      float x[1][2] = {};
       for (int64_t span = 0; span < p.spans; ++span) {
         const float* value = p.partials.values_of(span, index) + column;
         const float part = RowSums{p.partials.sums_of(span, index)[0]}.move(top, p.units.unit);
-        lo += part * value[0];
-        if (column + 1 < columns) hi += part * value[1];
+        x[0][0] += part * value[0];
+        if (column + 1 < columns) x[0][1] += part * value[1];
       }
-      finish.write(row, column, lo * factor, hi * factor);
+      x[0][0] *= factor, x[0][1] *= factor;
+      finish.write(row, column, x);
     }
   }
 

@@ -310,11 +310,9 @@ struct ForwardKernel {
           } else {
             const float factor = finish.settle(row, r, is_dead, dev::lane() % 4 == 0);
             if (!kPlain && !p.f.v) continue;
-            HW_UNROLL
-            for (int j = 0; j < Values::kTiles; ++j)
-              if (const int column = Values::column(j, 0); column < p.f.value_dim())
-                finish.write(row, column, w.at[strip][j][2 * half] * factor,
-                             w.at[strip][j][2 * half + 1] * factor);
+            float x[Values::kTiles][2];
+            w.copy_row(x, strip, half, factor);
+            finish.write(row, Values::column(0, 0), x);
           }
         }
       }

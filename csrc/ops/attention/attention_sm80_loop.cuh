@@ -191,13 +191,9 @@ struct Loop {
     for (int half = 0; half < 2; ++half) {
       const int64_t at = result_row(half);
       if (at < 0) continue;
-      const Ref<T, 1> row = row_of(to.ref, at, head);
-      const float times = factor(half);
-      HW_UNROLL
-      for (int j = 0; j < Values::kTiles; ++j)
-        if (const int column = Values::column(j, 0); column < row.size[0])
-          store_pair(row, column, to.paired, sums.at[0][j][2 * half] * times,
-                     sums.at[0][j][2 * half + 1] * times);
+      float x[Values::kTiles][2];
+      sums.copy_row(x, 0, half, factor(half));
+      store_pairs(row_of(to.ref, at, head), Values::column(0, 0), to.paired, x);
     }
   }
 

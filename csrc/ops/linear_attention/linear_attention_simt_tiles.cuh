@@ -87,6 +87,8 @@ template <class Element, class Acc = Accum<Element>>
 HW_DEVICE HW_INLINE void load_keys(Acc* tile, const Side<Element>& side, FeatureMap map, Acc scale,
                                    const Rows& rows, int column, int count, int ones) {
   const Acc factor = side.query ? scale : Acc(1);
+  // The columns of a row are a loop: unrolled, rows are more code, but not more loads in flight.
+  HW_UNROLL_BY(1)
   for (int row = row_group(); row < kRows; row += kGroups) {
     const bool valid = rows.valid(row);
     const Element* from =
@@ -104,6 +106,7 @@ template <int kColumns, class Element, class Acc = Accum<Element>>
 HW_DEVICE HW_INLINE void load_values(Acc* tile, Acc* extra, const Side<Element>& side,
                                      const Rows& rows, int column) {
   const int available = static_cast<int>(side.value.size[3]) - column;
+  HW_UNROLL_BY(1)
   for (int row = row_group(); row < kRows; row += kGroups) {
     const bool valid = rows.valid(row);
     const int64_t at = rows.first + row;

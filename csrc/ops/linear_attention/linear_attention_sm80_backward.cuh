@@ -129,8 +129,10 @@ struct GradientKernel {
 
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
-      state.template load<false>(p.before, index, stream.walk.state_head, p.first + column, p.dim(),
-                                 factors_in(p.scale, kQueries));
+      smem.chunks.features.template fill<kThreads>(p.dim());
+      dev::sync_block();
+      state.template load<false>(p.before, index, stream.walk.state_head, p.first + column,
+                                 smem.chunks.features, factors_in(p.scale, kQueries));
       publish_sums();
       if (dev::thread_index() == 0) smem.c = c;
     }

@@ -246,8 +246,10 @@ struct ApplyKernel {
 
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
+      smem.chunks.features.template fill<kThreads>(p.dim());
+      dev::sync_block();
       state.template load<true>(p.before, index, stream.walk.state_head, stream.first + column,
-                                p.dim(), factors_in(p.scale, kQueries));
+                                smem.chunks.features, factors_in(p.scale, kQueries));
       if constexpr (!kQueries) {
         for (int i = dev::thread_index(); i < Smem::kPieces * Smem::kPitch; i += kThreads)
           smem.n[i / Smem::kPitch][i % Smem::kPitch] = P::zero();
@@ -260,8 +262,8 @@ struct ApplyKernel {
     HW_DEVICE HW_INLINE void finish() {
       if (!kQueries && stream.walk.head % p.group != 0) return;
       state.template store<true>(p.after, stream.walk.segment.sequence, stream.walk.state_head,
-                                 stream.first + column, p.dim(), factors_out(p.scale, kQueries),
-                                 stream.first == 0);
+                                 stream.first + column, smem.chunks.features,
+                                 factors_out(p.scale, kQueries), stream.first == 0);
     }
   };
 
@@ -315,6 +317,8 @@ struct TotalsKernel {
     State<Element, kWarps> state;
     state.clear();
     stream.prefetch(Item{});
+    smem.features.template fill<kThreads>(p.dim());
+    dev::sync_block();
     for (Item item; walk.has(item); item = walk.next(item)) {
       stream.await();
       stream.prefetch(walk.next(item));
@@ -322,7 +326,7 @@ struct TotalsKernel {
       stream.template add<true>(state, item);
     }
     state.template store<true>(p.after, dev::block_index_x(), walk.state_head,
-                               stream.first + dev::warp() * 16, p.dim(),
+                               stream.first + dev::warp() * 16, smem.features,
                                factors_out(p.scale, kQueries), stream.first == 0);
   }
 };

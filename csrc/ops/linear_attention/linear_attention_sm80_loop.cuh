@@ -177,6 +177,7 @@ struct ChunkSmem {
   Turned<Element> b;
   If<kLoop != Loop::totals, Turned<Element>> a;
   Walk walk;
+  SlotFeatures features;
 };
 
 template <class Element, int kDim, Loop kLoop, bool kQueries>

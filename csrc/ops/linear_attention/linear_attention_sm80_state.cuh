@@ -46,15 +46,30 @@ HW_DEVICE HW_INLINE Coefficients factors_out(float scale, bool over_queries) {
   return over_queries ? coefficients(scale) : Coefficients{1.0f, 1.0f, 1.0f};
 }
 
-// Position of a slot among the features, -1 for none. `store`: the copy of the constant is none.
-HW_DEVICE HW_INLINE int slot_feature(int d, int slot, bool store) {
+// The slot that holds a copy of the constant: loaded like it, not stored.
+inline constexpr int kCopySlot = 16 * kProducts + 9;
+
+// Position of a slot among the features, -1 for none.
+HW_DEVICE HW_INLINE int slot_feature(int d, int slot) {
   const int block = slot / 16, c = slot % 16;
   if (block == kLinear) return c < d ? 1 + c : -1;
-  if (block == kProducts && c >= 8) return c == 8 || (c == 9 && !store) ? 0 : -1;
+  if (block == kProducts && c >= 8) return c <= 9 ? 0 : -1;
   const int other = (c + block) % 16;
   const int a = min_of(c, other), b = max_of(c, other);
   return b < d ? quadratic_feature(d, a, b) : -1;
 }
+
+// The same of all slots, in shared memory: a thread needs it of 80 elements.
+struct SlotFeatures {
+  int16_t at[kSlots];
+
+  // Whole block of kThreads; a barrier before it is read.
+  template <int kThreads>
+  HW_DEVICE HW_INLINE void fill(int d) {
+    for (int i = dev::thread_index(); i < kSlots; i += kThreads)
+      at[i] = static_cast<int16_t>(slot_feature(d, i));
+  }
+};
 
 // Where states of one direction live: [slot or sequence, H, F, Dv] and [.., H, F].
 struct StatePlace {
@@ -102,12 +117,12 @@ struct State {
   // Loads the state of (index, head), times `c`; `first`: first column of the warp.
   template <bool kByColumn>
   HW_DEVICE HW_INLINE void load(const StatePlace& place, int64_t index, int head, int64_t first,
-                                int d, const Coefficients& c) {
+                                const SlotFeatures& features, const Coefficients& c) {
     clear();
     if (place.kv) {
       const Ref<float, 2> kv = place.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
-        const int feature = slot_feature(d, slot, false);
+        const int feature = features.at[slot];
         if (feature < 0 || first + column >= kv.size[1]) return;
         value = kv(feature, first + column) * coefficient;
       });
@@ -115,7 +130,7 @@ struct State {
     if (place.z) {
       const Ref<float, 1> z = place.z.slice(index).slice(head);
       visit_sums(c, [&](float& value, float&, int slot, float coefficient) {
-        const int feature = slot_feature(d, slot, false);
+        const int feature = features.at[slot];
         if (feature >= 0) value = z(feature) * coefficient;
       });
     }
@@ -124,11 +139,11 @@ struct State {
   // Stores it, times `c`; n only where `with_n` (one block of those that share the state).
   template <bool kByColumn>
   HW_DEVICE HW_INLINE void store(const StatePlace& place, int64_t index, int head, int64_t first,
-                                 int d, const Coefficients& c, bool with_n) {
+                                 const SlotFeatures& features, const Coefficients& c, bool with_n) {
     if (place.kv) {
       const Ref<float, 2> kv = place.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
-        const int feature = slot_feature(d, slot, true);
+        const int feature = slot == kCopySlot ? -1 : features.at[slot];
         if (feature >= 0 && first + column < kv.size[1])
           kv(feature, first + column) = value * coefficient;
       });
@@ -136,7 +151,7 @@ struct State {
     if (!with_n || !place.z) return;
     const Ref<float, 1> z = place.z.slice(index).slice(head);
     visit_sums(c, [&](float& value, float& rest, int slot, float coefficient) {
-      const int feature = slot_feature(d, slot, true);
+      const int feature = slot == kCopySlot ? -1 : features.at[slot];
       if (feature >= 0 && dev::lane() % 4 == 0) z(feature) = (value + rest) * coefficient;
     });
   }

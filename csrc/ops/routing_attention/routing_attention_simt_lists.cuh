@@ -74,7 +74,7 @@ struct Listed {
     if (regions) return routing->keys.cells.token(region, j);
     return routing->keys ? token(routing->keys, place, j) : j;
   }
-  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i) const { return row(i); }
+  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t, int64_t token) const { return token; }
 
   // Results by slot are in the order of groups and their slots; those of spans likewise.
   HW_DEVICE HW_INLINE int64_t row_result(int64_t i, int64_t token) const {
@@ -87,7 +87,9 @@ struct Listed {
   // Lists are in any order: tiles are looked at one by one.
   HW_DEVICE HW_INLINE Range keys_of(const Range&) const { return {0, keys()}; }
   HW_DEVICE HW_INLINE Range rows_of(const Range&) const { return {0, rows()}; }
-  HW_DEVICE HW_INLINE int64_t seen(int64_t i) const { return mask.visible_keys(row(i)).count(); }
+  HW_DEVICE HW_INLINE int64_t seen(int64_t, int64_t token) const {
+    return mask.visible_keys(token).count();
+  }
 
   // Row i and key j by token; -1: a slot without one, which as a key may be seen, -2: no slot.
   HW_DEVICE HW_INLINE bool tokens_meet(int64_t i, int64_t j) const {
