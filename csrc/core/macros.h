@@ -4,6 +4,8 @@
 //   HW_HOST_DEVICE   callable on both sides
 //   HW_DEVICE        device code; in the emulator build an ordinary host function
 //   HW_INLINE        forced inlining, for the innermost primitives
+//   HW_NOINLINE      one copy of a step that takes much longer than its call: CPU code is compiled
+//                    for several instruction sets, and each copy costs the one who installs it
 #pragma once
 
 #if defined(__CUDACC__)
@@ -15,6 +17,7 @@
 #define HW_DEVICE
 #define HW_INLINE inline __attribute__((always_inline))
 #endif
+#define HW_NOINLINE __attribute__((noinline))
 
 #if defined(__CUDACC__)
 #define HW_UNROLL _Pragma("unroll")
