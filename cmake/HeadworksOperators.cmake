@@ -8,7 +8,7 @@
 # Instances are translation units of a few lines, written under the build folder:
 #   cpu          per instruction set, around csrc/ops/<name>/<name>_cpu.cpp, for all dtypes together
 #                but those listed as APART; instruction sets with a list HW_ISA_INSTANCES_<isa> only
-#                for the instances in it
+#                for the instances in it, with a list HW_ISA_WITHOUT_<isa> not for its dtypes
 #   simt, sm80   per (dtype, dim), around csrc/ops/<name>/<name>_<backend>.cuh; a .cu for nvcc and,
 #                for the emulator, the same text as .cpp. Where nvcc takes a minute, the functions
 #                listed as APART get a unit of their own; where it mostly reads headers, all are
@@ -103,7 +103,8 @@ endmacro()
 macro(hw_write_cpu_unit name dtypes)
   set(HW_TABLES "")
   foreach(HW_DTYPE IN ITEMS ${dtypes})
-    if(NOT HW_ISA_INSTANCES_${HW_ISA} OR ${HW_OP}_${HW_DTYPE} IN_LIST HW_ISA_INSTANCES_${HW_ISA})
+    if((NOT HW_ISA_INSTANCES_${HW_ISA} OR ${HW_OP}_${HW_DTYPE} IN_LIST HW_ISA_INSTANCES_${HW_ISA})
+        AND NOT HW_DTYPE IN_LIST HW_ISA_WITHOUT_${HW_ISA})
       set(HW_INSTANCE ${HW_OP}_cpu_${HW_DTYPE}_${HW_ISA})
       string(APPEND HW_TABLES "extern const FunctionTable ${HW_INSTANCE};\n"
         "const FunctionTable ${HW_INSTANCE} = kTable<${HW_TYPE_${HW_DTYPE}}>;\n")

@@ -74,9 +74,10 @@ endif()
 set(HW_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(HW_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
 set(HW_ISA_FLAGS_avx512bf16 ${HW_ISA_FLAGS_avx512} -mavx512bf16)
-# An instruction set that is worth it for some instances only, <operator>_<dtype>; the others fall
-# back to a weaker one.
+# An instruction set that is worth it for some instances only, <operator>_<dtype>, or not for some
+# dtypes; the others fall back to a weaker one.
 set(HW_ISA_INSTANCES_avx512bf16 attention_bf16 routing_attention_bf16)
+set(HW_ISA_WITHOUT_avx512 f64)
 set(HW_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # A unit holds several dtypes; gcc stops inlining in large ones. What is not inlined in a unit for a

@@ -235,6 +235,19 @@ def test_an_instruction_set_for_some_instances_only():
         torch.testing.assert_close(results["avx512"], results["avx512bf16"], rtol=0.02, atol=0.02)
 
 
+def test_an_instruction_set_without_a_dtype():
+    """fp64 stops at avx2: the wider set has all other instances of an operator, and no more."""
+    if "avx512" not in _library.info()["cpu"]["built"]:
+        pytest.skip("this build has no avx512")
+    for op in _library.info()["operators"]:
+        built = {
+            isa: {i["dtype"] for i in op["instances"] if i["isa"] == isa}
+            for isa in ("avx2", "avx512")
+        }
+        assert "float64" in built["avx2"], op["name"]
+        assert built["avx512"] == built["avx2"] - {"float64"}, op["name"]
+
+
 def test_lanes_without_a_row_add_nothing():
     """Behind an odd number of rows lies a lane whose weight, e^(0 + 100 - 0), is infinite. Neither
     gradients of keys nor column sums may meet it: a bias that all keys share changes nothing."""

@@ -4,6 +4,8 @@
 //   HW_HOST_DEVICE   callable on both sides
 //   HW_DEVICE        device code; in the emulator build an ordinary host function
 //   HW_INLINE        forced inlining, for the innermost primitives
+//   HW_NOINLINE      one copy of a step that takes much longer than its call: CPU code is compiled
+//                    for several instruction sets, and each copy costs the one who installs it
 #pragma once
 
 #if defined(__CUDACC__)
@@ -18,6 +20,7 @@
 #else
 #define HW_INLINE inline __attribute__((always_inline))
 #endif
+#define HW_NOINLINE __attribute__((noinline))
 #endif
 
 #if defined(__CUDACC__)

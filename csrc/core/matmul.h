@@ -65,12 +65,6 @@ struct LaneFactors {
   HW_INLINE LaneFactors from(int lane) const { return {factor + lane}; }
 };
 
-// What else is done while a product runs: after each register tile.
-struct NothingMeanwhile {
-  HW_INLINE void step() const {}
-};
-constexpr NothingMeanwhile kNothing;
-
 // Memory that will be wanted afterwards is asked for, some rows a step. Requests in one burst would
 // wait for each other; among multiplications they cost next to nothing.
 struct Requests {
@@ -87,17 +81,22 @@ struct Requests {
   }
 };
 
-template <bool kAccumulate, int kRows, int kVectors, class E, class B, class T, class Factors>
-HW_INLINE void tile(int k, Operand<E> a, B b, T* __restrict c, int64_t ldc, Factors factors) {
+// C (+)= A B of one register tile, k > 0: a loop that may be left at once would keep sums in memory.
+template <int kRows, int kVectors, class E, class B, class T, class Factors>
+HW_INLINE void tile(bool accumulate, int k, Operand<E> a, B b, T* __restrict c, int64_t ldc,
+                    Factors factors) {
   static_assert(kLanes<E> == kLanes<T>);
-  static_assert(!kAccumulate || std::is_same_v<Factors, NoFactors>);
   Vec<T> sum[kRows][kVectors];
   HW_UNROLL for (int i = 0; i < kRows; ++i) {
-    HW_UNROLL for (int v = 0; v < kVectors; ++v) {
-      sum[i][v] = kAccumulate ? load(c + i * ldc + v * kLanes<T>) : Vec<T>{};
+    HW_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = Vec<T>{};
+  }
+  if (accumulate) {
+    HW_UNROLL for (int i = 0; i < kRows; ++i) {
+      HW_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = load(c + i * ldc + v * kLanes<T>);
     }
   }
-  for (int p = 0; p < k; ++p) {
+  int p = 0;
+  do {
     const E* __restrict from = b.row(p);
     Vec<E> row[kVectors];
     HW_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(from + v * kLanes<E>);
@@ -105,7 +104,7 @@ HW_INLINE void tile(int k, Operand<E> a, B b, T* __restrict c, int64_t ldc, Fact
       const Vec<E> x = splat(a.data[i * a.row + p * a.col]);
       HW_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, row[v], sum[i][v]);
     }
-  }
+  } while (++p < k);
   HW_UNROLL for (int i = 0; i < kRows; ++i) {
     HW_UNROLL for (int v = 0; v < kVectors; ++v) {
       store(c + i * ldc + v * kLanes<T>, factors(sum[i][v], v * kLanes<T>));
@@ -114,36 +113,51 @@ HW_INLINE void tile(int k, Operand<E> a, B b, T* __restrict c, int64_t ldc, Fact
 }
 
 // All rows of a column panel of kVectors vectors, the last rows by a smaller tile. Never inlined:
-// amid other code the compiler would keep some of the sums in memory.
-template <bool kAccumulate, int kVectors, int kRows = kTileRows, class E, class B, class T,
-          class Factors, class Meanwhile>
-[[gnu::noinline]] void panel(int m, int k, Operand<E> a, B b, T* c, int64_t ldc, Factors factors,
-                             Meanwhile& meanwhile) {
+// amid other code the compiler would keep some of the sums in memory. Whether sums start from C, and
+// whether memory is asked for, is known at run time only: each size of a tile is compiled once.
+template <int kVectors, int kRows = kTileRows, class E, class B, class T, class Factors>
+HW_NOINLINE void panel(bool accumulate, int m, int k, Operand<E> a, B b, T* c, int64_t ldc,
+                       Factors factors, Requests* meanwhile) {
   for (; m >= kRows; m -= kRows, a = a.rows(kRows), c += kRows * ldc) {
-    tile<kAccumulate, kRows, kVectors>(k, a, b, c, ldc, factors);
-    meanwhile.step();
+    tile<kRows, kVectors>(accumulate, k, a, b, c, ldc, factors);
+    if (meanwhile != nullptr) meanwhile->step();
   }
   if constexpr (kRows > 1)
-    if (m > 0) panel<kAccumulate, kVectors, kRows - 1>(m, k, a, b, c, ldc, factors, meanwhile);
+    if (m > 0) panel<kVectors, kRows - 1>(accumulate, m, k, a, b, c, ldc, factors, meanwhile);
 }
 
-// B: rows as core/rows.h knows them.
-template <bool kAccumulate, int kVectors = kTileVectors, class E, class B, class T,
-          class Factors = NoFactors, class Meanwhile = const NothingMeanwhile>
-inline void multiply(int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
-                     Factors factors = {}, Meanwhile& meanwhile = kNothing) {
+template <class T>
+HW_NOINLINE void clear(int m, int n, T* c, int64_t ldc) {
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < n; ++j) c[i * ldc + j] = T(0);
+}
+
+template <int kVectors, class E, class B, class T, class Factors>
+HW_NOINLINE void panels(bool accumulate, int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
+                        Factors factors, Requests* meanwhile) {
   constexpr int kColumns = kVectors * kLanes<T>;
+  if (k <= 0) {
+    if (!accumulate) clear(m, n, c, ldc);
+    return;
+  }
   for (; n >= kColumns;
        n -= kColumns, b = b.from(kColumns), c += kColumns, factors = factors.from(kColumns))
-    panel<kAccumulate, kVectors>(m, k, a, b, c, ldc, factors, meanwhile);
+    panel<kVectors>(accumulate, m, k, a, b, c, ldc, factors, meanwhile);
   if constexpr (kVectors > 1)
-    if (n > 0) multiply<kAccumulate, kVectors - 1>(m, n, k, a, b, c, ldc, factors, meanwhile);
+    if (n > 0) panels<kVectors - 1>(accumulate, m, n, k, a, b, c, ldc, factors, meanwhile);
 }
 
-template <bool kAccumulate, class E, class T, class Factors = NoFactors,
-          class Meanwhile = const NothingMeanwhile>
-inline void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c, int64_t ldc,
-                     Factors factors = {}, Meanwhile& meanwhile = kNothing) {
+// B: rows as core/rows.h knows them. `meanwhile`: a step of it after each register tile, or null.
+template <bool kAccumulate, class E, class B, class T, class Factors = NoFactors>
+HW_INLINE void multiply(int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
+                        Factors factors = {}, Requests* meanwhile = nullptr) {
+  static_assert(!kAccumulate || std::is_same_v<Factors, NoFactors>);
+  panels<kTileVectors>(kAccumulate, m, n, k, a, b, c, ldc, factors, meanwhile);
+}
+
+template <bool kAccumulate, class E, class T, class Factors = NoFactors>
+HW_INLINE void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c,
+                        int64_t ldc, Factors factors = {}, Requests* meanwhile = nullptr) {
   multiply<kAccumulate>(m, n, k, a, Panel<E>{b, ldb}, c, ldc, factors, meanwhile);
 }
 

@@ -73,7 +73,7 @@ inline void parallel_tasks(int64_t count, int threads, const F& f) {
 // (every take rounds up to 64).
 class Scratch {
  public:
-  static Scratch& of_thread() {
+  HW_NOINLINE static Scratch& of_thread() {
     static thread_local Scratch scratch;
     return scratch;
   }
@@ -82,7 +82,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(base_); }
 
-  void reset(int64_t bytes) {
+  HW_NOINLINE void reset(int64_t bytes) {
     used_ = 0;
     if (bytes <= capacity_) return;
     std::free(base_);
@@ -96,10 +96,7 @@ class Scratch {
 
   template <class T>
   T* take(int64_t count) {
-    char* p = base_ + used_;
-    used_ += bytes_of<T>(count);
-    if (used_ > capacity_) throw std::bad_alloc();
-    return reinterpret_cast<T*>(p);
+    return reinterpret_cast<T*>(take_bytes(bytes_of<T>(count)));
   }
 
   template <class T>
@@ -108,6 +105,13 @@ class Scratch {
   }
 
  private:
+  HW_NOINLINE char* take_bytes(int64_t bytes) {
+    char* p = base_ + used_;
+    used_ += bytes;
+    if (used_ > capacity_) throw std::bad_alloc();
+    return p;
+  }
+
   char* base_ = nullptr;
   int64_t capacity_ = 0, used_ = 0;
 };
@@ -120,7 +124,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
 
-  void reserve(int64_t bytes) {
+  HW_NOINLINE void reserve(int64_t bytes) {
     std::free(data_);
     data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
     if (data_ == nullptr && bytes > 0) throw std::bad_alloc();

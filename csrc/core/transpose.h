@@ -12,7 +12,7 @@ namespace {
 // to[j, i] (+)= from[i, j] for i < rows, j < columns: squares of whole vectors, then the rims.
 // `from`: rows as core/rows.h knows them.
 template <bool kAdd = false, class From, class A>
-void transpose(From from, int rows, int columns, A* __restrict to, int64_t to_ld) {
+HW_NOINLINE void transpose(From from, int rows, int columns, A* __restrict to, int64_t to_ld) {
   constexpr int kSide = kLanes<A>;
   const int whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
   for (int i = 0; i < whole_rows; i += kSide)
@@ -43,7 +43,7 @@ void transpose(const A* from, int64_t from_ld, int rows, int columns, A* to, int
 
 // Columns [from, to) of the first `rows` rows become 0.
 template <class A>
-void clear_columns(A* m, int64_t ld, int rows, int from, int to) {
+HW_NOINLINE void clear_columns(A* m, int64_t ld, int rows, int from, int to) {
   for (int i = 0; i < rows && from < to; ++i)
     for (int j = from; j < to; ++j) m[i * ld + j] = A{};
 }
@@ -57,7 +57,7 @@ HW_INLINE void prefetch_row(const Ref<T, 2>& x, int64_t row) {
 
 // In lanes, then in order of the lanes.
 template <class A>
-A inner_product(const A* x, const A* y, int n) {
+HW_NOINLINE A inner_product(const A* x, const A* y, int n) {
   Vec<A> lanes{};
   int j = 0;
   for (; j + kLanes<A> <= n; j += kLanes<A>) lanes = fma(load(x + j), load(y + j), lanes);

@@ -29,7 +29,7 @@ class AlongKeys {
   static constexpr int kSide = kLanes<A>;
 
   // Whether blocks of `rows` rows that see `keys` keys are best walked here.
-  static bool serves(const ForwardParams& p, int64_t rows, int64_t keys) {
+  HW_NOINLINE static bool serves(const ForwardParams& p, int64_t rows, int64_t keys) {
     if (rows <= kFewRows) return true;
     const bool plain = !(p.softcap > 0 || p.bias || p.key_bias || p.key_gain || p.mass);
     return std::is_same_v<T, A> && plain && (rows <= kSide / 2 || keys <= kKeys);
@@ -41,7 +41,7 @@ class AlongKeys {
   }
 
   // `values`: batch entries that share the scores.
-  AlongKeys(const ForwardParams& p, int64_t values)
+  HW_NOINLINE AlongKeys(const ForwardParams& p, int64_t values)
       : p_(p),
         q_(p.q.as<const T>()),
         k_(p.k.as<const T>()),
@@ -72,7 +72,8 @@ class AlongKeys {
   }
 
   // Adds the keys to the sums of the block's rows, and makes w of them, [values, kRows, padded Dv].
-  void walk(const Block& block, const Range& keys, RowSums<A>& sums, A* w, Requests& meanwhile) {
+  HW_NOINLINE void walk(const Block& block, const Range& keys, RowSums<A>& sums, A* w,
+                        Requests& meanwhile) {
     w_ = w;
     empty_ = true;
     load_queries(block);
@@ -85,13 +86,13 @@ class AlongKeys {
  private:
   A* w_of(int64_t n, int i) { return w_ + (n * kRows + i) * padded_values_; }  // [Dv]
 
-  void clear(int rows) {
+  HW_NOINLINE void clear(int rows) {
     for (int64_t n = 0; n < values_; ++n) std::fill_n(w_of(n, 0), rows * padded_values_, A(0));
     empty_ = false;
   }
 
   // q times scale tau, padded with zeros.
-  void load_queries(const Block& block) {
+  HW_NOINLINE void load_queries(const Block& block) {
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
     const Ref<const T, 2> q = rows_of_head(q_, block.at.batch, block.head);
     const A scale = static_cast<A>(p_.scale);
@@ -163,13 +164,13 @@ class AlongKeys {
 
   // x of n keys in lanes; beyond, of whole vectors, 0.
   template <class K>
-  void products(const K& k, int rows, int n, Requests& meanwhile) {
+  HW_NOINLINE void products(const K& k, int rows, int n, Requests& meanwhile) {
     if (rows == 1) return products_of_row(k, n, p_tile_);
     hw::transpose(k, n, p_.dim(), columns_, kKeys);
     const int wide = round_up(n, kSide);
     clear_columns(columns_, kKeys, p_.dim(), n, wide);
     multiply<false>(rows, wide, p_.dim(), row_major(static_cast<const A*>(q_rows_), padded_),
-                    Panel<A>{columns_, kKeys}, p_tile_, kKeys, NoFactors{}, meanwhile);
+                    Panel<A>{columns_, kKeys}, p_tile_, kKeys, NoFactors{}, &meanwhile);
   }
 
   template <class K>
@@ -188,7 +189,7 @@ class AlongKeys {
   }
 
   // -inf where the row does not see a key, and beyond the keys.
-  void hide(const Block& block, const Range& keys, int i, A* s) const {
+  HW_NOINLINE void hide(const Block& block, const Range& keys, int i, A* s) const {
     const Range seen = block.visible_keys(i);
     const int64_t begin = std::clamp<int64_t>(seen.begin - keys.begin, 0, kKeys);
     const int64_t end =
@@ -197,14 +198,14 @@ class AlongKeys {
     std::fill(s + end, s + kKeys, -kInfinity<A>);
   }
 
-  static void put_own(const Block& block, const Range& keys, int i, A* s) {
+  HW_NOINLINE static void put_own(const Block& block, const Range& keys, int i, A* s) {
     const Range own = block.self[block.rows.begin + i];
     const int64_t end = std::min(own.end, keys.end);
     for (int64_t j = std::max(own.begin, keys.begin); j < end; ++j) s[j - keys.begin] = kSelf<A>;
   }
 
   // s of x in place, masks apart.
-  void shape(const Block& block, const Range& keys, int i, A* x) const {
+  HW_NOINLINE void shape(const Block& block, const Range& keys, int i, A* x) const {
     const int64_t b = block.at.batch, in_sequence = block.place(i);
     const Ref<const A, 3> key_bias = p_.key_bias.template as<const A>(),
                           key_gain = p_.key_gain.template as<const A>();
@@ -224,7 +225,7 @@ class AlongKeys {
 
   // e^(s - shift) in place of s, of a vector of rows from i on; their sums and w move to the new
   // maximum. What is summed across lanes is so for all of them at once.
-  void soften(const Block& block, const Range& keys, int i, RowSums<A>& sums) {
+  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, RowSums<A>& sums) {
     const int rows = std::min(kSide, block.count() - i);
     const int wide = round_up(static_cast<int>(keys.count()), kSide);
     V most[kSide];
@@ -276,14 +277,14 @@ class AlongKeys {
     store(to, load(to) + across<A>(rows, [](V a, V b) { return a + b; }));
   }
 
-  void rescale(int i, int rows, const A* factor) {
+  HW_NOINLINE void rescale(int i, int rows, const A* factor) {
     for (int64_t n = 0; n < values_; ++n)
       for (int r = 0; r < rows; ++r)
         for (int d = 0; d < padded_values_; d += kSide)
           store(w_of(n, i + r) + d, load(w_of(n, i + r) + d) * factor[r]);
   }
 
-  A mass(const Block& block, const Range& keys, const A* e) const {
+  HW_NOINLINE A mass(const Block& block, const Range& keys, const A* e) const {
     const Ref<const A, 3> m = p_.mass_keys.template as<const A>();
     A total = 0;
     for (int64_t j = 0; j < keys.count(); ++j)
@@ -292,7 +293,7 @@ class AlongKeys {
   }
 
   // a(s) in place of s; false if all of it is zero.
-  bool activate(int i, RowSums<A>& sums) {
+  HW_NOINLINE bool activate(int i, RowSums<A>& sums) {
     V total{};
     for (int l = 0; l < kKeys; l += kSide) {
       A* s = p_of(i) + l;
@@ -314,14 +315,14 @@ class AlongKeys {
     }
     const Operand<A> p = row_major(static_cast<const A*>(p_tile_), kKeys);
     if (empty_)
-      multiply<false>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, meanwhile);
+      multiply<false>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, &meanwhile);
     else
-      multiply<true>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, meanwhile);
+      multiply<true>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, &meanwhile);
   }
 
   // The same of the rows that have `any` weight.
   template <class Values>
-  void add_values_of(const bool* any, const Values& v, int rows, int n, int64_t b) {
+  HW_NOINLINE void add_values_of(const bool* any, const Values& v, int rows, int n, int64_t b) {
     if (empty_ && b == 0) clear(rows);
     for (int i = 0; i < rows; ++i)
       if (any[i]) add_values_of_row(v, n, p_of(i), w_of(b, i));

@@ -45,7 +45,7 @@ class Backward {
   using V = Vec<A>;
 
   // `lists` (or null): the rows of each query head, instead of all.
-  Backward(const BackwardParams& p, int threads, const RowLists* lists = nullptr)
+  HW_NOINLINE Backward(const BackwardParams& p, int threads, const RowLists* lists = nullptr)
       : p_(p),
         threads_(threads),
         lists_(lists),
@@ -82,7 +82,7 @@ class Backward {
     }
   };
 
-  Cut cut_of(const Sequence& at) const {
+  HW_NOINLINE Cut cut_of(const Sequence& at) const {
     int64_t spans = 1;
     if (heads_ > 0 && heads_ < kFewHeads)
       spans = std::max<int64_t>(
@@ -94,14 +94,14 @@ class Backward {
   // One span's part of d_q: [sequences or 1, max rows, query heads, padded_].
   int64_t part_rows() const { return p_.q.size[0] * p_.q.size[1]; }
   int64_t part_size() const { return part_rows() * p_.query_heads() * padded_; }
-  A* part_of(const Block& b, int i, int64_t span) {
+  HW_NOINLINE A* part_of(const Block& b, int i, int64_t span) {
     const int64_t row = b.at.batch * p_.q.size[1] + b.row(i);
     return reinterpret_cast<A*>(parts_.data()) + span * part_size() +
            (row * p_.query_heads() + b.head) * padded_;
   }
 
   // All rows of a query head.
-  Block rows_of(const Sequence& at, int head) const {
+  HW_NOINLINE Block rows_of(const Sequence& at, int head) const {
     Block all{at, mask_of(p_, at), head, {0, at.q_count}};
     if (lists_ != nullptr) {
       all.places = lists_->of(at.batch, head);
@@ -166,7 +166,7 @@ class Backward {
   }
 
   // Zeroed rows of d_k and d_v for the span.
-  KeySums<A> prepare(const Sequence& at, int head, const Range& keys, Buffer& buffer) {
+  HW_NOINLINE KeySums<A> prepare(const Sequence& at, int head, const Range& keys, Buffer& buffer) {
     const Ref<T, 4> d_k = p_.d_k.template as<T>(), d_v = p_.d_v.template as<T>();
     KeySums<A> s{};
     if constexpr (std::is_same_v<T, A>) {
@@ -193,7 +193,8 @@ class Backward {
     return s;
   }
 
-  void write_keys(const Sequence& at, int head, const Range& keys, const KeySums<A>& s) {
+  HW_NOINLINE void write_keys(const Sequence& at, int head, const Range& keys,
+                              const KeySums<A>& s) {
     const Ref<T, 4> d_k = p_.d_k.template as<T>(), d_v = p_.d_v.template as<T>();
     for (int64_t j = 0; j < keys.count(); ++j) {
       const int64_t key = at.k_begin + keys.begin + j;
@@ -202,7 +203,7 @@ class Backward {
     }
   }
 
-  void clear_key_gradients(const Sequence& at, int head, const Range& keys) {
+  HW_NOINLINE void clear_key_gradients(const Sequence& at, int head, const Range& keys) {
     for (const Ref<void, 3>* to : {&p_.d_key_bias, &p_.d_key_gain})
       for (int64_t j = keys.begin; *to && j < keys.end; ++j)
         to->template as<A>()(at.batch, head, at.k_begin + j) = 0;
@@ -215,7 +216,7 @@ class Backward {
   }
 
   // d_q = scale tau sum, d_tau = scale <sum, q>
-  void write_query(const Block& block, int i, A* sum, A factor, A* q_row) {
+  HW_NOINLINE void write_query(const Block& block, int i, A* sum, A factor, A* q_row) {
     const int64_t batch = block.at.batch, row = block.row(i);
     if (p_.d_row_temperature) {
       const Ref<const T, 4> q = p_.q.template as<const T>();
@@ -289,8 +290,8 @@ class SharedBias {
   }
 
  private:
-  void visit(int64_t batch, int head, int64_t index, Tile<T>& tile, Cotangents<T>& cotangents, A* s,
-             A* ds) {
+  HW_NOINLINE void visit(int64_t batch, int head, int64_t index, Tile<T>& tile,
+                         Cotangents<T>& cotangents, A* s, A* ds) {
     const Sequence at = sequence(p_, batch);
     const Block block{at,
                       mask_of(p_, at),

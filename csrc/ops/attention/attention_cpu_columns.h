@@ -69,8 +69,8 @@ class Columns {
     write(at, head, keys, sums);
   }
 
-  void add_block(const Block& block, const Range& keys, Tile<T>& tile, const Replay<T>& replay,
-                 A* s, E* room, const Sums& sums) {
+  HW_NOINLINE void add_block(const Block& block, const Range& keys, Tile<T>& tile,
+                             const Replay<T>& replay, A* s, E* room, const Sums& sums) {
     alignas(64) A weight[kRows] = {};
     for (int i = 0; i < block.count(); ++i) weight[i] = weight_of(block, i);
     Panel<E> x{};
@@ -98,7 +98,8 @@ class Columns {
     return p_.row_weight.template as<const A>()(block.at.batch, block.head, block.row(i));
   }
 
-  static void add_sums(const Range& keys, const Lanes& lanes, const A* p, const A* weight, A* sum) {
+  HW_NOINLINE static void add_sums(const Range& keys, const Lanes& lanes, const A* p,
+                                   const A* weight, A* sum) {
     for (int64_t j = 0; j < keys.count(); ++j) {
       V total = load(sum + j * kLanes<A>);
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>)
@@ -108,7 +109,7 @@ class Columns {
   }
 
   // NaN is kept, whether it comes first or last.
-  static void raise(const Range& keys, int first, int rows, const A* p, A* max) {
+  HW_NOINLINE static void raise(const Range& keys, int first, int rows, const A* p, A* max) {
     for (int64_t j = 0; j < keys.count(); ++j)
       for (int i = first; i < first + rows; ++i) {
         A& top = max[j * kLanes<A>];
@@ -117,7 +118,7 @@ class Columns {
       }
   }
 
-  void write(const Sequence& at, int head, const Range& keys, const Sums& sums) {
+  HW_NOINLINE void write(const Sequence& at, int head, const Range& keys, const Sums& sums) {
     for (int64_t j = 0; j < keys.count(); ++j) {
       const int64_t key = at.k_begin + keys.begin + j;
       if (p_.sum)
@@ -195,7 +196,8 @@ class Probs {
     return p_.keys(block.at.batch, i);
   }
 
-  A weight(const Block& b, int64_t key, const A* q, A* k, const Statistic& statistic) const {
+  HW_NOINLINE A weight(const Block& b, int64_t key, const A* q, A* k,
+                       const Statistic& statistic) const {
     const int64_t batch = b.at.batch, j = b.key(key), row = b.row(0);
     widen(k, k_.at(batch, j, b.head / p_.group()), p_.dim(), k_.stride[3]);
     A x = static_cast<A>(p_.scale) * inner_product(q, k, p_.dim());

@@ -48,7 +48,7 @@ class Forward {
   }
 
   // A block that is not empty, and all its keys. `meanwhile`: see core/matmul.h.
-  void run_block(const Block& block, const Requests& meanwhile = {}) {
+  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {}) {
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
     fill(block, kWhole, 0, state, scratch, meanwhile);
@@ -57,7 +57,7 @@ class Forward {
 
  private:
   // `cuts`: into panels of batch entries, and spans of keys.
-  Forward(const ForwardParams& p, int threads, bool cuts)
+  HW_NOINLINE Forward(const ForwardParams& p, int threads, bool cuts)
       : p_(p),
         threads_(threads),
         v_(p_.v.as<const T>()),
@@ -81,7 +81,7 @@ class Forward {
   };
   static constexpr Cut kWhole{1, int64_t{1} << 62};
 
-  Cut cut_of(const Sequence& at) const {
+  HW_NOINLINE Cut cut_of(const Sequence& at) const {
     const int64_t tasks = heads_ * ceil_div<int64_t>(at.q_count, kRows);
     if (tasks == 0 || tasks >= kFewTasks) return kWhole;
     const int64_t spans = std::min(ceil_div(kFewTasks, tasks), at.k_count / kSpanTokens);
@@ -105,12 +105,12 @@ class Forward {
   }
 
   int64_t values_size() const { return panels_ * padded_values() * kRows; }
-  int64_t partial_bytes() const {
+  HW_NOINLINE int64_t partial_bytes() const {
     return round_up<int64_t>(sizeof(RowSums<A>), 64) + Scratch::bytes_of<A>(values_size());
   }
 
   // Blocks of a head lie together, the last one, which sees most keys, first.
-  Block block_of(int64_t task) const {
+  HW_NOINLINE Block block_of(int64_t task) const {
     const int64_t block = blocks_ - 1 - task % blocks_, head = task / blocks_ % heads_;
     const Sequence at =
         sequence(p_, p_.packed() ? task / blocks_ / heads_ : task / blocks_ / heads_ * panels_);
@@ -125,7 +125,7 @@ class Forward {
     return p_.packed() ? 1 : std::min(panels_, p_.batch() - b.at.batch);
   }
 
-  Scratch& reserve() const {
+  HW_NOINLINE Scratch& reserve() const {
     Scratch& scratch = Scratch::of_thread();
     const int64_t tile = Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
                          Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_));
@@ -167,8 +167,8 @@ class Forward {
   }
 
   // The sums of a span of keys.
-  void fill(const Block& block, const Cut& cut, int64_t span, State& state, Scratch& scratch,
-            const Requests& meanwhile = {}) {
+  HW_NOINLINE void fill(const Block& block, const Cut& cut, int64_t span, State& state,
+                        Scratch& scratch, const Requests& meanwhile = {}) {
     state.rows->clear();
     state.dead = dead(block);
     state.along_keys = along_keys(block);
@@ -180,7 +180,7 @@ class Forward {
     return AlongKeys<T>::serves(p_, block.count(), block.keys().count());
   }
 
-  bool dead(const Block& b) const {
+  HW_NOINLINE bool dead(const Block& b) const {
     if (!p_.skip_dead) return false;
     if (p_.identity_mix && p_.identity_mix.template as<const A>()(b.at.batch, b.head) == 1)
       return true;
@@ -190,8 +190,8 @@ class Forward {
     return true;
   }
 
-  void walk(const Block& block, const Cut& cut, int64_t span, State& state, Scratch& scratch,
-            Requests meanwhile) {
+  HW_NOINLINE void walk(const Block& block, const Cut& cut, int64_t span, State& state,
+                        Scratch& scratch, Requests meanwhile) {
     Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
     keys.end = std::min(keys.end, (span + 1) * cut.length);
@@ -214,7 +214,8 @@ class Forward {
   }
 
   // p relative to the running maximum, in place of s.
-  bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s, State& state) {
+  HW_NOINLINE bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s,
+                          State& state) {
     RowSums<A>& r = *state.rows;
     const int n = static_cast<int>(keys.count());
     alignas(64) A factor[kRows];
@@ -246,13 +247,13 @@ class Forward {
     store(sum, load(sum) + e * (d < A(-1e4) ? V{} : d));
   }
 
-  static void add_squares(const A* e, int n, A* sum) {
+  HW_NOINLINE static void add_squares(const A* e, int n, A* sum) {
     V total = load(sum);
     for (int j = 0; j < n; ++j) total = fma(load(e + j * kRows), load(e + j * kRows), total);
     store(sum, total);
   }
 
-  void add_mass(const Block& block, const Range& keys, const A* e, A* sum) {
+  HW_NOINLINE void add_mass(const Block& block, const Range& keys, const A* e, A* sum) {
     const Ref<const A, 3> m = p_.mass_keys.template as<const A>();
     V total = load(sum);
     for (int64_t j = keys.begin; j < keys.end; ++j)
@@ -260,7 +261,7 @@ class Forward {
     store(sum, total);
   }
 
-  void rescale(const Lanes& lanes, const A* factor, A* values) {
+  HW_NOINLINE void rescale(const Lanes& lanes, const A* factor, A* values) {
     for (int64_t d = 0; d < panels_ * value_dim_; ++d)
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = values + d * kRows + l;
@@ -269,7 +270,8 @@ class Forward {
   }
 
   // a(s) in place of s; false if all of the tile is zero.
-  bool activate(const Block&, const Range& keys, const Lanes& lanes, A* s, State& state) {
+  HW_NOINLINE bool activate(const Block&, const Range& keys, const Lanes& lanes, A* s,
+                            State& state) {
     V any{};
     for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       V total{};
@@ -286,15 +288,15 @@ class Forward {
   }
 
   // w^T += v^T p^T of the tile.
-  void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s, State& state,
-                  E* room) {
+  HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s,
+                              State& state, E* room) {
     const int n = static_cast<int>(keys.count());
     const E* p = tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
       const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
                      kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
-                     NoFactors{}, tile.meanwhile);
+                     NoFactors{}, &tile.meanwhile);
     }
   }
 
@@ -311,7 +313,7 @@ class Forward {
   }
 
   // The sums of the next span to those of the spans before.
-  void add(const Block& block, State& whole, const State& part) {
+  HW_NOINLINE void add(const Block& block, State& whole, const State& part) {
     const int width = round_up(block.count(), kLanes<A>);
     alignas(64) A of_whole[kRows], of_part[kRows];
     for (int i = 0; i < width; ++i) {
@@ -333,7 +335,8 @@ class Forward {
       }
   }
 
-  void add_rows(const Block& block, A* whole, const A* of_whole, const A* part, const A* of_part) {
+  HW_NOINLINE void add_rows(const Block& block, A* whole, const A* of_whole, const A* part,
+                            const A* of_part) {
     for (int64_t b = 0; b < panels_; ++b)
       for (int i = 0; i < block.count(); ++i) {
         const int64_t row = (b * kRows + i) * padded_values();
@@ -343,7 +346,7 @@ class Forward {
   }
 
   // Outputs of a block.
-  void finish(const Block& block, State& state, Scratch& scratch) {
+  HW_NOINLINE void finish(const Block& block, State& state, Scratch& scratch) {
     alignas(64) A factor[kRows];
     find_factors(block, state, factor);
     if (!v_) return;
@@ -367,7 +370,7 @@ class Forward {
   }
 
   // The same of w as AlongKeys leaves it.
-  void finish_rows(const Block& block, A* values, const A* factor, Scratch& scratch) {
+  HW_NOINLINE void finish_rows(const Block& block, A* values, const A* factor, Scratch& scratch) {
     const bool vectors = outputs_.writes_vectors();
     A* v_row = scratch.take<A>(padded_values());
     for (int64_t b = 0; b < panels_of(block); ++b) {
@@ -385,7 +388,7 @@ class Forward {
   }
 
   // What the values of each row are multiplied by.
-  void find_factors(const Block& block, State& state, A* factor) {
+  HW_NOINLINE void find_factors(const Block& block, State& state, A* factor) {
     if (p_.activation == Activation::softmax && !reads_out_) {
       for (int l = 0; l < block.count(); l += kLanes<A>) {
         const V total = load(state.rows->sum + l);
@@ -399,7 +402,7 @@ class Forward {
   }
 
   // Row statistic and read-outs of a softmax row; returns the factor of its values.
-  A settle(const Block& block, int i, State& state) {
+  HW_NOINLINE A settle(const Block& block, int i, State& state) {
     RowSums<A>& r = *state.rows;
     const bool one_more = p_.activation == Activation::softmax1;
     const A before = r.max[i];
@@ -424,7 +427,7 @@ class Forward {
     return moved * inverse;
   }
 
-  A normalize(const Block& block, int i, const State& state) {
+  HW_NOINLINE A normalize(const Block& block, int i, const State& state) {
     const A n = p_.normalizer == Normalizer::sum ? state.rows->sum[i]
                 : p_.normalizer == Normalizer::length
                     ? static_cast<A>(block.visible_keys(i).count())
@@ -434,7 +437,7 @@ class Forward {
     return n != 0 ? 1 / n : A(0);
   }
 
-  void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
+  HW_NOINLINE void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
     for (int64_t b = 0; to && b < panels_of(block); ++b)
       to.template as<A>()(block.at.batch + b, block.head, block.result(i)) = value;
   }

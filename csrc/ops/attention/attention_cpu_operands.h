@@ -66,12 +66,12 @@ struct Block {
     return seen ? seen[rows.begin + i] : mask.visible_keys(place(i));
   }
   // Keys that any row of the block may see; every row sees all of `keys`.
-  Range keys() const { return {visible_keys(0).begin, visible_keys(count() - 1).end}; }
-  bool sees_whole(const Range& keys) const {
+  HW_NOINLINE Range keys() const { return {visible_keys(0).begin, visible_keys(count() - 1).end}; }
+  HW_NOINLINE bool sees_whole(const Range& keys) const {
     return visible_keys(count() - 1).begin <= keys.begin && visible_keys(0).end >= keys.end;
   }
   // The rows that see any of `keys`, in vectors of `vector` lanes.
-  Lanes lanes(const Range& keys, int vector) const {
+  HW_NOINLINE Lanes lanes(const Range& keys, int vector) const {
     int begin = 0, end = count();
     while (begin < end && visible_keys(begin).end <= keys.begin) ++begin;
     while (begin < end && visible_keys(end - 1).begin >= keys.end) --end;
@@ -86,7 +86,7 @@ constexpr A kSelf = A(-5e4);
 
 // Sets the block's pairs of a token with itself in a tile of `keys`.
 template <class A>
-void put_self(const Block& block, const Range& keys, A* tile, A value) {
+HW_NOINLINE void put_self(const Block& block, const Range& keys, A* tile, A value) {
   if (!block.self) return;
   for (int i = 0; i < block.count(); ++i) {
     const Range own = block.self[block.rows.begin + i];
@@ -137,7 +137,7 @@ constexpr int64_t operand_room(int n, int width) {
 
 // Asks for the rows of the next tile. Rows without gaps come by themselves.
 template <class T>
-void prefetch_next(const Rows<T>& rows) {
+HW_NOINLINE void prefetch_next(const Rows<T>& rows) {
   if (rows.x.stride[1] == rows.width()) return;
   const Ref<const T, 2> head = rows_of_head(rows.x, rows.batch, rows.head);
   const int64_t begin = rows.first + kKeys, end = std::min(begin + rows.n, rows.x.size[1]);
@@ -147,7 +147,7 @@ void prefetch_next(const Rows<T>& rows) {
 // Rows as the broadcast operand of a product over their width: [n, steps(width)]. Pairs are copied
 // even where they lie well: a row at a time comes faster from memory than a few of each row.
 template <class T>
-Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
+HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
   using E = Multiplied<T>;
   const Ref<const T, 4>& x = rows.x;
   const int width = rows.width();
@@ -168,8 +168,8 @@ Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
 
 // Rows in vectors and in the accumulation type, padded with zeros to whole ones: [n, padded].
 template <class T>
-Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first, int n, int head,
-                            Accum<T>* room) {
+HW_NOINLINE Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first,
+                                        int n, int head, Accum<T>* room) {
   using A = Accum<T>;
   const int width = static_cast<int>(x.size[3]), padded = round_up(width, kLanes<A>);
   if constexpr (std::is_same_v<T, A>) {
@@ -210,7 +210,7 @@ Operand<Multiplied<T>> over_rows_transposed(const Rows<T>& rows) {
 // A tile [n, kRows] from its lane on, p or dx, as the operand of a product over keys:
 // [steps(n), kRows].
 template <class E, class A>
-const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
+HW_NOINLINE const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
   if constexpr (std::is_same_v<E, A>) {
     return tile;
   } else {
@@ -225,7 +225,7 @@ const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
 
 // The same times factors of the rows, as the operand of a product over rows: [n, steps(rows)].
 template <class E, class A, class Factors>
-Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors factors, E* room) {
+HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors factors, E* room) {
   if constexpr (std::is_same_v<E, A>) {
     static_assert(std::is_same_v<Factors, NoFactors>);
     return row_major(tile, kRows);
@@ -252,7 +252,7 @@ class BlockRows {
   using A = Accum<T>;
   using E = Multiplied<T>;
 
-  explicit BlockRows(int width) : width_(width), padded_(round_up(width, kLanes<E>)) {
+  HW_NOINLINE explicit BlockRows(int width) : width_(width), padded_(round_up(width, kLanes<E>)) {
     Scratch& scratch = Scratch::of_thread();
     rows_ = scratch.take<Row>(kRows * padded_);
     columns_ = scratch.take<E>(std::max(steps<E>(width), 1) * kRows);
@@ -269,7 +269,7 @@ class BlockRows {
   const E* over_width() const { return columns_; }  // [steps(width), kRows]
 
   // [steps(count), padded()]
-  const E* over_rows() {
+  HW_NOINLINE const E* over_rows() {
     if constexpr (kPaired<T>) {
       for (int i = 0; i < count_; i += 2) {
         const T* row = rows_ + i * padded_;
@@ -283,7 +283,8 @@ class BlockRows {
   }
 
   // The block's rows of x into the lanes [0, lanes). `factor`: of each row, or null; not for pairs.
-  void load(const Ref<const T, 4>& x, const Block& block, int lanes, const A* factor = nullptr) {
+  HW_NOINLINE void load(const Ref<const T, 4>& x, const Block& block, int lanes,
+                        const A* factor = nullptr) {
     count_ = block.count();
     if constexpr (std::is_same_v<T, A>)
       if (x.stride[3] == 1 && width_ == padded_) return load_squares(x, block, factor);
@@ -307,7 +308,7 @@ class BlockRows {
   }
 
   // Whether any of the rows' elements is not 0.
-  bool any() const {
+  HW_NOINLINE bool any() const {
     for (int i = 0; i < count_ * padded_; ++i)
       if (static_cast<A>(rows_[i]) != 0) return true;
     return false;
@@ -317,7 +318,7 @@ class BlockRows {
   using Row = std::conditional_t<kPaired<T>, T, A>;
 
   // load() where rows are whole vectors: transposed as they come.
-  void load_squares(const Ref<const A, 4>& x, const Block& block, const A* factor) {
+  HW_NOINLINE void load_squares(const Ref<const A, 4>& x, const Block& block, const A* factor) {
     constexpr int kSide = kLanes<A>;
     const int64_t bytes = width_ * static_cast<int64_t>(sizeof(A));
     for (int l = 0; l < count_; l += kSide) {

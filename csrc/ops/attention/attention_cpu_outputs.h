@@ -25,7 +25,8 @@ class Outputs {
   }
 
   // w [rows, Dv] times factors of the rows.
-  void write_vectors(const Block& block, int64_t batch, const A* factor, const A* values) const {
+  HW_NOINLINE void write_vectors(const Block& block, int64_t batch, const A* factor,
+                                 const A* values) const {
     const Ref<A, 2> o = rows_of_head(p_.o.template as<A>(), batch, block.head);
     const Ref<A, 2> w = p_.w ? rows_of_head(p_.w.template as<A>(), batch, block.head) : Ref<A, 2>{};
     const auto gate = p_.head_gate.template as<const A>();
@@ -43,7 +44,8 @@ class Outputs {
   }
 
   // The rows of w^T times their factors, transposed on the way to w and o.
-  void write_rows(const Block& block, int64_t batch, const A* factor, const A* values) const {
+  HW_NOINLINE void write_rows(const Block& block, int64_t batch, const A* factor,
+                              const A* values) const {
     constexpr int kSide = kLanes<A>;
     const Ref<A, 4> o = p_.o.template as<A>(), w = p_.w.template as<A>();
     const auto gate = p_.head_gate.template as<const A>();
@@ -73,7 +75,7 @@ class Outputs {
   }
 
   // o = g ((1 - u) w + u v)
-  void write_row(const Block& block, int64_t batch, int i, A* w, A* v_row) const {
+  HW_NOINLINE void write_row(const Block& block, int64_t batch, int i, A* w, A* v_row) const {
     const int64_t row = block.result(i);
     if (p_.w) {
       const Ref<T, 4> to = p_.w.template as<T>();

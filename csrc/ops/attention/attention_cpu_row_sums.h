@@ -22,13 +22,13 @@ struct RowSums {
   alignas(64) A squares[kRows];  // sum e^(2 (s - shift))
   alignas(64) A mass[kRows];     // sum e^(s - shift) m
 
-  void clear() {
+  HW_NOINLINE void clear() {
     std::fill_n(max, kRows, -kInfinity<A>);
     for (A* x : {sum, tilt, squares, mass}) std::fill_n(x, kRows, A(0));
   }
 
   // Moves row i to a new maximum; returns the factor of everything that was summed.
-  A move(int i, A to) {
+  HW_NOINLINE A move(int i, A to) {
     const A from = max[i];
     max[i] = to;
     if (from == to || to == -kInfinity<A>) return 1;

@@ -39,7 +39,7 @@ class Tile {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Tile(const ScoreParams& p)
+  HW_NOINLINE explicit Tile(const ScoreParams& p)
       : p_(p),
         q_(p.q.as<const T>()),
         k_(p.k.as<const T>()),
@@ -78,7 +78,7 @@ class Tile {
   int padded() const { return queries_.padded(); }  // D in whole vectors
   A factor(int i) const { return factor_[i]; }      // scale tau of lane i
 
-  void load_queries(const Block& block) {
+  HW_NOINLINE void load_queries(const Block& block) {
     block_ = block;
     width_ = round_up(block.count(), kLanes<A>);
     const A scale = static_cast<A>(p_.scale);
@@ -100,18 +100,18 @@ class Tile {
   }
 
   // x of its keys.
-  void products(const Range& keys, A* x) {
+  HW_NOINLINE void products(const Range& keys, A* x) {
     const Rows<T> k = key_rows(keys);
     if (dim_ > 0)
       multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
                       queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
-                      factors().from(lanes_.begin), meanwhile);
+                      factors().from(lanes_.begin), &meanwhile);
     else
       std::fill_n(x, k.n * kRows, A(0));
   }
 
   // s from x, which may be the same array; -inf where a row does not see a key.
-  void scores(const Range& keys, const A* x, A* s) {
+  HW_NOINLINE void scores(const Range& keys, const A* x, A* s) {
     // Lanes beyond the block's rows are hidden as well: 0 times an infinite k is NaN there.
     const bool masked = !block_.sees_whole(keys) || block_.count() < lanes_.end;
     if (masked) find_limits(keys);
@@ -144,7 +144,7 @@ class Tile {
   }
 
   // dx from ds in place; x as products() left it. `d_gain`: per key of the tile, added to, or null.
-  void chain(const Range& keys, const A* x, A* ds, A* d_gain) {
+  HW_NOINLINE void chain(const Range& keys, const A* x, A* ds, A* d_gain) {
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const int64_t at = (j - keys.begin) * kRows;
       const A gain = gain_of(j);
@@ -196,7 +196,7 @@ class Tile {
   }
   A key_bias_of(int64_t j) const { return key_bias_(block_.at.batch, block_.head, block_.key(j)); }
 
-  void copy(const Range& keys, const A* x, A* s) {
+  HW_NOINLINE void copy(const Range& keys, const A* x, A* s) {
     for (int64_t j = 0; j < keys.count(); ++j)
       for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>)
         store(s + j * kRows + l, load(x + j * kRows + l));
@@ -205,7 +205,7 @@ class Tile {
   // Bias of the tile, transposed, from where it lies or through rows of the accumulation type; written
   // or added to what is there.
   template <bool kAdd>
-  void transpose_bias(const Range& keys, A* to) {
+  HW_NOINLINE void transpose_bias(const Range& keys, A* to) {
     const int n = static_cast<int>(keys.count());
     const A* from = bias_rows_;
     int64_t ld = kKeys;
@@ -225,7 +225,7 @@ class Tile {
   }
 
   // Lane i sees the keys [first_[i], last_[i]) of the tile.
-  void find_limits(const Range& keys) {
+  HW_NOINLINE void find_limits(const Range& keys) {
     for (int i = lanes_.begin; i < lanes_.end; ++i) {
       Range seen{0, 0};
       if (i < block_.count()) seen = block_.visible_keys(i);
@@ -234,7 +234,7 @@ class Tile {
     }
   }
 
-  void hide(const Range& keys, A* s) {
+  HW_NOINLINE void hide(const Range& keys, A* s) {
     for (int j = 0; j < keys.count(); ++j) {
       const A key = static_cast<A>(j);
       for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
@@ -277,14 +277,14 @@ class Replay {
   Replay(const ScoreParams& p, const Ref<const void, 3>& row, const Ref<const void, 3>& rest)
       : p_(p), row_(row.as<const A>()), rest_(rest.as<const A>()) {}
 
-  void load_rows(const Block& block, int width) {
+  HW_NOINLINE void load_rows(const Block& block, int width) {
     for (int i = 0; i < width; ++i) {
       const Statistic of_row = i < block.count() ? of(block, i) : Statistic{};
       row_of_[i] = of_row.row, rest_of_[i] = of_row.rest;
     }
   }
 
-  Statistic of(const Block& block, int i) const {
+  HW_NOINLINE Statistic of(const Block& block, int i) const {
     const A row = row_ ? row_(block.at.batch, block.head, block.result(i)) : A(1);
     if (is_softmax(p_.activation)) {
       if (std::abs(row) == kInfinity<A>) return {kInfinity<A>, 0};
@@ -296,7 +296,7 @@ class Replay {
     return {seen > 0 ? 1 / static_cast<A>(seen) : A(0)};
   }
 
-  void weights(int64_t keys, const Lanes& lanes, A* s) const {
+  HW_NOINLINE void weights(int64_t keys, const Lanes& lanes, A* s) const {
     const bool soft = is_softmax(p_.activation);
     for (int64_t j = 0; j < keys; ++j)
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
@@ -308,7 +308,7 @@ class Replay {
   }
 
   // p in place of s, and da / ds / n  into `slope` (not for softmaxes, where it would be p).
-  void weights_and_slopes(int64_t keys, const Lanes& lanes, A* s, A* slope) const {
+  HW_NOINLINE void weights_and_slopes(int64_t keys, const Lanes& lanes, A* s, A* slope) const {
     for (int64_t j = 0; j < keys; ++j)
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = s + j * kRows + l;

@@ -19,7 +19,7 @@ class Cotangents {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Cotangents(const BackwardParams& p)
+  HW_NOINLINE explicit Cotangents(const BackwardParams& p)
       : p_(p),
         d_w_(p.d_w.as<const T>()),
         factor_(p.factor.as<const A>()),
@@ -43,7 +43,7 @@ class Cotangents {
   const E* over_rows() { return rows_.over_rows(); }  // d_w [steps(rows), padded()]
 
   // Loads d_w and the row statistics; false if nothing flows back through the block.
-  bool load_rows(const Block& block, int width) {
+  HW_NOINLINE bool load_rows(const Block& block, int width) {
     alignas(64) A factor[kRows];
     for (int i = 0; factor_ && i < block.count(); ++i)
       factor[i] = factor_(block.at.batch, block.row(i), block.head);
@@ -60,8 +60,8 @@ class Cotangents {
   }
 
   // p in place of s, and ds.
-  void gradients(const Block& block, const Range& keys, int key_head, const Lanes& lanes, A* s,
-                 A* ds) {
+  HW_NOINLINE void gradients(const Block& block, const Range& keys, int key_head,
+                             const Lanes& lanes, A* s, A* ds) {
     const int n = static_cast<int>(keys.count());
     const bool soft = is_softmax(p_.activation);
     if (soft)
@@ -104,8 +104,8 @@ inline bool shares_bias(const BackwardParams& p) {
 
 // d_bias of a tile, of `rows` rows from the lane `first` on: added to, in whatever shape it has.
 template <class A>
-void add_bias_gradient(const Ref<void, 4>& d_bias, const Block& block, const Range& keys, int first,
-                       int rows, const A* ds) {
+HW_NOINLINE void add_bias_gradient(const Ref<void, 4>& d_bias, const Block& block,
+                                   const Range& keys, int first, int rows, const A* ds) {
   const Ref<A, 4> to = d_bias.as<A>();
   for (int i = first; i < first + rows; ++i) {
     A* row = to.at(block.at.batch, block.head, block.place(i), keys.begin);
@@ -134,7 +134,7 @@ class Walk {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Walk(const BackwardParams& p)
+  HW_NOINLINE explicit Walk(const BackwardParams& p)
       : p_(p), padded_(round_up(p.dim(), kLanes<A>)), tile_(p), cotangents_(p) {
     Scratch& scratch = Scratch::of_thread();
     x_ = scratch.take<A>(kTile);
@@ -155,7 +155,7 @@ class Walk {
   A* row() { return row_; }
   A factor(int i) const { return tile_.factor(i); }
 
-  void block(const Block& block, const Range& span, const KeySums<A>& sums) {
+  HW_NOINLINE void block(const Block& block, const Range& span, const KeySums<A>& sums) {
     std::fill_n(d_q_, kRows * padded_, A(0));
     tile_.load_queries(block);
     if (!cotangents_.load_rows(block, tile_.width())) return;
@@ -169,7 +169,8 @@ class Walk {
   }
 
  private:
-  void step(const Block& block, const Range& keys, int64_t first, const KeySums<A>& sums) {
+  HW_NOINLINE void step(const Block& block, const Range& keys, int64_t first,
+                        const KeySums<A>& sums) {
     if (!tile_.move_to(keys)) return;
     const Lanes lanes = tile_.lanes();
     const int n = static_cast<int>(keys.count()), rows = tile_.rows();
@@ -195,7 +196,7 @@ class Walk {
                    k.data, k.ld, d_q_ + lanes.begin * padded_, padded_);
   }
 
-  void add_key_bias(const Block& block, const Range& keys) {
+  HW_NOINLINE void add_key_bias(const Block& block, const Range& keys) {
     const Ref<A, 3> to = p_.d_key_bias.template as<A>();
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       V total{};
@@ -205,7 +206,7 @@ class Walk {
     }
   }
 
-  void shape(const Block& block, const Range& keys) {
+  HW_NOINLINE void shape(const Block& block, const Range& keys) {
     alignas(64) A d_gain[kKeys] = {};
     tile_.chain(keys, x_, ds_, d_gain);
     const Ref<A, 3> to = p_.d_key_gain.template as<A>();

@@ -38,7 +38,7 @@ class Means {
 
  private:
   // The regions of a row, from `first` on.
-  void work(int64_t batch, int64_t first) const {
+  HW_NOINLINE void work(int64_t batch, int64_t first) const {
     const Ref<A, 4> m = p_.m.template as<A>();
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Scratch::bytes_of<A>(p_.channels()));
@@ -56,7 +56,7 @@ class Means {
   }
 
   // The channels of a token in a row, where they lie if that will do.
-  const A* channels_of(int64_t batch, int64_t y, int64_t x, A* room) const {
+  HW_NOINLINE const A* channels_of(int64_t batch, int64_t y, int64_t x, A* room) const {
     if constexpr (std::is_same_v<T, A>)
       if (joined_) return x_.at(batch, y, x);
     if (joined_) {
@@ -68,14 +68,14 @@ class Means {
     return room;
   }
 
-  void add(A* sum, const A* row) const {
+  HW_NOINLINE void add(A* sum, const A* row) const {
     int64_t d = 0;
     for (; d + kLanes<A> <= p_.channels(); d += kLanes<A>)
       store(sum + d, load(sum + d) + load(row + d));
     for (; d < p_.channels(); ++d) sum[d] += row[d];
   }
 
-  void divide(A* sum, int64_t count) const {
+  HW_NOINLINE void divide(A* sum, int64_t count) const {
     for (int64_t d = 0; d < p_.channels(); ++d) sum[d] /= static_cast<A>(count);
   }
 
@@ -98,7 +98,7 @@ class Scores {
   }
 
  private:
-  void work(int64_t batch, int64_t graph) const {
+  HW_NOINLINE void work(int64_t batch, int64_t graph) const {
     const Ref<const A, 4> q = p_.q.template as<const A>(), k = p_.k.template as<const A>();
     const Ref<A, 4> a = p_.a.template as<A>();
     const int rows = static_cast<int>(p_.a.size[2]), columns = static_cast<int>(p_.a.size[3]);

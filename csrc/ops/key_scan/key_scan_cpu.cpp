@@ -44,12 +44,12 @@ Mix<A> mix(const LogSum<A>& sum, A s) {
 
 // to = a to + b from
 template <class A>
-void blend(A a, A* __restrict to, A b, const A* __restrict from, int64_t n) {
+HW_NOINLINE void blend(A a, A* __restrict to, A b, const A* __restrict from, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] = a * to[j] + b * from[j];
 }
 
 template <class A>
-A dot(const A* x, const A* y, int64_t n) {
+HW_NOINLINE A dot(const A* x, const A* y, int64_t n) {
   A lanes[kLanes<A>] = {};
   int64_t j = 0;
   for (; j + kLanes<A> <= n; j += kLanes<A>)
@@ -141,7 +141,7 @@ class Forward {
   }
 
   // A state that nothing was summed into has o = 0, whatever the call holds there.
-  void load_start(int64_t pair, States& start) {
+  HW_NOINLINE void load_start(int64_t pair, States& start) {
     const int64_t b = pair / heads_, h = pair % heads_;
     const LogSum<A> sum = one_score(p_.lse0 ? p_.lse0.as<const A>()(b, h) : nothing<A>());
     put(start, pair, 0, sum);
@@ -150,7 +150,7 @@ class Forward {
   }
 
   // start[i + 1] = start[i] followed by segment i.
-  void combine(int64_t pair, int64_t i, States& start, States& own) {
+  HW_NOINLINE void combine(int64_t pair, int64_t i, States& start, States& own) {
     const LogSum<A> sum = sum_of(start, pair, i), more = sum_of(own, pair, i);
     const LogSum<A> whole = join(sum, more);
     const A keep = share(sum, whole), take = share(more, whole);
@@ -163,7 +163,7 @@ class Forward {
 
   // Rows of segment i from (sum, o); o and what is returned are the state after it.
   template <bool kWrite>
-  LogSum<A> scan(int64_t pair, int64_t i, LogSum<A> sum, A* o) {
+  HW_NOINLINE LogSum<A> scan(int64_t pair, int64_t i, LogSum<A> sum, A* o) {
     const int64_t b = pair / heads_, h = pair % heads_;
     const Ref<const T, 3> s = p_.s.as<const T>();
     const Ref<const T, 4> v = p_.v.as<const T>();
@@ -191,7 +191,7 @@ class Forward {
     return sum;
   }
 
-  void store_end(int64_t pair, const LogSum<A>& sum, const A* o) {
+  HW_NOINLINE void store_end(int64_t pair, const LogSum<A>& sum, const A* o) {
     if (!p_.o1) return;
     const int64_t b = pair / heads_, h = pair % heads_;
     narrow(p_.o1.as<A>().at(b, h), o, width_, p_.o1.stride[2]);
@@ -252,14 +252,14 @@ class Backward {
   }
 
   // x - c in place of x.
-  void shift(int64_t b, int64_t h, A* x) const {
+  HW_NOINLINE void shift(int64_t b, int64_t h, A* x) const {
     if (!p_.o0 || p_.lse0.as<const A>()(b, h) == nothing<A>()) return;
     const Ref<const A, 3> o0 = p_.o0.as<const A>();
     for (int64_t j = 0; j < width_; ++j) x[j] -= o0(b, h, j);
   }
 
   // What the gradient of the final state adds at the last row: R = d_o1, T = <d_o1, o_S> - d_lse1.
-  void load_end(int64_t pair, int64_t count, Totals& later) {
+  HW_NOINLINE void load_end(int64_t pair, int64_t count, Totals& later) {
     if (count == 0) return;
     const int64_t b = pair / heads_, h = pair % heads_;
     A* r = later.row(pair, count - 1);
@@ -277,7 +277,7 @@ class Backward {
   }
 
   // later[i - 1] = e^{L_last(i - 1) - L_first(i)} (own[i] + e^{L_first(i) - L_last(i)} later[i])
-  void combine(int64_t pair, int64_t i, Totals& later, Totals& own) {
+  HW_NOINLINE void combine(int64_t pair, int64_t i, Totals& later, Totals& own) {
     const int64_t first = segments_.begin(i), last = segments_.end(i) - 1;
     const A inside = link(pair, first, last);
     const A out = decay(log_of(pair, first - 1), log_of(pair, first));
@@ -297,7 +297,7 @@ class Backward {
   // Rows of segment i from the last to the first; (r, t) enters at the last row, as it is (already
   // scaled to that row), and leaves as the (R, T) of the first row.
   template <bool kWrite>
-  A scan(int64_t pair, int64_t i, bool entering, A t, A* r) {
+  HW_NOINLINE A scan(int64_t pair, int64_t i, bool entering, A t, A* r) {
     const int64_t b = pair / heads_, h = pair % heads_;
     const Ref<const T, 4> d_o = p_.d_o.as<const T>(), v = p_.v.as<const T>();
     const Ref<const A, 4> o = p_.wide.as<const A>();
@@ -329,8 +329,8 @@ class Backward {
   }
 
   // dv = e^{s - L} R,  ds = e^{s - L} (<v, R> - T)
-  void write_row(int64_t b, int64_t at, int64_t h, const Log<A>& log, A t, const A* r, const T* v,
-                 A* v_row, A* d_row) {
+  HW_NOINLINE void write_row(int64_t b, int64_t at, int64_t h, const Log<A>& log, A t, const A* r,
+                             const T* v, A* v_row, A* d_row) {
     const A weight = decay({static_cast<A>(p_.s.as<const T>()(b, at, h)), A(0)}, log);
     widen(v_row, v, width_, p_.v.stride[3]);
     shift(b, h, v_row);
@@ -342,7 +342,7 @@ class Backward {
   }
 
   // The initial state is the key before the first.
-  void store_start(int64_t pair, const Log<A>& log, A t, const A* r) {
+  HW_NOINLINE void store_start(int64_t pair, const Log<A>& log, A t, const A* r) {
     if (!p_.d_o0) return;
     const int64_t b = pair / heads_, h = pair % heads_;
     const A weight = decay({p_.lse0.as<const A>()(b, h), A(0)}, log);
@@ -351,7 +351,7 @@ class Backward {
   }
 
   // No token: the final state is the initial one, constants where nothing was summed.
-  void store_untouched(int64_t pair) {
+  HW_NOINLINE void store_untouched(int64_t pair) {
     if (!p_.d_o0) return;
     const int64_t b = pair / heads_, h = pair % heads_;
     const bool some = p_.lse0.as<const A>()(b, h) != nothing<A>();

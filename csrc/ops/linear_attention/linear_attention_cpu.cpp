@@ -80,8 +80,8 @@ int64_t count_segments(const ForwardParams& p, int64_t length) {
 // ---- states between tensors [N, H, F, Dv], [N, H, F] and padded arrays ----
 
 template <class A>
-void load_state(const Shape<A>& s, Ref<const A, 4> kv, Ref<const A, 3> z, int64_t n, int h,
-                State<A>& to) {
+HW_NOINLINE void load_state(const Shape<A>& s, Ref<const A, 4> kv, Ref<const A, 3> z, int64_t n,
+                            int h, State<A>& to) {
   to.zero = !kv;
   if (to.zero) return;
   for (int f = 0; f < s.features; ++f) {
@@ -93,8 +93,8 @@ void load_state(const Shape<A>& s, Ref<const A, 4> kv, Ref<const A, 3> z, int64_
 }
 
 template <class A>
-void store_state(const Shape<A>& s, const State<A>& from, Ref<A, 4> kv, Ref<A, 3> z, int64_t n,
-                 int h) {
+HW_NOINLINE void store_state(const Shape<A>& s, const State<A>& from, Ref<A, 4> kv, Ref<A, 3> z,
+                             int64_t n, int h) {
   if (!kv) return;
   for (int f = 0; f < s.features; ++f) {
     for (int j = 0; j < s.dv; ++j) kv(n, h, f, j) = from.zero ? A(0) : from.kv[f * s.dvp + j];
@@ -108,13 +108,13 @@ class StateArray {
  public:
   StateArray(const Shape<A>& s, int64_t count)
       : shape_(s), memory_(count * State<A>::count(s)), zero_(count) {}
-  State<A> get(int64_t i) const {
+  HW_NOINLINE State<A> get(int64_t i) const {
     State<A> state = State<A>::at(shape_, memory_.data + i * State<A>::count(shape_));
     state.zero = zero_.data[i];
     return state;
   }
   void set_zero(int64_t i, bool zero) { zero_.data[i] = zero; }
-  void copy(int64_t i, const State<A>& from) {
+  HW_NOINLINE void copy(int64_t i, const State<A>& from) {
     State<A> to = State<A>::at(shape_, memory_.data + i * State<A>::count(shape_));
     accumulate(shape_, from, to);
     zero_.data[i] = to.zero;
@@ -151,15 +151,20 @@ struct Ends {
   Ref<A, 3> z_end;
 };
 
-template <class T, bool kApply, bool kGrad, bool kReverse>
+template <class T>
 class Sweep {
  public:
   using A = Accum<T>;
-  using Scanner = Scan<T, kApply, kGrad, kReverse>;
 
   Sweep(const BackwardParams& p, const Shape<A>& shape, const Plan& plan, const Ends<A>& ends,
-        int threads)
-      : p_(p), shape_(shape), plan_(plan), ends_(ends), threads_(threads), heads_(p.key_heads()) {}
+        int threads, const Pass& pass)
+      : p_(p),
+        shape_(shape),
+        plan_(plan),
+        ends_(ends),
+        threads_(threads),
+        pass_(pass),
+        heads_(p.key_heads()) {}
 
   void run() {
     if (plan_.segmented)
@@ -170,11 +175,11 @@ class Sweep {
 
  private:
   Visible visible() const {
-    return !p_.causal ? Visible::all : kReverse ? Visible::from : Visible::upto;
+    return !p_.causal ? Visible::all : pass_.reverse ? Visible::from : Visible::upto;
   }
 
   // One task per (sequence, head): the segments one after another, prefix += local in between.
-  void sequential() {
+  HW_NOINLINE void sequential() {
     const StateArray<A> prefixes(shape_, plan_.direct ? 0 : p_.sequences() * heads_);
     parallel_tasks(p_.sequences() * heads_, threads_, [&](int64_t task) {
       const int64_t n = task / heads_;
@@ -185,11 +190,11 @@ class Sweep {
         prefix = prefixes.get(task);
         load_state(shape_, ends_.kv_start, ends_.z_start, n, h, prefix);
       }
-      Scanner scan(shape_, p_, p_.group());
+      Scan<T> scan(shape_, p_, pass_);
       const int64_t count = ceil_div(rows.end - rows.begin, plan_.segment);
       for (int64_t i = 0; i < count; ++i) {
         const bool last = i + 1 == count;
-        const int64_t begin = rows.begin + (kReverse ? count - 1 - i : i) * plan_.segment;
+        const int64_t begin = rows.begin + (pass_.reverse ? count - 1 - i : i) * plan_.segment;
         scan.run(rows.batch, h, begin, min_of(rows.end, begin + plan_.segment), prefix, visible(),
                  true, !last || ends_.kv_end);
         if (!last || ends_.kv_end) accumulate(shape_, scan.local(), prefix);
@@ -200,25 +205,25 @@ class Sweep {
 
   // (a) totals of the segments, (b) prefixes in order, (c) every segment again with its prefix.
   // Bidirectional: the sum over all segments takes the place of the prefix.
-  void segmented() {
+  HW_NOINLINE void segmented() {
     const int64_t segments = count_segments(p_, plan_.segment);
     StateArray<A> totals(shape_, segments * heads_), wholes(shape_, p_.sequences() * heads_);
     for_each_task(segments, [&](const Segment& s, int64_t slot, int h) {
-      Scan<T, false, kReverse, kReverse> scan(shape_, p_, p_.group());
+      Scan<T> scan(shape_, p_, {false, pass_.reverse, pass_.reverse});
       scan.total(s.batch, h, s.begin, s.end);
       totals.set_zero(slot, true);
       totals.copy(slot, scan.local());
     });
     prefix(totals, wholes);
     for_each_task(segments, [&](const Segment& s, int64_t slot, int h) {
-      Scanner scan(shape_, p_, p_.group());
+      Scan<T> scan(shape_, p_, pass_);
       const State<A> state = p_.causal ? totals.get(slot) : wholes.get(s.n * heads_ + h);
       scan.run(s.batch, h, s.begin, s.end, state, visible(), p_.causal, false);
     });
   }
 
   // totals[segment] becomes the state before the segment; wholes[sequence] the state after all.
-  void prefix(StateArray<A>& totals, StateArray<A>& wholes) {
+  HW_NOINLINE void prefix(StateArray<A>& totals, StateArray<A>& wholes) {
     parallel_tasks(p_.sequences() * heads_, threads_, [&](int64_t task) {
       const int64_t n = task / heads_;
       const int h = static_cast<int>(task % heads_);
@@ -229,7 +234,7 @@ class Sweep {
       State<A> own = State<A>::at(shape_, scratch.take<A>(State<A>::count(shape_)));
       const int64_t first = first_segment(n), count = first_segment(n + 1) - first;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t slot = (first + (kReverse ? count - 1 - i : i)) * heads_ + h;
+        const int64_t slot = (first + (pass_.reverse ? count - 1 - i : i)) * heads_ + h;
         own.zero = true;
         accumulate(shape_, totals.get(slot), own);
         totals.set_zero(slot, true);
@@ -241,7 +246,7 @@ class Sweep {
     });
   }
 
-  int64_t first_segment(int64_t n) const {
+  HW_NOINLINE int64_t first_segment(int64_t n) const {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       const Sequence s = sequence(p_, i);
@@ -258,7 +263,7 @@ class Sweep {
     });
   }
 
-  Segment find_segment(int64_t index) const {
+  HW_NOINLINE Segment find_segment(int64_t index) const {
     for (int64_t n = 0; n < p_.sequences(); ++n) {
       const Sequence s = sequence(p_, n);
       const int64_t count = ceil_div(s.end - s.begin, plan_.segment);
@@ -276,6 +281,7 @@ class Sweep {
   const Plan plan_;
   const Ends<A> ends_;
   const int threads_;
+  const Pass pass_;
   const int heads_;
 };
 
@@ -290,7 +296,7 @@ void forward(const Call& call) {
   const Plan plan = make_plan(p, p.kv0 || p.kv1, threads);
   const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
   const Ends<A> ends{p.kv0.as<const A>(), p.z0.as<const A>(), p.kv1.as<A>(), p.z1.as<A>()};
-  Sweep<T, true, false, false>(p, shape, plan, ends, threads).run();
+  Sweep<T>(p, shape, plan, ends, threads, {.apply = true, .grad = false, .reverse = false}).run();
 }
 
 template <class T>
@@ -302,8 +308,9 @@ void backward(const Call& call) {
   const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
   const Ends<A> earlier{p.kv0.as<const A>(), p.z0.as<const A>(), {}, {}};
   const Ends<A> later{p.d_kv1.as<const A>(), p.d_z1.as<const A>(), p.d_kv0.as<A>(), p.d_z0.as<A>()};
-  Sweep<T, false, true, false>(p, shape, plan, earlier, threads).run();
-  Sweep<T, true, true, true>(p, shape, plan, later, threads).run();
+  Sweep<T>(p, shape, plan, earlier, threads, {.apply = false, .grad = true, .reverse = false})
+      .run();
+  Sweep<T>(p, shape, plan, later, threads, {.apply = true, .grad = true, .reverse = true}).run();
 }
 
 }  // namespace

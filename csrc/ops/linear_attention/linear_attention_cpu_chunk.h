@@ -81,7 +81,7 @@ struct Side {
 
 // Columns n .. ld of `rows` rows-along-lanes rows become 0.
 template <class A>
-void clear_tail(A* t, int rows, int n, int ld) {
+HW_NOINLINE void clear_tail(A* t, int rows, int n, int ld) {
   if (n == ld) return;
   for (int r = 0; r < rows; ++r)
     for (int i = n; i < ld; ++i) t[r * ld + i] = 0;
@@ -89,8 +89,8 @@ void clear_tail(A* t, int rows, int n, int ld) {
 
 // Rows [begin, begin + n) of x [S, D] into side.x and side.xt, mapped by pre().
 template <class T, class A>
-void pack_x(const Shape<A>& s, Ref<const T, 2> x, int64_t begin, int n, int64_t ahead,
-            Side<A>& side) {
+HW_NOINLINE void pack_x(const Shape<A>& s, Ref<const T, 2> x, int64_t begin, int n, int64_t ahead,
+                        Side<A>& side) {
   for (int i = 0; i < n; ++i) {
     A* row = side.x + i * s.dp;
     prefetch_row(x, begin + i + ahead);
@@ -105,8 +105,8 @@ void pack_x(const Shape<A>& s, Ref<const T, 2> x, int64_t begin, int n, int64_t 
 
 // Rows of v [S, Dv] into side.value; extra = 1.
 template <class T, class A>
-void pack_value(const Shape<A>& s, Ref<const T, 2> v, int64_t begin, int n, int64_t ahead,
-                Side<A>& side) {
+HW_NOINLINE void pack_value(const Shape<A>& s, Ref<const T, 2> v, int64_t begin, int n,
+                            int64_t ahead, Side<A>& side) {
   for (int i = 0; i < n; ++i) {
     prefetch_row(v, begin + i + ahead);
     widen(side.value + i * s.dvp, v.at(begin + i), s.dv, v.stride[1]);
@@ -118,8 +118,9 @@ void pack_value(const Shape<A>& s, Ref<const T, 2> v, int64_t begin, int n, int6
 // value = g = do / z and extra = dz = -<do, o> / z; without z (not normalised) g = do, dz = 0.
 // `row` is room for [Dvp].
 template <class T, class A>
-void pack_cotangent(const Shape<A>& s, Ref<const T, 2> d_o, Ref<const T, 2> o, Ref<const A, 1> z,
-                    int64_t begin, int n, int64_t ahead, A* row, Side<A>& side) {
+HW_NOINLINE void pack_cotangent(const Shape<A>& s, Ref<const T, 2> d_o, Ref<const T, 2> o,
+                                Ref<const A, 1> z, int64_t begin, int n, int64_t ahead, A* row,
+                                Side<A>& side) {
   for (int i = 0; i < s.ld; ++i) side.extra[i] = 0;
   for (int i = 0; i < n; ++i) {
     A* g = side.value + i * s.dvp;
@@ -138,15 +139,15 @@ void pack_cotangent(const Shape<A>& s, Ref<const T, 2> d_o, Ref<const T, 2> o, R
 }
 
 template <class A>
-void pack_value_transposed(const Shape<A>& s, int n, Side<A>& side) {
+HW_NOINLINE void pack_value_transposed(const Shape<A>& s, int n, Side<A>& side) {
   transpose(side.value, s.dvp, n, s.dv, side.valuet, s.ld);
   clear_tail(side.valuet, s.dv, n, s.ld);
 }
 
 // phi[f, i] = c_f m_f(x_i)        phi [F, ld]
 template <class A>
-void expand(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt, int n,
-            A* __restrict phi) {
+HW_NOINLINE void expand(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt, int n,
+                        A* __restrict phi) {
   const int columns = round_up(n, kLanes<A>);
   const bool quadratic = s.map == FeatureMap::taylor2;
   for (int i = 0; i < columns; i += kLanes<A>) {
@@ -168,8 +169,8 @@ void expand(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt,
 
 // The chain through expand: dx[a, i] = sum_f dphi[f, i] d phi_f / d x_a       dxt [D, ld]
 template <class A>
-void contract(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt, int n,
-              const A* __restrict dphi, A* __restrict dxt) {
+HW_NOINLINE void contract(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt,
+                          int n, const A* __restrict dphi, A* __restrict dxt) {
   const int columns = round_up(n, kLanes<A>);
   const bool quadratic = s.map == FeatureMap::taylor2;
   for (int i = 0; i < columns; i += kLanes<A>) {
@@ -194,7 +195,7 @@ void contract(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict x
 
 // out[f] += sum_{i < n} phi[f, i] extra[i]
 template <class A>
-void add_rows(const Shape<A>& s, const A* phi, const A* extra, int n, A* out) {
+HW_NOINLINE void add_rows(const Shape<A>& s, const A* phi, const A* extra, int n, A* out) {
   const int columns = round_up(n, kLanes<A>);
   for (int f = 0; f < s.features; ++f) {
     Vec<A> total{};
@@ -220,7 +221,8 @@ constexpr Range columns_of(Visible visible, int row_begin, int row_end, int n) {
 // Zeroes the invisible elements of tile [row_end - row_begin, columns], whose column 0 is column
 // `columns.begin` of the chunk.
 template <class A>
-void mask(Visible visible, int row_begin, int row_end, Range columns, A* tile, int64_t ld) {
+HW_NOINLINE void mask(Visible visible, int row_begin, int row_end, Range columns, A* tile,
+                      int64_t ld) {
   for (int a = row_begin; a < row_end && visible != Visible::all; ++a) {
     A* row = tile + (a - row_begin) * ld;
     const Range hidden =

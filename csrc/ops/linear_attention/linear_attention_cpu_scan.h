@@ -39,7 +39,7 @@ struct State {
 
 // to += from, element by element.
 template <class A>
-void accumulate(const Shape<A>& s, const State<A>& from, State<A>& to) {
+HW_NOINLINE void accumulate(const Shape<A>& s, const State<A>& from, State<A>& to) {
   if (from.zero) return;
   const int64_t n = State<A>::count(s);
   for (int64_t i = 0; i < n; i += kLanes<A>)
@@ -47,13 +47,18 @@ void accumulate(const Shape<A>& s, const State<A>& from, State<A>& to) {
   to.zero = false;
 }
 
-template <class T, bool kApply, bool kGrad, bool kReverse>
+// What a scan is for, known at run time: its steps are long, and one copy of them is enough.
+struct Pass {
+  bool apply, grad, reverse;
+};
+
+template <class T>
 class Scan {
  public:
   using A = Accum<T>;
 
-  Scan(const Shape<A>& shape, const BackwardParams& p, int group)
-      : s_(shape), p_(p), group_(group) {
+  HW_NOINLINE Scan(const Shape<A>& shape, const BackwardParams& p, const Pass& pass)
+      : s_(shape), p_(p), pass_(pass), group_(p.group()) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(bytes());
     key_.take(scratch, s_);
@@ -61,8 +66,8 @@ class Scan {
     query_.take(scratch, s_);
     query_.c = query_coefficients(s_);
     phi_ = scratch.take<A>(s_.features * s_.ld);
-    dphi_ = scratch.take<A>(kGrad ? s_.features * s_.ld : 0);
-    dxt_ = scratch.take<A>(kGrad ? s_.d * s_.ld : 0);
+    dphi_ = scratch.take<A>(pass_.grad ? s_.features * s_.ld : 0);
+    dxt_ = scratch.take<A>(pass_.grad ? s_.d * s_.ld : 0);
     dx_ = scratch.take<A>(s_.capacity * s_.dp);
     dx_state_ = scratch.take<A>(s_.capacity * s_.dp);
     out_ = scratch.take<A>(s_.capacity * s_.dvp);
@@ -76,8 +81,8 @@ class Scan {
 
   // Rows [begin, end) of batch entry `batch` with key head `head`. Reads the state prefix + local;
   // afterwards local() is the segment's own total if `want_local`.
-  void run(int64_t batch, int head, int64_t begin, int64_t end, const State<A>& prefix,
-           Visible visible, bool within_chunk, bool want_local) {
+  HW_NOINLINE void run(int64_t batch, int head, int64_t begin, int64_t end, const State<A>& prefix,
+                       Visible visible, bool within_chunk, bool want_local) {
     batch_ = batch;
     head_ = head;
     local_.zero = true;
@@ -86,7 +91,7 @@ class Scan {
       const Range rows = chunk(begin, end, i, chunks);
       const int n = rows.end - rows.begin;
       const State<A> state = current(prefix);
-      for (int g = 0; g < (kReverse ? 1 : group_); ++g)
+      for (int g = 0; g < (pass_.reverse ? 1 : group_); ++g)
         output_rows(g, begin + rows.begin, n, state, visible, within_chunk);
       if (want_local || (i + 1 < chunks && within_chunk)) add_chunk(begin + rows.begin, n);
     }
@@ -94,7 +99,7 @@ class Scan {
 
   // Only the sum over the b side, chunk by chunk in the order of run(): local() becomes the
   // segment's total.
-  void total(int64_t batch, int head, int64_t begin, int64_t end) {
+  HW_NOINLINE void total(int64_t batch, int head, int64_t begin, int64_t end) {
     batch_ = batch;
     head_ = head;
     local_.zero = true;
@@ -118,12 +123,12 @@ class Scan {
 
   // Rows of the i-th chunk that the scan meets in [begin, end), counted from begin.
   Range chunk(int64_t begin, int64_t end, int64_t i, int64_t chunks) const {
-    const int64_t first = (kReverse ? chunks - 1 - i : i) * s_.capacity;
+    const int64_t first = (pass_.reverse ? chunks - 1 - i : i) * s_.capacity;
     return {static_cast<int>(first), static_cast<int>(min_of(first + s_.capacity, end - begin))};
   }
 
   // prefix + local, without a copy while one of them is empty.
-  State<A> current(const State<A>& prefix) {
+  HW_NOINLINE State<A> current(const State<A>& prefix) {
     if (local_.zero) return prefix;
     if (prefix.zero) return local_;
     const int64_t n = State<A>::count(s_);
@@ -134,12 +139,12 @@ class Scan {
   }
 
   // out = S_kv^T phi(x_a), dx = contract(S_kv value_a + S_z extra_a), then the chunk's own rows.
-  void output_rows(int g, int64_t first, int n, const State<A>& state, Visible visible,
-                   bool within_chunk) {
+  HW_NOINLINE void output_rows(int g, int64_t first, int n, const State<A>& state, Visible visible,
+                               bool within_chunk) {
     Side<A>& a = pack_a(g, first, n);
     read_state(a, n, state);
     if (within_chunk)
-      for (int h = 0; h < (kReverse ? group_ : 1); ++h) {
+      for (int h = 0; h < (pass_.reverse ? group_ : 1); ++h) {
         Side<A>& b = pack_b(h, first, n);
         for (int r = 0; r < n; r += kRowBlock)
           read_chunk(a, b, r, min_of(n, r + kRowBlock), n, visible);
@@ -147,22 +152,22 @@ class Scan {
     write_rows(g, first, n);
   }
 
-  void read_state(const Side<A>& a, int n, const State<A>& state) {
+  HW_NOINLINE void read_state(const Side<A>& a, int n, const State<A>& state) {
     const int columns = round_up(n, kLanes<A>);
     if (state.zero) {
-      if constexpr (kApply) clear_columns(out_, s_.dvp, n, 0, s_.dvp);
-      if constexpr (kGrad) clear_columns(dx_state_, s_.dp, n, 0, s_.dp);
+      if (pass_.apply) clear_columns(out_, s_.dvp, n, 0, s_.dvp);
+      if (pass_.grad) clear_columns(dx_state_, s_.dp, n, 0, s_.dp);
       for (int i = 0; i < s_.ld; ++i) denominator_[i] = 0;
     } else {
       expand(s_, a.c, a.xt, n, phi_);
-      if constexpr (kApply) {
+      if (pass_.apply) {
         multiply<false>(n, s_.dvp, s_.features, transposed(phi_, s_.ld), state.kv, s_.dvp, out_,
                         s_.dvp);
-        if constexpr (!kReverse)
+        if (!pass_.reverse)
           multiply<false>(1, columns, s_.features, row_major(state.z, 0), phi_, s_.ld, denominator_,
                           s_.ld);
       }
-      if constexpr (kGrad) {
+      if (pass_.grad) {
         multiply<false>(s_.features, columns, s_.dv, row_major(state.kv, s_.dvp), a.valuet, s_.ld,
                         dphi_, s_.ld);
         multiply<true>(s_.features, columns, 1, row_major(state.z, 1), a.extra, s_.ld, dphi_,
@@ -171,16 +176,17 @@ class Scan {
         transpose(dxt_, s_.ld, s_.d, n, dx_state_, s_.dp);
       }
     }
-    if constexpr (kGrad) clear_columns(dx_, s_.dp, n, 0, s_.dp);
+    if (pass_.grad) clear_columns(dx_, s_.dp, n, 0, s_.dp);
   }
 
   // Rows [r0, r1) of a against the visible rows of b, both of the same chunk.
-  void read_chunk(const Side<A>& a, const Side<A>& b, int r0, int r1, int n, Visible visible) {
+  HW_NOINLINE void read_chunk(const Side<A>& a, const Side<A>& b, int r0, int r1, int n,
+                              Visible visible) {
     const Range seen = columns_of(visible, r0, r1, n);
     const int count = seen.end - seen.begin, columns = round_up(count, kLanes<A>), rows = r1 - r0;
     multiply<false>(rows, columns, s_.d, transposed(a.xt + r0, s_.ld), b.xt + seen.begin, s_.ld,
                     weight_, s_.ld);
-    if constexpr (kGrad) {
+    if (pass_.grad) {
       multiply<false>(rows, columns, s_.dv, row_major(a.value + r0 * s_.dvp, s_.dvp),
                       b.valuet + seen.begin, s_.ld, d_weight_, s_.ld);
       multiply<true>(rows, columns, 1, row_major(a.extra + r0, 1), b.extra + seen.begin, s_.ld,
@@ -190,17 +196,17 @@ class Scan {
       multiply<true>(rows, s_.dp, count, row_major(d_weight_, s_.ld), b.x + seen.begin * s_.dp,
                      s_.dp, dx_ + r0 * s_.dp, s_.dp);
     }
-    if constexpr (kApply) {
+    if (pass_.apply) {
       scores_to_weights(rows, columns);
       mask(visible, r0, r1, seen, weight_, s_.ld);
-      if constexpr (!kReverse) add_denominators(r0, rows, count);
+      if (!pass_.reverse) add_denominators(r0, rows, count);
       multiply<true>(rows, s_.dvp, count, row_major(weight_, s_.ld), b.value + seen.begin * s_.dvp,
                      s_.dvp, out_ + r0 * s_.dvp, s_.dvp);
     }
   }
 
   // weight: <x_a, x_b> -> w(scale <x_a, x_b>)
-  void scores_to_weights(int rows, int columns) {
+  HW_NOINLINE void scores_to_weights(int rows, int columns) {
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < columns; j += kLanes<A>) {
         A* at = weight_ + r * s_.ld + j;
@@ -210,7 +216,7 @@ class Scan {
   }
 
   // d_weight: dw -> scale * dw * w'(s), with s from the raw products in weight_
-  void scores_to_gradients(int rows, int columns) {
+  HW_NOINLINE void scores_to_gradients(int rows, int columns) {
     const bool quadratic = s_.map == FeatureMap::taylor2;
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < columns; j += kLanes<A>) {
@@ -220,7 +226,7 @@ class Scan {
       }
   }
 
-  void add_denominators(int r0, int rows, int count) {
+  HW_NOINLINE void add_denominators(int r0, int rows, int count) {
     for (int r = 0; r < rows; ++r) {
       const A* w = weight_ + r * s_.ld;
       Vec<A> lanes{};
@@ -233,8 +239,8 @@ class Scan {
   }
 
   // local += the features of the b side's rows, outer product with their values.
-  void add_chunk(int64_t first, int n) {
-    for (int h = 0; h < (kReverse ? group_ : 1); ++h) {
+  HW_NOINLINE void add_chunk(int64_t first, int n) {
+    for (int h = 0; h < (pass_.reverse ? group_ : 1); ++h) {
       Side<A>& b = pack_b(h, first, n);
       expand(s_, b.c, b.xt, n, phi_);
       if (local_.zero) {
@@ -250,25 +256,25 @@ class Scan {
     }
   }
 
-  int64_t ahead() const { return kReverse ? -s_.capacity : s_.capacity; }
+  int64_t ahead() const { return pass_.reverse ? -s_.capacity : s_.capacity; }
 
   // ---- packing: which tensors make the two sides ----
 
   Side<A>& pack_a(int g, int64_t first, int n) {
-    return kReverse ? pack_key(first, n) : pack_query(g, first, n);
+    return pass_.reverse ? pack_key(first, n) : pack_query(g, first, n);
   }
   Side<A>& pack_b(int g, int64_t first, int n) {
-    return kReverse ? pack_query(g, first, n) : pack_key(first, n);
+    return pass_.reverse ? pack_query(g, first, n) : pack_key(first, n);
   }
 
-  Side<A>& pack_query(int g, int64_t first, int n) {
+  HW_NOINLINE Side<A>& pack_query(int g, int64_t first, int n) {
     if (first == query_first_ && g == query_group_ && head_ == query_head_ &&
         batch_ == query_batch_)
       return query_;
     query_first_ = first, query_group_ = g, query_head_ = head_, query_batch_ = batch_;
     const int head = head_ * group_ + g;
     pack_x<T>(s_, rows_of<const T>(p_.q, head), first, n, ahead(), query_);
-    if constexpr (kGrad || kReverse) {
+    if (pass_.grad || pass_.reverse) {
       const Ref<const A, 1> z = p_.normalize ? column_of<const A>(p_.z, head) : Ref<const A, 1>{};
       pack_cotangent<T>(s_, rows_of<const T>(p_.d_o, head), rows_of<const T>(p_.o, head), z, first,
                         n, ahead(), row_, query_);
@@ -277,37 +283,37 @@ class Scan {
     return query_;
   }
 
-  Side<A>& pack_key(int64_t first, int n) {
+  HW_NOINLINE Side<A>& pack_key(int64_t first, int n) {
     if (first == key_first_ && head_ == key_head_ && batch_ == key_batch_) return key_;
     key_first_ = first, key_head_ = head_, key_batch_ = batch_;
     pack_x<T>(s_, rows_of<const T>(p_.k, head_), first, n, ahead(), key_);
     pack_value<T>(s_, rows_of<const T>(p_.v, head_), first, n, ahead(), key_);
-    if constexpr (kGrad) pack_value_transposed(s_, n, key_);
+    if (pass_.grad) pack_value_transposed(s_, n, key_);
     return key_;
   }
 
   // ---- writing the rows of the a side ----
 
-  void write_rows(int g, int64_t first, int n) {
+  HW_NOINLINE void write_rows(int g, int64_t first, int n) {
     const int head = head_ * group_ + g;
-    if constexpr (kGrad) {
-      if constexpr (kReverse)
+    if (pass_.grad) {
+      if (pass_.reverse)
         write_dx(rows_of<const T>(p_.k, head_), rows_of<T>(p_.d_k, head_), first, n);
       else
         write_dx(rows_of<const T>(p_.q, head), rows_of<T>(p_.d_q, head), first, n);
     }
-    if constexpr (kApply && kReverse) {
+    if (pass_.apply && pass_.reverse) {
       const Ref<T, 2> d_v = rows_of<T>(p_.d_v, head_);
       for (int i = 0; i < n; ++i) {
         prefetch_row<true>(d_v, first + i + ahead());
         narrow(d_v.at(first + i), out_ + i * s_.dvp, s_.dv, d_v.stride[1]);
       }
     }
-    if constexpr (kApply && !kReverse) write_output(head, first, n);
+    if (pass_.apply && !pass_.reverse) write_output(head, first, n);
   }
 
   // o = out / z, z = denominator + eps; a row whose z is 0 gives 0.
-  void write_output(int head, int64_t first, int n) {
+  HW_NOINLINE void write_output(int head, int64_t first, int n) {
     const Ref<T, 2> o = rows_of<T>(p_.o, head);
     const Ref<A, 1> z = column_of<A>(p_.z, head);
     for (int i = 0; i < n; ++i) {
@@ -324,7 +330,7 @@ class Scan {
   }
 
   // dx * pre'(x), the part from the state and the part from the chunk together.
-  void write_dx(Ref<const T, 2> x, Ref<T, 2> d_x, int64_t first, int n) {
+  HW_NOINLINE void write_dx(Ref<const T, 2> x, Ref<T, 2> d_x, int64_t first, int n) {
     for (int i = 0; i < n; ++i) {
       A* row = dx_ + i * s_.dp;
       for (int a = 0; a < s_.d; ++a) row[a] += dx_state_[i * s_.dp + a];
@@ -355,6 +361,7 @@ class Scan {
 
   const Shape<A> s_;
   const BackwardParams& p_;
+  const Pass pass_;
   const int group_;
   int64_t batch_ = 0;
   int head_ = 0;

@@ -37,7 +37,7 @@ class Group {
   // Of up to `heads` query heads, which have their lists in common. `in_place`: keys are not
   // gathered.
   template <class Params>
-  explicit Group(const Params& p, int heads = 1, bool in_place = false)
+  HW_NOINLINE explicit Group(const Params& p, int heads = 1, bool in_place = false)
       : routing_(p),
         q_(p.q.template as<const T>()),
         k_(p.k.template as<const T>()),
@@ -79,7 +79,7 @@ class Group {
   }
 
   // Reads the lists of the group that is next, of `heads` query heads from `head` on.
-  void look_up(int64_t batch, int head, int heads, int64_t group) {
+  HW_NOINLINE void look_up(int64_t batch, int head, int heads, int64_t group) {
     next_.batch = batch, next_.head = head, next_.heads = heads, next_.group = group;
     read(routing_.rows, false, next_.rows);
     read(routing_.keys, routing_.pad_keys, next_.keys);
@@ -93,7 +93,7 @@ class Group {
 
   // A part of what the next group reads and writes, to be asked for while a block of this one is
   // worked on; as many rows a step as get through with the block.
-  Requests requests(int64_t part, int64_t parts) const {
+  HW_NOINLINE Requests requests(int64_t part, int64_t parts) const {
     const int64_t begin = wanted_count_ * part / parts, end = wanted_count_ * (part + 1) / parts;
     const int64_t width = v_ ? v_.size[3] : 0;
     const int64_t tiles = ceil_div<int64_t>(key_count(), attention::kKeys);
@@ -105,7 +105,7 @@ class Group {
   }
 
   // Goes to the next group.
-  void enter() {
+  HW_NOINLINE void enter() {
     std::swap(now_, next_);
     for (int64_t i = 0; i < rows(); ++i)
       result_[i] = routing_.by_slot ? now_.group * most_rows_ + row_slot(i) : row_token(i);
@@ -123,7 +123,7 @@ class Group {
   int heads() const { return now_.heads; }
 
   // Rows [begin, begin + kRows) of a head of the group.
-  Block block(int64_t begin, int head) const {
+  HW_NOINLINE Block block(int64_t begin, int head) const {
     const attention::Sequence at{now_.batch, 0, rows_in_sequence_, 0, key_count()};
     return {at,
             {rows_in_sequence_, key_count(), -1, -1},
@@ -137,7 +137,7 @@ class Group {
   }
 
  private:
-  void lay_out(Room& l) {
+  HW_NOINLINE void lay_out(Room& l) {
     for (Members* members : {&now_, &next_}) {
       members->rows = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
       members->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
@@ -157,7 +157,7 @@ class Group {
   int key_heads() const { return key_head(now_.head + now_.heads - 1) - first_key_head() + 1; }
 
   // One head stands for all.
-  Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
+  HW_NOINLINE Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
     if (in_place_ || !x) return x.template as<const void>();
     Ref<const void, 4> r;
     const int64_t head = heads_ > 1 ? most_keys_ * x.size[3] : 0;
@@ -170,7 +170,7 @@ class Group {
   }
 
   // The list's tokens, with those that are absent if wanted, by position if it matters.
-  void read(const Lists& lists, bool absent, List& to) {
+  HW_NOINLINE void read(const Lists& lists, bool absent, List& to) {
     int64_t count = 0, slot = 0;
     bool sorted = true;
     const auto take = [&](int64_t token) {
@@ -186,7 +186,7 @@ class Group {
     if (ordered_ && !sorted) sort(to);
   }
 
-  void want(const Ref<const T, 4>& x, const List& list, int head) {
+  HW_NOINLINE void want(const Ref<const T, 4>& x, const List& list, int head) {
     if (!x || x.stride[3] != 1) return;
     for (int64_t i = 0; i < list.count; ++i)
       if (list.token[i] >= 0)
@@ -197,7 +197,7 @@ class Group {
   struct Place {
     int64_t token, slot;
   };
-  void sort(List& list) const {
+  HW_NOINLINE void sort(List& list) const {
     for (int64_t i = 0; i < list.count; ++i) order_[i] = {list.token[i], list.slot[i]};
     std::sort(order_, order_ + list.count, [](const Place& a, const Place& b) {
       return a.token != b.token ? a.token < b.token : a.slot < b.slot;
@@ -207,7 +207,7 @@ class Group {
   }
 
   // [key heads, keys, width]: all heads of a token after each other, as they lie in memory.
-  void gather(const Ref<const T, 4>& x, T* to) const {
+  HW_NOINLINE void gather(const Ref<const T, 4>& x, T* to) const {
     const int64_t width = x.size[3], bytes = width * static_cast<int64_t>(sizeof(T));
     const int begin = first_key_head(), end = begin + key_heads();
     for (int64_t j = 0; j < key_count(); ++j) {
@@ -224,7 +224,7 @@ class Group {
   }
 
   // Of each row the keys it sees, and those that are the row itself: two walks side by side.
-  void find_seen() {
+  HW_NOINLINE void find_seen() {
     const int64_t n = key_count(), *key = now_.keys.token;
     int64_t begin = 0, end = 0, self_begin = 0, self_end = 0;
     const auto first_not_below = [&](int64_t from, int64_t token) {

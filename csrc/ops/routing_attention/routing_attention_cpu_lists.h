@@ -70,7 +70,7 @@ class GroupsForward {
   }
 
   template <class Next>
-  void walk(Next next) const {
+  HW_NOINLINE void walk(Next next) const {
     Group<T> group(p_, static_cast<int>(heads_at_once_), in_place_);
     // `moves`: the heads whose keys lie in the group's memory change from visit to visit.
     std::optional<attention::Forward<T>> pass;
@@ -87,7 +87,7 @@ class GroupsForward {
   }
 
   // The group's rows; `more`: memory is asked for the next group's meanwhile.
-  void attend(const Group<T>& group, attention::Forward<T>& pass, bool more) const {
+  HW_NOINLINE void attend(const Group<T>& group, attention::Forward<T>& pass, bool more) const {
     const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = group.heads() * blocks;
     for (int h = 0; h < group.heads(); ++h) {
       const int head = group.first_head() + h;
@@ -99,7 +99,7 @@ class GroupsForward {
     }
   }
 
-  attention::ForwardParams engine_params(const Group<T>& group) const {
+  HW_NOINLINE attention::ForwardParams engine_params(const Group<T>& group) const {
     attention::ForwardParams e = p_;
     e.k = group.keys();
     e.v = group.values();
@@ -108,7 +108,7 @@ class GroupsForward {
   }
 
   // Slots without token are rows without weight.
-  void clear_slots(int64_t batch, int head, int64_t group) const {
+  HW_NOINLINE void clear_slots(int64_t batch, int head, int64_t group) const {
     const Ref<T, 4> w = p_.w.template as<T>();
     const Ref<Accum<T>, 3> row = p_.row.template as<Accum<T>>();
     const Ref<Accum<T>, 3> rest = p_.rest.template as<Accum<T>>();
@@ -141,7 +141,7 @@ class Mean {
   }
 
  private:
-  void average(int64_t batch, int head) const {
+  HW_NOINLINE void average(int64_t batch, int head) const {
     const Ref<const T, 4> w = p_.w.template as<const T>();
     const Ref<T, 4> o = p_.o.template as<T>();
     const int64_t tokens = p_.q.size[1], width = o.size[3],
@@ -206,7 +206,7 @@ class TokenSums {
   static int64_t room(const Ref<void, 4>& to) { return to.size[1] * padded(to); }
 
   void begin() { std::fill_n(given_, to_.size[1], false); }
-  void end() {
+  HW_NOINLINE void end() {
     for (int64_t i = 0; i < to_.size[1]; ++i)
       if (!given_[i]) std::fill_n(at_ + i * ld_, padded_, A(0));
   }
@@ -226,7 +226,7 @@ class TokenSums {
     given_[token] = true;
   }
   // All rows += those of another, both after end().
-  void add(const TokenSums& part) const {
+  HW_NOINLINE void add(const TokenSums& part) const {
     for (int64_t i = 0; i < to_.size[1]; ++i)
       for (int64_t d = 0; d < padded_; d += kLanes<A>) {
         A* sum = at_ + i * ld_ + d;
@@ -234,7 +234,7 @@ class TokenSums {
       }
   }
   // Rows to where they belong.
-  void write() const {
+  HW_NOINLINE void write() const {
     for (int64_t i = 0; room_ != nullptr && i < to_.size[1]; ++i)
       narrow(to_.at(batch_, i, head_), at_ + i * ld_, to_.size[3], to_.stride[3]);
   }
@@ -305,7 +305,7 @@ class GroupsBackward {
   }
 
   // `given`: room for marks of the tokens, [2 Sk + Sq]; null for what has come to its end.
-  Sums sums_of(int64_t pair, A* room, bool* given) {
+  HW_NOINLINE Sums sums_of(int64_t pair, A* room, bool* given) {
     const int64_t batch = pair / heads_;
     const int head = static_cast<int>(pair % heads_);
     A* d_v = room == nullptr ? nullptr : room + TokenSums<T>::room(p_.d_k);
@@ -333,7 +333,7 @@ class GroupsBackward {
   }
 
   // Sums over a part of the groups, complete.
-  Sums add_groups(int64_t pair, int64_t part, A* room) {
+  HW_NOINLINE Sums add_groups(int64_t pair, int64_t part, A* room) {
     Buffer marks;
     marks.reserve(2 * p_.k.size[1] + p_.q.size[1]);
     Sums sums = sums_of(pair, room, reinterpret_cast<bool*>(marks.data()));
@@ -353,7 +353,7 @@ class GroupsBackward {
     return sums_of(pair, room, nullptr);
   }
 
-  void add_parts(int64_t pair) {
+  HW_NOINLINE void add_parts(int64_t pair) {
     A* rooms = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * room();
     const Sums whole = sums_of(pair, rooms, nullptr);
     for (int64_t part = 1; part < parts_; ++part)
@@ -376,7 +376,7 @@ class GroupsBackward {
   // The walk over groups, and the gradients of one group's keys.
   class Groups {
    public:
-    explicit Groups(const GroupsBackward& pass)
+    HW_NOINLINE explicit Groups(const GroupsBackward& pass)
         : p_(pass.p_),
           group_(p_),
           padded_(TokenSums<T>::padded(p_.d_k)),
@@ -385,8 +385,8 @@ class GroupsBackward {
           factor_(p_.factor.template as<const A>()),
           walk_(engine_) {}
 
-    void add(int64_t batch, int head, int64_t g, TokenSums<T>& d_q, TokenSums<T>& d_k,
-             TokenSums<T>& d_v) {
+    HW_NOINLINE void add(int64_t batch, int head, int64_t g, TokenSums<T>& d_q, TokenSums<T>& d_k,
+                         TokenSums<T>& d_v) {
       group_.load(batch, head, g);
       const int64_t keys = group_.key_count();
       if (group_.rows() == 0 || keys == 0) return;
@@ -414,7 +414,7 @@ class GroupsBackward {
 
    private:
     // What the walk reads; and room for it in scratch memory.
-    attention::BackwardParams engine_params() {
+    HW_NOINLINE attention::BackwardParams engine_params() {
       const int64_t keys = p_.keys.slots(), slots = p_.groups() * p_.rows.slots();
       const int64_t deltas = p_.by_slot ? slots : 0;
       memory_.reserve((keys * (padded_ + padded_values_) + deltas + 2 * padded_values_) *
@@ -437,7 +437,7 @@ class GroupsBackward {
     }
 
     // D of the group's slots.
-    void find_deltas(int64_t batch, int head) {
+    HW_NOINLINE void find_deltas(int64_t batch, int head) {
       const Ref<const T, 4> d_w = p_.d_w.template as<const T>(), w = p_.slots.as<const T>();
       const int width = p_.value_dim();
       A *x = rows_, *y = rows_ + padded_values_;  // [Dv]

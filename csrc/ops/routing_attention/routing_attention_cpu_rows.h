@@ -85,7 +85,7 @@ class SortedRows {
 
 // Zeros in row (b, i, h) of x, if x is there. A tensor that no cache keeps is written past them.
 template <class T>
-void clear_row(const Ref<void, 4>& x, int64_t b, int64_t i, int head) {
+HW_NOINLINE void clear_row(const Ref<void, 4>& x, int64_t b, int64_t i, int head) {
   if (!x) return;
   T* row = x.as<T>().at(b, i, head);
   const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T));
@@ -123,7 +123,7 @@ class RowsForward {
 
  private:
   // A row without weight.
-  void clear(int64_t b, int64_t i, int head) const {
+  HW_NOINLINE void clear(int64_t b, int64_t i, int head) const {
     clear_row<T>(p_.o, b, i, head);
     clear_row<T>(p_.w, b, i, head);
     if (p_.row) p_.row.template as<A>()(b, head, i) = attention::kInfinity<A>;
