@@ -190,13 +190,13 @@ inline void narrow(T* __restrict dst, const A* __restrict src, int64_t n) {
 
 // The same for rows whose elements are `stride` apart.
 template <class T, class A>
-HW_NOINLINE void widen(A* __restrict dst, const T* __restrict src, int64_t n, int64_t stride) {
+inline void widen(A* __restrict dst, const T* __restrict src, int64_t n, int64_t stride) {
   if (stride == 1) return widen(dst, src, n);
   for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<A>(src[i * stride]);
 }
 
 template <class T, class A>
-HW_NOINLINE void narrow(T* __restrict dst, const A* __restrict src, int64_t n, int64_t stride) {
+inline void narrow(T* __restrict dst, const A* __restrict src, int64_t n, int64_t stride) {
   if (stride == 1) return narrow(dst, src, n);
   for (int64_t i = 0; i < n; ++i) dst[i * stride] = static_cast<T>(src[i]);
 }

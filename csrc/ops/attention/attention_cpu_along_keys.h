@@ -164,7 +164,7 @@ class AlongKeys {
 
   // x of n keys in lanes; beyond, of whole vectors, 0.
   template <class K>
-  HW_NOINLINE void products(const K& k, int rows, int n, Requests& meanwhile) {
+  void products(const K& k, int rows, int n, Requests& meanwhile) {
     if (rows == 1) return products_of_row(k, n, p_tile_);
     hw::transpose(k, n, p_.dim(), columns_, kKeys);
     const int wide = round_up(n, kSide);

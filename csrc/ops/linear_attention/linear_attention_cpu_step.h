@@ -14,7 +14,7 @@ constexpr int kStepVectors = 4;  // columns of the state that are updated togeth
 
 // out[f] = c_f m_f(x)
 template <class A>
-HW_NOINLINE void expand_row(const Shape<A>& s, const Coefficients<A>& c, const A* x, A* out) {
+void expand_row(const Shape<A>& s, const Coefficients<A>& c, const A* x, A* out) {
   if (s.map == FeatureMap::taylor2) *out++ = 1;
   for (int a = 0; a < s.d; ++a) *out++ = c.linear * x[a];
   if (s.map != FeatureMap::taylor2) return;
@@ -34,7 +34,7 @@ struct StepRows {
 
 // kVectors vectors of columns of S [F, Dv] (unit stride inside a row): update if asked, and read.
 template <bool kUpdate, int kVectors, class A>
-HW_NOINLINE void step_columns(int features, const StepRows<A>& r, A* kv, int64_t kv_row) {
+void step_columns(int features, const StepRows<A>& r, A* kv, int64_t kv_row) {
   Vec<A> v[kVectors], o[kVectors];
   HW_UNROLL for (int j = 0; j < kVectors; ++j) {
     v[j] = load(r.v + j * kLanes<A>);
@@ -56,8 +56,8 @@ HW_NOINLINE void step_columns(int features, const StepRows<A>& r, A* kv, int64_t
 
 // The same for columns [from, Dv), and for rows whose elements are not adjacent.
 template <bool kUpdate, class A>
-HW_NOINLINE void step_elements(int features, const StepRows<A>& r, A* kv, int64_t kv_row,
-                               int64_t kv_column, int from, int dv) {
+void step_elements(int features, const StepRows<A>& r, A* kv, int64_t kv_row, int64_t kv_column,
+                   int from, int dv) {
   for (int j = from; j < dv; ++j) r.o[j] = 0;
   for (int f = 0; f < features; ++f)
     for (int j = from; j < dv; ++j) {
@@ -68,8 +68,7 @@ HW_NOINLINE void step_elements(int features, const StepRows<A>& r, A* kv, int64_
 }
 
 template <bool kUpdate, class A>
-HW_NOINLINE void step_state(const Shape<A>& s, StepRows<A> r, A* kv, int64_t kv_row,
-                            int64_t kv_column) {
+void step_state(const Shape<A>& s, StepRows<A> r, A* kv, int64_t kv_row, int64_t kv_column) {
   int j = 0;
   if (kv_column == 1) {
     constexpr int kWide = kStepVectors * kLanes<A>;
