@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
 preset=${1:-cpu}
 case $preset in
-  cpu) total=350 unit=35 ;;
+  cpu) total=420 unit=60 ;;
   cuda) total=2000 unit=90 ;;
   *) echo "build_budget.sh: '$preset' has no budget; expected cpu or cuda" >&2; exit 2 ;;
 esac
