@@ -80,7 +80,7 @@ BUDGETS = (
     Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 44 * KIB, (*TENSOR, "tf32")),
     Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 60 * KIB, (*TENSOR, "tf32")),
     Budget(SM80 + r"TotalsKernel<hw::b?f16, 64,", 168, 128, 3, 30 * KIB, TENSOR),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 168, 256, 1, 46 * KIB, TENSOR),
+    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 176, 256, 1, 46 * KIB, TENSOR),
     Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 240, 128, 2, 78 * KIB, TENSOR),
     Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),

@@ -42,7 +42,7 @@ def run(step, folder, seconds=60.0):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 4.0)
+    monkeypatch.setattr(steps, "GRACE", 2.0)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_a_step_ends_as_it_ends(tmp_path):
 
 
 def test_a_step_that_hangs_is_interrupted_and_can_report(tmp_path):
-    outcome = run(python("hang", REPORT, limit=12.0), tmp_path)
+    outcome = run(python("hang", REPORT, limit=6.0), tmp_path)
     assert outcome.status == "interrupted" and outcome.tail() == "reported"
 
 
@@ -102,7 +102,7 @@ def test_steps_side_by_side_cost_only_themselves(tmp_path, impatient):
     wanted = [
         python("deaf", IGNORE, 2.0),
         python("crash", "import os; os.abort()"),
-        python("hang", REPORT, 12.0),
+        python("hang", REPORT, 6.0),
         python("good", "pass"),
     ]
     seen = []
@@ -139,7 +139,7 @@ def test_a_stage_goes_on_behind_what_fails_and_brings_home(tmp_path, impatient):
 
 
 def test_the_day_ends_in_time_whatever_hangs(tmp_path, impatient):
-    day, out = a_day(tmp_path, seconds=15.0 / target.TARGETS["emulator"].stretch)
+    day, out = a_day(tmp_path, seconds=8.0 / target.TARGETS["emulator"].stretch)
     start = time.monotonic()
     day._stage("one", 100, [python(f"hang {i}", REPORT) for i in range(6)])
     day._stage("two", 100, [python("late", "pass")])

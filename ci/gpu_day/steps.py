@@ -79,6 +79,8 @@ def run(step: Step, logs: Path, end: float, environment: Mapping[str, str]) -> O
                 stderr=subprocess.STDOUT,
                 env={**environment, **step.environment},
                 start_new_session=True,
+                # Who starts the day in the background hands on a SIGINT that is ignored.
+                preexec_fn=_heed_interrupts,
             )
         except OSError as error:
             output.write(f"cannot start {step.command[0]}: {error}\n".encode())
@@ -116,6 +118,10 @@ def stop() -> None:
     _stopped.set()
     for process in list(_running):
         _signal(process, signal.SIGKILL)
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
