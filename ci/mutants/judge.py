@@ -26,6 +26,11 @@ ROOT = Path(__file__).parents[2]
 SURVIVED, DIFFERENT, REFUSED, BROKEN = 0, 3, 4, 5
 REACHED, DOES_NOT_APPLY = 1, 2
 BACKENDS = {"cpu": "cpu", "simt": "emulate:simt", "sm80": "emulate:sm80"}
+# How a spec's first cases, which reach every algorithm, are compared besides.
+ASIDE = (
+    {"layout": "strided"}, {"layout": "padded"}, {"gradients": False}, {"end": "begin"},
+)  # fmt: skip
+FIRST = 3
 # (order of threads, landing of copies, seed); the first for every mutant, all for barriers.
 SCHEDULES = (
     ("shuffled", "late", 1), ("reverse", "early", 2), ("forward", "late", 3),
@@ -41,7 +46,9 @@ class Task:
     case: object
     backend: str
     dtype: object
-    layout: str = "contiguous"
+    layout: str = "contiguous"  # of inputs and cotangents
+    gradients: bool = True
+    end: str = "end"  # of every tensor at which the inaccessible page is
 
 
 @dataclass
@@ -63,26 +70,29 @@ class Baseline:
 
 
 class Judge:
-    def __init__(self, library: Path, backends: tuple[str, ...], operators=(), budget=20.0):
-        """`operators`: those that were built, if not all. `budget`: seconds of comparisons, as
+    def __init__(self, library: Path, backends: tuple[str, ...], specs=(), budget=20.0):
+        """`specs`: names of those to compare, if not all. `budget`: seconds of comparisons, as
         measured without a mutant, that one may take."""
         os.environ["HEADWORKS_LIBRARY_DIR"] = str(library)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
         import torch
 
         from guarded import Guard, guarded_allocations
         from headworks import _library
+        from headworks.testing import inputs
         from headworks.testing import spec as spec_module
         from specs import SPECS
         from test_cpu_splits import CUT
 
         torch.set_num_threads(1)  # a process with OpenMP threads must not fork
         self.torch, self.library, self.budget = torch, _library, budget
-        built = [s for s in SPECS if not operators or s.name.startswith(tuple(operators))]
-        self.specs = [_guarded(spec, Guard("end")) for spec in built]
-        self.long = {s.name: [c for module, c in CUT if module.SPEC is s] for s in built}
-        self.check_case, self.allocations = spec_module.check_case, guarded_allocations
+        chosen = [s for s in SPECS if not specs or s.name in specs]
         self.guard = Guard("end")
+        self.specs = [_guarded(spec, self.guard) for spec in chosen]
+        inputs._gaps = self._gaps
+        self.long = {s.name: [c for module, c in CUT if module.SPEC is s] for s in chosen}
+        self.check_case, self.allocations = spec_module.check_case, guarded_allocations
         _library.info()  # loads both libraries
         self.switches = [
             ctypes.CDLL(str(library / name))
@@ -108,17 +118,32 @@ class Judge:
                 if short == "cpu":
                     cases += [*spec.sample_cases, *self.long.get(spec.name, ())]
                 backend = BACKENDS[short]
-                tasks += [Task(i, c, backend, dtype) for c in cases if not spec.limit(backend, c)]
-        return tasks
+                tasks += [Task(i, c, backend, dtype) for c in cases]
+                tasks += [
+                    Task(i, c, backend, dtype, **how)
+                    for c in cases[:FIRST]
+                    for how in ASIDE
+                    if spec.differentiable or "gradients" not in how
+                ]
+        return [x for x in tasks if not self.specs[x.spec].limit(x.backend, x.case)]
 
     def _compare(self, task: Task, backend: str = ""):
-        """In memory with inaccessible pages behind every tensor."""
+        """In memory with inaccessible pages around every tensor."""
         spec, backend = self.specs[task.spec], backend or task.backend
+        self.guard.end = task.end
         with contextlib.ExitStack() as stack:
             if backend != "reference":
                 for patch in self.allocations(self.guard):
                     stack.enter_context(patch)
-            self.check_case(spec, task.case, backend, task.dtype, layout=task.layout)
+            self.check_case(
+                spec, task.case, backend, task.dtype, layout=task.layout, gradients=task.gradients
+            )
+
+    def _gaps(self, x, shape):
+        """Room of another layout, as inputs._gaps makes it."""
+        return self.guard.empty(shape, x.dtype).fill_(
+            float("nan") if x.is_floating_point() else -1
+        )
 
     def _set(self, state: int):
         for switch in self.switches:
@@ -181,7 +206,8 @@ class Judge:
 
     def _name(self, t: int) -> str:
         task = self.tasks[t]
-        return f"{self.specs[task.spec]}[{task.case}, {task.backend}]"
+        how = [task.layout, task.end, *([] if task.gradients else ["no gradients"])]
+        return f"{self.specs[task.spec]}[{task.case}, {task.backend}, {', '.join(how)}]"
 
     # ---- With a mutant
 
@@ -221,7 +247,7 @@ class Judge:
 
 
 def _guarded(spec, guard):
-    """The spec with inputs that end at an inaccessible page."""
+    """The spec with inputs that begin or end at an inaccessible page."""
 
     def make(*args):
         return {n: guard.copy(x) for n, x in spec.make(*args).items()}

@@ -18,17 +18,17 @@ INFIX = {
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 ASSIGNMENTS = ("=", "+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "<<=", ">>=")
 BARRIERS = re.compile(r"(\w+(::|\.|->))*(sync_\w+|copy_async_(wait|commit)|wait|commit)\b")
-# Words that begin no expression, and calls that state what must hold.
+# Words that begin no expression.
 NO_STATEMENT = {
     "return", "if", "for", "while", "do", "else", "switch", "case", "default", "break", "continue",
     "throw", "using", "static_assert", "const", "constexpr", "static", "auto", "typename",
     "template", "struct", "class", "delete", "new", "goto", "try", "catch", "public", "private",
-    "friend", "extern", "namespace", "typedef", "enum", "operator", "check", "inline",
+    "friend", "extern", "namespace", "typedef", "enum", "operator", "inline",
 }  # fmt: skip
 # In whose parentheses nothing is changed.
-NO_CHANGE = {
-    "alignas", "sizeof", "decltype", "__attribute__", "noexcept", "check", "HW_UNROLL_BY",
-}  # fmt: skip
+NO_CHANGE = {"alignas", "sizeof", "decltype", "__attribute__", "noexcept", "HW_UNROLL_BY"}
+# Calls that state what must hold, of which refusals have tests of their own.
+CHECK = re.compile(r"check(_\w+)?$")
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,7 @@ class Finder:
                 if word == "case":
                     end = next(j for j in range(i, len(tokens)) if tokens[j].text == ":")
                 source.skip(i, end if end > 0 else i)
-            elif word in (
-                "alignas",
-                "sizeof",
-                "decltype",
-                "__attribute__",
-                "noexcept",
-                "check",
-                "HW_UNROLL_BY",
-            ):
+            elif word in NO_CHANGE or CHECK.match(word):
                 if tokens[i + 1].text == "(":
                     source.skip(i, tokens[i + 1].partner)
             elif word == "constexpr" and tokens[i - 1].text == "if":
@@ -354,7 +346,7 @@ class Finder:
         t = self.tokens
         if t[i].kind != "name" and t[i].text != "*":
             return False
-        if t[i].text in NO_STATEMENT or t[i].text.startswith("HW_"):
+        if t[i].text in NO_STATEMENT or t[i].text.startswith("HW_") or CHECK.match(t[i].text):
             return False
         before = t[i - 1]
         if before.text in (";", "{", "}", "else"):

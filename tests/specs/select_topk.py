@@ -85,7 +85,7 @@ CASES = (
 )
 
 EMULATOR_CASES = (
-    case(N=300, k=37, rows=(2, 2)),
+    case(N=300, k=237, rows=(2, 2)),
     case(N=130, k=40, rows=(1, 2), scores="special"),
     case(N=130, k=40, rows=(1, 2), scores="few", order=False),
     *(
