@@ -113,7 +113,7 @@ class Explanations:
 
 def outcome(status: int) -> str:
     if status < 0:
-        return "hangs" if status == -14 else "crashes"
+        return "hangs" if -status in judging.HANGING else "crashes"
     words = {
         judging.SURVIVED: "survived", judging.DIFFERENT: "different", judging.REFUSED: "refused",
     }  # fmt: skip
@@ -135,7 +135,7 @@ def main() -> int:
     made.make()
     print(f"built: {clock}; {len(made.dropped)} do not compile", flush=True)
     backends = tuple(args.backend or judging.BACKENDS)
-    judge = judging.Judge(made.library, backends, made.specs)
+    judge = judging.Judge(made.library, backends, made.part.specs)
     print(f"references: {clock}", flush=True)
     baseline = judge.baseline(made.numbers, args.jobs)
     print(f"without a mutant: {len(baseline.seconds)} comparisons, {clock}", flush=True)

@@ -215,13 +215,19 @@ class Finder:
             return
         digits = re.match(r"\d+", token.text).group()
         before = self.tokens[i - 1].text
-        step = -1 if digits == "1" and before in ("+", "-") else 1
+        fewer = digits != "0" and self._subscribes(i)  # what is named there is in bounds
+        step = -1 if fewer or (digits == "1" and before in ("+", "-")) else 1
         other = str(int(digits) + step) + token.text[len(digits) :]
         around = self._around(i)
         yield self._make(
             i, "constant", around.format(token.text), around.format(other),
             token=f"hwm::number({{n}}, {token.text}, {other})",
         )  # fmt: skip
+
+    def _subscribes(self, i: int) -> bool:
+        """The number that is all there is between [ and ]."""
+        t = self.tokens
+        return t[i].kind == "number" and t[i - 1].text == "[" and t[i + 1].text == "]"
 
     def _logic(self, i: int) -> Iterator[Mutant]:
         """L && R <-> L || R, by De Morgan: on != ((on != L) && (on != R))."""
@@ -273,6 +279,8 @@ class Finder:
         if self.tokens[i + 1].text == "[":  # an attribute
             return
         first, last = i + 1, token.partner - 1
+        if self._subscribes(first):  # _number changes it
+            return
         inside = self.source.slice(first, last)
         yield self._make(
             i, "index", f"[{inside}]", f"[{inside} + 1]",
