@@ -21,9 +21,11 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
@@ -50,10 +52,34 @@ def arguments():
         "--backend", action="append", choices=sorted(judging.BACKENDS), help="default: all"
     )
     parser.add_argument("--folder", type=Path, default=building.ROOT / "build" / "mutants")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes at a time")
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     return parser.parse_args()
+
+
+class Clock:
+    """As a text: seconds since the last text, and how many a processor worked in them."""
+
+    def __init__(self):
+        self.first = self.last = time.monotonic()
+        self.used = self._processor()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.first
+
+    def _processor(self) -> float:
+        mine, other = (
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        return mine.ru_utime + mine.ru_stime + other.ru_utime + other.ru_stime
+
+    def __str__(self) -> str:
+        now, used = time.monotonic(), self._processor()
+        text = f"{now - self.last:.0f} s, {used - self.used:.0f} s of a processor"
+        self.last, self.used = now, used
+        return text
 
 
 def drawn(mutants: list[Mutant], count: int | None, seed: str) -> list[Mutant]:
@@ -75,7 +101,7 @@ class Explanations:
 
     def reason(self, m: Mutant) -> str:
         for entry in self.entries:
-            if entry["file"] != m.file or entry["line"] not in m.text:
+            if not fnmatch(m.file, entry["file"]) or entry["line"] not in m.text:
                 continue
             if "kinds" in entry and m.kind not in entry["kinds"]:
                 continue
@@ -87,7 +113,7 @@ class Explanations:
 
 def outcome(status: int) -> str:
     if status < 0:
-        return "hangs" if status == -14 else "crashes"
+        return "hangs" if -status in judging.HANGING else "crashes"
     words = {
         judging.SURVIVED: "survived", judging.DIFFERENT: "different", judging.REFUSED: "refused",
     }  # fmt: skip
@@ -96,7 +122,7 @@ def outcome(status: int) -> str:
 
 def main() -> int:
     args = arguments()
-    start = time.monotonic()
+    clock = Clock()
     mutants = building.find(building.sources(args.only))
     mutants = [m for m in mutants if m.kind.startswith(args.kind)]
     chosen = drawn(mutants, args.sample, args.seed)
@@ -105,22 +131,19 @@ def main() -> int:
         print(*chosen, sep="\n")
         return 0
     numbered = dict(enumerate(chosen, 1))
-    made = building.Build(args.folder.resolve(), numbered)
+    made = building.Build(args.folder.resolve(), numbered, args.jobs)
     made.make()
-    print(f"built in {time.monotonic() - start:.0f} s, {len(made.dropped)} do not compile")
+    print(f"built: {clock}; {len(made.dropped)} do not compile", flush=True)
     backends = tuple(args.backend or judging.BACKENDS)
-    judge = judging.Judge(made.library, backends, made.operators)
-    print(f"references: {time.monotonic() - start:.0f} s", flush=True)
+    judge = judging.Judge(made.library, backends, made.part.specs)
+    print(f"references: {clock}", flush=True)
     baseline = judge.baseline(made.numbers, args.jobs)
-    print(
-        f"without a mutant: {len(baseline.seconds)} comparisons, {time.monotonic() - start:.0f} s",
-        flush=True,
-    )
+    print(f"without a mutant: {len(baseline.seconds)} comparisons, {clock}", flush=True)
     if baseline.wrong or len(baseline.seconds) < 10:
         print(*baseline.wrong, "the sources as they are do not pass", sep="\n")
         return 2
     results = classify(judge, baseline, made, args.jobs)
-    return report(results, numbered, args, time.monotonic() - start)
+    return report(results, numbered, args, clock)
 
 
 def classify(judge, baseline, made, workers) -> dict[int, str]:
@@ -141,13 +164,13 @@ def classify(judge, baseline, made, workers) -> dict[int, str]:
     return results
 
 
-def report(results, mutants, args, seconds) -> int:
+def report(results, mutants, args, clock) -> int:
     explanations = Explanations()
     surviving = ("survived", "not reached", "broken")
     counted = [n for n, r in results.items() if r != "not compiled"]
     survivors = [n for n in counted if results[n] in surviving]
     unexplained = [n for n in survivors if not explanations.reason(mutants[n])]
-    print(f"\n{dict(Counter(results.values()))}, {seconds:.0f} s")
+    print(f"\n{dict(Counter(results.values()))}; {clock}")
     for n in survivors:
         why = explanations.reason(mutants[n])
         print(f"{results[n]}{' (explained: ' + why + ')' if why else ''}: {mutants[n]}")
@@ -162,7 +185,7 @@ def report(results, mutants, args, seconds) -> int:
             }
             for n, m in mutants.items()
         ]  # fmt: skip
-        args.json.write_text(json.dumps({"seconds": seconds, "mutants": rows}, indent=1))
+        args.json.write_text(json.dumps({"seconds": clock.seconds(), "mutants": rows}, indent=1))
     return 0 if share <= ALLOWED else 1
 
 

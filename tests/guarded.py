@@ -50,6 +50,8 @@ class Guard:
         flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
         if dtype.is_floating_point:
             flat.fill_(float("nan"))
+        elif dtype != torch.bool:
+            flat.fill_(0x7F)
         return flat.view(shape)
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:

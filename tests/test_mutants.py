@@ -158,3 +158,16 @@ def test_a_listing():
     first, again, other = (x.stdout for x in lists)
     assert first == again != other and "30 of " in first
     assert "barrier left out" in first and os.linesep in first
+
+
+def test_every_explanation_is_of_a_mutant():
+    """What ci/mutants/explained.json says changes nothing can still be changed."""
+    sys.path.insert(0, str(FOLDER.parent))
+    import builder
+    import mutants
+
+    found = builder.find(builder.sources())
+    explanations = mutants.Explanations()
+    for entry in explanations.entries:
+        explanations.entries = [entry]
+        assert any(map(explanations.reason, found)), f"explains no mutant: {entry}"

@@ -19,13 +19,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SURVIVED, DIFFERENT, REFUSED, BROKEN = 0, 3, 4, 5
 REACHED, DOES_NOT_APPLY = 1, 2
+HANGING = (signal.SIGALRM, signal.SIGXCPU)  # what ends a process that does not
 BACKENDS = {"cpu": "cpu", "simt": "emulate:simt", "sm80": "emulate:sm80"}
+# How a spec's first cases, which reach every algorithm, are compared besides.
+ASIDE = (
+    {"inputs": "strided"}, {"cotangents": "strided"}, {"inputs": "padded", "cotangents": "padded"},
+    {"gradients": False}, {"end": "begin"},
+)  # fmt: skip
+FIRST = 3
 # (order of threads, landing of copies, seed); the first for every mutant, all for barriers.
 SCHEDULES = (
     ("shuffled", "late", 1), ("reverse", "early", 2), ("forward", "late", 3),
@@ -41,7 +49,10 @@ class Task:
     case: object
     backend: str
     dtype: object
-    layout: str = "contiguous"
+    inputs: str = "contiguous"  # their layout
+    cotangents: str = "contiguous"
+    gradients: bool = True
+    end: str = "end"  # of every tensor at which the inaccessible page is
 
 
 @dataclass
@@ -63,26 +74,30 @@ class Baseline:
 
 
 class Judge:
-    def __init__(self, library: Path, backends: tuple[str, ...], operators=(), budget=20.0):
-        """`operators`: those that were built, if not all. `budget`: seconds of comparisons, as
+    def __init__(self, library: Path, backends: tuple[str, ...], specs=(), budget=20.0):
+        """`specs`: names of those to compare, if not all. `budget`: seconds of comparisons, as
         measured without a mutant, that one may take."""
         os.environ["HEADWORKS_LIBRARY_DIR"] = str(library)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
         import torch
 
         from guarded import Guard, guarded_allocations
         from headworks import _library
+        from headworks.testing import inputs
         from headworks.testing import spec as spec_module
         from specs import SPECS
         from test_cpu_splits import CUT
 
         torch.set_num_threads(1)  # a process with OpenMP threads must not fork
         self.torch, self.library, self.budget = torch, _library, budget
-        built = [s for s in SPECS if not operators or s.name.startswith(tuple(operators))]
-        self.specs = [_guarded(spec, Guard("end")) for spec in built]
-        self.long = {s.name: [c for module, c in CUT if module.SPEC is s] for s in built}
-        self.check_case, self.allocations = spec_module.check_case, guarded_allocations
+        chosen = [s for s in SPECS if not specs or s.name in specs]
         self.guard = Guard("end")
+        self.specs = [self._guarded(spec) for spec in chosen]
+        self._restride, inputs._gaps = inputs.restride, self._gaps
+        self._draw, spec_module._cotangent = spec_module._cotangent, self._cotangent
+        self.long = {s.name: [c for module, c in CUT if module.SPEC is s] for s in chosen}
+        self.check_case, self.allocations = spec_module.check_case, guarded_allocations
         _library.info()  # loads both libraries
         self.switches = [
             ctypes.CDLL(str(library / name))
@@ -107,18 +122,45 @@ class Judge:
                 cases = list(spec.emulator_cases)
                 if short == "cpu":
                     cases += [*spec.sample_cases, *self.long.get(spec.name, ())]
-                backend = BACKENDS[short]
-                tasks += [Task(i, c, backend, dtype) for c in cases if not spec.limit(backend, c)]
-        return tasks
+                first = Task(i, cases[0], BACKENDS[short], dtype)
+                tasks += [replace(first, case=c) for c in cases]
+                aside = [*ASIDE, *([{"dtype": t.bfloat16}] if short != "sm80" else [])]
+                tasks += [replace(first, case=c, **how) for how in aside for c in cases[:FIRST]]
+        return [x for x in tasks if not self.specs[x.spec].limit(x.backend, x.case)]
 
     def _compare(self, task: Task, backend: str = ""):
-        """In memory with inaccessible pages behind every tensor."""
+        """In memory with inaccessible pages around every tensor."""
         spec, backend = self.specs[task.spec], backend or task.backend
+        self.guard.end, self.task = task.end, task
         with contextlib.ExitStack() as stack:
             if backend != "reference":
                 for patch in self.allocations(self.guard):
                     stack.enter_context(patch)
-            self.check_case(spec, task.case, backend, task.dtype, layout=task.layout)
+            self.check_case(spec, task.case, backend, task.dtype, gradients=task.gradients)
+
+    def _compare_afresh(self, task: Task):
+        """In a thread of its own: with none of the scratch memory of the comparisons before."""
+        with ThreadPoolExecutor(1, initializer=self.torch.set_num_threads, initargs=(1,)) as pool:
+            pool.submit(self._compare, task).result()
+
+    def _guarded(self, spec):
+        """The spec with inputs of the task's layout that end or begin at an inaccessible page."""
+
+        def make(*args):
+            tensors = spec.make(*args)
+            return {n: self._laid(x, self.task.inputs) for n, x in tensors.items()}
+
+        return type(spec)(**{**vars(spec), "make": make})
+
+    def _cotangent(self, *args):
+        return self._laid(self._draw(*args), self.task.cotangents)
+
+    def _laid(self, x, layout: str):
+        return self._restride(self.guard.copy(x), layout)
+
+    def _gaps(self, x, shape):
+        """Room of another layout, as inputs._gaps makes it."""
+        return self.guard.empty(shape, x.dtype).fill_(float("nan") if x.is_floating_point() else -1)
 
     def _set(self, state: int):
         for switch in self.switches:
@@ -181,12 +223,14 @@ class Judge:
 
     def _name(self, t: int) -> str:
         task = self.tasks[t]
-        return f"{self.specs[task.spec]}[{task.case}, {task.backend}]"
+        words = [v if isinstance(v, str) else f"{k}={v}" for k, v in vars(task).items()]
+        return f"{self.specs[task.spec]}[{', '.join(words)}]"
 
     # ---- With a mutant
 
     def job(self, n: int, baseline: Baseline, everywhere: bool) -> tuple[Callable[[], int], float]:
-        """What a child runs for mutant n, and after how many seconds it counts as hanging."""
+        """What a child runs for mutant n, and after how many seconds of a processor it counts as
+        hanging."""
         chosen, total = [], 0.0
         for t in baseline.reaching(n):
             if total > self.budget and len(chosen) > 3:
@@ -203,30 +247,21 @@ class Judge:
             task = self.tasks[t]
             for schedule in schedules:
                 try:
-                    if task.backend != "cpu":
-                        self._schedule(schedule)
+                    if task.backend == "cpu":
+                        self._compare_afresh(task)
+                        break
+                    self._schedule(schedule)
                     self._compare(task)
                 except AssertionError:
                     return DIFFERENT
                 except Exception:
                     return REFUSED
-                if task.backend == "cpu":
-                    break
         return SURVIVED
 
     def try_all(self, numbers: dict[int, bool], baseline: Baseline, workers: int, report):
         """Of each mutant (True: with every schedule) how its process ended, and its seconds."""
         jobs = {n: self.job(n, baseline, everywhere) for n, everywhere in numbers.items()}
         return run_forked(jobs, workers, report)
-
-
-def _guarded(spec, guard):
-    """The spec with inputs that end at an inaccessible page."""
-
-    def make(*args):
-        return {n: guard.copy(x) for n, x in spec.make(*args).items()}
-
-    return type(spec)(**{**vars(spec), "make": make})
 
 
 def run_forked(jobs, workers: int, report=lambda *_: None) -> dict[int, tuple[int, float]]:
@@ -252,7 +287,8 @@ def _child(work: Callable[[], int], limit: float):
     status = BROKEN
     try:
         faulthandler.disable()
-        signal.alarm(int(limit) + 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1,) * 2)
+        signal.alarm(4 * int(limit) + 1)  # where it waits, on a busy machine for others too
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -18,17 +18,17 @@ INFIX = {
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 ASSIGNMENTS = ("=", "+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "<<=", ">>=")
 BARRIERS = re.compile(r"(\w+(::|\.|->))*(sync_\w+|copy_async_(wait|commit)|wait|commit)\b")
-# Words that begin no expression, and calls that state what must hold.
+# Words that begin no expression.
 NO_STATEMENT = {
     "return", "if", "for", "while", "do", "else", "switch", "case", "default", "break", "continue",
     "throw", "using", "static_assert", "const", "constexpr", "static", "auto", "typename",
     "template", "struct", "class", "delete", "new", "goto", "try", "catch", "public", "private",
-    "friend", "extern", "namespace", "typedef", "enum", "operator", "check", "inline",
+    "friend", "extern", "namespace", "typedef", "enum", "operator", "inline",
 }  # fmt: skip
 # In whose parentheses nothing is changed.
-NO_CHANGE = {
-    "alignas", "sizeof", "decltype", "__attribute__", "noexcept", "check", "HW_UNROLL_BY",
-}  # fmt: skip
+NO_CHANGE = {"alignas", "sizeof", "decltype", "__attribute__", "noexcept", "HW_UNROLL_BY"}
+# Calls that state what must hold, of which refusals have tests of their own.
+CHECK = re.compile(r"check(_\w+)?$")
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,7 @@ class Finder:
                 if word == "case":
                     end = next(j for j in range(i, len(tokens)) if tokens[j].text == ":")
                 source.skip(i, end if end > 0 else i)
-            elif word in (
-                "alignas",
-                "sizeof",
-                "decltype",
-                "__attribute__",
-                "noexcept",
-                "check",
-                "HW_UNROLL_BY",
-            ):
+            elif word in NO_CHANGE or CHECK.match(word):
                 if tokens[i + 1].text == "(":
                     source.skip(i, tokens[i + 1].partner)
             elif word == "constexpr" and tokens[i - 1].text == "if":
@@ -223,13 +215,19 @@ class Finder:
             return
         digits = re.match(r"\d+", token.text).group()
         before = self.tokens[i - 1].text
-        step = -1 if digits == "1" and before in ("+", "-") else 1
+        fewer = digits != "0" and self._subscribes(i)  # what is named there is in bounds
+        step = -1 if fewer or (digits == "1" and before in ("+", "-")) else 1
         other = str(int(digits) + step) + token.text[len(digits) :]
         around = self._around(i)
         yield self._make(
             i, "constant", around.format(token.text), around.format(other),
             token=f"hwm::number({{n}}, {token.text}, {other})",
         )  # fmt: skip
+
+    def _subscribes(self, i: int) -> bool:
+        """The number that is all there is between [ and ]."""
+        t = self.tokens
+        return t[i].kind == "number" and t[i - 1].text == "[" and t[i + 1].text == "]"
 
     def _logic(self, i: int) -> Iterator[Mutant]:
         """L && R <-> L || R, by De Morgan: on != ((on != L) && (on != R))."""
@@ -281,6 +279,8 @@ class Finder:
         if self.tokens[i + 1].text == "[":  # an attribute
             return
         first, last = i + 1, token.partner - 1
+        if self._subscribes(first):  # _number changes it
+            return
         inside = self.source.slice(first, last)
         yield self._make(
             i, "index", f"[{inside}]", f"[{inside} + 1]",
@@ -354,7 +354,7 @@ class Finder:
         t = self.tokens
         if t[i].kind != "name" and t[i].text != "*":
             return False
-        if t[i].text in NO_STATEMENT or t[i].text.startswith("HW_"):
+        if t[i].text in NO_STATEMENT or t[i].text.startswith("HW_") or CHECK.match(t[i].text):
             return False
         before = t[i - 1]
         if before.text in (";", "{", "}", "else"):

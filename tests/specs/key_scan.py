@@ -11,18 +11,24 @@ from headworks.testing import EVERY_DTYPE, Case, Spec
 from .pairs import pairwise
 
 
-def case(S=65, Dv=32, B=2, H=2, *, state_in=False, state_out=False, spread=1.0, masked=0, label=""):
-    """`spread` multiplies the scores; the first `masked` of them are -inf."""
+def case(
+    S=65, Dv=32, B=2, H=2, *, state_in=False, state_out=False, spread=1.0, shift=0.0, masked=0,
+    label="",
+):  # fmt: skip
+    """`spread` multiplies the scores, to which `shift` is added; the first `masked` of them are
+    -inf. `state_in`: with "empty" nothing was summed into the state of the first head, whatever
+    its o is."""
     sizes = {"B": B, "S": S, "H": H, "Dv": Dv, "state_in": state_in, "spread": spread,
-             "masked": masked}  # fmt: skip
+             "shift": shift, "masked": masked}  # fmt: skip
     words = [f"S{S}", f"Dv{Dv}", f"B{B}", f"H{H}"]
-    words += ["in"] if state_in else []
+    words += ["empty" if state_in == "empty" else "in"] if state_in else []
     words += ["out"] if state_out else []
     words += [f"spread{spread:g}"] if spread != 1.0 else []
+    words += [f"shift{shift:g}"] if shift else []
     words += [f"masked{masked}"] if masked else []
     words += [label] if label else []
     # Where one key outweighs all later ones, the rounding of o adds up in ds over all later rows.
-    floor = 2.0 if spread == 1.0 else 16.0
+    floor = 2.0 if spread == 1.0 and not shift else 16.0
     return Case("-".join(words), sizes, {"output_final_state": state_out}, floor)
 
 
@@ -35,13 +41,16 @@ def make(case, dtype, device="cpu", seed=0):
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    s = n["spread"] * draw(n["B"], n["S"], n["H"])
+    s = n["spread"] * draw(n["B"], n["S"], n["H"]) + n["shift"]
     s[:, : n["masked"]] = -torch.inf
     tensors = {"s": s.to(device, dtype)}
     tensors["v"] = draw(n["B"], n["S"], n["H"], n["Dv"]).to(device, dtype)
     if n["state_in"]:
         tensors["o0"] = draw(n["B"], n["H"], n["Dv"]).to(device, accumulation)
-        tensors["lse0"] = draw(n["B"], n["H"]).to(device, accumulation)
+        lse0 = draw(n["B"], n["H"])
+        if n["state_in"] == "empty":
+            lse0[:, :1] = -torch.inf
+        tensors["lse0"] = lse0.to(device, accumulation)
     return tensors
 
 
@@ -85,13 +94,30 @@ EMULATOR_CASES = (
     case(S=200, B=1, H=2, Dv=20, state_in=True, state_out=True),
     case(S=130, B=2, H=1, Dv=8, state_out=True),
     case(S=40, B=1, H=1, Dv=8, masked=7, state_out=True),
-    case(S=0, B=1, H=1, Dv=8, state_in=True, state_out=True),
+    *(
+        case(S=s, B=2, H=3, Dv=8, state_in=i, state_out=o)
+        for s, i, o in (
+            (0, "empty", True),
+            (0, True, False),
+            (0, False, True),
+            (1, True, False),
+            (20, "empty", True),
+        )
+    ),
+    # Heads enough for the CPU to cut no time; rows that do not fit the smallest scratch memory.
+    case(S=0, B=1, H=8, Dv=8),
+    case(S=5, B=1, H=8, Dv=400, state_out=True),
     *(case(S=s, B=1, H=1, Dv=8) for s in (1, 63, 64, 65)),
     case(S=33, B=1, H=1, Dv=70),
     case(S=33, B=1, H=1, Dv=1, state_in=True),
     case(S=600, B=1, H=1, Dv=4, state_out=True),
     case(S=70, B=1, H=1, Dv=8, spread=50.0, state_out=True),
+    # log-sums that rounding takes much of
+    case(S=70, B=1, H=1, Dv=8, shift=4000.0, state_out=True),
     case(S=9, B=1, H=1, Dv=8, masked=9, state_out=True, label="all"),
+    # Segments of one column; as many segments, heads and slices as fill more than a line.
+    case(S=200, B=1, H=1, Dv=1, state_out=True),
+    case(S=258, B=2, H=3, Dv=132, state_in=True),
     # Units of 8, 16 and 32 lanes, two slices of columns, one segment of time or several.
     *(
         case(label="pairs", **choice)

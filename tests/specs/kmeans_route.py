@@ -7,6 +7,8 @@ The centroids are the same for all batch elements; the tensor has a batch dimens
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 import headworks as hw
@@ -17,8 +19,8 @@ from .select_topk import one_hot
 
 
 def case(S=100, K=4, W=25, D=16, B=1, H=2, *, prefix=False, length=None, vectors="normal"):
-    """`vectors`: normal, equal (all similarities tie), few (many ties), nan (some tokens), waves
-    (similarities rise and fall with the position)."""
+    """`vectors`: normal, equal (all similarities tie), few (many ties), nan (some), edge (whether a
+    token joins a prefix is decided by one more or less that outranks it, for S up to 1024)."""
     sizes = {"B": B, "S": S, "K": K, "D": D, "H": H, "vectors": vectors}
     options = {"window": W, "is_causal_prefix": prefix}
     options |= {} if length is None else {"length": length}
@@ -45,12 +47,26 @@ def make(case, dtype, device="cpu", seed=0):
         x, mu = torch.ones_like(x), mu.mul(8).round().div(8)
     elif n["vectors"] == "nan":
         x[:, ::3, :, -1] = torch.nan
-    elif n["vectors"] == "waves":
-        t = torch.arange(n["S"], dtype=x.dtype)
-        x[..., 0], mu[..., 0] = 10 * torch.cos(t * torch.pi / 512)[:, None], 2
+    elif n["vectors"] == "edge":
+        x, mu = torch.zeros_like(x), torch.zeros_like(mu)
+        level = _levels(n["S"], case.options["window"], case.options["length"])[:, None]
+        x[..., 0], x[..., 1] = level // 32, level % 32  # exact in every dtype
+        mu[..., 0], mu[..., 1] = 32, 1
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mu = mu.expand(max(n["B"], 1), -1, -1, -1).contiguous()
     return {"x": x.to(device, dtype), "centroids": mu.to(device, wide)}
+
+
+def _levels(tokens, window, length):
+    """Different for all tokens, [S]: as many outrank each as may if it joins, or one more."""
+    generator, ranking = random.Random(0), []
+    for t in range(tokens):
+        quota = -(-(t + 1) * window // length)
+        joins = generator.random() < 0.8 * window / length  # fewer than the window, to the last
+        ranking.insert(min(quota - joins, t), t)
+    levels = torch.empty(tokens, dtype=torch.int64)
+    levels[torch.tensor(ranking)] = torch.arange(tokens - 1, -1, -1)
+    return levels
 
 
 def run(tensors, case, backend):
@@ -86,8 +102,10 @@ EMULATOR_CASES = (
     case(S=70, K=2, W=20, H=1, vectors="few"),
     case(S=530, K=2, W=150, H=1, D=4, prefix=True, vectors="few"),
     case(S=70, K=2, W=20, H=1, prefix=True, length=90),
-    # four tiles of 256 tokens, unlike each other: counts over a wrong one show
-    case(S=850, K=2, W=150, H=1, D=4, prefix=True, length=1000, vectors="waves"),
+    # Four tiles of 256 tokens, where one more or less that outranks a token decides.
+    case(S=850, K=1, W=150, H=1, D=2, prefix=True, length=1000, vectors="edge"),
+    # All join that come, and more are wanted.
+    case(S=40, K=1, W=90, H=1, D=4, prefix=True, length=90),
     case(S=260, K=1, W=50, H=1, D=1, prefix=True, vectors="nan"),
     case(S=40, K=35, W=10, H=2, D=40),
     case(S=30, K=18, W=10, B=2, H=1, D=37),
