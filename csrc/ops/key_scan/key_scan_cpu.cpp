@@ -221,7 +221,7 @@ class Backward {
   void run() {
     const int64_t count = segments_.count();
     // later(pair, i): (R, T) that enters segment i from its right; L of the row it belongs to.
-    Totals later(pairs_, count, width_);
+    Totals later(pairs_, count + 1, width_);
     parallel_tasks(pairs_, threads_, [&](int64_t pair) { load_end(pair, count, later); });
     if (count > 1) {
       Totals own(pairs_, count, width_);
