@@ -11,7 +11,7 @@ python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
 preset=${1:-cpu}
 case $preset in
   cpu) total=420 unit=60 ;;
-  cuda) total=1300 unit=60 ;;
+  cuda) total=1500 unit=75 ;;
   *) echo "build_budget.sh: '$preset' has no budget; expected cpu or cuda" >&2; exit 2 ;;
 esac
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0}
