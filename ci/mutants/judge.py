@@ -288,7 +288,7 @@ def _child(work: Callable[[], int], limit: float):
     try:
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1,) * 2)
-        signal.alarm(4 * int(limit) + 1)  # where it waits, on a busy machine for others too
+        signal.alarm(60 * int(limit) + 1)  # if it waits; on a busy machine everything does
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
