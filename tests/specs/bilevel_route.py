@@ -80,6 +80,8 @@ EMULATOR_CASES = (
     case(Y=4, X=4, regions=(4, 4), topk=5, H=1, D=8, equal=True),
     case(Y=9, X=8, regions=(2, 3), Yk=7, Xk=5, topk=2, H=1, D=8),
     case(B=0, H=1, D=8),
+    # Regions of q that one tile of scores holds, of k two.
+    case(Y=6, X=8, regions=(2, 2), Yk=10, Xk=8, kv_regions=(5, 4), topk=7, H=1, D=8),
     # Channels of a token of k that fill no vector, of q one and a part.
     *(case(Y=9, X=10, regions=(4, 4), topk=5, H=1, Hq=3, D=4, per_head=p) for p in (False, True)),
     *(

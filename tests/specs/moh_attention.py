@@ -85,6 +85,7 @@ EMULATOR_CASES = (
     case(Sq=300, Sk=16, H=1, D=8, Dv=8),
     case(Sq=70, H=2, D=8, Dv=8, gate=1.0),
     case(Sq=0, H=1, D=8, Dv=8),
+    case(Sq=12, B=2, H=10, D=8, Dv=8),  # more heads than one task of the CPU lists
     # Widths of the tensor-core kernels with few, more and many rows; columns of v in parts.
     *(case(Sq=s, Sk=20, H=2, D=100, Dv=8, gate=0.0) for s in (9, 40, 90)),
     case(Sq=40, H=1, D=100, Dv=8, key_bias="11k"),
