@@ -2,16 +2,14 @@
 # How one line becomes translation units and the dispatch table.
 #
 #   hw_add_operator(name FUNCTIONS f...  CPU t...  SIMT t...  SM80 t... SM80_DIMS d...  SM90 ...
-#                   CPU_APART t...  SIMT_APART f...  SM80_APART f...  SIMT_PTXAS option...
-#                   SIMT_TOGETHER)
+#                   CPU_APART t...  SIMT_PTXAS option...  SIMT_TOGETHER)
 #
 # Instances are translation units of a few lines, written under the build folder:
 #   cpu          per instruction set, around csrc/ops/<name>/<name>_cpu.cpp, for all dtypes together
 #                but those listed as APART; instruction sets with a list HW_ISA_INSTANCES_<isa> only
 #                for the instances in it, with a list HW_ISA_WITHOUT_<isa> not for its dtypes
 #   simt, sm80   per (dtype, dim), around csrc/ops/<name>/<name>_<backend>.cuh; a .cu for nvcc and,
-#                for the emulator, the same text as .cpp. Where nvcc takes a minute, the functions
-#                listed as APART get a unit of their own; where it mostly reads headers, all are
+#                for the emulator, the same text as .cpp. Where nvcc mostly reads headers, all are
 #                TOGETHER in one .cu. PTXAS: options for the assembler
 # Files that would not change are not rewritten, so a second configure compiles nothing.
 include_guard()
@@ -40,7 +38,7 @@ set(HW_TYPE_f16 hw::f16)
 macro(hw_add_operator name)
   set(HW_OP ${name})
   cmake_parse_arguments(hw "SIMT_TOGETHER" ""
-    "FUNCTIONS;CPU;CPU_APART;SIMT;SIMT_DIMS;SIMT_APART;SIMT_PTXAS;SM80;SM80_DIMS;SM80_APART;SM90;SM90_DIMS;SM90_APART"
+    "FUNCTIONS;CPU;CPU_APART;SIMT;SIMT_DIMS;SIMT_PTXAS;SM80;SM80_DIMS;SM90;SM90_DIMS"
     ${ARGN})
   if(NOT hw_FUNCTIONS OR hw_UNPARSED_ARGUMENTS)
     hw_stop("hw_add_operator(${HW_OP}): FUNCTIONS is missing, or these are unknown: "
@@ -159,9 +157,8 @@ macro(hw_add_gpu backend)
     endforeach()
   endforeach()
   if(hw_tables_together)
-    set(HW_APART "")
     set(HW_TABLES "${hw_tables_together}")
-    hw_write_gpu_unit(instance_gpu.in ${HW_OP}_${HW_BACKEND}.cu HW_SOURCES_CUDA_${hw_upper})
+    hw_write_gpu_unit(${HW_OP}_${HW_BACKEND}.cu HW_SOURCES_CUDA_${hw_upper})
   endif()
 endmacro()
 
@@ -184,37 +181,20 @@ macro(hw_add_gpu_instance)
     if(hw_${hw_upper}_TOGETHER)
       string(APPEND hw_tables_together "${HW_TABLES}")
     else()
-      hw_write_gpu_units(.cu HW_SOURCES_CUDA_${hw_upper} "${hw_${hw_upper}_APART}")
+      hw_write_gpu_unit(${HW_INSTANCE}.cu HW_SOURCES_CUDA_${hw_upper})
     endif()
     string(APPEND HW_ROWS_NATIVE "${hw_row}")
   endif()
   if(HW_EMULATOR AND NOT HW_BACKEND STREQUAL "sm90")
-    hw_write_gpu_units(.cpp HW_SOURCES_EMULATED "")
+    hw_write_gpu_unit(${HW_INSTANCE}.cpp HW_SOURCES_EMULATED)
     string(APPEND HW_ROWS_EMULATED "${hw_row}")
   endif()
 endmacro()
 
-# The units of an instance: one, and one for each function in `apart`; appends them to `sources`.
-macro(hw_write_gpu_units suffix sources apart)
-  set(hw_apart ${apart})
-  set(HW_APART "")
-  set(HW_FINDERS "")
-  foreach(HW_FUNCTION IN LISTS hw_FUNCTIONS)
-    if(HW_FUNCTION IN_LIST hw_apart)
-      set(hw_name ${HW_INSTANCE}_${HW_FUNCTION})
-      string(APPEND HW_APART "void ${hw_name}(const Call&);\n")
-      string(APPEND HW_FINDERS "HW_FUNCTION_APART(${HW_FUNCTION}, ${hw_name})\n")
-      hw_write_gpu_unit(instance_gpu_apart.in ${hw_name}${suffix} ${sources})
-    else()
-      string(APPEND HW_FINDERS "HW_FUNCTION_OF(${HW_FUNCTION})\n")
-    endif()
-  endforeach()
-  hw_write_gpu_unit(instance_gpu.in ${HW_INSTANCE}${suffix} ${sources})
-endmacro()
-
-macro(hw_write_gpu_unit template name sources)
+# One unit with the instances of HW_TABLES; appends it to `sources`.
+macro(hw_write_gpu_unit name sources)
   set(hw_out ${hw_generated}/${name})
-  configure_file(${hw_templates}/${template} ${hw_out} @ONLY)
+  configure_file(${hw_templates}/instance_gpu.in ${hw_out} @ONLY)
   list(APPEND ${sources} ${hw_out})
   if("${name}" MATCHES "\\.cu$" AND hw_${hw_upper}_PTXAS)
     set_source_files_properties(${hw_out} PROPERTIES

@@ -3,8 +3,6 @@
 // where the backend does not have that function.
 //
 //   HW_FUNCTION_OF(forward)             defines   forward_of<Kernel>() -> void (*)(const Call&)
-//   HW_FUNCTION_APART(backward, name)   the same, of a function `name` that another unit defines by
-//                                       HW_DEFINE_APART(backward, name)
 #pragma once
 
 #include "core/call.h"
@@ -19,17 +17,3 @@
       return static_cast<Entry>(nullptr);        \
     }                                            \
   }
-
-#define HW_FUNCTION_APART(name, apart)           \
-  template <class Kernel>                        \
-  constexpr auto name##_of() {                   \
-    using Entry = void (*)(const Call&);         \
-    if constexpr (requires { &Kernel::name; }) { \
-      return static_cast<Entry>(&apart);         \
-    } else {                                     \
-      return static_cast<Entry>(nullptr);        \
-    }                                            \
-  }
-
-#define HW_DEFINE_APART(name, apart) \
-  void apart(const Call& call) { Kernel::name(call); }
