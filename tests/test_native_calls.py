@@ -81,6 +81,17 @@ def test_bounds_of_packed_sequences_are_looked_at():
     _library.call(fn, "cpu", tensors, scalars)
 
 
+def test_means_of_regions_lie_together():
+    """What the means and the scores of bilevel_route step through without strides."""
+    means, image = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 4, 2, 8)
+    apart, scores = torch.zeros(1, 4, 8, 2).transpose(2, 3), torch.zeros(1, 1, 4, 4)
+    calls = [("means", [image, apart], [2, 2, 2, 4, 4])]
+    calls += [("scores", [*pair, scores], []) for pair in ((apart, means), (means, apart))]
+    for name, tensors, scalars in calls:
+        with pytest.raises(ValueError, match="contiguous"):
+            _library.call(_library.function(f"bilevel_route.{name}"), "cpu", tensors, scalars)
+
+
 def test_every_spec_was_mangled():
     """The recorder sees every native function."""
     from mangle import recorded
