@@ -105,16 +105,17 @@ class Forward {
 
   void run() {
     const int64_t count = segments_.count();
-    States start(pairs_, count + 1, width_);
+    States start(pairs_, count > 0 ? count : 1, width_);
     parallel_tasks(pairs_, threads_, [&](int64_t pair) { load_start(pair, start); });
     if (count > 1) {
-      States own(pairs_, count, width_);
-      parallel_tasks(pairs_ * count, threads_, [&](int64_t task) {
-        const int64_t pair = task / count, i = task % count;
+      const int64_t most = count - 1;  // nothing starts after the last segment
+      States own(pairs_, most, width_);
+      parallel_tasks(pairs_ * most, threads_, [&](int64_t task) {
+        const int64_t pair = task / most, i = task % most;
         put(own, pair, i, scan<false>(pair, i, {nothing<A>(), 0}, own.row(pair, i)));
       });
       parallel_tasks(pairs_, threads_, [&](int64_t pair) {
-        for (int64_t i = 0; i < count; ++i) combine(pair, i, start, own);
+        for (int64_t i = 0; i < most; ++i) combine(pair, i, start, own);
       });
     }
     parallel_tasks(pairs_ * count, threads_, [&](int64_t task) {
@@ -221,12 +222,13 @@ class Backward {
   void run() {
     const int64_t count = segments_.count();
     // later(pair, i): (R, T) that enters segment i from its right; L of the row it belongs to.
-    Totals later(pairs_, count + 1, width_);
+    Totals later(pairs_, count, width_);
     parallel_tasks(pairs_, threads_, [&](int64_t pair) { load_end(pair, count, later); });
     if (count > 1) {
+      const int64_t most = count - 1;  // nothing ends before segment 0
       Totals own(pairs_, count, width_);
-      parallel_tasks(pairs_ * count, threads_, [&](int64_t task) {
-        const int64_t pair = task / count, i = task % count;
+      parallel_tasks(pairs_ * most, threads_, [&](int64_t task) {
+        const int64_t pair = task / most, i = 1 + task % most;
         own.numbers(pair, i)[0] = scan<false>(pair, i, false, 0, own.row(pair, i));
       });
       parallel_tasks(pairs_, threads_, [&](int64_t pair) {
