@@ -5,7 +5,8 @@
 // lanes gives every row its log-sum, hence keep = e^{L_{i-1} - L_i} and take = e^{s_i - L_i}; then
 // all lanes walk the rows together, each through its own columns: o = keep o + take v.
 // Traffic: v and o once, s and lse once per slice; with segments v once more and two states each.
-// Eight rows of v are in flight per lane. No shared memory.
+// Eight rows of v are in flight per lane, or two whose columns are apart (an address each). No
+// shared memory.
 #pragma once
 
 #include "ops/key_scan/key_scan_simt_lanes.cuh"
@@ -53,7 +54,7 @@ struct ScanKernel {
   using Params = ScanParams<Element>;
   using Acc = Accum<Element>;
   static constexpr int kThreads = simt::kThreads;
-  static constexpr int kColumns = kOwn<Element>, kBatch = 8;
+  static constexpr int kColumns = kOwn<Element>, kBatch = kVectors ? 8 : 2;
 
   HW_DEVICE static void main(const Params& p) { ScanKernel(p).run(); }
 
