@@ -114,6 +114,20 @@ def test_layouts_of_states_and_centroids(backend):
                 hw.linear_attention_step(*arguments, state._replace(**{name: y}), backend=backend)
 
 
+def test_nested_numbers_in_place_of_an_index():
+    """A nested tensor has no shape that a message could tell."""
+    x = torch.nested.nested_tensor([torch.ones(2), torch.ones(2)])
+    calls = {
+        "q_index": lambda: hw.kmeans_routing_attention(Q, K, V, q_index=x),
+        "rows": lambda: hw.attention_probs(Q, K, rows=x),
+        "cu_seqlens": lambda: hw.linear_attention(Q, K, V, cu_seqlens=x),
+        "return_aux.mass": lambda: hw.attention(Q, K, V, return_aux=hw.Aux(mass=x)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f": {name} is float32 without a shape"):
+            call()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_layouts(spec, backend):
