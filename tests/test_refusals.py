@@ -272,3 +272,24 @@ def test_the_narrowest_tile_that_holds_the_call(function, widths, d, dv, expecte
     assert explanation.instance == f"bfloat16, dim {least}"
     refused = hw.explain(function, q.double(), q.double(), v.double(), backend="emulate:sm80")
     assert refused.backend is None and refused.instance == ""
+
+
+LAYERS = {
+    "BasedLinearAttention": ({}, ("normalize", "g_norm")),
+    "BiLevelRoutingAttention": ({}, ("auto_pad", "mask_padding")),
+    "KMeansRoutingAttention": (
+        {"local_heads": 1, "num_clusters": 2, "window": 4},
+        ("is_causal", "is_causal_prefix", "shared_qk"),
+    ),
+    "MixtureOfHeads": ({"shared_heads": 1, "routed_heads": 1}, ("is_causal",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_flags_of_layers(name):
+    """When the layer is made: a decoder with is_causal_prefix="False" would look like any other."""
+    options, flags = LAYERS[name]
+    for flag in flags:
+        for value in ("False", 1, None):
+            with pytest.raises(TypeError, match=f"{name}: {flag} is .*; expected True or False"):
+                getattr(hw.nn, name)(32, 4, **options, **{flag: value})
