@@ -225,6 +225,13 @@ def test_a_wheel_that_is_broken_is_a_peer_that_is_missing(tmp_path):
     assert (site / "good.py").exists()
 
 
+def test_tools_of_the_toolkit_need_not_be_on_the_path(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    day, _ = a_day(tmp_path)
+    assert str(tmp_path / "bin") in day.environment["PATH"].split(os.pathsep)[1:]
+
+
 def test_a_sanitizer_that_hangs_is_asked_once(tmp_path, monkeypatch):
     day, _ = a_day(tmp_path)
     asked = []

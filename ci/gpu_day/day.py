@@ -317,7 +317,7 @@ class Day:
         return {
             **os.environ,
             VARIABLE: self.target.name,
-            "PATH": os.pathsep.join([*programs, os.environ.get("PATH", "")]),
+            "PATH": os.pathsep.join([*programs, os.environ.get("PATH", ""), *_tools()]),
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
@@ -326,6 +326,13 @@ class Day:
             "TORCHINDUCTOR_CACHE_DIR": str(self._folder("inductor")),
             "TRITON_CACHE_DIR": str(self._folder("triton")),
         }
+
+
+def _tools() -> list[str]:
+    """Where compute-sanitizer and ncu lie that are not on PATH."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    ncu = sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
+    return [str(folder) for folder in (toolkit / "bin", *ncu) if folder.is_dir()]
 
 
 def _with(step: Step, environment: dict[str, str]) -> Step:
