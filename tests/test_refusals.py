@@ -293,3 +293,17 @@ def test_flags_of_layers(name):
         for value in ("False", 1, None):
             with pytest.raises(TypeError, match=f"{name}: {flag} is .*; expected True or False"):
                 getattr(hw.nn, name)(32, 4, **options, **{flag: value})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_identity_mix_of_sequences_with_fewer_keys_than_rows(backend):
+    """The value of a row beyond the last key would be one beyond the tensor."""
+    mix = torch.full((2,), 0.5)
+    for bounds in ([0, 4, 6], torch.tensor([0, 0, 6])):
+        x = Q.clone().requires_grad_()
+        for q in (Q, x):
+            with pytest.raises(ValueError, match="cu_seqlens_k with identity_mix is other bounds"):
+                hw.attention(
+                    q, K, V, identity_mix=mix, cu_seqlens_q=[0, 2, 6], cu_seqlens_k=bounds,
+                    backend=backend,
+                )  # fmt: skip
