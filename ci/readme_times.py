@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "install_cpu.json"
 README = ROOT / "README.md"
-SENTENCE = re.compile(r"It took .*? for the demo\.")
+SENTENCE = re.compile(r"It took .*? for the demo\.", re.DOTALL)
 
 
 def steps(trace: str) -> dict[str, float]:
@@ -46,19 +46,16 @@ def machine() -> dict[str, object]:
     }
 
 
-def minutes(seconds: float) -> str:
-    return f"{max(0.5, round(seconds / 30) / 2):g}"
-
-
 def sentence(data: dict[str, Any]) -> str:
-    """README's words on what was measured: whole and half minutes."""
+    """README's words on what was measured: whole seconds, which add up."""
     seconds = data["seconds"]
     install = sum(s for c, s in seconds.items() if re.match(r"pip install '?\.\[", c))
     demo = sum(s for c, s in seconds.items() if c.startswith("headworks demo"))
-    other = sum(seconds.values()) - install - demo
+    torch = round(sum(seconds.values()) - install - demo)
+    install, demo = round(install), round(demo)
     return (
-        f"It took {minutes(install + demo + other)} minutes on {data['machine']['cores']} cores: "
-        f"{minutes(other)} for torch, {minutes(install)} to install, {minutes(demo)} for the demo."
+        f"It took {torch + install + demo} seconds on {data['machine']['cores']} cores: "
+        f"{torch} for torch, {install} to install, {demo} for the demo."
     )
 
 
@@ -75,11 +72,10 @@ def check() -> int:
 def record(seconds: dict[str, float]) -> None:
     data = {"machine": machine(), "seconds": seconds}
     RESULT.write_text(json.dumps(data, indent=1) + "\n")
-    place = re.compile(r"; about two minutes on two CPU cores:|\. It took .*? for the demo\.", re.S)
     text = README.read_text()
-    if not place.search(text):
-        sys.exit("readme_times: README.md has no sentence 'It took ... minutes ...' to renew")
-    README.write_text(place.sub(lambda _: ". " + sentence(data), text, count=1))
+    if not SENTENCE.search(text):
+        sys.exit("readme_times: README.md has no sentence 'It took ... seconds ...' to renew")
+    README.write_text(SENTENCE.sub(lambda _: sentence(data), text, count=1))
 
 
 def main() -> int:

@@ -333,6 +333,20 @@ def test_merge_of_sixteen_bits_is_fp32_inside():
     compare(total, wide, F32)
 
 
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_merge_does_not_look_at_parts_without_keys(value):
+    o, lse = randn(2, 1, 5, 2, 4), randn(2, 1, 2, 5, seed=1)
+    lse[1, :, :, 2:] = -torch.inf
+    o[1, :, 2:] = value
+    whole = o.clone().requires_grad_()
+    merged, total = hw.merge_attention(list(whole), list(lse))
+    compare(merged[:, 2:].detach(), o[0, :, 2:], F64)
+    compare(total[..., 2:], lse[0, :, :, 2:], F64)
+    (grad,) = torch.autograd.grad(merged.sum(), whole)
+    assert not grad[1, :, 2:].any()
+    assert grad.isfinite().all()
+
+
 @pytest.mark.no_comparison
 def test_merge_gradcheck():
     o = [randn(1, 3, 2, 2, seed=s).requires_grad_() for s in range(2)]

@@ -81,6 +81,7 @@ def archs(tmp_path: Path, gpus: str = "", known: str = KNOWN, **variables: str) 
         ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a+PTX"}, "80-real;90a | 80-real;90a"),
         ({"TORCH_CUDA_ARCH_LIST": "7.5 8.6+PTX"}, "75-real;86 | 86"),
         ({"TORCH_CUDA_ARCH_LIST": "12.0"}, "120-real | 120-real"),
+        ({"TORCH_CUDA_ARCH_LIST": " 8.0 "}, "80-real | 80-real"),
         ({"CMAKE_CUDA_ARCHITECTURES": "80;90-virtual"}, "80;90-virtual | 80;90-virtual"),
         ({"CMAKE_CUDA_ARCHITECTURES": "75"}, "75 |"),
     ],
@@ -125,6 +126,7 @@ def test_architectures_for_any_machine(tmp_path, gpus):
     [
         ({"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, "cannot read 'Hopper' in '8.0;Hopper'"),
         ({"CMAKE_CUDA_ARCHITECTURES": "native"}, "cannot read 'native'"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;9.9"}, "nvcc does not know sm_99 of '80-real;99-real'; it"),
         ({"TORCH_CUDA_ARCH_LIST": "6.1"}, "none from sm_75 on"),
     ],
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -69,3 +70,12 @@ def test_the_times_of_readmes_command(tmp_path):
     assert [(float(s), c) for s, c in told] == [
         (50.0, "python3 -m venv .venv"), (170.5, "pip install '.[demo]'"), (119.5, "headworks demo")
     ]  # fmt: skip
+
+
+def test_the_times_in_readme_add_up():
+    """The sentence is that of the committed figures, whose parts make the whole."""
+    assert script("readme_times.py", "check").returncode == 0
+    text = (ROOT / "README.md").read_text()
+    said = re.search(r"It took (\d+) .*?: (\d+) .*?, (\d+) .*?, (\d+) for the demo", text)
+    whole, *parts = map(int, said.groups())
+    assert whole == sum(parts)

@@ -40,6 +40,7 @@ CUT = (
     (linear_attention, L(S=2100, D=4, Dv=16, H=1, causal=False, state_out=True)),
     (linear_attention, L(lengths=(1200, 5, 1030), D=8, Dv=16, H=1, feature_map="elu1")),
     (key_scan, K(S=1100, B=3, H=2, Dv=12, state_in=True, state_out=True)),
+    (key_scan, K(S=1100, B=1, H=1, Dv=70, state_in=True, state_out=True)),
 )
 
 

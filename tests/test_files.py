@@ -51,7 +51,7 @@ CHANGES = {
     "model": (lambda c: c.pop("model"), r"\['model'\] are missing"),
     "extra": (lambda c: c.pop("extra"), r"\['extra'\] are missing"),
     "all": (lambda c: [c.pop(k) for k in list(c) if k != "format"], "'state_dict', 'tokenizer'"),
-    "weight": (lambda c: c["state_dict"].popitem(), "weights of another model"),
+    "weight": (lambda c: c["state_dict"].popitem(), "weights of another model .*: Missing key"),
     "shape": (
         lambda c: c["state_dict"].update({"lm_head.weight": torch.ones(2)}), "another model"),
     "weights": (lambda c: c.update(state_dict=3), "weights of another model"),
@@ -98,6 +98,28 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_cannot_be_written_is_not_saved(saved):
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match="extra holds what a checkpoint cannot"):
+        save_checkpoint(saved, BasedLM(SMALL), extra={"rule": lambda step: step})
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_only_files_are_replaced(saved):
+    """Not a pipe or a device, whose place a file would take; a link still points to its file."""
+    pipe, link = saved.with_name("pipe"), saved.with_name("latest.pt")
+    os.mkfifo(pipe)
+    for path in (pipe, saved.parent):
+        with pytest.raises(OSError, match="not a file"):
+            save_checkpoint(path, BasedLM(SMALL))
+    assert pipe.is_fifo()
+    link.symlink_to(saved.name)
+    save_checkpoint(link, BasedLM(SMALL), extra={"step": 4})
+    assert link.is_symlink()
+    assert load_checkpoint(saved).extra == {"step": 4}
 
 
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path, full_disk):

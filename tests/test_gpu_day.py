@@ -4,6 +4,7 @@ compute is shown by `ci/gpu.sh --dry-run`."""
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import os
@@ -13,6 +14,8 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
 
 from gpu_day import day as gpu_day  # noqa: E402
-from gpu_day import measure, prepared, samples, steps, target  # noqa: E402
+from gpu_day import measure, prepared, samples, steps, target, versions  # noqa: E402
 
 from bench import fill_gpu, gpu, gpu_results, predictions, suite  # noqa: E402
 from specs import SPECS  # noqa: E402
@@ -82,6 +85,22 @@ def test_what_a_step_leaves_behind_ends_with_it(tmp_path):
         time.sleep(0.05)
     else:
         pytest.fail("the child of a finished step runs on")
+
+
+def test_what_a_step_prints_without_end_ends_it_and_costs_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "LARGEST", 1 << 20)
+    monkeypatch.setattr(gpu_day, "LONGEST", 1 << 10)
+    outcome = run(python("loud", "while True:\n print('x' * 99, flush=True)"), tmp_path)
+    assert outcome.status == "failed" and outcome.log.stat().st_size == 1 << 20
+    assert outcome.tail(1).startswith("x")
+    gpu_day._pack(tmp_path / "logs.tgz", tmp_path)
+    with tarfile.open(tmp_path / "logs.tgz") as tar:
+        assert tar.getmember("loud.log").size == 1 << 10
+
+
+def test_a_step_leaves_no_core(tmp_path):
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE)[0])"
+    assert run(python("core", code), tmp_path).tail() == "0"
 
 
 def test_a_step_is_not_started_when_there_is_no_time(tmp_path):
@@ -158,6 +177,74 @@ def test_nothing_runs_without_the_primitives(tmp_path, monkeypatch):
     assert "stopped here" in (out / "summary.txt").read_text()
 
 
+def test_nothing_runs_where_torch_has_no_device(tmp_path, monkeypatch):
+    day, out = a_day(tmp_path)
+    blind = "import sys; from gpu_day import versions as v; v._torch_works = lambda: False; "
+    made = {
+        "gpu_day.build": "pass",
+        "gpu_day.versions": f"{blind} sys.exit(v.main())",
+    }
+    monkeypatch.setattr(day, "_python", lambda name, module, *_, limit: python(name, made[module]))
+    monkeypatch.setattr(day, "_primitives", lambda: True)
+    monkeypatch.setattr(day, "_samples", lambda: pytest.fail("went on"))
+    day.run()
+    text = (out / "summary.txt").read_text()
+    assert "stopped here: torch cannot use the device" in text
+
+
+def test_whether_torch_can_use_the_device_is_found_out(monkeypatch, capsys):
+    monkeypatch.setenv(target.VARIABLE, "emulator")
+    assert versions._torch_works()
+    here = replace(target.TARGETS["emulator"], device="nowhere")
+    monkeypatch.setattr(versions, "target", lambda: here)
+    assert not versions._torch_works()
+    assert "nowhere" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_end_the_day(tmp_path, monkeypatch, impatient):
+    day, out = a_day(tmp_path)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gpu_day, "_pack", full)
+    (out / "summary.txt").unlink()
+    (out / "summary.txt").mkdir()  # nothing can be written there either
+    day._stage("one", 100, [python("good", "print(1)")])
+    assert day.fine
+
+
+def test_a_wheel_that_is_broken_is_a_peer_that_is_missing(tmp_path):
+    good, bad = tmp_path / "good.whl", tmp_path / "bad.whl"
+    for path in (bad, good):
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(f"{path.stem}.py", "print('imported')\n")
+    content = bad.read_bytes()
+    bad.write_bytes(content.replace(b"imported", b"imp0rted"))
+    site = prepared.unpack((bad, good), tmp_path / "site")
+    assert (site / "good.py").exists()
+
+
+def test_tools_of_the_toolkit_need_not_be_on_the_path(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    day, _ = a_day(tmp_path)
+    assert str(tmp_path / "bin") in day.environment["PATH"].split(os.pathsep)[1:]
+
+
+def test_a_sanitizer_that_hangs_is_asked_once(tmp_path, monkeypatch):
+    day, _ = a_day(tmp_path)
+    asked = []
+
+    def hang(command, **options):
+        asked.append(command)
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(gpu_day.subprocess, "run", hang)
+    assert [day._has_kernel_filter() for _ in range(3)] == [False] * 3
+    assert len(asked) == 1
+
+
 def test_the_day_knows_every_specification():
     assert sorted(gpu_day.SPECS) == sorted(spec.name for spec in SPECS)
 
@@ -219,8 +306,10 @@ def test_a_case_that_took_the_process_is_a_row_and_the_rest_goes_on(tmp_path, mo
     monkeypatch.setattr(gpu, "cases", lambda device, tiny: some_cases("a", "b", "c"))
     first = measure.Lines(path, "library")
     first.add("start", suite="op", case="a")  # and then the process was killed
+    with path.open("a") as file:
+        file.write('{"event": "resu')  # while it wrote
     assert measure.measure(measure.Lines(path, "library"), "cpu", dry=True) == 0
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = list(measure._readable(path.read_text()))
     rows = {line["case"]: line["result"] for line in lines if line["event"] == "result"}
     assert list(rows) == ["a", "b", "c"]
     assert "ended before" in rows["a"]["failed"]["process"] and not rows["a"]["seconds"]

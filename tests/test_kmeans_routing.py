@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import headworks as hw
+from headworks import _library
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
 from routing_checks import (
@@ -184,6 +185,23 @@ def test_autocast():
     half = [t.bfloat16() for t in (q, k, v)]
     assert_same_bits(o, attend(*half, q_index=index))
     assert_same_bits(other, route(half[0], mu, window=8))
+
+
+@pytest.mark.no_comparison
+def test_lists_that_cannot_be_read():
+    """Lists inside torch.func, or without memory, are refused by name: nobody reads them."""
+    q, index = randn(1, 6, 2, 8).float(), torch.arange(6).view(1, 1, 2, 3).repeat(1, 2, 1, 1)
+
+    def run(x):
+        return hw.kmeans_routing_attention(q, q, q, q_index=x, backend="cpu")
+
+    for call, x in ((torch.func.vmap(run), index[None]), (torch.func.functionalize(run), index)):
+        with pytest.raises(NotImplementedError, match=r"torch\.func.*reference"):
+            call(x)
+    with pytest.raises(RuntimeError, match="no data"):
+        run(torch._efficientzerotensor(index.shape, dtype=index.dtype))
+    with pytest.raises(TypeError, match="extremes"):
+        _library.extremes(torch._efficientzerotensor(index.shape, dtype=index.dtype))
 
 
 @pytest.mark.usefixtures("on_both")

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 import headworks as hw
+from backends import targets
 from headworks.reference.linear_attention import PRE, coefficients, features
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, fla_naive, randn
+from specs.linear_attention import SPEC
 
 pytestmark = pytest.mark.operator
 
 F64, F32 = torch.float64, torch.float32
 MAPS = tuple(PRE)
+TARGETS = [(backend, dtype) for backend, device, dtype in targets(SPEC) if device == "cpu"]
 
 
 def inputs(b=1, s=150, h=2, d=16, dv=24, hq=None, dtype=F64, positive=False):
@@ -341,6 +344,16 @@ def test_huge_scores(dtype):
     wide = [x.double() for x in (q * 1e3, k * 1e3, v)]
     compare(o, hw.linear_attention(*wide, backend="reference"), dtype)
     assert o.isfinite().all()
+
+
+@pytest.mark.parametrize("backend, dtype", TARGETS, ids=str)
+def test_bounds_of_any_stride(backend, dtype):
+    """cu_seqlens that are every second number of a tensor, of sequences that are cut."""
+    q, k, v = inputs(s=1500, h=1, d=8, dv=8, dtype=dtype)
+    apart = torch.tensor([0, -5, 900, -5, 1300, -5, 1500])
+    expected = hw.linear_attention(q, k, v, cu_seqlens=apart[::2].contiguous(), backend=backend)
+    actual = hw.linear_attention(q, k, v, cu_seqlens=apart[::2], backend=backend)
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)

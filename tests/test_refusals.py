@@ -114,6 +114,20 @@ def test_layouts_of_states_and_centroids(backend):
                 hw.linear_attention_step(*arguments, state._replace(**{name: y}), backend=backend)
 
 
+def test_nested_numbers_in_place_of_an_index():
+    """A nested tensor has no shape that a message could tell."""
+    x = torch.nested.nested_tensor([torch.ones(2), torch.ones(2)])
+    calls = {
+        "q_index": lambda: hw.kmeans_routing_attention(Q, K, V, q_index=x),
+        "rows": lambda: hw.attention_probs(Q, K, rows=x),
+        "cu_seqlens": lambda: hw.linear_attention(Q, K, V, cu_seqlens=x),
+        "return_aux.mass": lambda: hw.attention(Q, K, V, return_aux=hw.Aux(mass=x)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f": {name} is float32 without a shape"):
+            call()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_layouts(spec, backend):
@@ -258,3 +272,38 @@ def test_the_narrowest_tile_that_holds_the_call(function, widths, d, dv, expecte
     assert explanation.instance == f"bfloat16, dim {least}"
     refused = hw.explain(function, q.double(), q.double(), v.double(), backend="emulate:sm80")
     assert refused.backend is None and refused.instance == ""
+
+
+LAYERS = {
+    "BasedLinearAttention": ({}, ("normalize", "g_norm")),
+    "BiLevelRoutingAttention": ({}, ("auto_pad", "mask_padding")),
+    "KMeansRoutingAttention": (
+        {"local_heads": 1, "num_clusters": 2, "window": 4},
+        ("is_causal", "is_causal_prefix", "shared_qk"),
+    ),
+    "MixtureOfHeads": ({"shared_heads": 1, "routed_heads": 1}, ("is_causal",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_flags_of_layers(name):
+    """When the layer is made: a decoder with is_causal_prefix="False" would look like any other."""
+    options, flags = LAYERS[name]
+    for flag in flags:
+        for value in ("False", 1, None):
+            with pytest.raises(TypeError, match=f"{name}: {flag} is .*; expected True or False"):
+                getattr(hw.nn, name)(32, 4, **options, **{flag: value})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_identity_mix_of_sequences_with_fewer_keys_than_rows(backend):
+    """The value of a row beyond the last key would be one beyond the tensor."""
+    mix = torch.full((2,), 0.5)
+    for bounds in ([0, 4, 6], torch.tensor([0, 0, 6])):
+        x = Q.clone().requires_grad_()
+        for q in (Q, x):
+            with pytest.raises(ValueError, match="cu_seqlens_k with identity_mix is other bounds"):
+                hw.attention(
+                    q, K, V, identity_mix=mix, cu_seqlens_q=[0, 2, 6], cu_seqlens_k=bounds,
+                    backend=backend,
+                )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import headworks as hw
+from backends import targets
 from headworks.testing import assert_same_bits
 from identities import Refused, allocates_nothing, randn
 from routing_checks import cases_of, check_example, check_reference
@@ -17,6 +18,7 @@ from specs.select_topk import SPEC
 pytestmark = pytest.mark.operator
 
 F64, F32 = torch.float64, torch.float32
+BACKENDS = sorted({backend for backend, device, _ in targets(SPEC) if device == "cpu"})
 
 
 @pytest.mark.parametrize("case, dtype", cases_of(SPEC))
@@ -56,6 +58,15 @@ def test_agrees_with_torch_where_nothing_ties():
     assert_same_bits(hw.select_topk(score, 40, keep_order=False, backend="reference"), expected)
     kept = hw.select_topk(score, 40, backend="reference")
     assert_same_bits(kept, expected.sort(-1).values)
+
+
+@pytest.mark.parametrize(
+    "backend", sorted({b for b, device, _ in targets(SPEC) if device == "cpu"})
+)
+def test_thousands_of_a_row(backend):
+    score = randn(1, 6000, dtype=F32)
+    index = hw.select_topk(score, 5000, backend=backend)
+    assert_same_bits(index, hw.select_topk(score, 5000, backend="reference"))
 
 
 @pytest.mark.no_comparison

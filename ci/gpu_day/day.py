@@ -46,6 +46,7 @@ PATTERN = "ForwardKernel|QueryGradKernel|KeyGradKernel|ApplyKernel"
 LAUNCHES = 8
 CRITICAL = 60.0  # seconds at most that a step may have without which nothing else can run
 HOME_LIMIT = 16 << 20  # bytes of one file that comes home
+LONGEST = 4 << 20  # bytes of one log in it
 
 
 class Day:
@@ -59,6 +60,7 @@ class Day:
         self.end = self.start + seconds * target.stretch
         self.outcomes: list[Outcome] = []
         self.lock = threading.Lock()
+        self.has_torch = True  # which can use the device
         self.python = os.environ.get("PYTHON", sys.executable)
         self.logs, self.tests, self.found = (
             self._folder(name) for name in ("logs", "tests", "sanitizer")
@@ -79,6 +81,9 @@ class Day:
             if not stage():
                 self._say("stopped here: nothing that follows would tell anything")
                 return
+        if not self.has_torch:
+            self._say("stopped here: torch cannot use the device, see versions")
+            return
         if "samples" in wanted:
             self._samples()
         warm = threading.Thread(target=self._warm)
@@ -99,8 +104,7 @@ class Day:
 
     def _build(self) -> bool:
         """Versions; `_C` beside each library; wheels."""
-        with contextlib.suppress(OSError, shutil.ReadError, ValueError):
-            unpack(self.prepared.wheels, self.work / "site")
+        unpack(self.prepared.wheels, self.work / "site")
         with_library(self.prepared.library, self._library("library"))
         build = [self._python("build", "gpu_day.build", self._library("library"), limit=CRITICAL)]
         if self.prepared.baseline:
@@ -109,6 +113,7 @@ class Day:
         build.append(self._python("versions", "gpu_day.versions", limit=CRITICAL))
         outcomes = self._stage("build", 15, build, critical=True)
         self._collect_environment(outcomes[-1].log)
+        self.has_torch = outcomes[-1].fine
         return outcomes[0].fine
 
     def _primitives(self) -> bool:
@@ -221,13 +226,14 @@ class Day:
     def _has_kernel_filter(self) -> bool:
         """Whether this compute-sanitizer knows the option that leaves other kernels out."""
         if not hasattr(self, "_filter"):
+            self._filter = False  # also if it hangs: one answer is waited for
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 command = ["compute-sanitizer", "--help"]
                 told = subprocess.run(
                     command, env=self.environment, capture_output=True, text=True, timeout=10
                 )
                 self._filter = "--kernel-regex" in told.stdout
-        return getattr(self, "_filter", False)
+        return self._filter
 
     # ---- running them ----
 
@@ -258,26 +264,34 @@ class Day:
     def _report(self, outcome: Outcome) -> None:
         with self.lock:
             self.outcomes.append(outcome)
-            with (self.out / "summary.txt").open("a") as file:
-                file.write(f"{outcome}\n")
-                if not outcome.fine:
-                    file.write("".join(f"    {line}\n" for line in outcome.tail().splitlines()))
+            text = f"{outcome}\n"
+            if not outcome.fine:
+                text += "".join(f"    {line}\n" for line in outcome.tail().splitlines())
+            self._write(text)
 
     def _say(self, text: str) -> None:
-        with self.lock, (self.out / "summary.txt").open("a") as file:
-            file.write(f"==== {text}\n")
+        with self.lock:
+            self._write(f"==== {text}\n")
         print(f"{time.monotonic() - self.start:6.1f} s  {text}", flush=True)
+
+    def _write(self, text: str) -> None:
+        """Into the summary, if the disk has room for it."""
+        with contextlib.suppress(OSError), (self.out / "summary.txt").open("a") as file:
+            file.write(text)
 
     # ---- what comes home ----
 
     def bring_home(self) -> None:
-        """At most eight files of 16 MB: what there is at this moment."""
-        _pack(self.out / "junit.tgz", self.tests)
-        _pack(self.out / "sanitizer.tgz", self.found)
-        _pack(self.out / "logs.tgz", self.logs)
+        """At most eight files of 16 MB: what there is at this moment, and finds room."""
+        for name, folder in (
+            ("junit.tgz", self.tests), ("sanitizer.tgz", self.found), ("logs.tgz", self.logs)
+        ):  # fmt: skip
+            with contextlib.suppress(OSError):
+                _pack(self.out / name, folder)
         report = self.work / "kernels.ncu-rep"
-        if report.is_file() and report.stat().st_size <= HOME_LIMIT:
-            shutil.copyfile(report, self.out / report.name)
+        with contextlib.suppress(OSError):
+            if report.is_file() and report.stat().st_size <= HOME_LIMIT:
+                shutil.copyfile(report, self.out / report.name)
 
     def _collect_environment(self, log: Path) -> None:
         with contextlib.suppress(OSError):
@@ -303,7 +317,7 @@ class Day:
         return {
             **os.environ,
             VARIABLE: self.target.name,
-            "PATH": os.pathsep.join([*programs, os.environ.get("PATH", "")]),
+            "PATH": os.pathsep.join([*programs, os.environ.get("PATH", ""), *_tools()]),
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
@@ -312,6 +326,13 @@ class Day:
             "TORCHINDUCTOR_CACHE_DIR": str(self._folder("inductor")),
             "TRITON_CACHE_DIR": str(self._folder("triton")),
         }
+
+
+def _tools() -> list[str]:
+    """Where compute-sanitizer and ncu lie that are not on PATH."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    ncu = sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
+    return [str(folder) for folder in (toolkit / "bin", *ncu) if folder.is_dir()]
 
 
 def _with(step: Step, environment: dict[str, str]) -> Step:
@@ -324,6 +345,15 @@ def _pack(archive: Path, folder: Path) -> None:
     for most in (len(files), len(files) // 2, len(files) // 4):
         with tarfile.open(archive, "w:gz") as tar:
             for file in files[:most]:
-                tar.add(file, arcname=file.name)
+                _add(tar, file)
         if archive.stat().st_size <= HOME_LIMIT:
             return
+
+
+def _add(tar: tarfile.TarFile, file: Path) -> None:
+    """A file, or its end: packing what was printed without end must not cost other stages time."""
+    entry = tar.gettarinfo(file, arcname=file.name)
+    with file.open("rb") as content:
+        content.seek(max(0, entry.size - LONGEST))
+        entry.size = min(entry.size, LONGEST)
+        tar.addfile(entry, content)

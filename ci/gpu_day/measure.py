@@ -10,10 +10,12 @@ the process with it, or was stopped: it gets a row that says so, and the rest go
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,23 @@ LIMIT = 45  # seconds of one case: then the process ends, and the next one goes 
 POISONED = 3  # exit status: the process can launch nothing any more
 
 
+def _readable(text: str) -> Iterator[dict[str, Any]]:
+    """The lines of a file; one that a process did not write to its end is left out."""
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 class Lines:
     """The file: what is in it of this library, and how lines are added."""
 
     def __init__(self, path: Path, library: str) -> None:
         self.path, self.library = path, library
-        text = path.read_text().splitlines() if path.is_file() else []
-        lines = [json.loads(line) for line in text if line]
+        text = path.read_text() if path.is_file() else ""
+        if text and not text.endswith("\n"):
+            with path.open("a") as file:
+                file.write("\n")
+        lines = list(_readable(text))
         mine = [line for line in lines if line["library"] == library]
         self.begun = {(x["suite"], x["case"]) for x in mine if x["event"] == "start"}
         self.done = {(x["suite"], x["case"]) for x in mine if x["event"] == "result"}

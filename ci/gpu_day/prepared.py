@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +79,9 @@ def with_library(source: Path, folder: Path) -> Path:
 
 
 def unpack(wheels: tuple[Path, ...], folder: Path) -> Path:
-    """The pure-Python wheels, unpacked."""
+    """The pure-Python wheels, unpacked; one that cannot be is a peer that is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for wheel in wheels:
-        shutil.unpack_archive(str(wheel), str(folder), "zip")
+        with contextlib.suppress(OSError, ValueError, shutil.ReadError, zipfile.BadZipFile):
+            shutil.unpack_archive(str(wheel), str(folder), "zip")
     return folder

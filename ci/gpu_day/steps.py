@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -20,6 +21,8 @@ from pathlib import Path
 
 GRACE = 3.0  # seconds between INT and KILL
 LEAST = 1.0  # a step that would have less than this is not started
+LARGEST = 1 << 30  # bytes of a file that a step writes, so that none fills the disk
+TAIL = 1 << 16  # bytes of a log that are looked at
 
 _running: set[subprocess.Popen[bytes]] = set()
 _stopped = threading.Event()
@@ -57,7 +60,9 @@ class Outcome:
     def tail(self, lines: int = 12) -> str:
         """The last lines of the log."""
         try:
-            text = self.log.read_text(errors="replace")
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - TAIL))
+                text = log.read().decode(errors="replace")
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-lines:])
@@ -79,8 +84,7 @@ def run(step: Step, logs: Path, end: float, environment: Mapping[str, str]) -> O
                 stderr=subprocess.STDOUT,
                 env={**environment, **step.environment},
                 start_new_session=True,
-                # Who starts the day in the background hands on a SIGINT that is ignored.
-                preexec_fn=_heed_interrupts,
+                preexec_fn=_prepare,
             )
         except OSError as error:
             output.write(f"cannot start {step.command[0]}: {error}\n".encode())
@@ -120,8 +124,15 @@ def stop() -> None:
         _signal(process, signal.SIGKILL)
 
 
-def _heed_interrupts() -> None:
+def _prepare() -> None:
+    # Who starts the day in the background hands on a SIGINT that is ignored.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A core of a process with a GPU is gigabytes, and takes the time of the next step.
+    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, LARGEST)):
+        _, hard = resource.getrlimit(what)
+        resource.setrlimit(
+            what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+        )
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> str:

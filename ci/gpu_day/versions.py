@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 
+from gpu_day.target import target
+
 COMMANDS = (
     ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem",
      "--format=csv"),
@@ -23,7 +25,7 @@ PACKAGES = ("torch", "triton", "numpy", "pytest", "pybind11", "transformers", "t
 
 
 def main() -> int:
-    """Prints; what is not there is said to be missing."""
+    """Prints; what is not there is said to be missing. 1 if torch cannot use the device."""
     print(f"python {sys.version}\n{platform.platform()}, {os.cpu_count()} cores")
     for name in PACKAGES:
         try:
@@ -40,7 +42,21 @@ def main() -> int:
             print((result.stdout + result.stderr).strip())
         except (OSError, subprocess.TimeoutExpired) as error:
             print(error)
-    return 0
+    return 0 if _torch_works() else 1
+
+
+def _torch_works() -> bool:
+    """Whether torch can compute on the device of the day, and why not."""
+    device = target().device
+    print(f"$ torch.ones(1, device={device!r})", flush=True)
+    try:
+        import torch
+
+        print(torch.ones(1, device=device).add(1).item())
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

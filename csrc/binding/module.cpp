@@ -179,7 +179,7 @@ void configure(bool emulator, const std::string& key, const std::string& value) 
 // would cost more than a whole call.
 std::pair<int64_t, int64_t> extremes(const py::object& object) {
   const Tensor t = read_tensor(object.ptr(), 0);
-  check(t.present() && t.dtype == DType::i64 && t.device == Device::cpu && t.numel() > 0,
+  check(t.data && t.dtype == DType::i64 && t.device == Device::cpu && t.numel() > 0,
         ErrorKind::type, "extremes are those of an int64 tensor of the CPU with elements");
   const int64_t* const data = static_cast<const int64_t*>(t.data);
   int64_t least = std::numeric_limits<int64_t>::max(), most = std::numeric_limits<int64_t>::min();

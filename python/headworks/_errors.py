@@ -22,7 +22,11 @@ def fail(
 def describe(x: object) -> str:
     """A tensor as dtype, shape and device; anything else by its type."""
     if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+        try:
+            shape = str(list(x.shape))
+        except RuntimeError:  # of a nested tensor, or a parameter that is not initialised
+            shape = "without a shape"
+        return f"{str(x.dtype).removeprefix('torch.')} {shape} on {x.device}"
     return f"a {type(x).__name__}"
 
 

@@ -83,6 +83,13 @@ def is_recorded() -> bool:
     )
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: a plain one that nobody records or wraps."""
+    if is_recorded() or type(x) is not Tensor or x.is_neg() or x._is_zerotensor():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def route(op: str, tensors: Sequence[Maybe]) -> str:
     """How a validated call is made:
 

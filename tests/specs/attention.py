@@ -365,6 +365,7 @@ EMULATOR_CASES = (
     case(Sq=33, H=1, softcap=2.0, temperature="1qh", key_gain="11k", gain_rows=(-1, None)),
     *(case(Sq=33, Sk=40, H=1, Hq=2, weights=w) for w in WEIGHTS),
     case(Sq=70, H=2, gate=0.4, mix="h"),
+    case(Sq=20, H=2, Hq=4, Dv=8, mix="bh"),
     *(case(Sq=33, H=1, D=13, Dv=dv, gate=0.4, mix="h") for dv in (21, 45)),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
     # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,

@@ -7,6 +7,7 @@ loading it runs no code from it.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ def save_checkpoint(
 
     Raises:
         ValueError: a model that is none of these, or something in ``extra`` that loading refuses.
-        OSError: the file cannot be written, as on a full disk.
+        OSError: the file cannot be written, as on a full disk, or the name is that of something
+            else, such as a device.
     """
     if _MODELS.get(type(model).__name__, (None,))[0] is not type(model):
         raise ValueError(
@@ -67,12 +69,16 @@ def save_checkpoint(
         "state_dict": model.state_dict(),
         "extra": extra or {},
     }
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file that a checkpoint could replace", str(path))
     partial = path.with_name(path.name + ".partial")
     try:
-        _write(content, partial)
         try:
+            _write(content, partial)
             torch.load(partial, map_location="meta", weights_only=True, mmap=True)
+        except OSError:
+            raise
         except Exception as error:
             raise ValueError(
                 "save_checkpoint: extra holds what a checkpoint cannot, expected tensors, numbers, "
@@ -105,7 +111,8 @@ def load_checkpoint(
         model.load_state_dict(content["state_dict"], assign=True)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{path} holds weights of another model than its config says: {_first_line(error)}"
+            f"{path} holds weights of another model than its config says: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     model._tie()
     for parameter in model.parameters():

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._errors import require_flags
 from ..ops.bilevel_routing import bilevel_routing_attention
 from ._layer import Layer
 from ._types import Device, DType
@@ -71,6 +72,7 @@ class BiLevelRoutingAttention(Layer):
         dtype: DType = None,
     ) -> None:
         super().__init__()
+        require_flags(type(self).__name__, auto_pad=auto_pad, mask_padding=mask_padding)
         qk_dim = dim if qk_dim is None else qk_dim
         _check_options(dim, qk_dim, num_heads, side_dwconv, layout, auto_pad)
         self.dim, self.qk_dim, self.num_heads = dim, qk_dim, num_heads

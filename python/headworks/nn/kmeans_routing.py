@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._errors import require_flags
 from .._native import without_products
 from ..ops.attention import attention
 from ..ops.kmeans_routing import kmeans_route, kmeans_routing_attention
@@ -163,6 +164,8 @@ class KMeansRoutingAttention(Centroids):
         dtype: DType = None,
     ) -> None:
         super().__init__(decay, group)
+        flags = {"is_causal": is_causal, "is_causal_prefix": is_causal_prefix}
+        require_flags(type(self).__name__, **flags, shared_qk=shared_qk)
         _check_options(
             d_model, num_heads, local_heads, num_clusters, window, local_window, is_causal,
             is_causal_prefix, norm, rotary_dim,

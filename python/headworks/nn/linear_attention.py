@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import require_flags
 from ..ops.linear_attention import LinearState, linear_attention
 from ..ops.linear_attention_step import linear_attention_step
 from ._checks import check_sequence, check_token
@@ -69,6 +70,7 @@ class BasedLinearAttention(Layer):
         dtype: DType = None,
     ) -> None:
         super().__init__()
+        require_flags(type(self).__name__, normalize=normalize, g_norm=g_norm)
         if head_dim is None and d_model % num_heads:
             raise ValueError(
                 f"BasedLinearAttention: d_model {d_model} is not a multiple of num_heads "

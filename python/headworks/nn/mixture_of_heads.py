@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import require_flags
 from ..ops.moh_attention import moh_attention
 from ..ops.select_topk import select_topk
 from ._checks import check_sequence
@@ -68,6 +69,7 @@ class MixtureOfHeads(SideLoss):
         dtype: DType = None,
     ) -> None:
         super().__init__()
+        require_flags(type(self).__name__, is_causal=is_causal)
         name, others = type(self).__name__, num_heads - shared_heads
         if num_heads < 1 or d_model % num_heads:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._errors import fail
-from .._native import Maybe
+from .._native import Maybe, is_readable
 from ._checks import check_cu_seqlens, check_cu_seqlens_values, check_running_sum
 
 Bounds = Tensor | Sequence[int]
@@ -98,6 +98,24 @@ def check_values(op: str, which: str, bounds: Maybe, longest: int, total: int) -
             longest,
             f"at least {true}, the longest sequence of cu_seqlens_{which}",
             "Pass the length of the longest sequence, or None.",
+        )
+
+
+def check_rows_have_values(op: str, bounds_q: Maybe, bounds_k: Maybe) -> None:
+    """For identity_mix: every sequence has as many values as rows, where that can be looked at."""
+    if bounds_q is None or bounds_k is None or bounds_q is bounds_k:
+        return
+    for bounds in (bounds_q, bounds_k):
+        if not is_readable(bounds) or not bounds.is_cpu:
+            return
+    if not torch.equal(bounds_q.long(), bounds_k.long()):
+        fail(
+            ValueError,
+            op,
+            "cu_seqlens_k with identity_mix",
+            "other bounds than cu_seqlens_q",
+            "the same",
+            "It mixes v_i into o_i, so every row needs a value of its own.",
         )
 
 

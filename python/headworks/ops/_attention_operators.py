@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._native import Maybe, define, fixed_arity
 from . import _attention_native as native
+from ._attention_bounds import check_rows_have_values
 from ._attention_checks import ACTIVATIONS, NORMALIZERS
 from ._attention_native import Forward, Want, WantGrad
 from ._attention_score import TENSORS, Score
@@ -77,6 +78,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     require(op, "v", "width 0", v is None or v.shape[3] > 0, "a width of at least 1")
     tokens = score.q.shape[1], score.k.shape[1]
     require(op, "Sq and Sk with identity_mix", tokens, mix is None or tokens[0] == tokens[1], "one")
+    if mix is not None:
+        check_rows_have_values(op, score.cu_seqlens_q, score.cu_seqlens_k)
     made = native.forward(score, v, gate, mix, mass_keys, Want(*want), backend)
     return fixed_arity(made, score.q)
 

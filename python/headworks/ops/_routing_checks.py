@@ -19,7 +19,7 @@ from .._errors import (
     require_sizes,
     require_tensors,
 )
-from .._native import ACCUMULATION, is_recorded
+from .._native import ACCUMULATION, is_readable
 from ..reference.bilevel_routing import Grid, grid_of
 from ._checks import heads_match
 
@@ -154,9 +154,7 @@ _FEW = 4096  # numbers that one thread looks at sooner than torch starts to
 
 def check_range(op: str, name: str, index: Tensor, low: int, end: int, remedy: str) -> None:
     """low <= index < end, of plain tensors on the CPU. A GPU would have to be waited for."""
-    if is_recorded() or type(index) is not Tensor:
-        return
-    if not index.is_cpu or not index.numel():
+    if not is_readable(index) or not index.is_cpu or not index.numel():
         return
     if index.numel() <= _FEW:
         least, most = _library.extremes(index)

@@ -25,7 +25,7 @@ from ..reference import attention as reference
 from . import _attention_native as native
 from . import _attention_operators as operators
 from ._attention_autograd import differentiable
-from ._attention_bounds import Bounds
+from ._attention_bounds import Bounds, check_rows_have_values
 from ._attention_checks import (
     Rows,
     broadcast,
@@ -144,7 +144,8 @@ def attention(
             sees, "sum" for the sum of a(s), where 0 gives p = 0.
         head_gate: g [B, Sq, Hq]. Where whole tiles are 0 no work is done, if nothing asks for the
             rows' read-outs or the gate's gradient.
-        identity_mix: u [Hq] or [B, Hq]; needs Sq = Sk. u = 1 skips the head, likewise.
+        identity_mix: u [Hq] or [B, Hq]; needs Sq = Sk, of every sequence. u = 1 skips the head,
+            likewise.
         return_aux: read-outs of the rows (softmaxes only); see hw.Aux.
         backend: "auto", "reference", "cpu", "simt", "sm80" or "emulate:<one of the last two>";
             see hw.explain.
@@ -267,6 +268,7 @@ def _checked_rest(
         gate = broadcast(OP, "head_gate", head_gate, "[B, Sq, Hq]", q.shape[:3], 0, q)
     if identity_mix is not None:
         mix = _check_mix(identity_mix, q, k)
+        check_rows_have_values(OP, score.cu_seqlens_q, score.cu_seqlens_k)
     if return_aux is not None:
         aux = _check_aux(return_aux, score)
         if aux.mass is not None:

@@ -151,7 +151,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     """o = sum_n e^{L_n - L} o_n with L = log sum_n e^{L_n}: [B, S, H, D] and [B, H, S].
 
     Parts are added one after another, element by element: no order of sums is left to torch, which
-    would choose it by the number of threads.
+    would choose it by the number of threads. A part without keys is not looked at: it may be NaN.
     """
     lse = torch.stack(list(lses))  # [N, B, H, S]
     top = lse.detach().amax(0)
@@ -162,7 +162,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         whole = whole + x
     whole = torch.where(empty, 1, whole)
     o = torch.zeros((), dtype=lse.dtype, device=lse.device)
-    for x, part in zip(outs, weight / whole, strict=True):
+    for x, part, has_keys in zip(outs, weight / whole, lse != -torch.inf, strict=True):
+        x = torch.where(has_keys.transpose(1, 2)[..., None], x, 0)
         o = o + part.transpose(1, 2)[..., None] * x.to(lse.dtype)
     total = torch.where(top.isinf(), top, top + whole.log())
     return o.to(outs[0].dtype), total
