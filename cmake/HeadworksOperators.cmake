@@ -137,12 +137,13 @@ macro(hw_add_gpu backend)
     set(hw_dims 0)
   endif()
   if(HW_MINIMAL)
-    # The narrowest; under sanitizers and other checks the widest too, which takes every call that it
-    # does not.
+    # The narrowest; on demand and under sanitizers and other checks the widest too, which takes
+    # every call that it does not.
     list(GET hw_dims 0 hw_narrowest)
     list(GET hw_dims -1 hw_widest)
     set(hw_dims ${hw_narrowest})
-    if((HW_SANITIZE OR HW_RACES OR HW_COVERAGE) AND NOT hw_widest EQUAL hw_narrowest)
+    if((HW_MINIMAL_WIDEST OR HW_SANITIZE OR HW_RACES OR HW_COVERAGE)
+        AND NOT hw_widest EQUAL hw_narrowest)
       list(APPEND hw_dims ${hw_widest})
     endif()
   endif()

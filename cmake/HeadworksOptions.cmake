@@ -8,6 +8,7 @@ set(HW_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (nvcc and a GPU, o
 option(HW_EMULATOR "Also build the CUDA kernels for the emulator" OFF)
 option(HW_MINIMAL "One dtype, one dim and two CPU instruction sets per operator (preset dev)" OFF)
 set(HW_MINIMAL_DTYPES f32 CACHE STRING "Which of an operator's dtypes HW_MINIMAL builds")
+option(HW_MINIMAL_WIDEST "The widest dim of an operator besides, in HW_MINIMAL" OFF)
 option(HW_SANITIZE "AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 option(HW_RACES "The emulator compares all accesses to memory (preset races)" OFF)
 option(HW_COVERAGE "Count what runs of the kernels in the emulator and of their hosts (preset coverage)" OFF)

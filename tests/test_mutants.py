@@ -57,6 +57,15 @@ def described(kind):
     return [(m.original, m.mutated) for m in found() if m.kind == kind]
 
 
+def test_sizes_of_arrays_are_left_alone():
+    source = (
+        "void f(int i) {\n  int a[kN] = {}, b[2];\n  const int *c[kN], *d[kN];\n  g(a[i]);\n}\n"
+    )
+    changes = [(m.kind, m.original) for m in Finder("sample.h", source).find()]
+    assert ("index", "[i]") in changes
+    assert not any("[kN]" in what or kind == "constant" for kind, what in changes)
+
+
 def test_what_is_changed():
     comparisons = described("comparison")
     assert any("i < 3" in a and "i <= 3" in b for a, b in comparisons)

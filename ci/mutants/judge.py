@@ -34,6 +34,10 @@ ASIDE = (
     {"gradients": False}, {"end": "begin"},
 )  # fmt: skip
 FIRST = 3
+# With how many threads the long calls are compared besides, which the CPU then cuts otherwise.
+THREADS = 3
+# What freshly allocated memory is full of: as floats, what no product with it survives.
+POISON = 0x7F
 # (order of threads, landing of copies, seed); the first for every mutant, all for barriers.
 SCHEDULES = (
     ("shuffled", "late", 1), ("reverse", "early", 2), ("forward", "late", 3),
@@ -53,6 +57,7 @@ class Task:
     cotangents: str = "contiguous"
     gradients: bool = True
     end: str = "end"  # of every tensor at which the inaccessible page is
+    threads: int = 1
 
 
 @dataclass
@@ -110,6 +115,7 @@ class Judge:
         self.tasks = self._list(backends)
         for task in self.tasks:  # remembers what the reference gives
             self._compare(task, "reference")
+        ctypes.CDLL(None).mallopt(-6, 0xFF ^ POISON)  # M_PERTURB
 
     def _list(self, backends: tuple[str, ...]) -> list[Task]:
         t = self.torch
@@ -124,14 +130,19 @@ class Judge:
                     cases += [*spec.sample_cases, *self.long.get(spec.name, ())]
                 first = Task(i, cases[0], BACKENDS[short], dtype)
                 tasks += [replace(first, case=c) for c in cases]
-                aside = [*ASIDE, *([{"dtype": t.bfloat16}] if short != "sm80" else [])]
+                others = {t.bfloat16, t.float16} - {dtype}
+                aside = [*ASIDE, *({"dtype": x} for x in sorted(others, key=str))]
                 tasks += [replace(first, case=c, **how) for how in aside for c in cases[:FIRST]]
+                if short == "cpu":
+                    cut = self.long.get(spec.name, ())
+                    tasks += [replace(first, case=c, threads=THREADS) for c in cut]
         return [x for x in tasks if not self.specs[x.spec].limit(x.backend, x.case)]
 
     def _compare(self, task: Task, backend: str = ""):
         """In memory with inaccessible pages around every tensor."""
         spec, backend = self.specs[task.spec], backend or task.backend
         self.guard.end, self.task = task.end, task
+        self.torch.set_num_threads(1 if backend == "reference" else task.threads)
         with contextlib.ExitStack() as stack:
             if backend != "reference":
                 for patch in self.allocations(self.guard):
@@ -140,7 +151,7 @@ class Judge:
 
     def _compare_afresh(self, task: Task):
         """In a thread of its own: with none of the scratch memory of the comparisons before."""
-        with ThreadPoolExecutor(1, initializer=self.torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(1) as pool:
             pool.submit(self._compare, task).result()
 
     def _guarded(self, spec):

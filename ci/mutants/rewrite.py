@@ -126,6 +126,17 @@ class Finder:
         if self.tokens[i - 1].kind != "name":
             return False
         before = self.tokens[i - 2]
+        first = i - 2  # what stands before the name, or before its *
+        if before.text == "*" and not self.source.spaced(i - 2):
+            first = i - 3
+        if self.tokens[first].text == ",":  # a[2], b[2]
+            last = first - 1
+            if self.tokens[last].text == "}":  # a[2] = {}, b[2]
+                last = self.tokens[last].partner - 2
+            return self.tokens[last].text == "]" and self.tokens[self.tokens[last].partner].skipped
+        if first < i - 2:  # Type *a[2]
+            word = self.tokens[first]
+            return word.kind == "name" and word.text not in ("return", "else", "case")
         if before.kind == "name":
             return before.text not in ("return", "else", "case")
         return before.text in (">", "&", "*") and before.tight

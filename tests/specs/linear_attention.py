@@ -55,8 +55,13 @@ def make(case, dtype, device="cpu", seed=0):
         x = draw(*shape)
         return x.abs() + 0.1 if feature_map == "identity" and case.options["normalize"] else x
 
+    q = draw_qk(n["B"], n["S"], n["Hq"], n["D"])
+    if feature_map == "identity":
+        q[:, :1] = 0  # a row without weights, whose z is 0
+    if feature_map == "relu" and n["D"] > 1:
+        q[:, 1::5, :, 0] = 0  # where it bends
     tensors = {
-        "q": draw_qk(n["B"], n["S"], n["Hq"], n["D"]).to(device, dtype),
+        "q": q.to(device, dtype),
         "k": draw_qk(n["B"], n["S"], n["H"], n["D"]).to(device, dtype),
         "v": draw(n["B"], n["S"], n["H"], n["Dv"]).to(device, dtype),
     }
@@ -69,7 +74,9 @@ def make(case, dtype, device="cpu", seed=0):
         tensors["z0"] = phi.sum(1).to(device, accumulation)
     if n["lengths"] is not None:
         bounds = torch.tensor([0, *n["lengths"]]).cumsum(0)
-        tensors["cu_seqlens"] = bounds.to(device, torch.int32)
+        if not case.options["output_final_state"]:  # both types that they may have
+            bounds = bounds.int()
+        tensors["cu_seqlens"] = bounds.to(device)
     return tensors
 
 
@@ -149,26 +156,31 @@ CASES = (
     case(S=5, Dv=0, state_out=True, state_in=True),
 )
 
+MANY = (66, 0, 9, 66, 70, 1, 64, 5)  # fill the device, and take several chunks
+
 EMULATOR_CASES = (
     case(S=200, H=1, Dv=24, state_in=True, state_out=True),
     case(S=130, B=2, H=1, Hq=2, Dv=8),
     case(lengths=(0, 7, 140, 1), H=1, Dv=8, state_in=True, state_out=True),
     case(S=0, H=1, Dv=8, state_in=True, state_out=True),
-    case(S=1, H=1, Dv=8, state_out=True),
+    case(S=1, H=1, Dv=20, state_out=True),
     *(case(S=s, H=1, Dv=8, state_out=True) for s in (63, 64, 65, 129)),
-    *(case(S=67, H=1, Dv=dv) for dv in (1, 64, 112, 128, 130)),
+    *(case(S=67, H=1, Dv=dv) for dv in (1, 64, 112, 128)),
+    case(S=67, B=2, H=2, Dv=130),
     *(case(S=67, H=1, Dv=dv, state_in=True, state_out=True) for dv in (60, 112, 130)),
-    case(S=600, H=1, Dv=8),
+    case(S=600, H=1, Dv=24),
     case(S=530, H=1, D=8, Dv=8, feature_map="elu1"),
-    *(case(S=s, H=1, Dv=16, causal=False, state_in=True, state_out=True) for s in (66, 300)),
-    case(S=66, H=1, Dv=16, causal=False),
-    *(case(S=70, B=2, H=h, Hq=hq, Dv=8, state_out=True) for hq, h in ((2, 1), (4, 2), (3, 1))),
-    case(S=40, H=1, D=5, Dv=12, normalize=False, scale=0.7, state_out=True),
-    case(S=40, H=1, D=1, Dv=4, eps=1e-2),
+    case(lengths=MANY, H=1, D=4, Dv=4, causal=False, state_in=True, state_out=True),
+    case(S=300, H=1, Dv=16, causal=False, state_in=True, state_out=True),
+    case(S=90, H=1, Dv=16, causal=False),
+    *(case(S=70, B=2, H=1, Hq=hq, Dv=8, state_out=True) for hq in (2, 3)),
+    case(S=60, B=2, H=2, Hq=4, Dv=8, scale=1.0, state_in=True, state_out=True),
+    case(S=40, B=2, H=1, D=5, Dv=12, normalize=False, scale=0.7, state_in=True, state_out=True),
+    case(S=40, H=1, D=1, Dv=4, eps=0.5),
     *(case(S=20, H=1, D=d, Dv=8, state_out=True) for d in (17, 32)),
     case(S=33, H=1, D=16, Dv=16, feature_map="elu1", state_in=True, state_out=True),
-    case(S=33, H=1, D=20, Dv=16, feature_map="identity", normalize=False, state_out=True),
-    case(S=33, H=1, D=16, Dv=16, feature_map="relu", causal=False),
+    case(S=33, H=1, D=20, Dv=16, feature_map="identity", state_out=True),
+    case(S=80, H=1, D=16, Dv=16, feature_map="relu", causal=False),
     case(S=33, H=1, D=1, Dv=8, feature_map="relu"),
     case(lengths=(100, 0, 260, 33), H=1, Dv=8, causal=False, state_out=True),
     case(lengths=(70, 9), H=1, Dv=8),
@@ -176,18 +188,19 @@ EMULATOR_CASES = (
     # states, packed sequences that are cut.
     *(case(S=33, H=1, D=40, Dv=8, feature_map=m, state_out=True) for m in ("elu1", "relu")),
     case(S=33, H=2, Hq=4, D=70, Dv=8, feature_map="identity", normalize=False, scale=-0.5),
-    case(S=33, H=1, D=8, Dv=8, scale=0.0, normalize=False),
-    case(S=70, H=1, D=4, Dv=200, causal=False, state_in=True, state_out=True),
+    case(S=33, H=1, D=8, Dv=8, scale=0.0),
+    case(S=70, H=1, D=4, Dv=256, causal=False, state_in=True, state_out=True),
     case(lengths=(600, 5, 70), H=1, Hq=2, D=4, Dv=8, state_in=True, state_out=True),
     *(
-        case(S=70, H=1, D=40, Dv=24, feature_map="elu1", causal=c, state_in=True, state_out=True)
+        case(S=70, H=1, D=40, Dv=40, feature_map="elu1", causal=c, state_in=True, state_out=True)
         for c in (True, False)
     ),
     # States beyond shared memory: of fewer columns, and of none. Heads that fill the device.
     case(S=20, H=1, D=32, Dv=12, state_in=True, state_out=True),
     case(S=40, H=1, D=1100, Dv=12, feature_map="elu1", state_in=True, state_out=True),
     case(S=3, H=1, D=8200, Dv=4, feature_map="relu", state_out=True),
-    case(lengths=(30, 30, 30, 30, 30, 30, 30, 50), H=1, D=4, Dv=4),
+    case(S=9, H=2, D=1100, Dv=12, feature_map="elu1", causal=False, state_in=True, state_out=True),
+    case(lengths=(30, 30, 30, 30, 30, 30, 30, 80), H=1, D=4, Dv=4),
 )
 
 
@@ -202,9 +215,9 @@ def limit(backend, case):
 
 
 SAMPLE_CASES = (
-    case(S=130, B=3, H=1, Hq=2, Dv=24, state_in=True, state_out=True),
+    case(S=130, B=3, H=2, Hq=4, Dv=24, state_in=True, state_out=True),
     case(S=700, B=2, H=1, Dv=16, state_in=True, state_out=True),
-    case(S=70, B=2, Dv=20, causal=False, state_out=True),
+    case(S=70, B=3, Dv=20, causal=False, state_out=True),
     case(
         S=70, B=2, D=12, Dv=20, feature_map="elu1", normalize=False, state_in=True, state_out=True
     ),

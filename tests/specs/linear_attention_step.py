@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of hw.linear_attention_step. Sizes: B, Hq, H, D, Dv. The state is input and output."""
+"""Cases of hw.linear_attention_step. Sizes: B, Hq, H, D, Dv, and how many tokens came earlier.
+
+The state is input and output.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ from .linear_attention import MAP_NUMBERS
 
 
 def case(B=2, H=2, Hq=None, D=16, Dv=64, *, feature_map="taylor2", normalize=True, scale=None,
-         eps=0.0):  # fmt: skip
-    sizes = {"B": B, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv}
+         eps=0.0, earlier=5):  # fmt: skip
+    sizes = {"B": B, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv, "earlier": earlier}
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "eps": eps}
     words = [f"B{B}", f"H{Hq or H}:{H}", f"D{D}", f"Dv{Dv}", feature_map]
     words += [] if normalize else ["sum"]
     words += ["scaled"] if scale is not None else []
     words += ["eps"] if eps else []
+    words += [f"after{earlier}"] if earlier != 5 else []
     return Case("-".join(words), sizes, options)
 
 
 def make(case, dtype, device="cpu", seed=0):
-    """q k v of one token and the state kv z of five earlier ones."""
+    """q k v of one token and the state kv z of some earlier ones."""
     n = case.sizes
     generator = torch.Generator().manual_seed(seed)
     feature_map = case.options["feature_map"]
@@ -37,8 +41,8 @@ def make(case, dtype, device="cpu", seed=0):
     def draw_qk(*shape):
         return draw(*shape).abs() + 0.1 if positive else draw(*shape)
 
-    phi = features(draw_qk(n["B"], 5, n["H"], n["D"]), feature_map)
-    kv = torch.einsum("bshf,bshe->bhfe", phi, draw(n["B"], 5, n["H"], n["Dv"]))
+    phi = features(draw_qk(n["B"], n["earlier"], n["H"], n["D"]), feature_map)
+    kv = torch.einsum("bshf,bshe->bhfe", phi, draw(n["B"], n["earlier"], n["H"], n["Dv"]))
     return {
         "q": draw_qk(n["B"], n["Hq"], n["D"]).to(device, dtype),
         "k": draw_qk(n["B"], n["H"], n["D"]).to(device, dtype),
@@ -89,12 +93,17 @@ EMULATOR_CASES = (
     case(B=2, H=1, Hq=2, Dv=65),
     case(B=1, H=1, Dv=8),
     case(B=1, H=2, D=5, Dv=12, normalize=False),
-    case(B=1, H=1, D=32, Dv=8),
+    case(B=1, H=1, D=32, Dv=8, eps=0.3),
     case(B=1, H=1, D=20, Dv=16, feature_map="elu1"),
     # Columns of v in several blocks, which leave z to a kernel of its own, or need none.
-    *(case(B=1, H=1, D=d, Dv=70, feature_map=m) for d, m in ((32, "taylor2"), (300, "relu"))),
-    case(B=1, H=2, Hq=6, D=9, Dv=70, normalize=False, scale=-0.7),
-    case(B=3, H=1, D=5, Dv=40, normalize=False),
+    case(B=2, H=1, D=32, Dv=40),
+    case(B=1, H=2, D=1200, Dv=40, feature_map="relu"),
+    case(B=1, H=2, Hq=6, D=9, Dv=40, normalize=False, scale=-0.7),
+    case(B=1, H=1, Hq=9, D=3, Dv=40),
+    case(B=3, H=1, Hq=5, D=25, Dv=40, normalize=False),
+    # The first token: its z is 1, or, in half of the rows, 0.
+    case(B=1, H=1, D=4, Dv=4, scale=0.0, earlier=0),
+    case(B=9, H=1, D=1, Dv=4, feature_map="relu", earlier=0),
 )
 
 BENCHMARK_CASES = tuple(case(B=b, H=16, D=16, Dv=64) for b in (1, 64, 128))

@@ -69,7 +69,6 @@ struct ForwardParams {
   bool causal, normalize;
   double scale, eps;
 
-  HW_HOST_DEVICE int64_t batch() const { return q.size[0]; }
   HW_HOST_DEVICE int64_t tokens() const { return q.size[1]; }
   HW_HOST_DEVICE int64_t sequences() const {
     return cu_seqlens ? cu_seqlens.size[0] - 1 : q.size[0];

@@ -39,43 +39,23 @@ Plan make_plan(const ForwardParams& p, bool with_states, int threads) {
   const int64_t seen = p.causal ? longest / 2 : longest;
   const bool direct = !with_states && longest <= kDirectTokens &&
                       (longest <= kChunk || (d + dv) * seen <= 2 * f * dv + kChunk * (d + dv));
-  Plan plan;
-  plan.direct = direct;
-  plan.capacity =
+  const int capacity =
       direct ? static_cast<int>(round_up<int64_t>(max_of<int64_t>(longest, 1), 16)) : kChunk;
-  plan.segment = direct ? kDirectTokens : kChunk * kSegmentChunks;
+  const int64_t segment = direct ? kDirectTokens : kChunk * kSegmentChunks;
   // Rows of the busiest thread; segments add the state update once more (about half the work).
   const int64_t heads = p.key_heads();
   const int64_t pairs = ceil_div<int64_t>(p.sequences() * heads, threads);
   const int64_t sequential =
       max_of(longest, longest * pairs * total / max_of<int64_t>(longest * p.sequences(), 1));
-  const int64_t segmented = ceil_div<int64_t>(3 * total * heads, 2 * threads);
-  plan.segmented = !direct && (!p.causal || (longest > plan.segment && segmented < sequential));
-  return plan;
+  const int64_t side_by_side = ceil_div<int64_t>(3 * total * heads, 2 * threads);
+  const bool segmented = !direct && (!p.causal || (longest > segment && side_by_side < sequential));
+  return {direct, segmented, capacity, segment};
 }
 
-// One task: rows [begin, end) of a sequence, for one key head.
+// One task: rows [begin, end) of sequence n, for one key head.
 struct Segment {
   int64_t n, batch, begin, end;
-  int64_t index;  // of the segment in its sequence
 };
-
-// The segments of every sequence, in order; a sequence without rows has none.
-template <class F>
-void for_each_segment(const ForwardParams& p, int64_t length, const F& f) {
-  for (int64_t n = 0; n < p.sequences(); ++n) {
-    const Sequence s = sequence(p, n);
-    int64_t index = 0;
-    for (int64_t begin = s.begin; begin < s.end; begin += length)
-      f(Segment{n, s.batch, begin, min_of(s.end, begin + length), index++});
-  }
-}
-
-int64_t count_segments(const ForwardParams& p, int64_t length) {
-  int64_t count = 0;
-  for_each_segment(p, length, [&](const Segment&) { ++count; });
-  return count;
-}
 
 // ---- states between tensors [N, H, F, Dv], [N, H, F] and padded arrays ----
 
@@ -106,36 +86,29 @@ HW_NOINLINE void store_state(const Shape<A>& s, const State<A>& from, Ref<A, 4> 
 template <class A>
 class StateArray {
  public:
-  StateArray(const Shape<A>& s, int64_t count)
-      : shape_(s), memory_(count * State<A>::count(s)), zero_(count) {}
+  StateArray(const Shape<A>& s, int64_t count) : shape_(s) {
+    memory_.reserve(Scratch::bytes_of<A>(count * State<A>::count(s)));
+    zero_.reserve(count);
+  }
   HW_NOINLINE State<A> get(int64_t i) const {
-    State<A> state = State<A>::at(shape_, memory_.data + i * State<A>::count(shape_));
-    state.zero = zero_.data[i];
+    State<A> state = place(i);
+    state.zero = zero_.data()[i] != 0;
     return state;
   }
-  void set_zero(int64_t i, bool zero) { zero_.data[i] = zero; }
+  void set_zero(int64_t i, bool zero) { zero_.data()[i] = zero; }
   HW_NOINLINE void copy(int64_t i, const State<A>& from) {
-    State<A> to = State<A>::at(shape_, memory_.data + i * State<A>::count(shape_));
+    State<A> to = place(i);
     accumulate(shape_, from, to);
-    zero_.data[i] = to.zero;
+    set_zero(i, to.zero);
   }
 
  private:
-  template <class U>
-  struct Array {
-    U* data;
-    explicit Array(int64_t n)
-        : data(static_cast<U*>(std::aligned_alloc(
-              64, static_cast<size_t>(max_of<int64_t>(Scratch::bytes_of<U>(n), 64))))) {
-      if (data == nullptr) throw std::bad_alloc();
-    }
-    Array(const Array&) = delete;
-    Array& operator=(const Array&) = delete;
-    ~Array() { std::free(data); }
-  };
+  State<A> place(int64_t i) const {
+    return State<A>::at(shape_, reinterpret_cast<A*>(memory_.data()) + i * State<A>::count(shape_));
+  }
+
   const Shape<A> shape_;
-  Array<A> memory_;
-  Array<bool> zero_;
+  Buffer memory_, zero_;  // zero_: a char per state
 };
 
 // ---- one direction over all sequences and heads ----
@@ -190,13 +163,13 @@ class Sweep {
         prefix = prefixes.get(task);
         load_state(shape_, ends_.kv_start, ends_.z_start, n, h, prefix);
       }
-      Scan<T> scan(shape_, p_, pass_);
+      Scan<T> scan(shape_, p_, pass_, rows.batch, h);
       const int64_t count = ceil_div(rows.end - rows.begin, plan_.segment);
       for (int64_t i = 0; i < count; ++i) {
         const bool last = i + 1 == count;
         const int64_t begin = rows.begin + (pass_.reverse ? count - 1 - i : i) * plan_.segment;
-        scan.run(rows.batch, h, begin, min_of(rows.end, begin + plan_.segment), prefix, visible(),
-                 true, !last || ends_.kv_end);
+        scan.run(begin, min_of(rows.end, begin + plan_.segment), prefix, visible(), true,
+                 !last || ends_.kv_end);
         if (!last || ends_.kv_end) accumulate(shape_, scan.local(), prefix);
       }
       store_state(shape_, prefix, ends_.kv_end, ends_.z_end, n, h);
@@ -206,19 +179,18 @@ class Sweep {
   // (a) totals of the segments, (b) prefixes in order, (c) every segment again with its prefix.
   // Bidirectional: the sum over all segments takes the place of the prefix.
   HW_NOINLINE void segmented() {
-    const int64_t segments = count_segments(p_, plan_.segment);
+    const int64_t segments = first_segment(p_.sequences());
     StateArray<A> totals(shape_, segments * heads_), wholes(shape_, p_.sequences() * heads_);
     for_each_task(segments, [&](const Segment& s, int64_t slot, int h) {
-      Scan<T> scan(shape_, p_, {false, pass_.reverse, pass_.reverse});
-      scan.total(s.batch, h, s.begin, s.end);
-      totals.set_zero(slot, true);
+      Scan<T> scan(shape_, p_, {false, pass_.reverse, pass_.reverse}, s.batch, h);
+      scan.total(s.begin, s.end);
       totals.copy(slot, scan.local());
     });
     prefix(totals, wholes);
     for_each_task(segments, [&](const Segment& s, int64_t slot, int h) {
-      Scan<T> scan(shape_, p_, pass_);
+      Scan<T> scan(shape_, p_, pass_, s.batch, h);
       const State<A> state = p_.causal ? totals.get(slot) : wholes.get(s.n * heads_ + h);
-      scan.run(s.batch, h, s.begin, s.end, state, visible(), p_.causal, false);
+      scan.run(s.begin, s.end, state, visible(), p_.causal, false);
     });
   }
 
@@ -237,7 +209,6 @@ class Sweep {
         const int64_t slot = (first + (pass_.reverse ? count - 1 - i : i)) * heads_ + h;
         own.zero = true;
         accumulate(shape_, totals.get(slot), own);
-        totals.set_zero(slot, true);
         totals.copy(slot, sum);
         accumulate(shape_, own, sum);
       }
@@ -246,6 +217,7 @@ class Sweep {
     });
   }
 
+  // Of sequence n; a sequence without rows has none.
   HW_NOINLINE int64_t first_segment(int64_t n) const {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -269,7 +241,7 @@ class Sweep {
       const int64_t count = ceil_div(s.end - s.begin, plan_.segment);
       if (index < count) {
         const int64_t begin = s.begin + index * plan_.segment;
-        return {n, s.batch, begin, min_of(s.end, begin + plan_.segment), index};
+        return {n, s.batch, begin, min_of(s.end, begin + plan_.segment)};
       }
       index -= count;
     }

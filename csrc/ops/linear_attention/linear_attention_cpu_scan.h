@@ -57,8 +57,10 @@ class Scan {
  public:
   using A = Accum<T>;
 
-  HW_NOINLINE Scan(const Shape<A>& shape, const BackwardParams& p, const Pass& pass)
-      : s_(shape), p_(p), pass_(pass), group_(p.group()) {
+  // Of batch entry `batch` and key head `head`.
+  HW_NOINLINE Scan(const Shape<A>& shape, const BackwardParams& p, const Pass& pass, int64_t batch,
+                   int head)
+      : s_(shape), p_(p), pass_(pass), group_(p.group()), batch_(batch), head_(head) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(bytes());
     key_.take(scratch, s_);
@@ -79,12 +81,10 @@ class Scan {
     row_ = scratch.take<A>(s_.dvp);
   }
 
-  // Rows [begin, end) of batch entry `batch` with key head `head`. Reads the state prefix + local;
-  // afterwards local() is the segment's own total if `want_local`.
-  HW_NOINLINE void run(int64_t batch, int head, int64_t begin, int64_t end, const State<A>& prefix,
-                       Visible visible, bool within_chunk, bool want_local) {
-    batch_ = batch;
-    head_ = head;
+  // Rows [begin, end). Reads the state prefix + local; afterwards local() is the segment's own total
+  // if `want_local`.
+  HW_NOINLINE void run(int64_t begin, int64_t end, const State<A>& prefix, Visible visible,
+                       bool within_chunk, bool want_local) {
     local_.zero = true;
     const int64_t chunks = ceil_div<int64_t>(end - begin, s_.capacity);
     for (int64_t i = 0; i < chunks; ++i) {
@@ -98,11 +98,8 @@ class Scan {
   }
 
   // Only the sum over the b side, chunk by chunk in the order of run(): local() becomes the
-  // segment's total.
-  HW_NOINLINE void total(int64_t batch, int head, int64_t begin, int64_t end) {
-    batch_ = batch;
-    head_ = head;
-    local_.zero = true;
+  // segment's total. Once, and by a scan that has not run.
+  HW_NOINLINE void total(int64_t begin, int64_t end) {
     const int64_t chunks = ceil_div<int64_t>(end - begin, s_.capacity);
     for (int64_t i = 0; i < chunks; ++i) {
       const Range rows = chunk(begin, end, i, chunks);
@@ -211,7 +208,7 @@ class Scan {
       for (int j = 0; j < columns; j += kLanes<A>) {
         A* at = weight_ + r * s_.ld + j;
         const Vec<A> score = s_.scale * load(at);
-        store(at, s_.map == FeatureMap::taylor2 ? 1 + score + A(0.5) * score * score : score);
+        store(at, s_.map == FeatureMap::taylor2 ? A(1) + score + A(0.5) * score * score : score);
       }
   }
 
@@ -222,7 +219,7 @@ class Scan {
       for (int j = 0; j < columns; j += kLanes<A>) {
         A* at = d_weight_ + r * s_.ld + j;
         const Vec<A> score = s_.scale * load(weight_ + r * s_.ld + j), d = s_.scale * load(at);
-        store(at, quadratic ? d * (1 + score) : d);
+        store(at, quadratic ? d * (A(1) + score) : d);
       }
   }
 
@@ -268,10 +265,8 @@ class Scan {
   }
 
   HW_NOINLINE Side<A>& pack_query(int g, int64_t first, int n) {
-    if (first == query_first_ && g == query_group_ && head_ == query_head_ &&
-        batch_ == query_batch_)
-      return query_;
-    query_first_ = first, query_group_ = g, query_head_ = head_, query_batch_ = batch_;
+    if (first == query_first_ && g == query_group_) return query_;
+    query_first_ = first, query_group_ = g;
     const int head = head_ * group_ + g;
     pack_x<T>(s_, rows_of<const T>(p_.q, head), first, n, ahead(), query_);
     if (pass_.grad || pass_.reverse) {
@@ -284,8 +279,8 @@ class Scan {
   }
 
   HW_NOINLINE Side<A>& pack_key(int64_t first, int n) {
-    if (first == key_first_ && head_ == key_head_ && batch_ == key_batch_) return key_;
-    key_first_ = first, key_head_ = head_, key_batch_ = batch_;
+    if (first == key_first_) return key_;
+    key_first_ = first;
     pack_x<T>(s_, rows_of<const T>(p_.k, head_), first, n, ahead(), key_);
     pack_value<T>(s_, rows_of<const T>(p_.v, head_), first, n, ahead(), key_);
     if (pass_.grad) pack_value_transposed(s_, n, key_);
@@ -321,7 +316,7 @@ class Scan {
       prefetch_row<true>(o, first + i + ahead());
       if (p_.normalize) {
         const A z_i = denominator_[i] + static_cast<A>(p_.eps);
-        const A inverse = z_i != 0 ? 1 / z_i : A(0);
+        const A inverse = 1 / z_i;
         for (int j = 0; j < s_.dv; ++j) row[j] = z_i != 0 ? row[j] * inverse : A(0);
         if (z) z(first + i) = z_i;
       }
@@ -363,12 +358,12 @@ class Scan {
   const BackwardParams& p_;
   const Pass pass_;
   const int group_;
-  int64_t batch_ = 0;
-  int head_ = 0;
+  const int64_t batch_;
+  const int head_;
 
-  Side<A> key_, query_;
-  int64_t key_first_ = -1, key_batch_ = -1, query_first_ = -1, query_batch_ = -1;
-  int key_head_ = -1, query_head_ = -1, query_group_ = -1;
+  Side<A> key_, query_;  // what they hold: the chunk that begins at
+  int64_t key_first_ = -1, query_first_ = -1;
+  int query_group_ = -1;
 
   A* phi_;          // [F, ld]
   A* dphi_;         // [F, ld]

@@ -51,7 +51,6 @@ struct Plan {
   Schedule schedule = Schedule::single;
   bool packed = false;
   bool causal = false;
-  int64_t tokens = 0;          // S: of one sequence, or of all packed ones
   int64_t sequences = 0;       // N
   int64_t segment_tokens = 0;  // L; single: S
   int64_t per_sequence = 1;    // slots of one sequence; packed and not single: unused
@@ -72,7 +71,7 @@ struct Segment {
   bool used = false;                             // false: an empty slot, nothing to do
 };
 
-// `cu`: position of cu_seqlens among the tensors; `states`: those of all states, in and out.
+// `cu`: position of cu_seqlens among the tensors; `states`: of kv of all states, in and out.
 inline Shape shape_of(const Call& call, int cu, std::initializer_list<int> states) {
   const Tensor &q = call.tensor(0), &k = call.tensor(1), &v = call.tensor(2);
   Shape s;
@@ -92,8 +91,8 @@ inline Shape shape_of(const Call& call, int cu, std::initializer_list<int> state
   return s;
 }
 
-inline Shape forward_shape(const Call& call) { return shape_of(call, 9, {5, 6, 7, 8}); }
-inline Shape backward_shape(const Call& call) { return shape_of(call, 7, {5, 6, 9, 10, 14, 15}); }
+inline Shape forward_shape(const Call& call) { return shape_of(call, 9, {5, 7}); }
+inline Shape backward_shape(const Call& call) { return shape_of(call, 7, {5, 9, 14}); }
 
 // Longest sequence for which tiles cost less than states: (D + Dv) S / 2 < 2 F Dv (causal).
 HW_HOST_DEVICE inline int64_t direct_limit(const Shape& s) {
@@ -108,7 +107,6 @@ inline Plan make_plan(const Shape& s, int64_t slices, int64_t direct_rows) {
   Plan p;
   p.packed = s.packed;
   p.causal = s.causal;
-  p.tokens = s.tokens;
   p.sequences = s.sequences;
   if (!s.any_state && s.tokens <= direct_limit(s)) {
     p.schedule = Schedule::direct;

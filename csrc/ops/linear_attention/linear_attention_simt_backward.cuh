@@ -86,7 +86,7 @@ void backward(const Call& call) {
   queries.split_heads = g.plan.schedule == Schedule::direct;
   queries.start_kv = b.kv0.template as<const Acc>();
   queries.start_z = b.z0.template as<const Acc>();
-  queries.states = place(w.keys);
+  queries.states = place(w.states);
   queries.graded = b.d_q.template as<Element>();
   queries.sums = g.keeps_sums ? place(w.d_q) : nullptr;
 
@@ -97,7 +97,7 @@ void backward(const Call& call) {
   keys.start_z = b.d_z1.template as<const Acc>();
   keys.final_kv = b.d_kv0.template as<Acc>();
   keys.final_z = b.d_z0.template as<Acc>();
-  keys.states = place(w.queries);
+  keys.states = place(w.states);
   keys.applied = b.d_v.template as<Element>();
   keys.applied_vectors = has_vectors(keys.applied);
   keys.graded = b.d_k.template as<Element>();

@@ -64,7 +64,7 @@ void forward(const Call& call) {
   p.start_z = f.z0.template as<const Acc>();
   p.final_kv = f.kv1.template as<Acc>();
   p.final_z = f.z1.template as<Acc>();
-  p.states = reinterpret_cast<Acc*>(workspace + w.keys);
+  p.states = reinterpret_cast<Acc*>(workspace + w.states);
   p.applied = f.o.template as<Element>();
   p.applied_vectors = has_vectors(p.applied);
   p.z = f.z.template as<Acc>();

@@ -126,13 +126,13 @@ Geometry make_geometry(const Shape& s, FeatureMap map, bool gradients) {
   return g;
 }
 
-// Byte offsets in the workspace; forward has only `keys`.
+// Byte offsets in the workspace; forward has only `states`.
 struct Workspace {
-  int64_t keys = 0;     // states over keys     kv [slots, H, F, slices * columns], z [slots, H, F]
-  int64_t queries = 0;  // states over queries  the same
-  int64_t d_z = 0;      // [B, S, Hq]           dz_i = -<do_i, o_i> / z_i
-  int64_t d_q = 0;      // [B, S, Hq, D]
-  int64_t d_k = 0;      // [B, S, H, D]
+  // kv [slots, H, F, slices * columns], z [slots, H, F]: over keys; then, backward, over queries
+  int64_t states = 0;
+  int64_t d_z = 0;  // [B, S, Hq]     dz_i = -<do_i, o_i> / z_i
+  int64_t d_q = 0;  // [B, S, Hq, D]
+  int64_t d_k = 0;  // [B, S, H, D]
   int64_t bytes = 0;
 };
 
@@ -140,11 +140,9 @@ template <class Acc>
 Workspace make_workspace(const Shape& s, const Geometry& g, bool gradients) {
   Carver carver;
   Workspace w;
-  const int64_t states = g.state_size();
   const int64_t rows = s.batch * s.tokens;
   const int64_t sums = g.keeps_sums ? rows * s.dim : 0;
-  w.keys = carver.take(states, sizeof(Acc));
-  w.queries = carver.take(gradients ? states : 0, sizeof(Acc));
+  w.states = carver.take(g.state_size(), sizeof(Acc));
   w.d_z = carver.take(gradients && s.normalize ? rows * s.query_heads : 0, sizeof(Acc));
   w.d_q = carver.take(sums * s.query_heads, sizeof(Acc));
   w.d_k = carver.take(sums * s.key_heads, sizeof(Acc));

@@ -272,7 +272,7 @@ void step(const Call& call) {
   p.columns = split ? kSplitColumns : max_of(p.value_dim, 1);
   p.splits = split ? ceil_div(p.value_dim, kSplitColumns) : 1;
   p.updates_z = !split || !p.normalize;
-  const int bytes = StepKernel<Element>::kShared * static_cast<int>(sizeof(Acc));
+  constexpr int bytes = StepKernel<Element>::kShared * static_cast<int>(sizeof(Acc));
   launch<StepKernel<Element>>({heads * p.splits, 1, 1}, bytes, call.context, p);
   if (p.updates_z || !p.z) return;
   launch<StepZKernel<Element>>({heads * StepZKernel<Element>::blocks_per_head(p), 1, 1}, 0,

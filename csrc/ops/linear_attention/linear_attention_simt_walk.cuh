@@ -243,7 +243,7 @@ class Walk {
   // gradient[a][i] += sum_j ds_ij b_j[a]
   HW_DEVICE HW_INLINE void grad_tile(Mask mask, int tile) {
     if (g.dim_tiles > 1) {
-      dev::sync_block();
+      dev::sync_block();  // nobody reads the inner rows, for the scores
       load_inner(tile);
       take_back(tile);
     }

@@ -41,14 +41,14 @@ struct Work {
     return {floats(offset), {shape.batch, shape.tokens, heads}, {shape.tokens * heads, heads, 1}};
   }
 
-  // States of the segments at an offset of the workspace.
-  StatePlace slots(int64_t offset) const {
+  // States of the segments.
+  StatePlace slots() const {
     const StateLayout& l = at.states;
     StatePlace place;
-    place.kv = {floats(offset) + l.kv(0, 0, 0),
+    place.kv = {floats(at.slots) + l.kv(0, 0, 0),
                 {l.slots, l.heads, l.features, l.value_dim},
                 {l.kv(1, 0, 0), l.kv(0, 1, 0), l.kv(0, 0, 1), 1}};
-    place.z = {floats(offset) + l.z(0, 0),
+    place.z = {floats(at.slots) + l.z(0, 0),
                {l.slots, l.heads, l.features},
                {l.heads * l.features, l.features, 1}};
     return place;
@@ -81,12 +81,12 @@ inline StatePlace place_of(const Ref<const void, 4>& kv, const Ref<const void, 3
 }
 
 // Phases (a) and (b): p's `before` and `after` belong to the whole sequence and are replaced by
-// those of the segments. `offset`: of the states in the workspace.
+// those of the segments.
 template <class Element, int kDim, bool kQueries, class Params>
-void make_states(LoopParams<Element>& p, const Work<Params>& w, int64_t offset) {
+void make_states(LoopParams<Element>& p, const Work<Params>& w) {
   if (!w.plan.has_totals()) return;
   const StatePlace start = p.before, final = p.after;
-  p.after = w.slots(offset);
+  p.after = w.slots();
   using Totals = TotalsKernel<Element, kDim, kQueries>;
   const Grid grid{w.plan.num_slots, w.shape.key_heads, w.slices(kDim)};
   launch<Totals>(grid, sizeof(typename Totals::Smem), w.context, p);
@@ -99,18 +99,17 @@ void make_states(LoopParams<Element>& p, const Work<Params>& w, int64_t offset) 
   walk.geometry.states = w.at.states;
   walk.value_dim = w.shape.value_dim;
   walk.features = w.shape.features;
-  walk.query_heads = w.shape.query_heads;
   walk.key_heads = w.shape.key_heads;
   walk.start_kv = start.kv.template as<const float>();
   walk.start_z = start.z.template as<const float>();
   walk.final_kv = final.kv;
   walk.final_z = final.z;
-  walk.states = w.floats(offset);
+  walk.states = w.floats(w.at.slots);
   using Prefix = simt::PrefixKernel<Element>;
   const typename Prefix::Params prefix{walk, kQueries};
   launch<Prefix>({prefix.blocks(), 1, 1}, 0, w.context, prefix);
 
-  p.before = w.slots(offset);
+  p.before = w.slots();
   p.after = {};
   p.by_slot = true;
 }
@@ -153,7 +152,7 @@ void forward(const Call& call) {
   p.z = f.z.template as<float>();
   p.before = place_of(f.kv0, f.z0);
   p.after = {f.kv1.template as<float>(), f.z1.template as<float>()};
-  make_states<Element, kDim, false>(p, w, w.at.keys);
+  make_states<Element, kDim, false>(p, w);
   apply<Element, kDim, false>(p, w);
 }
 
@@ -205,13 +204,13 @@ void backward(const Call& call) {
   keys.u = queries.x = input_of<Element>(b.d_o);
 
   keys.before = place_of(b.kv0, b.z0);
-  make_states<Element, kDim, false>(keys, w, w.at.keys);
+  make_states<Element, kDim, false>(keys, w);
   set_output(keys, b.d_q);
   gradient<Element, kDim, false>(keys, w);
 
   queries.before = place_of(b.d_kv1, b.d_z1);
   queries.after = {b.d_kv0.template as<float>(), b.d_z0.template as<float>()};
-  make_states<Element, kDim, true>(queries, w, w.at.queries);
+  make_states<Element, kDim, true>(queries, w);
   set_output(queries, b.d_v);
   apply<Element, kDim, true>(queries, w);
   set_output(queries, b.d_k);

@@ -72,14 +72,13 @@ inline Plan plan_of(Shape s, int tile) {
   return make_plan(s, slices, kChunk);
 }
 
-// Byte offsets in the workspace; forward has only `keys`.
+// Byte offsets in the workspace; forward has only `slots`.
 struct Workspace {
   StateLayout states;
-  int64_t keys = 0;     // states over keys, fp32
-  int64_t queries = 0;  // states over queries
-  int64_t factor = 0;   // [B, S, Hq] 1 / z_i, 0 where z_i is
-  int64_t delta = 0;    // [B, S, Hq] -<do_i, o_i>
-  int64_t sum = 0;      // [B, S, Hq, kMaxDim] dq, then dk, while slices of v are added up
+  int64_t slots = 0;   // states over keys, fp32; then, backward, over queries
+  int64_t factor = 0;  // [B, S, Hq] 1 / z_i, 0 where z_i is
+  int64_t delta = 0;   // [B, S, Hq] -<do_i, o_i>
+  int64_t sum = 0;     // [B, S, Hq, kMaxDim] dq, then dk, while slices of v are added up
   int64_t bytes = 0;
 };
 
@@ -88,11 +87,9 @@ inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan, int
   Carver carver;
   Workspace w;
   w.states = state_layout(s, plan);
-  const int64_t states = plan.has_totals() ? w.states.size() : 0;
   const int64_t queries = backward ? s.batch * s.tokens * s.query_heads : 0;
   const int64_t rows = s.normalize ? queries : 0;
-  w.keys = carver.take(states, sizeof(float));
-  w.queries = carver.take(backward ? states : 0, sizeof(float));
+  w.slots = carver.take(plan.has_totals() ? w.states.size() : 0, sizeof(float));
   w.factor = carver.take(rows, sizeof(float));
   w.delta = carver.take(rows, sizeof(float));
   w.sum = carver.take(s.value_dim > tile ? queries * kMaxDim : 0, sizeof(float));
