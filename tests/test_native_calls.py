@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends import native_info
 from headworks import _library
 from specs import SPECS
 
@@ -79,6 +80,22 @@ def test_bounds_of_packed_sequences_are_looked_at():
             _library.call(fn, "cpu", tensors, scalars)
     tensors[6] = tensors[7] = good
     _library.call(fn, "cpu", tensors, scalars)
+
+
+EMULATED = ["emulate:simt", "emulate:sm80"] if native_info().get("emulator") else []
+
+
+@pytest.mark.parametrize("backend", ["cpu", *EMULATED])
+def test_what_is_mixed_in_lies_where_the_row_does(backend):
+    """On a GPU nobody looks at bounds: whatever they are, no value beyond the tensor is read."""
+    fn, tensors, scalars = calls_of("attention.forward", B=1, S=6, K=6, D=16, V=16)
+    dtype = torch.bfloat16 if backend.endswith("sm80") else torch.float32
+    tensors[:2], v = (x.to(dtype) for x in tensors[:2]), torch.randn(1, 6, 2, 16).to(dtype)
+    tensors[6], tensors[7] = torch.tensor([0, 2, 6]), torch.tensor([0, 4, 6])
+    tensors[8], tensors[10] = v, torch.ones(1, 4)
+    tensors[12] = torch.empty(1, 6, 4, 16, dtype=dtype)
+    _library.call(fn, backend, tensors, scalars)
+    assert torch.equal(tensors[12], v.repeat_interleave(2, 2))
 
 
 def test_means_of_regions_lie_together():

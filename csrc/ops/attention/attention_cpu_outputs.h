@@ -83,8 +83,7 @@ class Outputs {
     }
     if (p_.identity_mix) {
       const A u = p_.identity_mix.template as<const A>()(batch, block.head);
-      widen(v_row, v_.at(batch, block.key(block.place(i)), block.head / p_.group()), value_dim_,
-            v_.stride[3]);
+      widen(v_row, v_.at(batch, block.row(i), block.head / p_.group()), value_dim_, v_.stride[3]);
       for (int d = 0; d < value_dim_; ++d) w[d] = (1 - u) * w[d] + u * v_row[d];
     }
     if (p_.head_gate) {

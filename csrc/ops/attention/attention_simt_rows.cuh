@@ -108,7 +108,7 @@ class RowEnd {
     if (f.identity_mix) {
       const A u = f.identity_mix.template as<const A>()(b, head);
       const Ref<const Element, 4> v = f.v.template as<const Element>();
-      const Element* own = v.at(b, source.key_of_row(i, row), head / f.group(), column);
+      const Element* own = v.at(b, row, head / f.group(), column);
       HW_UNROLL
       for (int c = 0; c < kCount; ++c)
         if (c < available) w[c] = (A(1) - u) * w[c] + u * static_cast<A>(own[c * v.stride[3]]);

@@ -47,9 +47,7 @@ struct MaskedSequence {
   // Row i and key j in the tensors.
   HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
   HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
-  // The key that stands where row i does, and the number of keys it sees, given its place in the
-  // tensors.
-  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t i, int64_t) const { return at.k_begin + i; }
+  // The number of keys that row i sees, given its place in the tensors.
   HW_DEVICE HW_INLINE int64_t seen(int64_t i, int64_t) const {
     return mask.visible_keys(i).count();
   }

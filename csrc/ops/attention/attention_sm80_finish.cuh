@@ -108,7 +108,7 @@ struct Finish {
     const int64_t batch = place.at.batch, token = place.at.q_begin + row;
     if constexpr (kMixes) {
       if (f.w) store_pairs(row_of(w, batch, token), first, w.paired, x);
-      if (f.identity_mix) mix(row, first, x);
+      if (f.identity_mix) mix(token, first, x);
       if (f.head_gate) {
         const float g = f.head_gate.template as<const float>()(batch, token, place.head);
         HW_UNROLL
@@ -122,10 +122,10 @@ struct Finish {
   // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at once
   // need more registers than there are.
   template <int kTiles>
-  HW_DEVICE HW_INLINE void mix(int64_t row, int first, float (&x)[kTiles][2]) const {
+  HW_DEVICE HW_INLINE void mix(int64_t token, int first, float (&x)[kTiles][2]) const {
     const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);
     const Ref<const Element, 4> v = f.v.template as<const Element>();
-    const Element* own = v.at(place.at.batch, place.at.k_begin + row, place.key_head, first);
+    const Element* own = v.at(place.at.batch, token, place.key_head, first);
     const int end = static_cast<int>(f.value_dim()) - first;
     const int64_t step = v.stride[3];
     constexpr int kTogether = min_of(kTiles, 4);

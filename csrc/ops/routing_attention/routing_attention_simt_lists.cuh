@@ -74,7 +74,6 @@ struct Listed {
     if (regions) return routing->keys.cells.token(region, j);
     return routing->keys ? token(routing->keys, place, j) : j;
   }
-  HW_DEVICE HW_INLINE int64_t key_of_row(int64_t, int64_t token) const { return token; }
 
   // Results by slot are in the order of groups and their slots; those of spans likewise.
   HW_DEVICE HW_INLINE int64_t row_result(int64_t i, int64_t token) const {
