@@ -211,10 +211,10 @@ def test_bounds_of_packed_lengths_may_be_large(backend, bound):
     assert_same_bits(o, expected, "with a large bound")
 
 
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("backend", [b for b in backends(BF16) if b != "cpu"])
 def test_what_32_bits_cannot_number_is_refused(backend):
     q = torch.zeros(1, 1, 1, 16, dtype=BF16)
     k, index = q.expand(1, LONG, 1, 16), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="numbers have 32 bits"):
         hw.kmeans_routing_attention(q, k, k, q_index=index, k_index=index, backend=backend)
-    compare(q, torch.zeros_like(q).double(), F32)

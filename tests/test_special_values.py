@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from backends import identify, targets
-from headworks.testing import compare, evaluate
+from headworks.testing import evaluate
 from specs import SPECS
 
-pytestmark = pytest.mark.operator
+pytestmark = [pytest.mark.operator, pytest.mark.no_comparison]
 
 VALUES = (torch.nan, torch.inf, -torch.inf)
 
@@ -49,7 +49,6 @@ def test_special_values_are_where_the_reference_has_them(spec, case, backend, dt
     def outputs(which, tensors):
         return evaluate(spec, case, which, tensors, gradients=False)
 
-    compare(torch.zeros(1), torch.zeros(1).double(), torch.float32)
     for name, x in tensors.items():
         if not x.is_floating_point() or not x.numel():
             continue

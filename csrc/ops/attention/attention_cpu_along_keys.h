@@ -91,7 +91,9 @@ class AlongKeys {
     empty_ = false;
   }
 
-  // q times scale tau, padded with zeros.
+  // q times scale tau, padded with zeros. Where a Tile multiplies pairs, x takes the factor after the
+  // product, as there: weights that a Tile makes again must be those of here (scores near 1e7 are
+  // apart by whole numbers).
   HW_NOINLINE void load_queries(const Block& block) {
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
     const Ref<const T, 2> q = rows_of_head(q_, block.at.batch, block.head);
@@ -99,7 +101,9 @@ class AlongKeys {
     const int dim = p_.dim();
     for (int i = 0; i < block.count(); ++i) {
       const int64_t row = block.row(i);
-      const A factor = tau ? scale * tau(block.at.batch, row, block.head) : scale;
+      const A whole = tau ? scale * tau(block.at.batch, row, block.head) : scale;
+      const A factor = kPaired<T> ? A(1) : whole;
+      factor_[i] = whole;
       const T* from = q.at(row);
       if (i + kRowsAhead < block.count()) prefetch_row(q, block.row(i + kRowsAhead));
       A* to = q_rows_ + i * padded_;
@@ -118,6 +122,9 @@ class AlongKeys {
     const int n = static_cast<int>(keys.count()), key_head = block.head / p_.group();
     with_rows(k_, block, block.at.batch, keys, key_head, k_room_,
               [&](const auto& k) { products(k, block.count(), n, meanwhile); });
+    if constexpr (kPaired<T>)
+      for (int i = 0; i < block.count(); ++i)
+        for (int l = 0; l < kKeys; l += kSide) store(p_of(i) + l, load(p_of(i) + l) * factor_[i]);
     const bool open = n == kKeys && block.sees_whole(keys);
     for (int i = 0; i < block.count(); ++i) {
       if (shaped_) shape(block, keys, i, p_of(i));
@@ -360,6 +367,7 @@ class AlongKeys {
   A* zeros_;             // the row of a zero key, [padded D or Dv]
   A* w_ = nullptr;       // [values, kRows, padded Dv]
   bool empty_ = true;    // nothing was added to w
+  A factor_[kRows];      // scale tau
 };
 
 }  // namespace
