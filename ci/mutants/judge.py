@@ -31,9 +31,10 @@ BACKENDS = {"cpu": "cpu", "simt": "emulate:simt", "sm80": "emulate:sm80"}
 # How a spec's first cases, which reach every algorithm, are compared besides.
 ASIDE = (
     {"inputs": "strided"}, {"cotangents": "strided"}, {"inputs": "padded", "cotangents": "padded"},
-    {"gradients": False}, {"end": "begin"},
+    {"inputs": "expanded"}, {"alone": True}, {"end": "begin"},
 )  # fmt: skip
 FIRST = 3
+M_PERTURB = -6  # malloc.h
 # (order of threads, landing of copies, seed); the first for every mutant, all for barriers.
 SCHEDULES = (
     ("shuffled", "late", 1), ("reverse", "early", 2), ("forward", "late", 3),
@@ -52,7 +53,9 @@ class Task:
     inputs: str = "contiguous"  # their layout
     cotangents: str = "contiguous"
     gradients: bool = True
+    alone: bool = False  # the gradient of the first tensor, without the others
     end: str = "end"  # of every tensor at which the inaccessible page is
+    isa: str | None = None  # of the CPU; None: the strongest
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Judge:
         from test_cpu_splits import CUT
 
         torch.set_num_threads(1)  # a process with OpenMP threads must not fork
+        ctypes.CDLL(None).mallopt(M_PERTURB, 0x100)  # new memory is of ones: numbers in it are NaN
         self.torch, self.library, self.budget = torch, _library, budget
         chosen = [s for s in SPECS if not specs or s.name in specs]
         self.guard = Guard("end")
@@ -120,18 +124,31 @@ class Judge:
                 if dtype not in spec.dtypes.get(short, ()):
                     continue
                 cases = list(spec.emulator_cases)
-                if short == "cpu":
-                    cases += [*spec.sample_cases, *self.long.get(spec.name, ())]
                 first = Task(i, cases[0], BACKENDS[short], dtype)
-                tasks += [replace(first, case=c) for c in cases]
-                aside = [*ASIDE, *([{"dtype": t.bfloat16}] if short != "sm80" else [])]
-                tasks += [replace(first, case=c, **how) for how in aside for c in cases[:FIRST]]
+                kinds = [first]
+                if short == "simt":
+                    aside = [*ASIDE, {"dtype": t.bfloat16}]
+                elif short == "sm80":
+                    aside = ASIDE
+                else:  # which is quick; a weaker instruction set has no pairs of bf16
+                    cases += [*spec.cases, *spec.sample_cases, *self.long.get(spec.name, ())]
+                    isas = self.library.info()["cpu"]["available"]
+                    kinds += [replace(first, dtype=t.bfloat16, isa=isa) for isa in isas]
+                    aside = ASIDE
+                tasks += [replace(k, case=c) for k in kinds for c in cases]
+                tasks += [replace(first, case=c, gradients=False) for c in spec.emulator_cases]
+                tasks += [
+                    replace(k, case=c, **how) for k in kinds for how in aside for c in cases[:FIRST]
+                ]
         return [x for x in tasks if not self.specs[x.spec].limit(x.backend, x.case)]
 
     def _compare(self, task: Task, backend: str = ""):
         """In memory with inaccessible pages around every tensor."""
         spec, backend = self.specs[task.spec], backend or task.backend
+        if task.alone:
+            spec = replace(spec, name=f"{spec} alone", differentiable=spec.differentiable[:1])
         self.guard.end, self.task = task.end, task
+        self.library.set_cpu_isa(task.isa)
         with contextlib.ExitStack() as stack:
             if backend != "reference":
                 for patch in self.allocations(self.guard):
