@@ -28,17 +28,18 @@ def case(
     Sq=65, Sk=None, D=16, Dv=24, B=1, H=2, Hq=None, *, causal=False, window=None, scale=None,
     softcap=0.0, bias=None, hidden=0.0, key_bias=None, key_gain=None, gain_rows=None,
     temperature=None, weights=("softmax", None), gate=None, mix=None, lengths=None, aux=(),
-    spread=1.0, floor=2.0, label="", **more,
+    spread=1.0, shared=False, floor=2.0, label="", **more,
 ):  # fmt: skip
     """`hidden`: the share of -inf in the bias, and its row 3. `spread`: multiplies the scores.
-    `gate`: the share of zeros. `mix`: "h" or "bh". `more`: options of a companion."""
+    `gate`: the share of zeros. `mix`: "h" or "bh". `shared`: q and k are those of all batch
+    entries. `more`: options of a companion."""
     if lengths is not None:
         Sq, Sk, B = sum(lengths[0]), sum(lengths[1]), 1
     Sk = Sq if Sk is None else Sk
     sizes = {"B": B, "Sq": Sq, "Sk": Sk, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv,
              "lengths": lengths, "bias": bias, "hidden": hidden, "key_bias": key_bias,
              "key_gain": key_gain, "temperature": temperature, "gate": gate, "mix": mix,
-             "aux": aux, "spread": spread}  # fmt: skip
+             "aux": aux, "spread": spread, "shared": shared}  # fmt: skip
     activation, normalizer = weights
     options = {"is_causal": causal, "activation": activation, "normalizer": normalizer}
     options |= {} if window is None else {"window_size": window}
@@ -58,6 +59,7 @@ def case(
     words += [f"gate{gate:g}"] if gate is not None else []
     words += [f"spread{spread:g}"] if spread != 1.0 else []
     words += [f"packed{len(lengths[0])}"] if lengths is not None else []
+    words += ["shared"] if shared else []
     words += ["aux" if len(aux) == len(STATISTICS) else "+".join(aux)] if aux else []
     words += [f"{n}_{v}" for n, v in more.items()]
     words += [label] if label else []
@@ -81,6 +83,8 @@ def make(case, dtype, device="cpu", seed=0):
     if n["spread"] != 1.0:  # few digits, so that large scores are exact in every dtype
         q, k = (n["spread"] * q).round(), (4 * k).round() / 4
     tensors = {"q": q.to(device, dtype), "k": k.to(device, dtype)}
+    if n["shared"]:
+        tensors = {name: x[:1].expand_as(x) for name, x in tensors.items()}
     tensors["v"] = draw(n["B"], n["Sk"], n["H"], n["Dv"]).to(device, dtype)
     if n["bias"]:
         bias = draw_as(n["bias"], ("B", "Hq", "Sq", "Sk"))
@@ -300,6 +304,23 @@ REST = (
     case(lengths=LENGTHS, weights=("relu", "length"), causal=True),
     case(lengths=((70, 5), (70, 5)), mix="h", gate=0.2, causal=True),
     case(lengths=((300,), (300,)), causal=True, aux=STATISTICS),
+    # What all batch entries share the CPU computes once for 8 of them.
+    case(Sq=70, B=10, H=1, Hq=2, D=8, Dv=8, causal=True, key_bias="11k", shared=True),
+    case(
+        Sq=3,
+        Sk=20,
+        B=10,
+        H=1,
+        D=8,
+        Dv=5,
+        bias="11qk",
+        key_bias="1hk",
+        key_gain="11k",
+        aux=STATISTICS,
+        shared=True,
+    ),
+    # Few rows, some of which have no weight.
+    case(Sq=4, H=2, Hq=4, weights=("relu", None), causal=True),
 )
 
 CASES = (*MASKS, *SHAPES, *SCORES, *REST)
@@ -320,7 +341,7 @@ SAMPLE_CASES = (
         aux=STATISTICS,
         **ALL,
     ),
-    case(Sq=300, Sk=330, B=2, H=2, causal=True),
+    case(Sq=300, Sk=362, B=2, H=2, causal=True),
     case(Sq=70, Sk=90, B=2, Hq=4, weights=("relu2", "sum"), key_bias="bhk", gate=0.5),
     case(Sq=66, B=2, weights=("sigmoid", "length"), temperature="bqh", causal=True),
     case(lengths=LENGTHS, H=1, Hq=2, Dv=16, causal=True, key_gain="11k", aux=("lse", "p_max")),

@@ -96,7 +96,7 @@ SAMPLE_CASES = (
         temperature="bqh",
         softcap=3.0,
     ),
-    case(300, 330, B=2),
+    case(300, 362, B=2, causal=True),
     case(70, 90, B=2, weights=("relu", "length")),
     case(lengths=LENGTHS, H=1),
 )

@@ -122,6 +122,7 @@ CASES = (
     *(case(scale=s) for s in (1.0, -0.7, 0.0)),
     *(case(spread=20.0, mask_self=m, causal=True) for m in (True, False)),
     case(Sq=500, K=8, Wq=150, B=2, causal=True, label="overlap"),
+    case(Sq=90, K=2, Wq=4, Wk=80, mask_self=True, label="few rows"),
 )
 
 EMULATOR_CASES = (
