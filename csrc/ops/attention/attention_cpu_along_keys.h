@@ -88,7 +88,6 @@ class AlongKeys {
 
   HW_NOINLINE void clear(int rows) {
     for (int64_t n = 0; n < values_; ++n) std::fill_n(w_of(n, 0), rows * padded_values_, A(0));
-    empty_ = false;
   }
 
   // q times scale tau, padded with zeros.

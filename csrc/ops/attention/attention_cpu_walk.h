@@ -50,7 +50,7 @@ class Cotangents {
     rows_.load(d_w_, block, width, factor_ ? factor : nullptr);
     bool some = rows_.any();
     for (int i = 0; i < block.count(); ++i) {
-      delta_of_[i] = delta_ ? delta_(block.at.batch, block.head, block.result(i)) : A(0);
+      delta_of_[i] = delta_(block.at.batch, block.head, block.result(i));
       some |= delta_of_[i] != 0;
     }
     if (!some) return false;
