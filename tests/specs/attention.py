@@ -213,7 +213,7 @@ SCORES = (
     case(scale=-0.7),
     case(scale=0.0),
     *(
-        case(Sq=40, Sk=65, B=2, bias=b, causal=c)
+        case(Sq=70, Sk=65, B=2, bias=b, causal=c)
         for b in ("bhqk", "11qk", "b11k", "1h1k", "b1qk")
         for c in (False, True)
     ),
@@ -279,7 +279,7 @@ REST = (
     *(case(Sq=66, weights=w, window=(9, 4), bias="11qk", hidden=0.3) for w in WEIGHTS),
     *(
         case(Sq=130, B=2, H=1, Hq=3, gate=g, mix=m, causal=True)
-        for g, m in ((0.5, None), (1.0, None), (None, "bh"), (None, "h"), (0.3, "bh"))
+        for g, m in ((0.9, None), (1.0, None), (None, "bh"), (None, "h"), (0.3, "bh"))
     ),
     case(Sq=66, B=2, H=2, Hq=4, mix="bh", gate=0.2, weights=("sigmoid", "length"), aux=()),
     *(case(aux=(a,), causal=True) for a in STATISTICS),

@@ -108,7 +108,7 @@ CASES = (
         )
     ),
     *(case(mask_self=True, causal=c, lists="sorted") for c in (True, False)),
-    case(mask_self=True, lists="twice"),
+    case(mask_self=True, lists="twice", Wq=70),
     case(Sq=30, K=9, Wq=1, mask_self=True, causal=True, label="alone"),
     *(case(eps=e, causal=True) for e in (1e-5, 1e-2)),
     *(
