@@ -80,8 +80,11 @@ __attribute__((visibility("default"))) unsigned char* hw_mutant_table() { return
 """
 LINE = re.compile(r"hw_add_operator\((\w+)[^)]*\)\n")  # an operator's line in CMakeLists.txt
 ERROR = re.compile(r"csrc/([\w./]+):(\d+):\d+:\s+(?:fatal )?(?:error|required|note)")
-# The line that asked for an operator of switch.h which does not compile.
-CALLED = re.compile(r"In instantiation of [^\n]*\n[^\n]*csrc/([\w./]+):(\d+):\d+:\s+required")
+# The line that asked for something of switch.h which does not compile.
+CALLED = re.compile(
+    r"mutants\.h: In instantiation of [^\n]*\n[^\n]*csrc/([\w./]+):(\d+):\d+:\s+required[^\n]*\n"
+    r"(?:[^\n]*required[^\n]*\n)*[^\n]*mutants\.h:\d+:\d+: error"
+)
 FAILED = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?error")
 
 
