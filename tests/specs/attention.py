@@ -173,6 +173,8 @@ def operators(tensors, case):
 
 
 ALL = {"softcap": 3.0, "key_bias": "bhk", "key_gain": "b1k", "temperature": "bq1", "gate": 0.3}
+# With a large spread: scores of +-1e6, whose sums of weights are lost beside them.
+SAME = {"scale": 1e8, "softcap": 1e6, "label": "many the same"}
 LENGTHS = ((0, 5, 64, 1, 70, 3), (4, 5, 70, 0, 64, 3))
 
 MASKS = (
@@ -359,7 +361,7 @@ EMULATOR_CASES = (
         bias="1hqk",
         mix="bh",
         aux=STATISTICS,
-        gain_rows=(9, None),
+        gain_rows=(9, 50),
         **ALL,
     ),
     case(Sq=40, Sk=130, H=1, D=16, Dv=8, causal=True, aux=("lse",)),
@@ -388,6 +390,7 @@ EMULATOR_CASES = (
     case(Sq=70, H=2, gate=0.4, mix="h"),
     *(case(Sq=33, H=1, D=13, Dv=dv, gate=0.4, mix="h") for dv in (21, 45)),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
+    case(Sq=20, Sk=33, H=1, D=8, Dv=8, spread=20.0, aux=STATISTICS, **SAME),
     # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,
     # three splits and more, slices of the values.
     case(Sq=33, Sk=40, B=2, H=2, Hq=4, D=8, Dv=8, causal=True, scale=-0.7, key_bias="bhk"),
