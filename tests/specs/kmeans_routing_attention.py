@@ -123,6 +123,7 @@ CASES = (
     *(case(spread=20.0, mask_self=m, causal=True) for m in (True, False)),
     case(Sq=500, K=8, Wq=150, B=2, causal=True, label="overlap"),
     case(Sq=90, K=2, Wq=4, Wk=80, mask_self=True, label="few rows"),
+    case(Sq=20, K=3, Wq=8, B=8, H=1, D=8, Dv=8, label="parts"),  # that are no tasks
 )
 
 EMULATOR_CASES = (
