@@ -55,6 +55,10 @@ class Guard:
         return flat.view(shape)
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
+        """What is repeated lies there once."""
+        for dim, stride in enumerate(x.stride()):
+            if stride == 0 and x.shape[dim] > 1:
+                return self.copy(x.narrow(dim, 0, 1)).expand(x.shape)
         return self.empty(x.shape, x.dtype).copy_(x)
 
 

@@ -28,10 +28,11 @@ A, L, K = attention.case, linear_attention.case, key_scan.case
 ALL = attention.STATISTICS
 
 CUT = (
-    (attention, A(Sq=5, Sk=2600, H=1, Hq=2, Dv=16, causal=True, aux=ALL)),
-    (attention, A(Sq=70, Sk=3100, H=1, Dv=16, softcap=3.0, key_bias="11k", aux=("lse",))),
-    (attention, A(Sq=66, Sk=2100, H=1, Dv=8, weights=("sigmoid", "length"), causal=True)),
-    (attention, A(lengths=((5, 66), (2100, 70)), H=1, Dv=8, weights=("softmax1", None))),
+    (attention, A(Sq=3, Sk=2600, H=1, Hq=2, Dv=16, causal=True, aux=ALL)),
+    (attention, A(Sq=70, Sk=3100, H=1, Dv=16, softcap=3.0, key_bias="11k", aux=ALL)),
+    (attention, A(Sq=5, Sk=2100, B=16, H=1, D=8, Dv=8)),  # cut, but not into tasks
+    (attention, A(B=2, Sq=66, Sk=2100, H=1, Dv=8, weights=("sigmoid", "length"), causal=True)),
+    (attention, A(lengths=((5, 66), (2100, 70)), H=2, Dv=8, weights=("softmax1", None))),
     (attention_lse, A(Sq=70, Sk=2100, H=1, causal=True)),
     (attention_transpose, attention_transpose.case(Sq=2100, Sk=66, H=1, Dv=8)),
     (column_stats, column_stats.case(Sq=2100, Sk=66, H=1)),

@@ -22,6 +22,9 @@ CORE = (
     "pairs.h", "parallel.h", "place.h", "ref.h", "rows.h", "scalar_math.h", "simd.h",
     "simd_math.h", "tile.h", "transpose.h", "vector.h",
 )  # fmt: skip
+# CPU instruction sets that are not built: of what is left the machine takes the best it has, pairs
+# of bf16 among it.
+WITHOUT = ("baseline", "avx512")
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,22 @@ class Part:
         )
 
 
-# Of operators of which no other is made: what the comparisons that reach them call.
+# Of operators what the comparisons that reach them call.
 ALONE = {
     "select_topk": Part.of("select_topk", "select_topk"),
     "key_scan": Part.of("key_scan", "key_scan"),
     "kmeans_route": Part.of("kmeans_route select_topk", "kmeans_route"),
     "bilevel_route": Part.of("bilevel_route select_topk", "bilevel_route"),
     "moh_route": Part.of("moh_route routing_attention attention", "moh_attention", "f32"),
+    "attention": Part.of(
+        "attention routing_attention moh_route",
+        "attention attention_lse attention_probs attention_transpose column_stats moh_attention "
+        "kmeans_routing_attention",
+    ),
+    "routing_attention": Part.of(
+        "routing_attention attention moh_route bilevel_route select_topk",
+        "moh_attention kmeans_routing_attention bilevel_routing_attention",
+    ),
     "linear_attention": Part.of(
         "linear_attention", "linear_attention linear_attention_step", "f32 bf16 f16", widest=True
     ),
@@ -71,12 +83,13 @@ __attribute__((visibility("default"))) unsigned char* hw_mutant_table() { return
 }
 """
 LINE = re.compile(r"hw_add_operator\((\w+)[^)]*\)\n")  # an operator's line in CMakeLists.txt
-ERROR = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?(?:error|required|note)")
-FAILED = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?error")
-# The line whose switch does not compile for the types it is given.
-SWITCHED = re.compile(
-    r"core/mutants\.h: In [^\n]*\n[^\n]*csrc/([\w./]+):(\d+):\d+:\s+required from"
+ERROR = re.compile(r"csrc/([\w./]+):(\d+):\d+:\s+(?:fatal )?(?:error|required|note)")
+# The line that asked for something of switch.h which does not compile.
+CALLED = re.compile(
+    r"mutants\.h: In [^\n]*\n[^\n]*csrc/([\w./]+):(\d+):\d+:\s+required[^\n]*\n"
+    r"(?:[^\n]*required[^\n]*\n)*[^\n]*mutants\.h:\d+:\d+: error"
 )
+FAILED = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?error")
 
 
 def sources(only: str = "") -> list[str]:
@@ -121,6 +134,7 @@ class Build:
             f"-DHW_PYTHON_EXECUTABLE={sys.executable}",
             f"-DHW_MINIMAL_DTYPES={';'.join(sorted(self.part.dtypes))}",
             f"-DHW_MINIMAL_WIDEST={'ON' if self.part.widest else 'OFF'}",
+            f"-DHW_MINIMAL_WITHOUT={';'.join(WITHOUT)}",
         )  # fmt: skip
         for _ in range(rounds):
             self._write()
@@ -185,7 +199,7 @@ class Build:
 
     def _blamed(self, text: str) -> list[int]:
         """The mutants on lines with errors; if there are none, on lines that errors came from."""
-        for pattern in (FAILED, SWITCHED, ERROR):
+        for pattern in (FAILED, CALLED, ERROR):
             lines = {(m[1], int(m[2])) for m in pattern.finditer(text)}
             wrong = [n for n, m in self.mutants.items() if self._on(m, lines)]
             if wrong:

@@ -31,13 +31,12 @@ BACKENDS = {"cpu": "cpu", "simt": "emulate:simt", "sm80": "emulate:sm80"}
 # How a spec's first cases, which reach every algorithm, are compared besides.
 ASIDE = (
     {"inputs": "strided"}, {"cotangents": "strided"}, {"inputs": "padded", "cotangents": "padded"},
-    {"gradients": False}, {"end": "begin"},
+    {"inputs": "expanded"}, {"alone": True}, {"end": "begin"},
 )  # fmt: skip
 FIRST = 3
 # With how many threads the long calls are compared besides, which the CPU then cuts otherwise.
 THREADS = 3
-# What freshly allocated memory is full of: as floats, what no product with it survives.
-POISON = 0x7F
+M_PERTURB = -6  # malloc.h
 # (order of threads, landing of copies, seed); the first for every mutant, all for barriers.
 SCHEDULES = (
     ("shuffled", "late", 1), ("reverse", "early", 2), ("forward", "late", 3),
@@ -56,8 +55,10 @@ class Task:
     inputs: str = "contiguous"  # their layout
     cotangents: str = "contiguous"
     gradients: bool = True
+    alone: bool = False  # the gradient of the first tensor, without the others
     end: str = "end"  # of every tensor at which the inaccessible page is
     threads: int = 1
+    isa: str | None = None  # of the CPU; None: the strongest
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Judge:
         from test_cpu_splits import CUT
 
         torch.set_num_threads(1)  # a process with OpenMP threads must not fork
+        ctypes.CDLL(None).mallopt(M_PERTURB, 0x100)  # new memory is of ones: numbers in it are NaN
         self.torch, self.library, self.budget = torch, _library, budget
         chosen = [s for s in SPECS if not specs or s.name in specs]
         self.guard = Guard("end")
@@ -115,7 +117,6 @@ class Judge:
         self.tasks = self._list(backends)
         for task in self.tasks:  # remembers what the reference gives
             self._compare(task, "reference")
-        ctypes.CDLL(None).mallopt(-6, 0xFF ^ POISON)  # M_PERTURB
 
     def _list(self, backends: tuple[str, ...]) -> list[Task]:
         t = self.torch
@@ -126,23 +127,32 @@ class Judge:
                 if dtype not in spec.dtypes.get(short, ()):
                     continue
                 cases = list(spec.emulator_cases)
-                if short == "cpu":
-                    cases += [*spec.sample_cases, *self.long.get(spec.name, ())]
                 first = Task(i, cases[0], BACKENDS[short], dtype)
-                tasks += [replace(first, case=c) for c in cases]
-                others = {t.bfloat16, t.float16} - {dtype}
-                aside = [*ASIDE, *({"dtype": x} for x in sorted(others, key=str))]
-                tasks += [replace(first, case=c, **how) for how in aside for c in cases[:FIRST]]
-                if short == "cpu":
+                kinds = [first]
+                aside = list(ASIDE)
+                if short == "cpu":  # which is quick; a weaker instruction set has no pairs of bf16
                     cut = self.long.get(spec.name, ())
+                    cases += [*spec.cases, *spec.sample_cases, *cut]
+                    isas = self.library.info()["cpu"]["available"]
+                    kinds += [replace(first, dtype=t.bfloat16, isa=isa) for isa in isas]
                     tasks += [replace(first, case=c, threads=THREADS) for c in cut]
+                others = {t.bfloat16, t.float16} - {k.dtype for k in kinds}
+                aside += [{"dtype": x} for x in sorted(others, key=str)]
+                tasks += [replace(k, case=c) for k in kinds for c in cases]
+                tasks += [replace(first, case=c, gradients=False) for c in spec.emulator_cases]
+                tasks += [
+                    replace(k, case=c, **how) for k in kinds for how in aside for c in cases[:FIRST]
+                ]
         return [x for x in tasks if not self.specs[x.spec].limit(x.backend, x.case)]
 
     def _compare(self, task: Task, backend: str = ""):
         """In memory with inaccessible pages around every tensor."""
         spec, backend = self.specs[task.spec], backend or task.backend
+        if task.alone:
+            spec = replace(spec, name=f"{spec} alone", differentiable=spec.differentiable[:1])
         self.guard.end, self.task = task.end, task
         self.torch.set_num_threads(1 if backend == "reference" else task.threads)
+        self.library.set_cpu_isa(task.isa)
         with contextlib.ExitStack() as stack:
             if backend != "reference":
                 for patch in self.allocations(self.guard):

@@ -292,6 +292,8 @@ class Finder:
         first, last = i + 1, token.partner - 1
         if self._subscribes(first):  # _number changes it
             return
+        if first == last and re.fullmatch(r"k[A-Z]\w*", self.tokens[first].text):
+            return  # the size of an array that is declared
         inside = self.source.slice(first, last)
         yield self._make(
             i, "index", f"[{inside}]", f"[{inside} + 1]",

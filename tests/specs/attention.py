@@ -28,17 +28,18 @@ def case(
     Sq=65, Sk=None, D=16, Dv=24, B=1, H=2, Hq=None, *, causal=False, window=None, scale=None,
     softcap=0.0, bias=None, hidden=0.0, key_bias=None, key_gain=None, gain_rows=None,
     temperature=None, weights=("softmax", None), gate=None, mix=None, lengths=None, aux=(),
-    spread=1.0, floor=2.0, label="", **more,
+    spread=1.0, shared=False, floor=2.0, label="", **more,
 ):  # fmt: skip
     """`hidden`: the share of -inf in the bias, and its row 3. `spread`: multiplies the scores.
-    `gate`: the share of zeros. `mix`: "h" or "bh". `more`: options of a companion."""
+    `gate`: the share of zeros. `mix`: "h" or "bh". `shared`: q and k are those of all batch
+    entries. `more`: options of a companion."""
     if lengths is not None:
         Sq, Sk, B = sum(lengths[0]), sum(lengths[1]), 1
     Sk = Sq if Sk is None else Sk
     sizes = {"B": B, "Sq": Sq, "Sk": Sk, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv,
              "lengths": lengths, "bias": bias, "hidden": hidden, "key_bias": key_bias,
              "key_gain": key_gain, "temperature": temperature, "gate": gate, "mix": mix,
-             "aux": aux, "spread": spread}  # fmt: skip
+             "aux": aux, "spread": spread, "shared": shared}  # fmt: skip
     activation, normalizer = weights
     options = {"is_causal": causal, "activation": activation, "normalizer": normalizer}
     options |= {} if window is None else {"window_size": window}
@@ -58,6 +59,7 @@ def case(
     words += [f"gate{gate:g}"] if gate is not None else []
     words += [f"spread{spread:g}"] if spread != 1.0 else []
     words += [f"packed{len(lengths[0])}"] if lengths is not None else []
+    words += ["shared"] if shared else []
     words += ["aux" if len(aux) == len(STATISTICS) else "+".join(aux)] if aux else []
     words += [f"{n}_{v}" for n, v in more.items()]
     words += [label] if label else []
@@ -81,6 +83,8 @@ def make(case, dtype, device="cpu", seed=0):
     if n["spread"] != 1.0:  # few digits, so that large scores are exact in every dtype
         q, k = (n["spread"] * q).round(), (4 * k).round() / 4
     tensors = {"q": q.to(device, dtype), "k": k.to(device, dtype)}
+    if n["shared"]:
+        tensors = {name: x[:1].expand_as(x) for name, x in tensors.items()}
     tensors["v"] = draw(n["B"], n["Sk"], n["H"], n["Dv"]).to(device, dtype)
     if n["bias"]:
         bias = draw_as(n["bias"], ("B", "Hq", "Sq", "Sk"))
@@ -169,6 +173,8 @@ def operators(tensors, case):
 
 
 ALL = {"softcap": 3.0, "key_bias": "bhk", "key_gain": "b1k", "temperature": "bq1", "gate": 0.3}
+# With a large spread: scores of +-1e6, whose sums of weights are lost beside them.
+SAME = {"scale": 1e8, "softcap": 1e6, "label": "many the same"}
 LENGTHS = ((0, 5, 64, 1, 70, 3), (4, 5, 70, 0, 64, 3))
 
 MASKS = (
@@ -209,7 +215,7 @@ SCORES = (
     case(scale=-0.7),
     case(scale=0.0),
     *(
-        case(Sq=40, Sk=65, B=2, bias=b, causal=c)
+        case(Sq=70, Sk=65, B=2, bias=b, causal=c)
         for b in ("bhqk", "11qk", "b11k", "1h1k", "b1qk")
         for c in (False, True)
     ),
@@ -275,7 +281,7 @@ REST = (
     *(case(Sq=66, weights=w, window=(9, 4), bias="11qk", hidden=0.3) for w in WEIGHTS),
     *(
         case(Sq=130, B=2, H=1, Hq=3, gate=g, mix=m, causal=True)
-        for g, m in ((0.5, None), (1.0, None), (None, "bh"), (None, "h"), (0.3, "bh"))
+        for g, m in ((0.9, None), (1.0, None), (None, "bh"), (None, "h"), (0.3, "bh"))
     ),
     case(Sq=66, B=2, H=2, Hq=4, mix="bh", gate=0.2, weights=("sigmoid", "length"), aux=()),
     *(case(aux=(a,), causal=True) for a in STATISTICS),
@@ -300,6 +306,23 @@ REST = (
     case(lengths=LENGTHS, weights=("relu", "length"), causal=True),
     case(lengths=((70, 5), (70, 5)), mix="h", gate=0.2, causal=True),
     case(lengths=((300,), (300,)), causal=True, aux=STATISTICS),
+    # What all batch entries share the CPU computes once for 8 of them.
+    case(Sq=70, B=10, H=1, Hq=2, D=8, Dv=8, causal=True, key_bias="11k", shared=True),
+    case(
+        Sq=3,
+        Sk=20,
+        B=10,
+        H=1,
+        D=8,
+        Dv=5,
+        bias="11qk",
+        key_bias="1hk",
+        key_gain="11k",
+        aux=STATISTICS,
+        shared=True,
+    ),
+    # Few rows, some of which have no weight.
+    case(Sq=4, H=2, Hq=4, weights=("relu", None), causal=True),
 )
 
 CASES = (*MASKS, *SHAPES, *SCORES, *REST)
@@ -320,7 +343,7 @@ SAMPLE_CASES = (
         aux=STATISTICS,
         **ALL,
     ),
-    case(Sq=300, Sk=330, B=2, H=2, causal=True),
+    case(Sq=300, Sk=362, B=2, H=2, causal=True),
     case(Sq=70, Sk=90, B=2, Hq=4, weights=("relu2", "sum"), key_bias="bhk", gate=0.5),
     case(Sq=66, B=2, weights=("sigmoid", "length"), temperature="bqh", causal=True),
     case(lengths=LENGTHS, H=1, Hq=2, Dv=16, causal=True, key_gain="11k", aux=("lse", "p_max")),
@@ -338,12 +361,21 @@ EMULATOR_CASES = (
         bias="1hqk",
         mix="bh",
         aux=STATISTICS,
-        gain_rows=(9, None),
+        gain_rows=(9, 50),
         **ALL,
     ),
     case(Sq=40, Sk=130, H=1, D=16, Dv=8, causal=True, aux=("lse",)),
     case(lengths=((0, 7, 66, 1), (3, 9, 66, 0)), H=1, D=8, Dv=8, aux=("lse",)),
-    case(lengths=((70, 7), (3, 9)), H=1, D=8, Dv=8, causal=True, temperature="1qh"),
+    case(
+        lengths=((70, 7), (3, 9)),
+        H=1,
+        D=8,
+        Dv=8,
+        causal=True,
+        key_gain="1hk",
+        gain_rows=(2, 60),
+        temperature="1qh",
+    ),
     case(lengths=((5, 7), (0, 9)), H=1, D=8, Dv=8, temperature="1qh", label="without keys"),
     case(Sq=130, Sk=20, H=1, D=8, Dv=8, window=(3, 2), temperature="1qh", label="without keys"),
     case(Sq=0, H=1, aux=("lse",)),
@@ -368,6 +400,7 @@ EMULATOR_CASES = (
     case(Sq=20, H=2, Hq=4, Dv=8, mix="bh"),
     *(case(Sq=33, H=1, D=13, Dv=dv, gate=0.4, mix="h") for dv in (21, 45)),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
+    case(Sq=20, Sk=33, H=1, D=8, Dv=8, spread=20.0, aux=STATISTICS, **SAME),
     # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,
     # three splits and more, slices of the values.
     case(Sq=33, Sk=40, B=2, H=2, Hq=4, D=8, Dv=8, causal=True, scale=-0.7, key_bias="bhk"),

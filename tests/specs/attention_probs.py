@@ -10,7 +10,7 @@ from headworks.ops._attention_score import score_of
 from headworks.testing import EVERY_DTYPE, Spec
 
 from . import attention
-from .attention import LENGTHS, WEIGHTS
+from .attention import LENGTHS, SAME, WEIGHTS
 from .attention_lse import SCORE
 
 CHOICES = ("keys", "rows", "offsets")
@@ -95,6 +95,7 @@ SPEC = Spec(
         case(40, 20, H=1, causal=True, chosen="rows"),
         case(lengths=((0, 7, 20, 1), (3, 9, 20, 0)), H=1, D=8, chosen="offsets"),
         case(20, 33, B=2, H=2, Hq=4, D=8, gain_rows=(5, None), **FULL),
+        case(20, 33, H=1, D=8, spread=20.0, **SAME),
     ),
     benchmark_cases=(case(4096, H=8, D=64, causal=True),),
     sample_cases=(

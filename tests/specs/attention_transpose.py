@@ -13,7 +13,7 @@ from headworks.ops._attention_score import score_of
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
-from .attention import LENGTHS, WEIGHTS
+from .attention import LENGTHS, SAME, WEIGHTS
 from .attention_lse import SCORE
 
 
@@ -96,7 +96,7 @@ SAMPLE_CASES = (
         temperature="bqh",
         softcap=3.0,
     ),
-    case(300, 330, B=2),
+    case(300, 362, B=2, causal=True),
     case(70, 90, B=2, weights=("relu", "length")),
     case(lengths=LENGTHS, H=1),
 )
@@ -112,6 +112,7 @@ SPEC = Spec(
         case(70, H=1, Dv=16, causal=True),
         case(20, 40, H=1, Hq=2, bias="11qk", lse="given"),
         case(lengths=((0, 7, 66, 1), (3, 9, 66, 0)), H=1, D=8, Dv=8),
+        case(20, 33, H=1, D=8, Dv=8, spread=20.0, **SAME),
         *(case(20, 33, H=1, Hq=2, D=200, Dv=dv, key_bias=b) for dv, b in ((8, None), (5, "11k"))),
     ),
     benchmark_cases=tuple(

@@ -108,7 +108,7 @@ CASES = (
         )
     ),
     *(case(mask_self=True, causal=c, lists="sorted") for c in (True, False)),
-    case(mask_self=True, lists="twice"),
+    case(mask_self=True, lists="twice", Wq=70),
     case(Sq=30, K=9, Wq=1, mask_self=True, causal=True, label="alone"),
     *(case(eps=e, causal=True) for e in (1e-5, 1e-2)),
     *(
@@ -122,6 +122,8 @@ CASES = (
     *(case(scale=s) for s in (1.0, -0.7, 0.0)),
     *(case(spread=20.0, mask_self=m, causal=True) for m in (True, False)),
     case(Sq=500, K=8, Wq=150, B=2, causal=True, label="overlap"),
+    case(Sq=90, K=2, Wq=4, Wk=80, mask_self=True, label="few rows"),
+    case(Sq=20, K=3, Wq=8, B=8, H=1, D=8, Dv=8, label="parts"),  # that are no tasks
 )
 
 EMULATOR_CASES = (

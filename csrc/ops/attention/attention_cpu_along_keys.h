@@ -72,10 +72,10 @@ class AlongKeys {
   }
 
   // Adds the keys to the sums of the block's rows, and makes w of them, [values, kRows, padded Dv].
+  // Once.
   HW_NOINLINE void walk(const Block& block, const Range& keys, RowSums<A>& sums, A* w,
                         Requests& meanwhile) {
     w_ = w;
-    empty_ = true;
     load_queries(block);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys)
       tile(block, {j, std::min<int64_t>(j + kKeys, keys.end)}, sums, meanwhile);
@@ -88,7 +88,6 @@ class AlongKeys {
 
   HW_NOINLINE void clear(int rows) {
     for (int64_t n = 0; n < values_; ++n) std::fill_n(w_of(n, 0), rows * padded_values_, A(0));
-    empty_ = false;
   }
 
   // q times scale tau, padded with zeros. Where a Tile multiplies pairs, x takes the factor after the
@@ -169,15 +168,14 @@ class AlongKeys {
     f(vector_rows(x, batch, block.key(keys.begin), n, head, room));
   }
 
-  // x of n keys in lanes; beyond, of whole vectors, 0.
+  // x of n keys in lanes; beyond them in whole vectors anything, which is hidden.
   template <class K>
   void products(const K& k, int rows, int n, Requests& meanwhile) {
     if (rows == 1) return products_of_row(k, n, p_tile_);
     hw::transpose(k, n, p_.dim(), columns_, kKeys);
-    const int wide = round_up(n, kSide);
-    clear_columns(columns_, kKeys, p_.dim(), n, wide);
-    multiply<false>(rows, wide, p_.dim(), row_major(static_cast<const A*>(q_rows_), padded_),
-                    Panel<A>{columns_, kKeys}, p_tile_, kKeys, NoFactors{}, &meanwhile);
+    multiply<false>(rows, round_up(n, kSide), p_.dim(),
+                    row_major(static_cast<const A*>(q_rows_), padded_), Panel<A>{columns_, kKeys},
+                    p_tile_, kKeys, NoFactors{}, &meanwhile);
   }
 
   template <class K>

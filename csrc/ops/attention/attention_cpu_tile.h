@@ -102,12 +102,9 @@ class Tile {
   // x of its keys.
   HW_NOINLINE void products(const Range& keys, A* x) {
     const Rows<T> k = key_rows(keys);
-    if (dim_ > 0)
-      multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
-                      queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
-                      factors().from(lanes_.begin), &meanwhile);
-    else
-      std::fill_n(x, k.n * kRows, A(0));
+    multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
+                    queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
+                    factors().from(lanes_.begin), &meanwhile);
   }
 
   // s from x, which may be the same array; -inf where a row does not see a key.
@@ -127,10 +124,7 @@ class Tile {
       if (masked) hide(keys, s);
       return;
     }
-    if (bias_) {
-      transpose_bias<false>(keys, bias_tile_);
-      clear_columns(bias_tile_, kRows, static_cast<int>(keys.count()), block_.count(), lanes_.end);
-    }
+    if (bias_) transpose_bias<false>(keys, bias_tile_);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const int64_t at = (j - keys.begin) * kRows;
       const A gain = gain_of(j), added = key_bias_ ? key_bias_of(j) : A(0);

@@ -50,7 +50,7 @@ class Cotangents {
     rows_.load(d_w_, block, width, factor_ ? factor : nullptr);
     bool some = rows_.any();
     for (int i = 0; i < block.count(); ++i) {
-      delta_of_[i] = delta_ ? delta_(block.at.batch, block.head, block.result(i)) : A(0);
+      delta_of_[i] = delta_(block.at.batch, block.head, block.result(i));
       some |= delta_of_[i] != 0;
     }
     if (!some) return false;
@@ -69,11 +69,8 @@ class Cotangents {
     else
       replay_.weights_and_slopes(n, lanes, s, slope_);
     const Rows<T> v{v_, block.at.batch, block.key(keys.begin), n, key_head, v_room_};
-    if (value_dim_ > 0)
-      multiply<false>(n, lanes.count(), steps<E>(value_dim_), over_width(v),
-                      rows_.over_width() + lanes.begin, kRows, ds + lanes.begin, kRows);
-    else
-      std::fill_n(ds, n * kRows, A(0));
+    multiply<false>(n, lanes.count(), steps<E>(value_dim_), over_width(v),
+                    rows_.over_width() + lanes.begin, kRows, ds + lanes.begin, kRows);
     const A* slope = soft ? s : slope_;
     for (int j = 0; j < n; ++j)
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {

@@ -182,8 +182,8 @@ struct KeyGradKernel {
   }
 };
 
-// The gradient of a bias that is broadcast over batch, heads, rows or keys. What is broadcast is
-// summed, in order, by the block that owns the tile; `blocks` are tiles of rows, `parts` of keys.
+// The gradient of a bias that is broadcast over batch, heads or keys. What is broadcast is summed, in
+// order, by the block that owns the tile. A bias has rows of its own (without, it is a key_bias).
 template <class Element, class Source>
 struct BiasGradKernel {
   using Params = GradParams<Element, Source>;
@@ -195,8 +195,11 @@ struct BiasGradKernel {
   HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
     return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], side);
   }
+  HW_HOST_DEVICE static int64_t row_tiles(const BackwardParams& b) {
+    return ceil_div<int64_t>(b.d_bias.size[2], kSide<A>);
+  }
   static Grid grid(const BackwardParams& b) {
-    const int64_t tiles = owners(b, 2, kSide<A>) * owners(b, 3, kSide<A>);
+    const int64_t tiles = row_tiles(b) * owners(b, 3, kSide<A>);
     return {tiles * owners(b, 0, 1) * owners(b, 1, 1), 1, 1};
   }
 
@@ -208,20 +211,19 @@ struct BiasGradKernel {
       rest /= count;
       return at;
     };
-    const int64_t key_tile = take(owners(b, 3, kSide<A>)), row_tile = take(owners(b, 2, kSide<A>));
+    const int64_t key_tile = take(owners(b, 3, kSide<A>));
+    const int64_t first = take(row_tiles(b)) * kSide<A>;
     const int64_t head = take(owners(b, 1, 1)), batch = rest;
-    const bool all_rows = b.d_bias.stride[2] == 0, all_keys = b.d_bias.stride[3] == 0;
+    const bool all_keys = b.d_bias.stride[3] == 0;
 
     typename Rows::Micro sum;
     clear(sum);
     for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
       const Source source = Source::of(b, n);
-      const int64_t end = all_rows ? source.rows() : (row_tile + 1) * kSide<A>;
       for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1))
-        for (int64_t first = row_tile * kSide<A>; first < end; first += kSide<A>)
-          visit(p, source, static_cast<int>(h), first, key_tile, all_keys, sum);
+        visit(p, source, static_cast<int>(h), first, key_tile, all_keys, sum);
     }
-    store(b, batch, head, row_tile * kSide<A>, key_tile * kSide<A>, all_rows, all_keys, sum);
+    store(b, batch, head, first, key_tile * kSide<A>, all_keys, sum);
   }
 
  private:
@@ -245,12 +247,12 @@ struct BiasGradKernel {
     });
   }
 
-  // Sums over lanes where keys are broadcast, then over the block where rows are.
+  // Sums over lanes where keys are broadcast.
   HW_DEVICE HW_INLINE static void store(const BackwardParams& b, int64_t batch, int64_t head,
-                                        int64_t first_row, int64_t first_key, bool all_rows,
-                                        bool all_keys, typename Rows::Micro& sum) {
+                                        int64_t first_row, int64_t first_key, bool all_keys,
+                                        typename Rows::Micro& sum) {
     const Ref<A, 4> to = b.d_bias.template as<A>();
-    const int64_t rows = all_rows ? 1 : to.size[2], keys = all_keys ? 1 : to.size[3];
+    const int64_t rows = to.size[2], keys = all_keys ? 1 : to.size[3];
     if (all_keys) {
       HW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
@@ -259,7 +261,6 @@ struct BiasGradKernel {
         sum[r][0] = dev::warp_sum<kLanes>(sum[r][0]);
       }
     }
-    if (all_rows) add_rows(sum);
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       HW_UNROLL
@@ -268,26 +269,6 @@ struct BiasGradKernel {
         const int64_t j = first_key + other_lane() + kLanes * u;
         if (i < rows && j < keys) to(batch, head, i, j) = sum[r][u];
       }
-    }
-  }
-
-  // sum[0][u] of row 0 = the sum over all rows of the tile.
-  HW_DEVICE HW_INLINE static void add_rows(typename Rows::Micro& sum) {
-    A* room = dev::shared<A>();  // [kLanes, kStride]
-    dev::sync_block();
-    HW_UNROLL
-    for (int u = 0; u < kOwn; ++u) {
-      A own = 0;
-      HW_UNROLL
-      for (int r = 0; r < kOwn; ++r) own += sum[r][u];
-      room[own_lane() * kStride<A> + other_lane() + kLanes * u] = own;
-    }
-    dev::sync_block();
-    HW_UNROLL
-    for (int u = 0; u < kOwn; ++u) {
-      sum[0][u] = A(0);
-      for (int g = 0; g < kLanes; ++g)
-        sum[0][u] += room[g * kStride<A> + other_lane() + kLanes * u];
     }
   }
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed queries to listed keys on tensor cores: what it takes and how it is cut. No
-// device code here: the host side asks `sm80::dim` and `sm80::workspace_bytes`.
+// device code here: the host side asks `sm80::dim`.
 #pragma once
 
 #include "ops/attention/attention_sm80_layout.cuh"
@@ -13,11 +13,6 @@ namespace hw::routing_attention::sm80 {
 inline int dim(int function, const Call& call) {
   const Shape s = function == 0 ? forward_shape(call) : backward_shape(call);
   return static_cast<int>(max_of(s.dim, s.value_dim));
-}
-
-// That of the indices and of the sums over slots and spans, which both CUDA backends share.
-inline int64_t workspace_bytes(int function, const Call& call) {
-  return routing_attention::workspace_bytes(function != 0, call);
 }
 
 // A block owns kOwn slots of a list, a strip or two of 16 for each warp:
