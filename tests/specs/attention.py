@@ -339,7 +339,7 @@ SAMPLE_CASES = (
         window=(40, 0),
         bias="b1qk",
         mix="bh",
-        gain_rows=(-20, None),
+        gain_rows=(-20, -5),
         aux=STATISTICS,
         **ALL,
     ),

@@ -131,7 +131,7 @@ class Tile {
       for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
         const V y = shape_.capped(load(x + at + l));
         const V sum = bias_ ? load(bias_tile_ + at + l) + added : splat(added);
-        store(s + at + l, key_gain_ ? shape_.score(y, gain * load(gain_rows_ + l), sum) : y + sum);
+        store(s + at + l, key_gain_ ? shape_.score(y, in_gain_rows(gain, l), sum) : y + sum);
       }
     }
     if (masked) hide(keys, s);
@@ -147,7 +147,7 @@ class Tile {
         const V y = shape_.capped(load(x + at + l)), g = load(gain_rows_ + l),
                 d = load(ds + at + l);
         total = fma(d * g, abs_of(y), total);
-        store(ds + at + l, d * shape_.slope(y, gain * g));
+        store(ds + at + l, d * shape_.slope(y, in_gain_rows(gain, l)));
       }
       if (d_gain != nullptr) d_gain[j - keys.begin] += sum<A>(total);
     }
@@ -188,6 +188,8 @@ class Tile {
   A gain_of(int64_t j) const {
     return key_gain_ ? key_gain_(block_.at.batch, block_.head, block_.key(j)) : A(0);
   }
+  // Of lanes: the gain, 0 for rows that it is not for, whatever it is.
+  V in_gain_rows(A gain, int l) const { return load(gain_rows_ + l) > A(0) ? splat(gain) : V{}; }
   A key_bias_of(int64_t j) const { return key_bias_(block_.at.batch, block_.head, block_.key(j)); }
 
   HW_NOINLINE void copy(const Range& keys, const A* x, A* s) {

@@ -270,7 +270,7 @@ class Tile {
       added = static_cast<A>(p.bias.template as<const Element>()(source().batch(), head(), i, j));
     }
     if (p.key_bias) added += terms(Term::key_bias)[key_in_tile(r, u)];
-    if (p.key_gain) gain = gain_row(r, u) * terms(Term::key_gain)[key_in_tile(r, u)];
+    if (p.key_gain && gain_row(r, u) != A(0)) gain = terms(Term::key_gain)[key_in_tile(r, u)];
     const A s = p.key_gain ? shape.score(y, gain, added) : y + added;
     return {y, gain, met ? s : -infinity<A>(), met, false};
   }
