@@ -132,7 +132,8 @@ class Judge:
                 aside = list(ASIDE)
                 if short == "cpu":  # which is quick; a weaker instruction set has no pairs of bf16
                     cut = self.long.get(spec.name, ())
-                    cases += [*spec.cases, *spec.sample_cases, *cut]
+                    cases += [*spec.sample_cases, *cut]
+                    tasks += [replace(first, case=c) for c in spec.cases]
                     isas = self.library.info()["cpu"]["available"]
                     kinds += [replace(first, dtype=t.bfloat16, isa=isa) for isa in isas]
                     tasks += [replace(first, case=c, threads=THREADS) for c in cut]
@@ -150,6 +151,8 @@ class Judge:
         spec, backend = self.specs[task.spec], backend or task.backend
         if task.alone:
             spec = replace(spec, name=f"{spec} alone", differentiable=spec.differentiable[:1])
+        if task.inputs == "expanded":  # other values, and so other results to remember
+            spec = replace(spec, name=f"{spec} expanded")
         self.guard.end, self.task = task.end, task
         self.torch.set_num_threads(1 if backend == "reference" else task.threads)
         self.library.set_cpu_isa(task.isa)
