@@ -19,6 +19,7 @@
 
 #include <omp.h>
 
+#include "core/error.h"
 #include "core/math.h"
 
 namespace hw {
@@ -70,7 +71,7 @@ inline void parallel_tasks(int64_t count, int threads, const F& f) {
 
 // Memory of a thread, kept until the thread ends and grown when a call needs more. take() hands out
 // 64-byte aligned arrays until the next reset(); reset(bytes) guarantees room for `bytes` in total
-// (every take rounds up to 64).
+// (every take rounds up to 64). Taking more is an error wherever there happens to be room for it.
 class Scratch {
  public:
   HW_NOINLINE static Scratch& of_thread() {
@@ -83,7 +84,7 @@ class Scratch {
   ~Scratch() { std::free(base_); }
 
   HW_NOINLINE void reset(int64_t bytes) {
-    used_ = 0;
+    used_ = 0, promised_ = bytes;
     if (bytes <= capacity_) return;
     std::free(base_);
     capacity_ = (bytes + 4095) / 4096 * 4096;
@@ -108,12 +109,13 @@ class Scratch {
   HW_NOINLINE char* take_bytes(int64_t bytes) {
     char* p = base_ + used_;
     used_ += bytes;
-    if (used_ > capacity_) throw std::bad_alloc();
+    check(used_ <= promised_, ErrorKind::runtime, "scratch memory of ", promised_,
+          " bytes was planned, and more is needed: a fault of headworks");
     return p;
   }
 
   char* base_ = nullptr;
-  int64_t capacity_ = 0, used_ = 0;
+  int64_t capacity_ = 0, promised_ = 0, used_ = 0;
 };
 
 // Memory of one call, 64-byte aligned, not initialised.
