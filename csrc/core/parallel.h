@@ -16,10 +16,10 @@
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <stdexcept>
 
 #include <omp.h>
 
-#include "core/error.h"
 #include "core/math.h"
 
 namespace hw {
@@ -109,8 +109,8 @@ class Scratch {
   HW_NOINLINE char* take_bytes(int64_t bytes) {
     char* p = base_ + used_;
     used_ += bytes;
-    check(used_ <= promised_, ErrorKind::runtime, "scratch memory of ", promised_,
-          " bytes was planned, and more is needed: a fault of headworks");
+    if (used_ > promised_)
+      throw std::logic_error("headworks: a loop takes more scratch memory than it planned");
     return p;
   }
 
