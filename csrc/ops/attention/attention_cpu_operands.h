@@ -223,8 +223,7 @@ HW_NOINLINE const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
   }
 }
 
-// The same times factors of the rows, as the operand of a product over rows: [n, steps(rows)]. A lane
-// behind the last row is 0: it is hidden.
+// The same times factors of the rows, as the operand of a product over rows: [n, steps(rows)].
 template <class E, class A, class Factors>
 HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors factors, E* room) {
   if constexpr (std::is_same_v<E, A>) {
@@ -240,6 +239,7 @@ HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors f
         const Vec<A> high = l + kLane < rows ? factors(load(at + kLane), l + kLane) : Vec<A>{};
         store(to + l / 2, neighbours(low, high));
       }
+      if (rows % 2 != 0) to[rows / 2].second = {};
     }
     return row_major(static_cast<const E*>(room), kRows / 2);
   }
