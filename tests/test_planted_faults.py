@@ -83,8 +83,7 @@ def sm80(name, file, right, wrong, operator="linear_attention"):
 
 
 FAULTS = (
-    cpu("wrong_sign", f"{LINEAR}_cpu_scan.h", "d * (A(1) + score)",
-        "d * (A(1) - score)"),
+    cpu("wrong_sign", f"{LINEAR}_cpu_scan.h", "d * (A(1) + score)", "d * (A(1) - score)"),
     cpu("mask_off_by_one", f"{LINEAR}_cpu_chunk.h", "Range{a + 1, columns.end}",
         "Range{a + 2, columns.end}"),
     cpu("state_not_carried", f"{LINEAR}_cpu.cpp",

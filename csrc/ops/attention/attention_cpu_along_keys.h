@@ -72,7 +72,7 @@ class AlongKeys {
   }
 
   // Adds the keys to the sums of the block's rows, and makes w of them, [values, kRows, padded Dv].
-  // Once.
+  // To be called once: w is empty before.
   HW_NOINLINE void walk(const Block& block, const Range& keys, RowSums<A>& sums, A* w,
                         Requests& meanwhile) {
     w_ = w;
