@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+from unittest import mock
 
 import torch
 
 import headworks as hw
 from headworks.ops import _routing_native as native
+from headworks.ops._moh_route_native import chosen_rows
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
@@ -20,11 +23,13 @@ from .routing import limit, operators_of
 module = importlib.import_module("headworks.ops.moh_attention")
 
 
-def case(*args, gate=0.5, **more):
-    """`gate`: the share of zeros. From row 8 on every second head has 64 rows of them."""
+def case(*args, gate=0.5, shuffled=False, **more):
+    """`gate`: the share of zeros. From row 8 on every second head has 64 rows of them. `shuffled`:
+    lists of rows are as short as they can be and in another order, absent rows among the others."""
+    more |= {"label": "shuffled"} if shuffled else {}
     made = attention.case(*args, gate=gate, **more)
     kept = {n: x for n, x in made.options.items() if n not in ("activation", "normalizer")}
-    return dataclasses.replace(made, options=kept)
+    return dataclasses.replace(made, options=kept, sizes={**made.sizes, "shuffled": shuffled})
 
 
 def make(case, dtype, device="cpu", seed=0):
@@ -35,7 +40,17 @@ def make(case, dtype, device="cpu", seed=0):
 
 
 def run(tensors, case, backend):
-    return {"o": hw.moh_attention(**tensors, backend=backend, **case.options)}
+    with contextlib.ExitStack() as stack:
+        if case.sizes["shuffled"]:
+            stack.enter_context(mock.patch.object(native, "chosen_rows", _shuffled_rows))
+        return {"o": hw.moh_attention(**tensors, backend=backend, **case.options)}
+
+
+def _shuffled_rows(gate, backend):
+    rows = chosen_rows(gate, backend)
+    most = int((rows >= 0).sum(2).max())
+    order = torch.randperm(most, generator=torch.Generator().manual_seed(3))
+    return rows[..., order.to(rows.device)]
 
 
 def operators(tensors, case):
@@ -83,9 +98,11 @@ EMULATOR_CASES = (
     *(case(Sq=s, H=2, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     case(Sq=250, H=1, D=8, Dv=8, causal=True, window=(20, 0), gate=0.3),
     case(Sq=300, Sk=16, H=1, D=8, Dv=8),
+    case(Sq=2, Sk=1100, H=1, D=8, Dv=8, gate=0.0),  # keys that attention would cut
     case(Sq=70, H=2, D=8, Dv=8, gate=1.0),
     case(Sq=0, H=1, D=8, Dv=8),
     case(Sq=12, B=2, H=10, D=8, Dv=8),  # more heads than one task of the CPU lists
+    case(Sq=90, Sk=20, B=2, H=1, Hq=2, D=8, Dv=8, bias="11qk", causal=True, shuffled=True),
     # Widths of the tensor-core kernels with few, more and many rows; columns of v in parts.
     *(case(Sq=s, Sk=20, H=2, D=100, Dv=8, gate=0.0) for s in (9, 40, 90)),
     case(Sq=40, H=1, D=100, Dv=8, key_bias="11k"),

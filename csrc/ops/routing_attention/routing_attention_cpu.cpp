@@ -25,7 +25,11 @@ void backward(const Call& call) {
   const BackwardParams p = backward_params(call);
   if (!p.keys) {
     RowsBackward<T>(p, call.context.num_threads).run();
-    if (attention::shares_bias(p)) attention::SharedBias<T>(p, call.context.num_threads).run();
+    if (!attention::shares_bias(p)) return;
+    // Rows that are not listed weigh nothing: their statistic is +inf.
+    attention::BackwardParams all = p;
+    all.max_q = p.q.size[1];
+    attention::SharedBias<T>(all, call.context.num_threads).run();
     return;
   }
   GroupsBackward<T>(p, call.context.num_threads).run();
