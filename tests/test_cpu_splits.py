@@ -16,15 +16,19 @@ from specs import (
     attention_lse,
     attention_probs,
     attention_transpose,
+    bilevel_routing_attention,
     column_stats,
     key_scan,
+    kmeans_routing_attention,
     linear_attention,
+    moh_attention,
 )
 
 pytestmark = pytest.mark.operator
 
 THREADS = (1, 2, 3, 4, 8, 16)
 A, L, K = attention.case, linear_attention.case, key_scan.case
+C, M, R = kmeans_routing_attention.case, moh_attention.case, bilevel_routing_attention.case
 ALL = attention.STATISTICS
 
 CUT = (
@@ -42,6 +46,18 @@ CUT = (
     (linear_attention, L(lengths=(1200, 5, 1030), D=8, Dv=16, H=1, feature_map="elu1")),
     (key_scan, K(S=1100, B=3, H=2, Dv=12, state_in=True, state_out=True)),
     (key_scan, K(S=1100, B=1, H=1, Dv=70, state_in=True, state_out=True)),
+    (moh_attention, M(Sq=1100, Sk=5, H=1, Hq=16, D=4, Dv=64)),  # o is out of the caches
+    # Parts that are no tasks, with sums of their own for all tokens.
+    (kmeans_routing_attention, C(Sq=1500, K=3, Wq=20, B=8, H=1, D=12, Dv=12, lists="shuffled")),
+    # Heads with lists in common, of which a task takes 10 of 12, 2 of 4, or one.
+    (bilevel_routing_attention, R(regions=(2, 2), topk=2, H=12, D=8, Dv=8, graph="shared")),
+    *(
+        (
+            bilevel_routing_attention,
+            R(Y=32, regions=(2, 1), topk=1, H=2, Hq=hq, D=8, Dv=8, graph="shared"),
+        )
+        for hq in (4, 6)
+    ),
 )
 
 

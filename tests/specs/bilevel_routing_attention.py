@@ -29,7 +29,8 @@ def case(
     kv_regions=None, graph=None, mask=True, scale=None, aux=(), spread=1.0, label="",
 ):  # fmt: skip
     """`graph`: None (routed), or one that is given: shared, head (one each), popular (all choose
-    the same regions), twice (a region may be listed more than once)."""
+    the same regions), twice (a region may be listed more than once), common (of each head, those of
+    all batch entries are one in memory)."""
     sizes = {"B": B, "Y": Y, "X": X, "Yk": Y if Yk is None else Yk, "Xk": X if Xk is None else Xk,
              "Hq": Hq or H, "H": H, "D": D, "Dv": Dv, "regions": regions,
              "kv_regions": kv_regions or regions, "graph": graph, "topk": topk, "aux": aux,
@@ -79,6 +80,9 @@ def _graph(n, q, k, generator):
         return torch.randint(others, (*shape, n["topk"]), generator=generator)
     if n["graph"] == "popular":
         return torch.randperm(others, generator=generator)[: n["topk"]].expand(*shape, n["topk"])
+    if n["graph"] == "common":
+        graph = torch.rand(n["Hq"], own, others, generator=generator).argsort(-1)[..., : n["topk"]]
+        return graph.expand(n["B"], *graph.shape)
     return torch.rand(*shape, others, generator=generator).argsort(-1)[..., : n["topk"]]
 
 
@@ -165,6 +169,12 @@ EMULATOR_CASES = (
     case(Y=6, X=6, regions=(3, 3), topk=4, H=1, D=8, Dv=8, graph="twice"),
     case(Y=7, X=6, regions=(3, 2), topk=3, H=1, D=8, Dv=8, graph="head", mask=False),
     case(Y=6, X=6, regions=(3, 3), topk=0, H=1, D=8, Dv=8, graph="shared", aux=("lse",)),
+    case(Y=6, X=4, regions=(3, 2), topk=2, B=3, H=2, D=8, Dv=8, graph="common"),
+    case(Y=4, X=4, regions=(1, 1), kv_regions=(4, 4), topk=1, H=3, D=8, Dv=8, graph="head"),
+    *(
+        case(Y=4, X=4, regions=(2, 2), topk=2, H=1, D=8, Dv=8, graph="shared", aux=(a,))
+        for a in STATISTICS[1:]
+    ),
     *(
         case(Y=5, X=6, regions=(2, 3), topk=2, H=1, D=d, Dv=dv)
         for d, dv in ((1, 1), (40, 8), (8, 70))

@@ -12,7 +12,7 @@ from headworks.ops import _routing_native as native
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
 from .pairs import pairwise
-from .routing import limit, operators_of
+from .routing import forward_of, limit, operators_of
 
 # The function shadows its module in the package.
 module = importlib.import_module("headworks.ops.kmeans_routing")
@@ -20,15 +20,20 @@ module = importlib.import_module("headworks.ops.kmeans_routing")
 
 def case(
     Sq=100, K=4, Wq=25, D=16, Dv=24, B=1, H=2, Hq=None, *, Sk=None, Wk=None, lists="sorted",
-    causal=False, mask_self=False, eps=0.0, scale=None, spread=1.0, label="",
+    causal=False, mask_self=False, eps=0.0, scale=None, spread=1.0, keys=None,
+    slots=False, label="",
 ):  # fmt: skip
-    """`lists`: sorted, shuffled, twice (drawn with replacement), holes (a third is -1), popular
-    (the same tokens in all clusters), empty (all -1), all (every token, in one cluster W = S). Keys
-    have lists of their own where Wk is given or Sk is another length."""
-    own = Wk is not None or Sk is not None
+    """`lists`: sorted, shuffled, twice (drawn with replacement), holes (a third is -1), beyond (as
+    holes; native calls are given the position behind the last token instead of -1), popular
+    (the same tokens in all clusters), empty (all -1), all (every token, in one cluster W = S),
+    common (those of all batch entries are one in memory). Keys have lists of their own where Wk is
+    given or Sk is another length; or `keys`: rows (k_index is q_index), first (it is that of the
+    first batch entry), head (that of the first head). `slots`: w and the row statistic of slots
+    without token are outputs too."""
+    own = keys is None and (Wk is not None or Sk is not None)
     sizes = {"B": B, "Sq": Sq, "Sk": Sq if Sk is None else Sk, "Hq": Hq or H, "H": H, "K": K,
              "Wq": Wq, "Wk": Wq if Wk is None else Wk, "D": D, "Dv": Dv, "lists": lists,
-             "own": own, "spread": spread}  # fmt: skip
+             "own": own, "keys": keys, "slots": slots, "spread": spread}  # fmt: skip
     options = {"is_causal": causal, "mask_self": mask_self, "mean_eps": eps}
     options |= {} if scale is None else {"scale": scale}
     words = [f"S{Sq}:{sizes['Sk']}", f"K{K}", f"W{Wq}:{sizes['Wk']}", f"D{D}:{Dv}", f"B{B}"]
@@ -38,6 +43,8 @@ def case(
     words += [f"eps{eps:g}"] if eps else []
     words += [f"scale{scale:g}"] if scale is not None else []
     words += [f"spread{spread:g}"] if spread != 1.0 else []
+    words += [f"keys_{keys}"] if keys else []
+    words += ["slots"] if slots else []
     words += [label] if label else []
     return Case("-".join(words), sizes, options)
 
@@ -69,17 +76,45 @@ def _lists(n, tokens, window, generator):
         return torch.randint(tokens, (*shape, window), generator=generator)
     if n["lists"] == "popular":
         return torch.randperm(tokens, generator=generator)[:window].expand(*shape, -1).clone()
+    if n["lists"] == "common":
+        index = torch.rand(*shape[1:], tokens, generator=generator).argsort(-1)[..., :window]
+        return index.expand(*shape, -1)
     index = torch.rand(*shape, tokens, generator=generator).argsort(-1)[..., :window]
     if n["lists"] in ("sorted", "all"):
         return index.sort(-1).values
-    if n["lists"] == "holes":
+    if n["lists"] in ("holes", "beyond"):
         hole = torch.rand(index.shape, generator=generator) < 1 / 3
         return torch.where(hole, -1, index)
     return index
 
 
 def run(tensors, case, backend):
-    return {"o": hw.kmeans_routing_attention(**tensors, backend=backend, **case.options)}
+    index, keys = tensors["q_index"], case.sizes["keys"]
+    if keys:  # one memory
+        of = {"rows": index, "first": index[:1], "head": index[:, :1]}[keys]
+        tensors = tensors | {"k_index": of.expand_as(index)}
+    if case.sizes["lists"] == "beyond" and backend != "reference":
+        (q, k, v, *lists), _ = module._checked(**tensors, backend=backend, **case.options)
+        for i, x in enumerate((q, k)):
+            lists[i] = torch.where(lists[i] < 0, x.shape[1], lists[i])
+        return {"o": native.kmeans_routing_attention(q, k, v, *lists, backend)}
+    made = {"o": hw.kmeans_routing_attention(**tensors, backend=backend, **case.options)}
+    return made | _empty_slots(tensors, case, backend) if case.sizes["slots"] else made
+
+
+def _empty_slots(tensors, case, backend):
+    """Of slots without token w, which is 0, and where the statistic is +inf: everywhere on cpu."""
+    index, v = tensors["q_index"], tensors["v"]
+    empty = index < 0  # [B, Hq, K, Wq]
+    places = empty.permute(0, 2, 3, 1).flatten(1, 2)[..., None]  # [B, K Wq, Hq, 1]
+    if backend == "reference":
+        return {"w": v.new_zeros((*places.shape[:3], v.shape[3])), "row": empty.to(v.dtype)}
+    given, _ = module._checked(**tensors, backend=backend, **case.options)
+    forward, arguments = forward_of(*native._kmeans_arguments(*given), backend=backend)
+    with torch.no_grad():
+        _, w, row, *_ = forward(*arguments)
+    infinite = row[0].view(index.shape) == torch.inf if backend == "cpu" else empty
+    return {"w": torch.where(places, w, 0), "row": (infinite & empty).to(v.dtype)}
 
 
 def operators(tensors, case):
@@ -128,10 +163,14 @@ CASES = (
 
 EMULATOR_CASES = (
     case(Sq=80, K=2, Wq=40, H=1, Hq=2, D=16, Dv=16, lists="holes", causal=True, mask_self=True),
-    case(Sq=70, K=2, Wq=66, H=1, D=16, Dv=8, causal=True, eps=1e-2),
+    case(Sq=70, K=1, Wq=66, H=1, D=16, Dv=8, causal=True, eps=1e-2),
     case(Sq=40, Sk=90, K=2, Wq=20, Wk=70, H=1, D=8, Dv=8, lists="twice"),
     *(case(Sq=s, K=1, Wq=s, lists="all", H=1, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     case(Sq=30, K=5, Wq=6, H=1, D=8, Dv=8, lists="empty"),
+    case(Sq=20, K=3, Wq=10, B=2, H=1, Hq=2, D=8, Dv=12, lists="holes", slots=True),
+    *(case(Sq=20, Sk=sk, K=3, Wq=10, H=1, D=8, Dv=8, lists="beyond") for sk in (None, 15)),
+    case(Sq=40, K=2, Wq=32, H=1, D=8, Dv=8, lists="shuffled", causal=True),
+    case(Sq=20, K=1, Wq=12, H=8, D=5, Dv=5, lists="twice"),
     *(case(Sq=30, K=2, Wq=15, H=1, D=d, Dv=dv) for d, dv in ((1, 1), (40, 8), (8, 70), (64, 64))),
     case(Sq=0, K=2, Wq=0, H=1, D=8, Dv=8),
     # Widths of the tensor-core kernels with short, middle and long lists; columns of v in parts.
@@ -140,6 +179,14 @@ EMULATOR_CASES = (
         for s, w in ((20, 12), (40, 33), (90, 80))
     ),
     *(case(Sq=20, K=1, Wq=12, H=1, D=8, Dv=dv) for dv in (0, 150)),
+    # Lists of rows and of keys that have the same memory, or sizes, or batch entries in common.
+    case(Sq=20, Sk=20, K=2, Wq=10, H=1, D=8, Dv=8, lists="shuffled"),
+    case(Sq=20, Sk=25, K=2, Wq=10, H=1, D=8, Dv=8, lists="twice", keys="rows"),
+    case(Sq=20, K=2, Wq=10, B=2, H=1, D=8, Dv=8, lists="shuffled", keys="first"),
+    case(Sq=20, K=2, Wq=10, B=3, H=1, Hq=2, D=8, Dv=8, lists="common"),
+    case(Sq=20, K=2, Wq=10, B=3, H=1, Hq=2, D=8, Dv=8, lists="common", keys="head"),
+    case(Sq=2, K=1, Wq=1, H=1, Hq=2, D=8, Dv=8, lists="shuffled", keys="head"),
+    *(case(Sq=2, K=1, Wq=1, B=9, H=h, D=8, Dv=8, lists="shuffled") for h in (1, 3)),
     # More tokens, and more slots, than the block that sorts them has threads.
     case(Sq=600, K=9, Wq=62, H=1, D=4, Dv=4, lists="twice", causal=True),
     *(

@@ -17,11 +17,16 @@ def limit(backend, case):
     return "no dim [0-9]+" if wide and backend.endswith("sm80") else ""
 
 
+def forward_of(score, v, gate, routing, read_outs=(False,) * 4, backend="auto"):
+    """The torch operator of a validated call's forward pass, and its arguments."""
+    want = module._wanted(routing, gate is not None, (True, *read_outs[1:]))
+    given = (*packed(score, routing, v, gate), *want[:5], backend)
+    return torch.ops.headworks.routing_attention_fwd.default, given
+
+
 def operators_of(score, v, gate, routing, read_outs=(False,) * 4):
     """The torch operators of a validated call, for opcheck."""
-    want = module._wanted(routing, gate is not None, (True, *read_outs[1:]))
-    forward = torch.ops.headworks.routing_attention_fwd.default
-    given = (*packed(score, routing, v, gate), *want[:5], "auto")
+    forward, given = forward_of(score, v, gate, routing, read_outs)
     o, w, row, *_ = forward(*given)
     delta = None if routing.by_slot else torch.randn_like(row[0])
     slots = w if routing.by_slot else None
