@@ -45,7 +45,7 @@ void read_routing(Arguments& a, Routing& r) {
 // The engine's sequences are groups.
 template <class Params>
 void set_lengths(Params& p) {
-  p.max_q = p.rows ? p.rows.slots() : p.q.size[1];
+  p.max_q = p.rows.slots();
   p.max_k = p.keys ? p.keys.slots() : p.k.size[1];
 }
 
@@ -61,6 +61,7 @@ void check_params(const Params& p, const Call& call, int q) {
   attention::check_scores(call, q);
   check(!call.tensor(q + 6).present() && p.activation == attention::Activation::softmax,
         ErrorKind::value, "routing_attention: sequences are not packed, the activation is softmax");
+  check(call.tensor(q + 8).present(), ErrorKind::value, "routing_attention: v is missing");
   const bool listed = call.tensor(1).present();
   check_lists("rows", p.rows, p.q.size[1]);
   if (listed) check_lists("keys", p.keys, p.k.size[1]);
@@ -102,7 +103,6 @@ void check_forward(const Call& call) {
   const Tensor &w = call.tensor(kForwardQ + 13), &row = call.tensor(kForwardQ + 14);
   check_places(p, w, 1);
   check_places(p, row, row.ndim - 1);
-  check(call.tensor(kForwardQ + 8).present(), ErrorKind::value, "routing_attention: v is missing");
   check(!p.by_slot || (w.present() && row.present()), ErrorKind::value,
         "routing_attention: by slot w and row are made");
 }

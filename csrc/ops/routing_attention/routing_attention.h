@@ -68,7 +68,7 @@ struct Routing {
   bool by_slot, pad_keys, mask_self;
   double mean_eps;
 
-  HW_HOST_DEVICE int64_t groups() const { return rows ? rows.blocks.size[2] : 1; }
+  HW_HOST_DEVICE int64_t groups() const { return rows.blocks.size[2]; }
 };
 
 // "routing_attention.forward". By slot: o [B, Sq, Hq, Dv] is the mean, w [B, G Wq, Hq, Dv] and row

@@ -95,7 +95,7 @@ class Group {
   // worked on; as many rows a step as get through with the block.
   HW_NOINLINE Requests requests(int64_t part, int64_t parts) const {
     const int64_t begin = wanted_count_ * part / parts, end = wanted_count_ * (part + 1) / parts;
-    const int64_t width = v_ ? v_.size[3] : 0;
+    const int64_t width = v_.size[3];
     const int64_t tiles = ceil_div<int64_t>(key_count(), attention::kKeys);
     const int64_t rows_of_products =
         in_place_ ? 2 * std::min<int64_t>(rows(), kRows) : attention::kKeys + width;
@@ -109,8 +109,7 @@ class Group {
     std::swap(now_, next_);
     for (int64_t i = 0; i < rows(); ++i)
       result_[i] = routing_.by_slot ? now_.group * most_rows_ + row_slot(i) : row_token(i);
-    if (!in_place_) gather(k_, k_room_);
-    if (!in_place_ && v_) gather(v_, v_room_);
+    if (!in_place_) gather(k_, k_room_), gather(v_, v_room_);
     if (ordered_) find_seen();
   }
   void load(int64_t batch, int head, int64_t group) {
@@ -149,7 +148,7 @@ class Group {
     self_ = l.take<Range>(most_rows_);
     const int64_t gathered = in_place_ ? 0 : ceil_div(heads_, heads_per_key_) * most_keys_;
     k_room_ = l.take<T>(gathered * k_.size[3]);
-    v_room_ = l.take<T>(gathered * (v_ ? v_.size[3] : 0));
+    v_room_ = l.take<T>(gathered * v_.size[3]);
   }
 
   int key_head(int head) const { return head / heads_per_key_; }
@@ -158,15 +157,11 @@ class Group {
 
   // One head stands for all.
   HW_NOINLINE Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
-    if (in_place_ || !x) return x.template as<const void>();
-    Ref<const void, 4> r;
+    if (in_place_) return x.template as<const void>();
     const int64_t head = heads_ > 1 ? most_keys_ * x.size[3] : 0;
-    const int64_t sizes[] = {x.size[0], most_keys_, x.size[2], x.size[3]};
-    const int64_t strides[] = {0, x.size[3], head, 1};
-    r.data = room - first_key_head() * head;
-    std::copy_n(sizes, 4, r.size);
-    std::copy_n(strides, 4, r.stride);
-    return r;
+    return {room - first_key_head() * head,
+            {x.size[0], most_keys_, x.size[2], x.size[3]},
+            {0, x.size[3], head, 1}};
   }
 
   // The list's tokens, with those that are absent if wanted, by position if it matters.
@@ -188,10 +183,10 @@ class Group {
 
   HW_NOINLINE void want(const Ref<const T, 4>& x, const List& list, int head) {
     if (!x || x.stride[3] != 1) return;
-    for (int64_t i = 0; i < list.count; ++i)
-      if (list.token[i] >= 0)
+    for (int64_t row = 0; row < list.count; ++row)
+      if (list.token[row] >= 0)
         wanted_[wanted_count_++] =
-            reinterpret_cast<const char*>(x.at(next_.batch, list.token[i], head));
+            reinterpret_cast<const char*>(x.at(next_.batch, list.token[row], head));
   }
 
   struct Place {

@@ -76,7 +76,8 @@ class GroupsForward {
     std::optional<attention::Forward<T>> pass;
     const bool moves = pieces_ > 1 && heads_at_once_ > 1 && !in_place_;
     int64_t visit = next();
-    if (visit >= 0) look_up(visit, group);
+    if (visit < 0) return;
+    look_up(visit, group);
     while (visit >= 0) {
       group.enter();
       visit = next();
@@ -152,7 +153,6 @@ class Mean {
     A* row = sums + tokens * padded;                // [padded]
     A* count = row + padded;                        // [tokens]
     std::fill_n(sums, tokens * padded, A(0));
-    std::fill_n(row, padded, A(0));
     std::fill_n(count, tokens, A(0));
     const int64_t slots = p_.rows.slots();
     for (int64_t s = 0; s < p_.groups() * slots; ++s) {
@@ -427,9 +427,7 @@ class GroupsBackward {
       e.k = group_.keys();
       e.v = group_.values();
       if (p_.by_slot) {
-        e.delta = {};
-        e.delta.data = delta_;
-        e.delta.size[2] = slots;
+        e.delta.data = delta_;  // of any batch entry and head
         e.delta.stride[2] = 1;
       }
       Scratch::of_thread().reset(attention::Walk<T>::bytes(e));

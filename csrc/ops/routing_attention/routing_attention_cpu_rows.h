@@ -88,13 +88,13 @@ template <class T>
 HW_NOINLINE void clear_row(const Ref<void, 4>& x, int64_t b, int64_t i, int head) {
   if (!x) return;
   T* row = x.as<T>().at(b, i, head);
-  const int64_t bytes = x.size[3] * static_cast<int64_t>(sizeof(T));
+  const int64_t all = x.size[0] * x.size[1] * x.size[2] * x.size[3];
   if (x.stride[3] != 1)
     for (int64_t d = 0; d < x.size[3]; ++d) row[d * x.stride[3]] = T{};
-  else if (x.size[0] * x.size[1] * x.size[2] * bytes < kCachedBytes)
+  else if (all < kCachedBytes / static_cast<int64_t>(sizeof(T)))
     std::fill_n(row, x.size[3], T{});
   else
-    clear_past_caches(row, bytes);
+    clear_past_caches(row, x.size[3] * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T>

@@ -102,7 +102,7 @@ void backward_by_region(GradParams<Element, Listed>& p, const BackwardRoom<Accum
   p.b.regions = regions;
   p.b.by_spans = p.wide_keys = true;
   p.b.max_k = cell;
-  describe_tensors(p);
+  describe_tensors(p);  // of the spans
   run_key_grad(p, batch * regions.spans, heads, context);
 
   sum_spans<Element>(regions, b.keys.cells, d_k, b.d_k, context);

@@ -46,10 +46,10 @@ inline Shape shape_of(const Call& call, int first) {  // first: position of q
   const Cells row_cells = read_cells(a), key_cells = read_cells(a);
   Shape s{};
   s.batch = q.size[0], s.rows = q.size[1], s.heads = q.size[2], s.dim = q.size[3];
-  s.keys = k.size[1], s.value_dim = v.present() ? v.size[3] : 0;
+  s.keys = k.size[1], s.value_dim = v.size[3];
   s.keys_listed = keys.present(), s.by_slot = call.flag(kBySlot);
-  s.groups = rows.present() ? rows.size[2] : 1;
-  s.row_slots = rows.present() ? rows.size[3] * row_cells.size() : s.rows;
+  s.groups = rows.size[2];
+  s.row_slots = rows.size[3] * row_cells.size();
   s.key_blocks = s.keys_listed ? keys.size[3] : 0;
   s.key_cell = key_cells.size();
   s.key_slots = s.keys_listed ? s.key_blocks * s.key_cell : s.keys;

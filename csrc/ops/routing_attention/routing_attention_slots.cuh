@@ -15,6 +15,9 @@
 // Symbols are those of routing_attention.h; T spans, n tokens of a cell of keys.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "ops/routing_attention/routing_attention_simt_layout.cuh"
 
 #include "core/csr.cuh"
@@ -59,14 +62,10 @@ inline Csr index_tokens(const Lists& lists, const Csr& memory, const Context& co
   return csr;
 }
 
-// Whether two lists are one in memory.
+// Whether two lists are one in memory. Nothing lies between the members: bytes tell.
 inline bool same_lists(const Lists& a, const Lists& b) {
-  bool same = a.blocks.data == b.blocks.data;
-  for (int d = 0; d < 4; ++d)
-    same &= a.blocks.size[d] == b.blocks.size[d] && a.blocks.stride[d] == b.blocks.stride[d];
-  const Cells &x = a.cells, &y = b.cells;
-  return same && x.columns == y.columns && x.height == y.height && x.width == y.width &&
-         x.rows_of_image == y.rows_of_image && x.columns_of_image == y.columns_of_image;
+  static_assert(std::has_unique_object_representations_v<Lists>);
+  return std::memcmp(&a, &b, sizeof(Lists)) == 0;
 }
 
 // The same of the keys; where keys are the rows' lists, that of the rows.

@@ -53,6 +53,7 @@ struct Listed {
   HW_DEVICE HW_INLINE int64_t listed_row(const Place& w, int slot) const {
     return block(lists.rows, w, w.group, slot);
   }
+  // A list's slots are whole cells: of a span too, where slots of several lists follow each other.
   HW_DEVICE HW_INLINE int row_token(const Place&, int slot, int64_t listed) const {
     return token(lists.rows.cells, row_cells, slot, listed);
   }
@@ -135,10 +136,6 @@ struct ListedKeys : Listed<kOwn> {
     const int listing = w.first_listing + slot / row_slots_of_list;
     const int group = regions.listed.items_of(w.list)[listing] / blocks_of_list;
     return Base::block(lists.rows, w, group, slot % row_slots_of_list);
-  }
-  HW_DEVICE HW_INLINE int row_token(const Place&, int slot, int64_t listed) const {
-    return Base::token(lists.rows.cells, Base::row_cells, by_span ? slot % row_slots_of_list : slot,
-                       listed);
   }
   HW_DEVICE HW_INLINE int64_t listed_key(const Place& w, int slot) const {
     return by_span ? w.region : Base::listed_key(w, slot);
