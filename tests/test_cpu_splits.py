@@ -42,6 +42,7 @@ CUT = (
     (linear_attention, L(lengths=(1200, 5, 1030), D=8, Dv=16, H=1, feature_map="elu1")),
     (key_scan, K(S=1100, B=3, H=2, Dv=12, state_in=True, state_out=True)),
     (key_scan, K(S=1100, B=1, H=1, Dv=70, state_in=True, state_out=True)),
+    (key_scan, K(S=2100, B=2, H=1, Dv=8, state_in=True, state_out=True)),
 )
 
 
