@@ -31,7 +31,7 @@ BACKENDS = {"cpu": "cpu", "simt": "emulate:simt", "sm80": "emulate:sm80"}
 # How a spec's first cases, which reach every algorithm, are compared besides.
 ASIDE = (
     {"inputs": "strided"}, {"cotangents": "strided"}, {"inputs": "padded", "cotangents": "padded"},
-    {"inputs": "expanded"}, {"alone": True}, {"end": "begin"},
+    {"inputs": "expanded"}, {"alone": True}, {"end": "begin"}, {"outputs": "strided"},
 )  # fmt: skip
 FIRST = 3
 # With how many threads the long calls are compared besides, which the CPU then cuts otherwise.
@@ -54,6 +54,7 @@ class Task:
     dtype: object
     inputs: str = "contiguous"  # their layout
     cotangents: str = "contiguous"
+    outputs: str = "contiguous"  # of what operators allocate
     gradients: bool = True
     alone: bool = False  # the gradient of the first tensor, without the others
     end: str = "end"  # of every tensor at which the inaccessible page is
@@ -94,6 +95,7 @@ class Judge:
         from headworks.testing import spec as spec_module
         from specs import SPECS
         from test_cpu_splits import CUT
+        from test_ops import CONTIGUOUS
 
         torch.set_num_threads(1)  # a process with OpenMP threads must not fork
         ctypes.CDLL(None).mallopt(M_PERTURB, 0x100)  # new memory is of ones: numbers in it are NaN
@@ -103,6 +105,7 @@ class Judge:
         self.specs = [self._guarded(spec) for spec in chosen]
         self._restride, inputs._gaps = inputs.restride, self._gaps
         self._draw, spec_module._cotangent = spec_module._cotangent, self._cotangent
+        self.contiguous = CONTIGUOUS
         self.long = {s.name: [c for module, c in CUT if module.SPEC is s] for s in chosen}
         self.check_case, self.allocations = spec_module.check_case, guarded_allocations
         _library.info()  # loads both libraries
@@ -129,7 +132,9 @@ class Judge:
                 cases = list(spec.emulator_cases)
                 first = Task(i, cases[0], BACKENDS[short], dtype)
                 kinds = [first]
-                aside = list(ASIDE)
+                aside = [
+                    how for how in ASIDE if "outputs" not in how or spec.name not in self.contiguous
+                ]
                 if short == "cpu":  # which is quick; a weaker instruction set has no pairs of bf16
                     cut = self.long.get(spec.name, ())
                     cases += [*spec.sample_cases, *cut]
@@ -158,7 +163,7 @@ class Judge:
         self.library.set_cpu_isa(task.isa)
         with contextlib.ExitStack() as stack:
             if backend != "reference":
-                for patch in self.allocations(self.guard):
+                for patch in self.allocations(self):
                     stack.enter_context(patch)
             self.check_case(spec, task.case, backend, task.dtype, gradients=task.gradients)
 
@@ -178,6 +183,10 @@ class Judge:
 
     def _cotangent(self, *args):
         return self._laid(self._draw(*args), self.task.cotangents)
+
+    def empty(self, shape, dtype):
+        """What operators allocate."""
+        return self._restride(self.guard.empty(shape, dtype), self.task.outputs)
 
     def _laid(self, x, layout: str):
         return self._restride(self.guard.copy(x), layout)
