@@ -38,6 +38,7 @@ EXPLAINED = Path(__file__).parent / "mutants" / "explained.json"
 ALLOWED = 0.05
 # Of every sample at least this share are barriers: they are few, and nothing else finds them.
 BARRIERS = 0.15
+SURVIVING = ("survived", "not reached", "broken")
 
 
 def arguments():
@@ -139,6 +140,8 @@ def main() -> int:
     print(f"references: {clock}", flush=True)
     baseline = judge.baseline(made.numbers, args.jobs)
     print(f"without a mutant: {len(baseline.seconds)} comparisons, {clock}", flush=True)
+    if judging.run_programs(0, made.programs) != judging.SURVIVED:
+        baseline.wrong.append("the C++ tests fail")
     if baseline.wrong or len(baseline.seconds) < 10:
         print(*baseline.wrong, "the sources as they are do not pass", sep="\n")
         return 2
@@ -161,14 +164,18 @@ def classify(judge, baseline, made, workers) -> dict[int, str]:
         print(f"{n:5} {results[n]:10} {seconds:6.1f} s  {made.mutants[n]}", flush=True)
 
     judge.try_all(reached, baseline, workers, told)
+    left = [n for n in made.mutants if results[n] in SURVIVING] if made.programs else []
+    for n in left:  # what the C++ tests are for
+        status = judging.run_programs(n, made.programs)
+        if status != judging.SURVIVED:
+            told(n, status, 0.0)
     return results
 
 
 def report(results, mutants, args, clock) -> int:
     explanations = Explanations()
-    surviving = ("survived", "not reached", "broken")
     counted = [n for n, r in results.items() if r != "not compiled"]
-    survivors = [n for n in counted if results[n] in surviving]
+    survivors = [n for n in counted if results[n] in SURVIVING]
     unexplained = [n for n in survivors if not explanations.reason(mutants[n])]
     print(f"\n{dict(Counter(results.values()))}; {clock}")
     for n in survivors:

@@ -58,6 +58,7 @@ CUT = (
         )
         for hq in (4, 6)
     ),
+    (key_scan, K(S=2100, B=2, H=1, Dv=8, state_in=True, state_out=True)),
 )
 
 

@@ -124,6 +124,16 @@ def test_long_sequence_does_not_drift():
     compare(state.lse, s.double().logsumexp(1), F32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_weigh_nothing_change_nothing(backend):
+    """A sum of 1.37 that e^-40 is added to: what is kept is kept by exactly 1, every time."""
+    s = torch.full((1, 1000, 1), -40.0)
+    s[:, :2] = torch.tensor([[0.0], [-1.0]])
+    _, v = inputs(s=1000, h=1, dv=8, dtype=F32)
+    o = hw.key_scan(s, v, backend=backend)
+    assert_same_bits(o[:, 2:], o[:, 1:2].expand_as(o[:, 2:]))
+
+
 @pytest.mark.no_comparison
 def test_more_than_two_to_the_31_elements():
     n = 2**26

@@ -12,7 +12,14 @@ import torch
 
 from backends import SAMPLE, every_case, identify, native_info, samples, targets
 from headworks import _library
-from headworks.testing import LAYOUTS, assert_same_bits, check_case, compare, evaluate
+from headworks.testing import (
+    LAYOUTS,
+    assert_same_bits,
+    check_case,
+    compare,
+    evaluate,
+    restride_empty,
+)
 from specs import SPECS
 
 pytestmark = pytest.mark.operator
@@ -72,6 +79,21 @@ def test_emulated_schedules(spec, backend, dtype, copies, order):
 def test_layouts(spec, case, backend, device, dtype, layout):
     """Inputs, states and cotangents of unusual strides; the memory between elements is NaN."""
     check_case(spec, case, backend, dtype, device=device, layout=layout)
+
+
+# Of these some results are only steps to others, which native code refuses unless contiguous.
+CONTIGUOUS = ("kmeans_route", "bilevel_route", "bilevel_routing_attention")
+
+
+@pytest.mark.parametrize("layout", ("strided", "padded"))
+@pytest.mark.parametrize(
+    SAMPLE,
+    [s for s in samples((torch.float32, torch.bfloat16)) if s.values[0].name not in CONTIGUOUS],
+)
+def test_layouts_of_outputs(spec, case, backend, device, dtype, layout):
+    """As whoever calls native code may hand them over."""
+    with restride_empty(layout):
+        check_case(spec, case, backend, dtype, device=device)
 
 
 @pytest.mark.parametrize(EMULATED, list(emulated(EITHER)))

@@ -20,6 +20,7 @@ from headworks.testing import (
     comparisons,
     poison_empty,
     restride,
+    restride_empty,
 )
 from specs import SPECS
 
@@ -125,6 +126,15 @@ def test_poison():
         assert torch.empty(3).isnan().all()
         assert (torch.empty(3, dtype=torch.int32) == 0x7F).all()
         assert torch.empty(3, device="meta").is_meta
+        assert torch.ones(2).new_empty(3).isnan().all()
+
+
+def test_empty_of_another_layout():
+    with poison_empty(), restride_empty("strided"):
+        x = torch.empty(2, 3)
+        y = x.new_empty((2, 3), dtype=torch.int64)
+    assert x.stride() == y.stride() == (6, 2)
+    assert x.isnan().all() and torch.empty(2, 3).is_contiguous()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -15,6 +15,7 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +55,7 @@ class Task:
     dtype: object
     inputs: str = "contiguous"  # their layout
     cotangents: str = "contiguous"
-    outputs: str = "contiguous"
+    outputs: str = "contiguous"  # of what operators allocate
     gradients: bool = True
     alone: bool = False  # the gradient of the first tensor, without the others
     end: str = "end"  # of every tensor at which the inaccessible page is
@@ -295,6 +296,21 @@ class Judge:
         """Of each mutant (True: with every schedule) how its process ended, and its seconds."""
         jobs = {n: self.job(n, baseline, everywhere) for n, everywhere in numbers.items()}
         return run_forked(jobs, workers, report)
+
+
+def run_programs(n: int, programs: list[Path], limit: float = 60) -> int:
+    """How the C++ tests end with mutant n on: SURVIVED, DIFFERENT, or minus a signal."""
+    for program in programs:
+        try:
+            done = subprocess.run(
+                [program], env={**os.environ, "HW_MUTANT": str(n)}, timeout=limit,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return -signal.SIGXCPU
+        if done.returncode:
+            return DIFFERENT if done.returncode > 0 else done.returncode
+    return SURVIVED
 
 
 def run_forked(jobs, workers: int, report=lambda *_: None) -> dict[int, tuple[int, float]]:

@@ -46,7 +46,8 @@ struct Config {
   uint64_t seed = 0;
   Order order = Order::forward;
   Copies copies = Copies::late;
-  // Byte that fills shared memory at the start of a block and values read from exited lanes.
+  // Byte that fills shared memory at the start of a block, the stack of a thread at its start, and
+  // values read from exited lanes.
   // 0xff is a NaN in every float format; 0x7f is a huge number in bf16 and fp32, which a maximum
   // does not swallow.
   uint8_t poison = 0xff;

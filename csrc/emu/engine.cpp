@@ -3,10 +3,14 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <memory>
 #include <utility>
 
 namespace hw::emu {
+
+// Of a thread's stack, what is poisoned: the frames of a kernel, which hold its registers.
+constexpr size_t kPoisonedStack = 4096;
 
 constinit thread_local ThreadInfo* current = nullptr;
 
@@ -88,8 +92,17 @@ void Engine::thread_entry() {
   }
 }
 
+// Fills the part of the running stack that the kernel's frames will lie on: registers of a thread,
+// as shared memory, hold anything at its start.
+[[gnu::noinline]] void poison_locals(uint8_t byte) {
+  uint8_t room[kPoisonedStack];
+  std::memset(room, byte, sizeof room);
+  asm volatile("" : : "r"(room) : "memory");  // keeps what nobody reads
+}
+
 void Engine::run_thread(Thread& thread) {
   thread.started = true;
+  poison_locals(config_.poison);
   try {
     launch_->main(launch_->params);
     leave(thread);

@@ -21,6 +21,27 @@ struct ReadsUnwritten {
   }
 };
 
+// out[t] = what a local array holds that nobody has written.
+struct ReadsUnwrittenLocals {
+  static constexpr int kThreads = 32;
+  using Params = FaultParams;
+  HW_DEVICE static void main(const Params& p) {
+    float local[8];
+    leave_alone(local);
+    p.out[dev::thread_index()] = local[p.index];
+    fill(local);
+  }
+
+ private:
+  // To the compiler it may write.
+  [[gnu::noinline]] static void leave_alone(float* x) { asm volatile("" : : "r"(x) : "memory"); }
+  // What the next thread would find there.
+  static void fill(float* x) {
+    for (int i = 0; i < 8; ++i) x[i] = 1.0f;
+    leave_alone(x);
+  }
+};
+
 // The same in each block, which leaves numbers behind for the next.
 struct LeavesNumbers {
   static constexpr int kThreads = 32;

@@ -47,6 +47,13 @@ TEST(fault_unwritten_shared_memory_has_the_poison_asked_for) {
   EXPECT(got > 3e38f && std::isfinite(got), got);
 }
 
+TEST(fault_unwritten_locals_are_nan) {
+  for_all_orders([] {
+    const std::vector<float> got = run<ReadsUnwrittenLocals>(3, 512, {4});
+    for (int t = 0; t < 32; ++t) EXPECT(std::isnan(got[t]), "thread ", t, ": ", got[t]);
+  });
+}
+
 TEST(fault_shared_memory_left_by_another_block_is_nan) {
   for_all_orders([] {
     const std::vector<float> got = run<LeavesNumbers>(0, 512, {4});

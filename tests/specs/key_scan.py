@@ -115,9 +115,10 @@ EMULATOR_CASES = (
     # log-sums that rounding takes much of
     case(S=70, B=1, H=1, Dv=8, shift=4000.0, state_out=True),
     case(S=9, B=1, H=1, Dv=8, masked=9, state_out=True, label="all"),
+    case(S=9, B=1, H=1, Dv=8, shift=torch.inf, state_out=True),
     # Segments of one column; as many segments, heads and slices as fill more than a line.
     case(S=200, B=1, H=1, Dv=1, state_out=True),
-    case(S=258, B=2, H=3, Dv=132, state_in=True),
+    case(S=258, B=3, H=3, Dv=132, state_in=True),
     # Units of 8, 16 and 32 lanes, two slices of columns, one segment of time or several.
     *(
         case(label="pairs", **choice)

@@ -38,8 +38,9 @@ Mix<A> mix(const LogSum<A>& sum, A s) {
   }
   const A d = s - sum.m, e = std::exp(-std::abs(d));
   const A before = d <= 0 ? sum.a : sum.a * e, own = d <= 0 ? e : A(1) + (s - s);
-  const A whole = before + own, inverse = 1 / whole;
-  return {{d <= 0 ? sum.m : s, whole}, before * inverse, own * inverse};
+  const A whole = before + own;
+  // Divided, not multiplied by 1 / whole: what loses nothing is kept by exactly 1, however often.
+  return {{d <= 0 ? sum.m : s, whole}, before / whole, own / whole};
 }
 
 // to = a to + b from

@@ -6,10 +6,11 @@ check_case     outputs and gradients of one backend against the fp64 reference
 compare        one tensor against its oracle, with the tolerance rules; counts comparisons
 restride       the same values in another memory layout
 poison_empty   torch.empty filled with NaN, so that unwritten output is seen
+restride_empty what torch.empty gives in another memory layout, so outputs that operators allocate
 """
 
 from .compare import assert_same_bits, compare, comparisons
-from .inputs import LAYOUTS, poison_empty, restride
+from .inputs import LAYOUTS, poison_empty, restride, restride_empty
 from .spec import EVERY_DTYPE, HALF, Case, Spec, check_case, evaluate
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "evaluate",
     "poison_empty",
     "restride",
+    "restride_empty",
 ]

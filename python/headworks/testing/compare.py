@@ -4,7 +4,7 @@
 The oracle x is the reference in fp64 on the rounded inputs; m = max(1, max |x|) over its finite
 elements. Inputs and cotangents of a case are of size 1.
 
-    fp64, fp32    |y - x| <= atol * m + rtol * |x|                   fixed bounds, FIXED below
+    fp64, fp32    |y - x| <= floor / 2 * (atol * m + rtol * |x|)     fixed bounds, FIXED below
     fp16, bf16    |y - x| <= 2 * max |r - x| + floor * eps * m       r: the reference in that dtype
 
 The floor is counted in eps, the input dtype's precision: two, for rounding the inputs of a matrix
@@ -76,7 +76,7 @@ def compare(
     size = max(1.0, x.abs().max().item())
     if dtype in FIXED:
         atol, rtol = FIXED[dtype]
-        bound, own = atol * size + rtol * x.abs(), torch.zeros_like(x)
+        bound, own = floor / FLOOR * (atol * size + rtol * x.abs()), torch.zeros_like(x)
     else:
         if reference is None:
             raise AssertionError(f"{name}: inputs of {dtype} need the reference in that dtype")

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -47,19 +46,36 @@ def _gaps(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.full(shape, filler, dtype=x.dtype, device=x.device)
 
 
-@contextlib.contextmanager
-def poison_empty() -> Iterator[None]:
-    """Fill what torch.empty returns: NaN in floats, 0x7f in integers."""
-    empty = torch.empty
+def poison_empty() -> contextlib.AbstractContextManager[None]:
+    """Fill what torch.empty and Tensor.new_empty return: NaN in floats, 0x7f in integers."""
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = empty(*args, **kwargs)
-        if type(x) is Tensor and not x.is_meta and not torch._C._len_torch_dispatch_stack():
-            if x.is_floating_point():
-                x.detach().fill_(float("nan"))
-            elif x.dtype != torch.bool and not x.is_complex():
-                x.fill_(0x7F)
+    def poisoned(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        elif x.dtype != torch.bool and not x.is_complex():
+            x.fill_(0x7F)
         return x
 
-    with mock.patch.object(torch, "empty", poisoned):
+    return _empties(poisoned)
+
+
+def restride_empty(layout: str) -> contextlib.AbstractContextManager[None]:
+    """Let torch.empty and Tensor.new_empty, with which operators allocate what they return, give
+    tensors of another memory layout."""
+    return _empties(lambda x: restride(x, layout))
+
+
+@contextlib.contextmanager
+def _empties(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Plain ones, that is; tensors of a graph in the making are left alone."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def changed(x: Tensor) -> Tensor:
+        plain = type(x) is Tensor and not x.is_meta and not torch._C._len_torch_dispatch_stack()
+        return change(x) if plain else x
+
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: changed(empty(*a, **k))),
+        mock.patch.object(Tensor, "new_empty", lambda *a, **k: changed(new_empty(*a, **k))),
+    ):
         yield
