@@ -22,6 +22,7 @@
 #include "core/math.h"
 #include "core/mma.h"
 #include "core/ref.h"
+#include "core/vector.h"
 
 namespace hw {
 
@@ -156,7 +157,7 @@ HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, 
                                     float lo, float hi) {
   const uint32_t word = dev::pack<Element>(lo, hi);
   if (paired && column + 1 < row.size[0]) {
-    *reinterpret_cast<Word*>(row.at(column)) = word;
+    *reinterpret_cast<Word*>(aligned<4>(row.at(column))) = word;
     return;
   }
   if (column < row.size[0]) row(column) = std::bit_cast<Element>(static_cast<uint16_t>(word));
@@ -178,7 +179,7 @@ HW_DEVICE HW_INLINE void store_pairs(const Ref<Element, 1>& row, int first, bool
   if (paired && row.size[0] % 2 == 0) {
     HW_UNROLL
     for (int j = 0; j < kTiles; ++j)
-      if (8 * j < end) *reinterpret_cast<Word*>(to + 8 * j) = word[j];
+      if (8 * j < end) *reinterpret_cast<Word*>(aligned<4>(to + 8 * j)) = word[j];
     return;
   }
   const auto element = [](uint32_t bits) {

@@ -4,6 +4,7 @@
 //   Vec<T, N>            N elements, aligned as a whole
 //   load_vector<N>(p)    p[0 .. N-1] in one load (p aligned to N elements)
 //   store_vector(p, x)
+//   aligned<n>(p)        p, which must be a multiple of n bytes
 //   has_vectors(ref)     host: every row of `ref` can be moved 16 bytes at a time
 #pragma once
 
@@ -12,8 +13,28 @@
 
 #include "core/macros.h"
 #include "core/ref.h"
+#if defined(HW_EMULATE)
+#include "core/error.h"
+#endif
 
 namespace hw {
+
+#if defined(HW_EMULATE)
+[[noreturn, gnu::noinline]] inline void misaligned(const void* p, int bytes) {
+  throw Error(ErrorKind::runtime, concat("emulator: the address ", p, " of an access to ", bytes,
+                                         " bytes is no multiple of that"));
+}
+#endif
+
+// Where the hardware stops the kernel, so does the emulator.
+template <int kBytes, class T>
+HW_HOST_DEVICE HW_INLINE T* aligned(T* p) {
+#if defined(HW_EMULATE)
+  if (reinterpret_cast<uintptr_t>(p) % kBytes != 0) [[unlikely]]
+    misaligned(p, kBytes);
+#endif
+  return p;
+}
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
@@ -27,19 +48,20 @@ inline constexpr bool kMovesAsWords = sizeof(T) == 2 && N % 2 == 0;
 template <int N, class T>
 HW_HOST_DEVICE HW_INLINE Vec<T, N> load_vector(const T* from) {
   if constexpr (kMovesAsWords<T, N>) {
-    const auto words = *reinterpret_cast<const Vec<uint32_t, N / 2>*>(from);
+    const auto words = *reinterpret_cast<const Vec<uint32_t, N / 2>*>(aligned<2 * N>(from));
     return std::bit_cast<Vec<T, N>>(words);
   } else {
-    return *reinterpret_cast<const Vec<T, N>*>(from);
+    return *reinterpret_cast<const Vec<T, N>*>(aligned<sizeof(T) * N>(from));
   }
 }
 
 template <class T, int N>
 HW_HOST_DEVICE HW_INLINE void store_vector(T* to, const Vec<T, N>& x) {
   if constexpr (kMovesAsWords<T, N>) {
-    *reinterpret_cast<Vec<uint32_t, N / 2>*>(to) = std::bit_cast<Vec<uint32_t, N / 2>>(x);
+    *reinterpret_cast<Vec<uint32_t, N / 2>*>(aligned<2 * N>(to)) =
+        std::bit_cast<Vec<uint32_t, N / 2>>(x);
   } else {
-    *reinterpret_cast<Vec<T, N>*>(to) = x;
+    *reinterpret_cast<Vec<T, N>*>(aligned<sizeof(T) * N>(to)) = x;
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/mma.h"
+#include "core/vector.h"
 
 namespace hw::test {
 
@@ -302,7 +303,21 @@ struct LoadMatrixAt {
   }
 };
 
-// A 16-byte store to an address that is only 4-byte aligned.
+// Vectors that are read from, and stored to, an address that is only 4-byte aligned.
+template <bool kStores>
+struct MisalignedVector {
+  static constexpr int kThreads = 32;
+  using Params = FaultParams;
+  HW_DEVICE static void main(const Params& p) {
+    float* at = p.out + p.index;
+    if constexpr (kStores)
+      store_vector(at, Vec<float, 4>{{1, 2, 3, 4}});
+    else
+      p.out[0] = load_vector<4>(at).v[0];
+  }
+};
+
+// A 16-byte store of another kind to such an address.
 struct MisalignedStore {
   static constexpr int kThreads = 32;
   struct alignas(16) Four {

@@ -171,6 +171,12 @@ TEST(fault_matrix_row_is_reported) {
   check_reported<LoadMatrixAt>({"load_matrix_x4", "offset -16"}, -16);
 }
 
+TEST(fault_misaligned_vector_is_reported) {
+  check_reported<MisalignedVector<false>>({"an access to 16 bytes is no multiple"}, 1);
+  check_reported<MisalignedVector<true>>({"an access to 16 bytes is no multiple"}, 1);
+  EXPECT(!run<MisalignedVector<true>>(4).empty());
+}
+
 TEST(fault_copy_destination_is_reported) {
   check_reported<CopyTo<16>>({"copy_async_16", "thread 5", "offset 500", "not in shared"}, 500);
   check_reported<CopyTo<16>>({"copy_async_16", "offset 4", "not aligned to 16"}, 4);
