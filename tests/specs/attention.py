@@ -404,6 +404,7 @@ EMULATOR_CASES = (
     *(case(Sq=20, B=2, H=h, D=8, Dv=8, bias="1hqk") for h in (1, 2)),
     case(Sq=100, B=2, H=2, D=8, Dv=8, bias="bhq1", window=(3, None), weights=("sigmoid", None)),
     case(Sq=20, H=1, D=8, Dv=8, softcap=1.0),
+    case(Sq=20, Sk=70, H=1, D=8, Dv=70),
     case(Sq=33, H=1, bias="11qk", hidden=0.4, aux=STATISTICS),
     case(Sq=33, Sk=20, H=1, bias="b11k", key_bias="1hk", causal=True),
     case(Sq=33, H=1, softcap=2.0, temperature="1qh", key_gain="11k", gain_rows=(-1, None)),

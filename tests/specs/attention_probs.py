@@ -91,10 +91,10 @@ SPEC = Spec(
     differentiable=(),
     cases=CASES,
     emulator_cases=(
-        case(20, 40, H=1, Hq=2),
+        case(20, 40, H=1, Hq=2, bias="11qk"),
         case(40, 20, H=1, causal=True, chosen="rows"),
         case(lengths=((0, 7, 20, 1), (3, 9, 20, 0)), H=1, D=8, chosen="offsets"),
-        case(lengths=((0, 7, 20, 1), (3, 9, 20, 0)), H=1, D=8, chosen="rows"),
+        case(lengths=((0, 4, 23, 1), (3, 9, 20, 0)), H=1, D=8, chosen="rows"),
         case(20, 70, B=2, H=1, Hq=2, D=8, chosen="rows"),
         case(20, 33, B=2, H=2, Hq=4, D=8, gain_rows=(5, 15), **FULL),
         case(20, 33, H=1, D=8, spread=20.0, **SAME),
