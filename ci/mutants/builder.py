@@ -70,9 +70,10 @@ ALONE = {
     "bilevel_route": Part.of("bilevel_route select_topk", "bilevel_route"),
     "moh_route": Part.of("moh_route routing_attention attention", "moh_attention", "f32"),
     "attention": Part.of(
-        "attention routing_attention moh_route",
+        "attention routing_attention moh_route bilevel_route select_topk",
         "attention attention_lse attention_probs attention_transpose column_stats moh_attention "
-        "kmeans_routing_attention",
+        "kmeans_routing_attention bilevel_routing_attention",
+        widest=True,
     ),
     "routing_attention": Part.of(
         "routing_attention attention moh_route bilevel_route select_topk",

@@ -173,8 +173,8 @@ def operators(tensors, case):
 
 
 ALL = {"softcap": 3.0, "key_bias": "bhk", "key_gain": "b1k", "temperature": "bq1", "gate": 0.3}
-# With a large spread: scores of +-1e6, whose sums of weights are lost beside them.
-SAME = {"scale": 1e8, "softcap": 1e6, "label": "many the same"}
+# With a large spread: scores of +-1e7, whose sums of weights are lost beside them.
+SAME = {"scale": 1e9, "softcap": 1e7, "label": "many the same"}
 LENGTHS = ((0, 5, 64, 1, 70, 3), (4, 5, 70, 0, 64, 3))
 
 MASKS = (
@@ -376,7 +376,15 @@ EMULATOR_CASES = (
         gain_rows=(2, 60),
         temperature="1qh",
     ),
-    case(lengths=((5, 7), (0, 9)), H=1, D=8, Dv=8, temperature="1qh", label="without keys"),
+    case(
+        lengths=((5, 7), (0, 9)),
+        H=1,
+        D=8,
+        Dv=8,
+        temperature="1qh",
+        key_bias="11k",
+        label="without keys",
+    ),
     case(Sq=130, Sk=20, H=1, D=8, Dv=8, window=(3, 2), temperature="1qh", label="without keys"),
     case(Sq=0, H=1, aux=("lse",)),
     case(Sq=5, Sk=0, H=1, aux=("lse",)),
@@ -390,15 +398,24 @@ EMULATOR_CASES = (
     case(Sq=40, H=1, D=200, Dv=150, causal=True, key_bias="11k"),
     case(Sq=1, Sk=200, H=1, Hq=4, causal=True, label="decode"),
     case(Sq=70, H=1, window=(9, 3)),
+    case(Sq=20, H=1, D=8, Dv=8, window=(0, 2)),
     case(Sq=33, Sk=70, B=2, H=1, Hq=2, bias="11qk"),
     case(Sq=70, Sk=66, H=1, Hq=2, bias="11q1", weights=("sigmoid", "length")),
+    *(case(Sq=20, B=2, H=h, D=8, Dv=8, bias="1hqk") for h in (1, 2)),
+    case(Sq=100, B=2, H=2, D=8, Dv=8, bias="bhq1", window=(3, None), weights=("sigmoid", None)),
+    case(Sq=20, H=1, D=8, Dv=8, softcap=1.0),
+    case(Sq=20, Sk=70, H=1, D=8, Dv=70),
     case(Sq=33, H=1, bias="11qk", hidden=0.4, aux=STATISTICS),
     case(Sq=33, Sk=20, H=1, bias="b11k", key_bias="1hk", causal=True),
     case(Sq=33, H=1, softcap=2.0, temperature="1qh", key_gain="11k", gain_rows=(-1, None)),
     *(case(Sq=33, Sk=40, H=1, Hq=2, weights=w) for w in WEIGHTS),
+    case(Sq=33, Sk=30, H=1, D=8, Dv=8, causal=True, weights=("sigmoid", "length")),
+    case(lengths=((7, 20), (9, 20)), H=1, D=8, Dv=8, causal=True, weights=("relu", "length")),
+    case(Sq=64, H=1, D=8, Dv=64, weights=("sigmoid", None)),
     case(Sq=70, H=2, gate=0.4, mix="h"),
     case(Sq=20, H=2, Hq=4, Dv=8, mix="bh"),
     *(case(Sq=33, H=1, D=13, Dv=dv, gate=0.4, mix="h") for dv in (21, 45)),
+    case(Sq=20, H=1, D=130, Dv=101, gate=0.4, mix="h"),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
     case(Sq=20, Sk=33, H=1, D=8, Dv=8, spread=20.0, aux=STATISTICS, **SAME),
     # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,
@@ -417,6 +434,10 @@ EMULATOR_CASES = (
         temperature="1qh",
     ),
     case(Sq=2, Sk=700, H=2, Hq=4, D=8, Dv=8, aux=STATISTICS, label="splits"),
+    case(Sq=130, Sk=257, H=1, D=8, Dv=8, causal=True, label="splits"),
+    case(Sq=2, Sk=130, H=1, D=8, Dv=8, bias="11qk", hidden=1.0),
+    case(Sq=2, Sk=300, H=1, D=8, Dv=1, weights=("softmax1", None)),
+    case(Sq=2, Sk=300, H=1, D=8, Dv=150, weights=("relu", "sum")),
     case(lengths=((1, 3), (400, 300)), H=1, Hq=2, D=8, Dv=8, causal=True, aux=("lse",)),
     case(Sq=1, Sk=300, H=1, Hq=2, D=16, Dv=150, window=(280, None), label="splits of slices"),
     case(Sq=33, H=1, Hq=2, D=200, Dv=8, bias="11qk"),

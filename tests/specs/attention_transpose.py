@@ -111,6 +111,7 @@ SPEC = Spec(
     emulator_cases=(
         case(70, H=1, Dv=16, causal=True),
         case(20, 40, H=1, Hq=2, bias="11qk", lse="given"),
+        case(20, 33, B=2, H=1, Hq=2, D=8, Dv=150, lse="given"),
         case(lengths=((0, 7, 66, 1), (3, 9, 66, 0)), H=1, D=8, Dv=8),
         case(20, 33, H=1, D=8, Dv=8, spread=20.0, **SAME),
         *(case(20, 33, H=1, Hq=2, D=200, Dv=dv, key_bias=b) for dv, b in ((8, None), (5, "11k"))),

@@ -25,11 +25,12 @@ def case(
 ):  # fmt: skip
     """`lists`: sorted, shuffled, twice (drawn with replacement), holes (a third is -1), beyond (as
     holes; native calls are given the position behind the last token instead of -1), popular
-    (the same tokens in all clusters), empty (all -1), all (every token, in one cluster W = S),
-    common (those of all batch entries are one in memory). Keys have lists of their own where Wk is
-    given or Sk is another length; or `keys`: rows (k_index is q_index), first (it is that of the
-    first batch entry), head (that of the first head). `slots`: w and the row statistic of slots
-    without token are outputs too."""
+    (the same tokens in all clusters), empty (all -1), all (every token, in one cluster W = S), gap
+    (all but the first slot), ends (rows the first tokens and keys the last ones, in every second
+    cluster the other way round), common (those of all batch entries are one in memory). Keys have
+    lists of their own where Wk is given or Sk is another length; or `keys`: rows (k_index is
+    q_index), first (it is that of the first batch entry), head (that of the first head). `slots`: w
+    and the row statistic of slots without token are outputs too."""
     own = keys is None and (Wk is not None or Sk is not None)
     sizes = {"B": B, "Sq": Sq, "Sk": Sq if Sk is None else Sk, "Hq": Hq or H, "H": H, "K": K,
              "Wq": Wq, "Wk": Wq if Wk is None else Wk, "D": D, "Dv": Dv, "lists": lists,
@@ -64,16 +65,20 @@ def make(case, dtype, device="cpu", seed=0):
     tensors["v"] = draw(n["B"], n["Sk"], n["H"], n["Dv"]).to(device, dtype)
     tensors["q_index"] = _lists(n, n["Sq"], n["Wq"], generator).to(device)
     if n["own"]:
-        tensors["k_index"] = _lists(n, n["Sk"], n["Wk"], generator).to(device)
+        tensors["k_index"] = _lists(n, n["Sk"], n["Wk"], generator, keys=True).to(device)
     return tensors
 
 
-def _lists(n, tokens, window, generator):
+def _lists(n, tokens, window, generator, keys=False):
     shape = (n["B"], n["Hq"], n["K"])
     if n["lists"] == "empty":
         return torch.full((*shape, window), -1)
     if n["lists"] == "twice":
         return torch.randint(tokens, (*shape, window), generator=generator)
+    if n["lists"] == "ends":
+        last = (torch.arange(n["K"]) + keys) % 2
+        index = torch.arange(window) + (tokens - window) * last[:, None]
+        return index.expand(*shape, -1).clone()
     if n["lists"] == "popular":
         return torch.randperm(tokens, generator=generator)[:window].expand(*shape, -1).clone()
     if n["lists"] == "common":
@@ -82,6 +87,8 @@ def _lists(n, tokens, window, generator):
     index = torch.rand(*shape, tokens, generator=generator).argsort(-1)[..., :window]
     if n["lists"] in ("sorted", "all"):
         return index.sort(-1).values
+    if n["lists"] == "gap":
+        index[..., 0] = -1
     if n["lists"] in ("holes", "beyond"):
         hole = torch.rand(index.shape, generator=generator) < 1 / 3
         return torch.where(hole, -1, index)
@@ -164,9 +171,11 @@ CASES = (
 EMULATOR_CASES = (
     case(Sq=80, K=2, Wq=40, H=1, Hq=2, D=16, Dv=16, lists="holes", causal=True, mask_self=True),
     case(Sq=70, K=1, Wq=66, H=1, D=16, Dv=8, causal=True, eps=1e-2),
-    case(Sq=40, Sk=90, K=2, Wq=20, Wk=70, H=1, D=8, Dv=8, lists="twice"),
+    case(Sq=40, Sk=60, K=2, Wq=20, Wk=70, H=1, D=8, Dv=8, lists="twice"),
     *(case(Sq=s, K=1, Wq=s, lists="all", H=1, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     case(Sq=30, K=5, Wq=6, H=1, D=8, Dv=8, lists="empty"),
+    case(Sq=20, K=1, Wq=16, H=1, D=100, Dv=8, lists="gap"),
+    case(Sq=127, K=2, Wq=64, Wk=64, H=1, D=8, Dv=8, lists="ends", mask_self=True),
     case(Sq=20, K=3, Wq=10, B=2, H=1, Hq=2, D=8, Dv=12, lists="holes", slots=True),
     *(case(Sq=20, Sk=sk, K=3, Wq=10, H=1, D=8, Dv=8, lists="beyond") for sk in (None, 15)),
     case(Sq=40, K=2, Wq=32, H=1, D=8, Dv=8, lists="shuffled", causal=True),

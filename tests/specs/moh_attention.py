@@ -109,6 +109,7 @@ EMULATOR_CASES = (
     *(case(Sq=20, H=1, D=8, Dv=dv) for dv in (0, 150)),
     # A bias that heads or batch entries share, of which the gradient is a sum.
     *(case(Sq=40, B=2, H=1, Hq=2, D=d, Dv=8, bias="11qk") for d in (8, 100)),
+    case(Sq=20, H=1, D=8, Dv=8, bias="11qk", gate=0.0),
     *(
         case(B=2, Dv=8, label="pairs", **choice)
         for choice in pairwise(

@@ -110,7 +110,7 @@ struct ForwardParams : ScoreParams {
   Ref<void, 4> w;                   // [B, Sq, Hq, Dv]  out: before gate and mix; absent: not wanted
   Ref<void, 3> row, rest;           // [B, Hq, Sq]  out, acc: row statistic; absent: not wanted
   Ref<void, 3> entropy, p_max, sq_norm, mass;  // [B, Hq, Sq]  out, acc; absent: not wanted
-  bool skip_dead;  // rows with g = 0 or u = 1 need no loop: their row statistic becomes +inf
+  bool skip_dead;  // rows with g = 0 or u = 1 need no loop; nothing but o is wanted of a row
 
   HW_HOST_DEVICE int value_dim() const { return v ? static_cast<int>(v.size[3]) : 0; }
 };
@@ -132,6 +132,14 @@ struct BackwardParams : ScoreParams {
 
   HW_HOST_DEVICE int value_dim() const { return static_cast<int>(v.size[3]); }
 };
+
+// Whether several (batch entry, head) pairs, rows or keys add to the same element of d_bias.
+inline bool adds_up_bias(const BackwardParams& b) {
+  if (!b.d_bias) return false;
+  for (int d = 0; d < 4; ++d)
+    if (b.d_bias.stride[d] == 0 && b.d_bias.size[d] > 1) return true;
+  return false;
+}
 
 // "attention.columns"
 struct ColumnsParams : ScoreParams {
@@ -275,8 +283,7 @@ struct Mask {
 
 template <class Params>
 HW_HOST_DEVICE Mask mask_of(const Params& p, const Sequence& s) {
-  const int64_t right = !p.causal ? p.right : p.right < 0 ? 0 : min_of<int64_t>(p.right, 0);
-  return {s.q_count, s.k_count, p.left, right};
+  return {s.q_count, s.k_count, p.left, p.causal ? 0 : p.right};
 }
 
 }  // namespace hw::attention

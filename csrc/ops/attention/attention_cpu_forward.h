@@ -94,7 +94,6 @@ class Forward {
     RowSums<A>* rows;
     A* values;  // w^T [panels, Dv, kRows], or `along_keys` w [panels, kRows, padded Dv]
     bool along_keys = false;
-    bool dead = false;  // nobody can see what the loop would find: it did not run
   };
 
   bool shared_scores() const {
@@ -170,16 +169,17 @@ class Forward {
   HW_NOINLINE void fill(const Block& block, const Cut& cut, int64_t span, State& state,
                         Scratch& scratch, const Requests& meanwhile = {}) {
     state.rows->clear();
-    state.dead = dead(block);
+    const bool unseen = dead(block);
     state.along_keys = along_keys(block);
-    if (state.dead || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
-    if (!state.dead) walk(block, cut, span, state, scratch, meanwhile);
+    if (unseen || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
+    if (!unseen) walk(block, cut, span, state, scratch, meanwhile);
   }
 
   bool along_keys(const Block& block) const {
     return AlongKeys<T>::serves(p_, block.count(), block.keys().count());
   }
 
+  // Nobody can see what the loop would find.
   HW_NOINLINE bool dead(const Block& b) const {
     if (!p_.skip_dead) return false;
     if (p_.identity_mix && p_.identity_mix.template as<const A>()(b.at.batch, b.head) == 1)
@@ -305,7 +305,6 @@ class Forward {
     const Block block = block_of(task);
     if (block.rows.empty()) return;
     State whole = state_in(partials_.data() + task * spans_ * partial_bytes());
-    whole.dead = dead(block);
     whole.along_keys = along_keys(block);
     for (int64_t span = 1; span < cut_of(block.at).spans; ++span)
       add(block, whole, state_in(partials_.data() + (task * spans_ + span) * partial_bytes()));
@@ -414,9 +413,7 @@ class Forward {
     if (!reads_out_) return moved * inverse;
     const A log_total = std::log(total);
     // A score of +inf is L, though p is NaN there.
-    const A row = state.dead || top == kInfinity<A> ? kInfinity<A>
-                  : some                            ? top + log_total
-                                                    : -kInfinity<A>;
+    const A row = top == kInfinity<A> ? top : some ? top + log_total : -kInfinity<A>;
     const A rest = std::isfinite(row) ? (top - row) + log_total : A(0);
     put(p_.row, block, i, row);
     put(p_.rest, block, i, rest);
@@ -432,7 +429,7 @@ class Forward {
                 : p_.normalizer == Normalizer::length
                     ? static_cast<A>(block.visible_keys(i).count())
                     : A(1);
-    if (p_.normalizer == Normalizer::sum) put(p_.row, block, i, state.dead ? kInfinity<A> : n);
+    if (p_.normalizer == Normalizer::sum) put(p_.row, block, i, n);
     put(p_.rest, block, i, A(0));
     return n != 0 ? 1 / n : A(0);
   }

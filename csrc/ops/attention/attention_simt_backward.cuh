@@ -291,7 +291,7 @@ void run_key_grad(GradParams<Element, Source> p, int64_t sequences, int64_t head
   const int bytes = kBytes<A, Source, kVector<A>>;
   const int most = max_of(slices_of<A>(p.b.dim()), p.b.d_v ? slices_of<A>(p.b.value_dim()) : 1);
   p.blocks = ceil_div<int64_t>(p.b.max_k, kSide<A>);
-  p.parts = most == 1 ? 1 : ceil_div(most, kSlices);
+  p.parts = ceil_div(most, kSlices);
   const Grid grid{sequences * heads * p.parts * p.blocks, 1, 1};
   if (most == 1)
     launch<KeyGradKernel<Element, Source, 1>>(grid, bytes, context, p);
@@ -320,7 +320,7 @@ void describe_tensors(GradParams<Element, Source>& p) {
   p.d_q_vectors = vectors(p.b.d_q, p.wide_rows);
   p.d_k_vectors = vectors(p.b.d_k, p.wide_keys);
   p.d_v_vectors = vectors(p.b.d_v, p.wide_keys);
-  p.shared_bias = shares_bias(p.b);
+  p.shared_bias = adds_up_bias(p.b);
 }
 
 template <class Element>

@@ -213,7 +213,6 @@ struct MergeKernel {
 
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
-    if (index >= p.plan.tasks * p.plan.rows) return;
     const RowsTask task = rows_task(p.f, p.plan, index / p.plan.rows, 0);
     const int64_t row = index % p.plan.rows, place = task.first + row;
     const Source source = Source::of(p.f, task.sequence);
@@ -254,8 +253,9 @@ void run_rows(const RowsParams<Element, Source>& p, const Context& context) {
                                                     p);
   if constexpr (!Source::kListed) {
     if (p.plan.spans == 1) return;
-    const int64_t rows = p.plan.tasks * p.plan.rows;
-    launch<MergeKernel<Element, Source>>({ceil_div<int64_t>(rows, kWarps), 1, 1}, 0, context, p);
+    static_assert(kFewRows % kWarps == 0 && kSide<A> % kWarps == 0, "whole blocks of warps");
+    const int64_t blocks = p.plan.tasks * (p.plan.rows / kWarps);
+    launch<MergeKernel<Element, Source>>({blocks, 1, 1}, 0, context, p);
   }
 }
 

@@ -57,12 +57,4 @@ HW_DEVICE HW_INLINE void for_gradients(const T& tile, typename T::Micro& c, type
   each_row<T::kOwnSide / kLanes>(row, c, dp, sums...);
 }
 
-// Whether several (batch entry, head) pairs, rows or keys add to the same element of d_bias.
-inline bool shares_bias(const BackwardParams& p) {
-  if (!p.d_bias) return false;
-  for (int d = 0; d < 4; ++d)
-    if (p.d_bias.stride[d] == 0 && p.d_bias.size[d] > 1) return true;
-  return false;
-}
-
 }  // namespace hw::attention::simt

@@ -91,8 +91,7 @@ class RowEnd {
 
   // Writes statistics if asked to; returns the factor of the row's values.
   HW_DEVICE HW_INLINE A settle(RowSums<A> r, bool writes) const {
-    const bool dead = f.skip_dead && is_dead<Element>(f, source.batch(), head, row);
-    return is_softmax(f.activation) ? settle_softmax(r, writes, dead) : normalize(r, writes, dead);
+    return is_softmax(f.activation) ? settle_softmax(r, writes) : normalize(r, writes);
   }
 
   // o = g ((1 - u) w + u v) for kCount columns of w.
@@ -123,7 +122,7 @@ class RowEnd {
   }
 
  private:
-  HW_DEVICE HW_INLINE A settle_softmax(RowSums<A>& r, bool writes, bool dead) const {
+  HW_DEVICE HW_INLINE A settle_softmax(RowSums<A>& r, bool writes) const {
     const bool one_more = f.activation == Activation::softmax1;
     const A largest = r.max;  // of the scores
     const A moved = one_more ? r.move(dev::larger(r.max, A(0))) : A(1);
@@ -132,9 +131,7 @@ class RowEnd {
     const A log_total = std::log(total), inverse = some ? A(1) / total : A(0);
     if (writes) {
       // A score of +inf is L, though p is NaN there.
-      const A row = dead || r.max == infinity<A>() ? infinity<A>()
-                    : some                         ? r.max + log_total
-                                                   : -infinity<A>();
+      const A row = r.max == infinity<A>() ? r.max : some ? r.max + log_total : -infinity<A>();
       const bool finite = row - row == A(0);
       const A rest = finite ? (r.max - row) + log_total : A(0);
       put(f.row, row);
@@ -147,12 +144,12 @@ class RowEnd {
     return inverse * moved;
   }
 
-  HW_DEVICE HW_INLINE A normalize(const RowSums<A>& r, bool writes, bool dead) const {
+  HW_DEVICE HW_INLINE A normalize(const RowSums<A>& r, bool writes) const {
     A n = A(1);
     if (f.normalizer == Normalizer::length) n = static_cast<A>(source.seen(i, row));
     if (f.normalizer == Normalizer::sum) {
       n = r.sum;
-      if (writes) put(f.row, dead ? infinity<A>() : n);
+      if (writes) put(f.row, n);
       if (writes) put(f.rest, A(0));
     }
     return n != A(0) ? A(1) / n : A(0);

@@ -30,8 +30,9 @@ inline bool has_plain_scores(const ScoreParams& p) {
 }
 
 inline bool is_plain(const ForwardParams& f) {
-  return has_plain_scores(f) && f.v && !f.w && !f.head_gate && !f.identity_mix && !f.entropy &&
-         !f.p_max && !f.sq_norm && !f.mass;
+  const bool more =
+      f.w || f.head_gate || f.identity_mix || f.entropy || f.p_max || f.sq_norm || f.mass;
+  return has_plain_scores(f) && f.v && !more;
 }
 
 inline Units units_of(bool plain, const ScoreParams& p) {
@@ -112,7 +113,7 @@ void backward(const Call& call, const BackwardParams& b) {
       output_of<Element>(b.d_q),
       output_of<Element>(b.d_k),
       output_of<Element>(b.d_v),
-      shares_bias(b),
+      adds_up_bias(b),
       0};
   const Context& context = call.context;
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();

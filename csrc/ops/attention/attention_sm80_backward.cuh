@@ -27,14 +27,6 @@ struct GradientParams : Feed {
   int64_t blocks;    // of own rows, per head of a sequence
 };
 
-// Whether several (batch entry, head) pairs, or keys, add to the same element of d_bias.
-inline bool shares_bias(const BackwardParams& b) {
-  if (!b.d_bias) return false;
-  for (int d = 0; d < 4; ++d)
-    if (b.d_bias.stride[d] == 0 && b.d_bias.size[d] > 1) return true;
-  return false;
-}
-
 // Gradients of one tile: p in place of c = <q, k>, ds in place of dp = <d_w, v>, and y.
 template <class Score, class Pairs>
 HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c, Pairs& dp,

@@ -20,16 +20,16 @@ struct Units {
   float unit = kLog2e, natural = 1, inverse = 1;
 };
 
-// Running sums of a row over the keys so far. Not softmaxes: max = 0 and sum = sum a(s).
+// Running sums of a row over the keys so far. Not softmaxes: sum = sum a(s), the others stay.
 struct RowSums {
   float max = -kInfinity;                 // of the scores
   float sum = 0;                          // sum e^(s - max)
   float tilt = 0, squares = 0, mass = 0;  // sum e^(s - max) (s - max), sum e^2(s - max), sum e.. m
 
-  // Moves to another maximum; returns the factor of all that was summed.
+  // Moves to another maximum; returns the factor of all that was summed, 1 before any score.
   HW_DEVICE HW_INLINE float move(float to, float unit) {
     const float gap = max == -kInfinity ? 0.0f : max - to;
-    const float factor = max == -kInfinity ? 0.0f : dev::exp2_fast(gap * unit);
+    const float factor = dev::exp2_fast(gap * unit);
     max = to;
     tilt = factor * (tilt + gap * sum);
     sum *= factor;
@@ -51,7 +51,6 @@ struct Partials {
   float *values = nullptr, *sums = nullptr;  // [spans, rows, Dv], [spans, rows, kSumsOfRow]; of the
                                              // sums, plain ones have the first two
   int64_t rows = 0, columns = 0;             // rows = [N, Hq, max_q]
-  static constexpr float kDead = -1.0f;      // in place of `sum`: the loop did not run
 
   HW_DEVICE HW_INLINE float* values_of(int64_t span, int64_t row) const {
     return values + (span * rows + row) * columns;
@@ -73,8 +72,8 @@ struct Finish {
 
   // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true); returns
   // the factor of its values.
-  HW_DEVICE HW_INLINE float settle(int64_t row, RowSums r, bool dead, bool writes) const {
-    if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, dead, writes);
+  HW_DEVICE HW_INLINE float settle(int64_t row, RowSums r, bool writes) const {
+    if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
     const bool one_more = f.activation == Activation::softmax1;
     const float before = r.max;
     const float moved = one_more ? r.move(dev::larger(before, 0.0f), units.unit) : 1.0f;
@@ -83,9 +82,9 @@ struct Finish {
     const bool some = total != 0.0f;
     const float log_total = std::log2(total) * kLn2;
     // A score of +inf is L, though p is NaN there.
-    const float statistic = dead || r.max == kInfinity ? kInfinity
-                            : some                     ? r.max * units.natural + log_total
-                                                       : -kInfinity;
+    const float statistic = r.max == kInfinity ? r.max
+                            : some             ? r.max * units.natural + log_total
+                                               : -kInfinity;
     // Of the distance that replays see (ScoreTile::distance).
     const float above = fmaf(-statistic, units.inverse, r.max) * units.natural;
     const float rest = statistic - statistic == 0.0f ? above + log_total : 0.0f;
@@ -135,9 +134,8 @@ struct Finish {
       HW_UNROLL
       for (int n = 0; n < 2 * kTogether; ++n) {
         const int j = n / 2, i = n % 2, column = at + 8 * j + i;
-        mixed[j][i] = x[j][i];
-        if (column < end)
-          mixed[j][i] = (1.0f - u) * x[j][i] + u * static_cast<float>(own[column * step]);
+        const float value = column < end ? static_cast<float>(own[column * step]) : 0.0f;
+        mixed[j][i] = (1.0f - u) * x[j][i] + u * value;
       }
       HW_UNROLL
       for (int n = 0; n < 2 * (kTiles - kTogether); ++n)
@@ -154,13 +152,12 @@ struct Finish {
     return {r.at(batch, token, place.head), {r.size[3]}, {r.stride[3]}};
   }
 
-  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums& r, bool dead, bool writes) const {
+  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums& r, bool writes) const {
     const float n = f.normalizer == Normalizer::sum ? r.sum
                     : f.normalizer == Normalizer::length
                         ? static_cast<float>(place.mask.visible_keys(row).count())
                         : 1.0f;
-    if (writes && f.normalizer == Normalizer::sum)
-      put(f.row, row, dead ? kInfinity : n), put(f.rest, row, 0.0f);
+    if (writes && f.normalizer == Normalizer::sum) put(f.row, row, n), put(f.rest, row, 0.0f);
     return n != 0.0f ? 1.0f / n : 0.0f;
   }
 
@@ -192,14 +189,13 @@ struct MergeKernel {
     for (int64_t span = 0; span < p.spans; ++span)
       whole.max = dev::larger(whole.max, p.partials.sums_of(span, index)[0]);
     const float top = whole.max;
-    const bool dead = p.partials.sums_of(0, index)[1] == Partials::kDead;
     for (int64_t span = 0; span < p.spans; ++span) {
       RowSums part = sums(p, span, index);
       part.move(top, p.units.unit);
       whole.add(part);
     }
     const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
-    const float factor = finish.settle(row, whole, dead, dev::lane() == 0);
+    const float factor = finish.settle(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
       float x[1][2] = {};
@@ -207,7 +203,7 @@ struct MergeKernel {
         const float* value = p.partials.values_of(span, index) + column;
         const float part = RowSums{p.partials.sums_of(span, index)[0]}.move(top, p.units.unit);
         x[0][0] += part * value[0];
-        if (column + 1 < columns) x[0][1] += part * value[1];
+        x[0][1] += part * value[1];  // behind an odd last column a number that is not stored
       }
       x[0][0] *= factor, x[0][1] *= factor;
       finish.write(row, column, x);

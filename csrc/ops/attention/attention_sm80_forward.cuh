@@ -279,17 +279,8 @@ struct ForwardKernel {
       return dev::any(some);
     }
 
-    HW_DEVICE HW_INLINE void clear() {
-      w.clear();
-      for (int strip = 0; strip < kStrips; ++strip)
-        for (int half = 0; half < 2; ++half) {
-          sums[strip][half] = {};
-          if (!kPlain && !is_softmax(p.f.activation)) sums[strip][half].max = 0.0f;
-        }
-    }
-
     // Outputs of the rows, or their partial results.
-    HW_DEVICE HW_INLINE void finish(bool is_dead) {
+    HW_DEVICE HW_INLINE void finish() {
       const Finish<Element, kPlain, !kPlain || Feed::kListed> finish{p.f, p.o, p.w, place, p.units};
       HW_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) {
@@ -306,9 +297,9 @@ struct ForwardKernel {
           const int64_t row = result_row(line);
           if (row < 0) continue;
           if (!Feed::kListed && p.plan.spans > 1) {
-            keep(strip, half, index() + line, r, is_dead);
+            keep(strip, half, index() + line, r);
           } else {
-            const float factor = finish.settle(row, r, is_dead, dev::lane() % 4 == 0);
+            const float factor = finish.settle(row, r, dev::lane() % 4 == 0);
             if (!kPlain && !p.f.v) continue;
             float x[Values::kTiles][2];
             w.copy_row(x, strip, half, factor);
@@ -327,12 +318,11 @@ struct ForwardKernel {
         return row < place.mask.rows ? row : -1;
     }
 
-    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r,
-                                  bool is_dead) {
+    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r) {
       const int64_t span = dev::block_index_y();
       if (dev::lane() % 4 == 0) {
         float* to = p.partials.sums_of(span, row);
-        to[0] = r.max, to[1] = is_dead ? Partials::kDead : r.sum;
+        to[0] = r.max, to[1] = r.sum;
         if constexpr (!kPlain) to[2] = r.tilt, to[3] = r.squares, to[4] = r.mass;
       }
       float* to = p.partials.values_of(span, row);
@@ -349,10 +339,9 @@ struct ForwardKernel {
   HW_DEVICE static void main(const Params& p) {
     Block block(p, *dev::shared<Smem>());
     if (block.rows().empty()) return;
-    const bool dead = block.dead();
-    block.clear();
-    if (!dead) block.walk(block.tiles());
-    block.finish(dead);
+    block.w.clear();
+    if (!block.dead()) block.walk(block.tiles());
+    block.finish();
   }
 };
 

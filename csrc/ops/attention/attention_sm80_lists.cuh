@@ -101,35 +101,30 @@ struct Tokens {
 // a slot, token(slot, listed) the token that follows from it, `slots` that there are.
 template <int kThreads, int kCount, class Side>
 struct Coming {
-  static constexpr int kEach = ceil_div(kCount, kThreads);
+  static_assert(kCount <= kThreads, "a slot per thread");
   const Side& side;
   int first;
-  int64_t listed[kEach];
+  int64_t listed;
 
   HW_DEVICE HW_INLINE Coming(const Side& from, int first_slot) : side(from), first(first_slot) {
-    HW_UNROLL
-    for (int n = 0; n < kEach; ++n) listed[n] = exists(n) ? side.of(first + place(n)) : kNoToken;
+    listed = exists() ? side.of(first + dev::thread_index()) : kNoToken;
   }
   // Writes the tokens. Whole block; they are visible behind the next barrier.
   HW_DEVICE HW_INLINE void fill(Tokens<kCount>& to) const {
-    HW_UNROLL
-    for (int n = 0; n < kEach; ++n) {
-      const int i = place(n);
-      if (i - dev::lane() >= kCount) continue;  // the same for a warp
-      const int token = exists(n) ? side.token(first + i, listed[n]) : kBeyond;
-      const int high = dev::warp_max<16>(token);
-      const int low = -dev::warp_max<16>(token < 0 ? -INT_MAX : -token);
-      const uint32_t holes = dev::ballot(token < 0) >> (dev::lane() & 16) & 0xffff;
-      if (i >= kCount) continue;
-      to.at[i] = token;
-      if (i % 16 == 0) to.parts[i / 16] = {low, high, holes == 0};
-    }
+    const int i = dev::thread_index();
+    if (i - dev::lane() >= kCount) return;  // the same for a warp
+    const int token = exists() ? side.token(first + i, listed) : kBeyond;
+    const int high = dev::warp_max<16>(token);
+    const int low = -dev::warp_max<16>(token < 0 ? -INT_MAX : -token);
+    const uint32_t holes = dev::ballot(token < 0) >> (dev::lane() & 16) & 0xffff;
+    if (i >= kCount) return;
+    to.at[i] = token;
+    if (i % 16 == 0) to.parts[i / 16] = {low, high, holes == 0};
   }
 
  private:
-  HW_DEVICE HW_INLINE static int place(int n) { return dev::thread_index() + n * kThreads; }
-  HW_DEVICE HW_INLINE bool exists(int n) const {
-    return place(n) < kCount && first + place(n) < side.slots;
+  HW_DEVICE HW_INLINE bool exists() const {
+    return dev::thread_index() < kCount && first + dev::thread_index() < side.slots;
   }
 };
 

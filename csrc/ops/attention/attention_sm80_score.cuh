@@ -69,7 +69,7 @@ struct Dense {
   HW_DEVICE HW_INLINE static int heads_of_owner(const ScoreParams& p) { return p.group(); }
 };
 
-// Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` of them.
+// Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` (> 0) of them.
 template <class Element>
 HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequence& at, int head,
                                              int64_t first, int64_t count) {
@@ -77,7 +77,7 @@ HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequ
   rows.origin = x.ref.at(at.batch, first, head);
   rows.row = x.ref.stride[1];
   rows.column = x.ref.stride[3];
-  rows.count = static_cast<int>(min_of<int64_t>(max_of<int64_t>(count, 0), 1 << 20));
+  rows.count = static_cast<int>(min_of<int64_t>(count, 1 << 20));
   rows.columns = static_cast<int>(x.ref.size[3]);
   rows.aligned = x.aligned;
   return rows;
@@ -226,9 +226,8 @@ struct ScoreTile {
   }
   HW_DEVICE HW_INLINE void hide_in_order(F& x) const {
     const Mask& m = place.mask;
-    if (spot.row + kQueries <= m.rows && spot.key + kKeys <= m.keys &&
-        m.whole({spot.row, spot.row + kQueries}, {spot.key, spot.key + kKeys}))
-      return;
+    const Range rows{spot.row, spot.row + kQueries}, keys{spot.key, spot.key + kKeys};
+    if (rows.end <= m.rows && m.whole(rows, keys)) return;
     HW_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       HW_UNROLL
@@ -435,15 +434,13 @@ struct ScoreTile {
 
   // ---- In order
 
-  // The columns that a row of the fragment meets.
+  // The columns that a row of the fragment meets; of one that is not there any.
   HW_DEVICE HW_INLINE Range seen_by_line(int line) const {
     const Mask& m = place.mask;
     if constexpr (kKeysDown) {
-      if (spot.key + line >= m.keys) return {0, 0};
       const Range rows = m.seeing_rows(spot.key + line);
       return {rows.begin - spot.row, rows.end - spot.row};
     } else {
-      if (spot.row + line >= m.rows) return {0, 0};
       const Range keys = m.visible_keys(spot.row + line);
       return {keys.begin - spot.key, keys.end - spot.key};
     }

@@ -182,7 +182,7 @@ void backward(const Call& call) {
   const auto inputs = attention::sm80::loop_inputs<Element>(
       b, attention::sm80::has_plain_scores(b), b.d_w, b.v, b.row, b.rest,
       s.by_slot ? row_numbers(at.delta, s) : b.delta);
-  gradients<Element, kDim>({call, b, s, at, inputs, attention::sm80::shares_bias(b)});
+  gradients<Element, kDim>({call, b, s, at, inputs, attention::adds_up_bias(b)});
 
   const auto places = [&](float* data, int64_t count, int64_t width) {
     return place_array(data, s.batch, count, s.heads, width);
