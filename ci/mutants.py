@@ -55,6 +55,9 @@ def arguments():
     parser.add_argument("--folder", type=Path, default=building.ROOT / "build" / "mutants")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     parser.add_argument("--jobs", type=int, default=jobs, help="processes at a time")
+    parser.add_argument(
+        "--budget", type=float, default=20.0, help="seconds of comparisons that each may take"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     return parser.parse_args()
@@ -136,7 +139,7 @@ def main() -> int:
     made.make()
     print(f"built: {clock}; {len(made.dropped)} do not compile", flush=True)
     backends = tuple(args.backend or judging.BACKENDS)
-    judge = judging.Judge(made.library, backends, made.part.specs)
+    judge = judging.Judge(made.library, backends, made.part.specs, args.budget)
     print(f"references: {clock}", flush=True)
     baseline = judge.baseline(made.numbers, args.jobs)
     print(f"without a mutant: {len(baseline.seconds)} comparisons, {clock}", flush=True)

@@ -37,6 +37,7 @@ CUT = (
     (attention, A(Sq=5, Sk=2100, B=16, H=1, D=8, Dv=8)),  # cut, but not into tasks
     (attention, A(B=2, Sq=66, Sk=2100, H=1, Dv=8, weights=("sigmoid", "length"), causal=True)),
     (attention, A(lengths=((5, 66), (2100, 70)), H=2, Dv=8, weights=("softmax1", None))),
+    (attention, A(Sq=70, Sk=2100, B=2, D=8, Dv=8, bias="11qk")),  # of which all have a gradient
     (attention_lse, A(Sq=70, Sk=2100, H=1, causal=True)),
     (attention_transpose, attention_transpose.case(Sq=2100, Sk=66, H=1, Dv=8)),
     (column_stats, column_stats.case(Sq=2100, Sk=66, H=1)),

@@ -67,7 +67,8 @@ def case(
 
 
 def make(case, dtype, device="cpu", seed=0):
-    """q k v and the optional tensors that the case has."""
+    """q k v and the optional tensors that the case has. Where the score has a kink at 0, the row in
+    the middle is there."""
     n = case.sizes
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -82,6 +83,8 @@ def make(case, dtype, device="cpu", seed=0):
     q, k = draw(n["B"], n["Sq"], n["Hq"], n["D"]), draw(n["B"], n["Sk"], n["H"], n["D"])
     if n["spread"] != 1.0:  # few digits, so that large scores are exact in every dtype
         q, k = (n["spread"] * q).round(), (4 * k).round() / 4
+    if n["key_gain"] or case.options.get("activation", "softmax") != "softmax":
+        q[:, n["Sq"] // 2 :][:, :1] = 0
     tensors = {"q": q.to(device, dtype), "k": k.to(device, dtype)}
     if n["shared"]:
         tensors = {name: x[:1].expand_as(x) for name, x in tensors.items()}

@@ -175,6 +175,8 @@ EMULATOR_CASES = (
     *(case(Sq=s, K=1, Wq=s, lists="all", H=1, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     case(Sq=30, K=5, Wq=6, H=1, D=8, Dv=8, lists="empty"),
     case(Sq=20, K=1, Wq=16, H=1, D=100, Dv=8, lists="gap"),
+    # One score is what stands for that of a token with itself.
+    case(Sq=3, K=1, Wq=3, H=1, D=1, lists="all", mask_self=True, spread=16.2, scale=2e3),
     case(Sq=127, K=2, Wq=64, Wk=64, H=1, D=8, Dv=8, lists="ends", mask_self=True),
     case(Sq=20, K=3, Wq=10, B=2, H=1, Hq=2, D=8, Dv=12, lists="holes", slots=True),
     *(case(Sq=20, Sk=sk, K=3, Wq=10, H=1, D=8, Dv=8, lists="beyond") for sk in (None, 15)),

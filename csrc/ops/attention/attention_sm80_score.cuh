@@ -372,6 +372,13 @@ struct ScoreTile {
     return kPlain ? Feed::kSelfScore / in.scale : Feed::kSelfScore;
   }
 
+  HW_DEVICE HW_INLINE const int* line_tokens() const {
+    return kKeysDown ? spot.key_token : spot.row_token;
+  }
+  HW_DEVICE HW_INLINE const int* column_tokens() const {
+    return kKeysDown ? spot.row_token : spot.key_token;
+  }
+
   // What is added where there is no token is hidden.
   HW_DEVICE HW_INLINE void add_bias_of_tokens(F& x) const {
     const Ref<const Element, 4> b = p.bias.template as<const Element>();
@@ -386,8 +393,7 @@ struct ScoreTile {
   // Also replaces the scores of tokens with themselves. A key without token has the score 0.
   HW_DEVICE HW_INLINE void hide_tokens(F& x) const {
     if (all_meet(place.mask, row_extent(), key_extent(), feed.mask_self())) return;
-    const int* lines = kKeysDown ? spot.key_token : spot.row_token;
-    const int* columns = kKeysDown ? spot.row_token : spot.key_token;
+    const int *lines = line_tokens(), *columns = column_tokens();
     const int pad = !kKeysDown && feed.pad_keys() ? kNoToken : kNever;
     int begin[kStrips][2], end[kStrips][2], self[kStrips][2];  // columns that a line meets
     HW_UNROLL
@@ -422,13 +428,17 @@ struct ScoreTile {
 
   // As differentiate; scores of tokens with themselves are constants.
   HW_DEVICE HW_INLINE void differentiate_but_self(F& x, F& dp, float unit) const {
-    const float constant = self_score();
+    const int *lines = line_tokens(), *columns = column_tokens();
+    int self[kStrips][2];
+    HW_UNROLL
+    for (int n = 0; n < 2 * kStrips; ++n)
+      self[n / 2][n % 2] = met_by(lines[F::row(n / 2, n % 2 * 2)]).self;
     F::each([&](int s, int j, int i) {
       const int q = query(s, j, i);
-      const bool self = x.at[s][j][i] == constant;
       const float weight = soft_weight(x.at[s][j][i], q, unit);
       x.at[s][j][i] = weight;
-      dp.at[s][j][i] = self ? 0.0f : weight * (dp.at[s][j][i] - spot.extra[q]);
+      const bool constant = columns[F::column(j, i)] == self[s][i / 2];
+      dp.at[s][j][i] = constant ? 0.0f : weight * (dp.at[s][j][i] - spot.extra[q]);
     });
   }
 
