@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import headworks as hw
+from backends import native_info
 from headworks import nn
 from headworks.ops._moh_route_native import chosen_rows
 from headworks.testing import assert_same_bits, compare
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.operator
 
 F64, F32 = torch.float64, torch.float32
 attend = functools.partial(hw.moh_attention, backend="reference")
+BACKENDS = ["reference", "cpu"]
+BACKENDS += ["emulate:simt", "emulate:sm80"] if native_info().get("emulator") else []
 on_both = on_both_backends(globals(), attend=hw.moh_attention)
 
 
@@ -74,6 +77,25 @@ def test_what_was_not_chosen_is_not_looked_at():
     # head 1 was chosen by no token: its keys and values matter to nobody
     k[:, :, 1], v[:, :, 1] = torch.nan, torch.nan
     assert_same_bits(attend(q, k, v, gate), o)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ((1, 1, 40, 40), (2, 4, 1, 40), (1, 4, 40, 1)), ids=str)
+def test_gradient_of_a_shared_bias_does_not_look_at_it_either(backend, shape):
+    dtype = torch.bfloat16 if backend == "emulate:sm80" else F32
+    q, k, v, gate = (x.to(dtype) for x in inputs(b=2, s=40, hk=4))
+    tau, bias = torch.ones(gate.shape), torch.randn(shape, dtype=dtype, requires_grad=True)
+    g = torch.randn(q.shape[:3] + v.shape[3:], dtype=dtype)
+
+    def gradient(q, tau, g):
+        o = hw.moh_attention(q, k, v, gate, bias=bias, row_temperature=tau, backend=backend)
+        return torch.autograd.grad(o, bias, g)[0]
+
+    unchosen = gate == 0
+    whole = gradient(q, tau, g)
+    assert unchosen.any() and whole.isfinite().all()
+    q, g = (x.masked_fill(unchosen[..., None], torch.nan) for x in (q, g))
+    assert_same_bits(gradient(q, tau.masked_fill(unchosen, torch.inf), g), whole)
 
 
 @pytest.mark.parametrize("width", (64, 20))  # rows of whole cache lines, and others

@@ -92,6 +92,8 @@ class _RoutingAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if d_o is None:
             d_o = zeros(v, *score.q.shape[:3], v.shape[3])
+        if gate is not None and needs[2] and _is_shared(score):
+            score, d_o = _without_unchosen(score, d_o, gate)
         delta = slots = d_gate = None
         factor = _shares(routing, score) if routing.by_slot else gate
         d_w = d_o
@@ -125,6 +127,22 @@ class _RoutingAttention(torch.autograd.Function):
             d_gate if gate is not None and needs[TENSORS + 3] else None,
         )
         return *grads, *(None,) * (len(needs) - len(grads))
+
+
+def _is_shared(score: Score) -> bool:
+    """Whether there is a bias, of which pairs of a row and a key of several heads read an element."""
+    return score.bias is not None and score.bias.shape != (*score.row_shape, score.k.shape[1])
+
+
+def _without_unchosen(score: Score, d_o: Tensor, gate: Tensor) -> tuple[Score, Tensor]:
+    """Zeros in the rows that no list has. The gradient of a bias that heads share is summed over all
+    rows, these with the weight 0, which what is not finite would survive."""
+    unchosen = gate == 0
+    q, temperature = score.q.masked_fill(unchosen[..., None], 0), score.row_temperature
+    if temperature is not None:
+        temperature = temperature.masked_fill(unchosen, 0)
+    score = score._replace(q=q, row_temperature=temperature)
+    return score, d_o.masked_fill(unchosen[..., None], 0)
 
 
 def _shares(routing: Routing, score: Score) -> Tensor:

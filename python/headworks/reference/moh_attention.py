@@ -25,7 +25,10 @@ def moh_attention(
     **score: Any,
 ) -> Tensor:
     """The output [B, Sq, Hq, Dv]."""
-    w, _ = reference.attention(q, k, v, **score)
     chosen = (gate != 0)[..., None]
+    q = torch.where(chosen, q, 0)  # what is not finite there has no part in any gradient
+    if (tau := score.get("row_temperature")) is not None:
+        score["row_temperature"] = torch.where(chosen[..., 0], tau, 0)
+    w, _ = reference.attention(q, k, v, **score)
     g = gate[..., None]
     return torch.where(chosen, g * w.to(g.dtype), 0).to(v.dtype)
