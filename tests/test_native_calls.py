@@ -82,6 +82,38 @@ def test_bounds_of_packed_sequences_are_looked_at():
     _library.call(fn, "cpu", tensors, scalars)
 
 
+def routing_call(rows, keys, **changes):
+    """routing_attention.forward of one head of 4 tokens, whose cells are tokens."""
+    _, tensors, scalars = calls_of("attention.forward", B=1, S=4, K=4, Q=1, H=1)
+    for i, x in changes.items():
+        tensors[int(i[1:])] = x
+    cells = [4, 1, 1, 1, 4]
+    fn = _library.function("routing_attention.forward")
+    return fn, [rows, keys, *tensors], [*cells, *cells, 0, 0, 0, 0.0, *scalars]
+
+
+def test_lists_that_go_with_nothing_else():
+    rows = torch.arange(4)[None, None, None]  # [B, Hq, G, N]
+    fn, tensors, scalars = routing_call(rows, rows)
+    _library.call(fn, "cpu", tensors, scalars)
+    for softcap in (0.5, 1.0, 2.0):
+        capped = list(scalars)
+        capped[15] = softcap
+        with pytest.raises(ValueError, match="listed keys go with plain scores"):
+            _library.call(fn, "cpu", tensors, capped)
+    shapes = {"t2": (1, 1, 4, 4), "t3": (1, 1, 4), "t4": (1, 1, 4), "t5": (1, 4, 1)}
+    for i, shape in shapes.items():
+        fn, tensors, scalars = routing_call(rows, rows, **{i: torch.zeros(shape)})
+        with pytest.raises(ValueError, match="listed keys go with plain scores"):
+            _library.call(fn, "cpu", tensors, scalars)
+        fn, tensors, scalars = routing_call(rows, None, **{i: torch.zeros(shape)})
+        _library.call(fn, "cpu", tensors, scalars)
+    two = rows.expand(1, 1, 2, 4)
+    fn, tensors, scalars = routing_call(two, None)
+    with pytest.raises(ValueError, match="all keys go with one list of rows"):
+        _library.call(fn, "cpu", tensors, scalars)
+
+
 EMULATED = ["emulate:simt", "emulate:sm80"] if native_info().get("emulator") else []
 
 
