@@ -22,14 +22,14 @@ struct ReadsUnwritten {
   }
 };
 
-// out[t] = what a local array holds that nobody has written.
+// out[block, t] = what a local array holds that nobody has written.
 struct ReadsUnwrittenLocals {
   static constexpr int kThreads = 32;
   using Params = FaultParams;
   HW_DEVICE static void main(const Params& p) {
     float local[8];
     leave_alone(local);
-    p.out[dev::thread_index()] = local[p.index];
+    p.out[dev::block_index_x() * kThreads + dev::thread_index()] = local[p.index];
     fill(local);
   }
 
@@ -309,6 +309,7 @@ struct MisalignedVector {
   static constexpr int kThreads = 32;
   using Params = FaultParams;
   HW_DEVICE static void main(const Params& p) {
+    if (dev::thread_index() != 0) return;
     float* at = p.out + p.index;
     if constexpr (kStores)
       store_vector(at, Vec<float, 4>{{1, 2, 3, 4}});
