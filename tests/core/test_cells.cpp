@@ -51,6 +51,11 @@ TEST(cells_of_an_image) {
   }
 }
 
+TEST(cells_of_one_token_may_leave_columns_out) {
+  const Cells c = cells(2, 1, 1, 2, 3);
+  for (int64_t block = 0; block < 4; ++block) EXPECT(c.token(block, 0) == by_hand(c, block, 0));
+}
+
 TEST(cells_that_are_not_there_have_no_token) {
   for (const Cells& c : {cells(3, 2, 3, 5, 7), cells(6, 1, 1, 1, 6)})
     for (const int64_t block : {int64_t{-1}, c.columns * c.rows_of_image, kMost}) {
@@ -75,7 +80,10 @@ TEST(cells_whose_products_overflow_are_refused) {
   EXPECT(cells(1, kMost, 1, 1, 1).within(1) && !cells(1, kMost + 1, 1, 1, 1).within(1));
   EXPECT(cells(1, 1, kMost, 1, 1).within(1) && !cells(1, 1, kMost + 1, 1, 1).within(1));
   EXPECT(cells(1, kMost / 2, 2, 1, 1).within(1) && !cells(1, kMost / 2, 4, 1, 1).within(1));
-  EXPECT(!cells(1, kMost, kMost, 1, 1).within(1));
+  for (const int shift : {24, 31, 40}) {  // 2^64 and more
+    const int64_t one = int64_t{1} << shift, other = int64_t{1} << 40;
+    EXPECT(!cells(1, one, other, 1, 1).within(1) && !cells(1, other, one, 1, 1).within(1));
+  }
   EXPECT(cells(1, 1, 1, kMost, 1).within(kMost) && !cells(1, 1, 1, kMost + 1, 1).within(kMost + 1));
   // More columns of cells only for a sequence of tokens.
   const int64_t many = kMost + 1;
