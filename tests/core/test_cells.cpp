@@ -64,6 +64,10 @@ TEST(cells_that_are_not_there_have_no_token) {
     }
 }
 
+TEST(cells_of_an_image_without_tokens) {
+  EXPECT(cells(3, 1, 1, 0, 3).token(0, 0) == -1 && cells(1, 2, 2, 0, 2).token(0, 0) == -1);
+}
+
 TEST(cells_are_refused) {
   EXPECT(!cells(0, 1, 1, 2, 2).within(4) && !cells(2, 0, 1, 2, 2).within(4));
   EXPECT(!cells(2, 1, 0, 2, 2).within(4) && !cells(2, 1, 1, -1, 2).within(-2));
