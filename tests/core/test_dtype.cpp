@@ -65,6 +65,8 @@ void check_roundings() {
   std::mt19937 random(1);
   for (int i = 0; i < 2000000; ++i)
     check_rounding<Half, kExponent>(std::bit_cast<float>(static_cast<uint32_t>(random())));
+  for (const float x : {INFINITY, -INFINITY})
+    EXPECT(value_of(Half(x).bits, kExponent) == static_cast<double>(x));
   // Every value, every midpoint and their neighbours.
   for (int i = 0; i < 32768; ++i) {
     const double low = value_of(static_cast<uint16_t>(i), kExponent);

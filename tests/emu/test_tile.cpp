@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Swizzled tiles: every element has a place of its own, the 8 rows of a matrix load lie in different
-// banks, and detours lead to where their units are.
+// banks, and detours lead to where their units are. Which rows take vectors and words, and what is
+// loaded and stored of those that do and do not.
 #include <set>
+#include <vector>
 
+#include "buffer.h"
 #include "check.h"
+#include "tiles.cuh"
 
-#include "core/tile.h"
+#include "core/vector.h"
 
 namespace hw::test {
 namespace {
@@ -43,6 +47,123 @@ TEST(swizzled_tiles) {
   check_swizzle<96>();
   check_swizzle<128>();
   check_swizzle<256>();
+}
+
+// ---- Which rows take vectors and words ----------------------------------------------------------
+
+alignas(64) bf16 memory[64];
+
+// [2, 3, 4, 32], every row of it at a multiple of 32 elements.
+Ref<const bf16, 4> even_rows() { return {memory, {2, 3, 4, 32}, {3 * 4 * 32, 4 * 32, 32, 1}}; }
+
+template <class Is>
+void check_rows_of(const Is& is, int64_t unit) {  // unit: elements
+  EXPECT(is(even_rows()));
+  for (int64_t off = 1; off < 32; ++off) {
+    Ref<const bf16, 4> x = even_rows();
+    x.data += off;
+    EXPECT(is(x) == (off % unit == 0), "at ", off);
+    for (int d = 0; d < 3; ++d) {
+      x = even_rows();
+      x.stride[d] += off;
+      EXPECT(is(x) == (off % unit == 0), "stride ", d, " and ", off);
+    }
+  }
+  Ref<const bf16, 4> x = even_rows();
+  x.stride[3] = 2;
+  EXPECT(!is(x));
+  x.size[3] = 2;
+  EXPECT(!is(x));
+  x.stride[2] = 1;
+  EXPECT(!is(x));
+}
+
+TEST(rows_that_are_aligned) {
+  for (const int bytes : {4, 16})
+    check_rows_of([=](const Ref<const bf16, 4>& x) { return rows_aligned(x, bytes); }, bytes / 2);
+  for (int d = 0; d < 3; ++d) {  // whose stride leads nowhere
+    Ref<const bf16, 4> x = even_rows();
+    x.stride[d] += 1;
+    x.size[d] = 2;
+    EXPECT(!rows_aligned(x, 4), d);
+    x.size[d] = 1;
+    EXPECT(rows_aligned(x, 16), d);
+  }
+  Ref<const bf16, 4> x = even_rows();
+  x.size[3] = 1, x.stride[3] = 7;
+  EXPECT(rows_aligned(x, 16));
+}
+
+TEST(rows_that_have_vectors) {
+  check_rows_of([](const Ref<const bf16, 4>& x) { return has_vectors(x); }, 8);
+  for (const int64_t width : {1, 4, 7, 8, 12, 24}) {
+    Ref<const bf16, 4> x = even_rows();
+    x.size[3] = width;
+    EXPECT(has_vectors(x) == (width % 8 == 0), width);
+  }
+}
+
+// ---- What is loaded and stored -------------------------------------------------------------------
+
+Context context() {
+  Context c;
+  c.multiprocessors = 1;
+  return c;
+}
+
+template <int kThreads>
+void check_loads() {
+  using T = LoadsTile<kThreads>;
+  for (const int64_t stride : {32, 33})
+    for (const int columns : {1, 2, 7, 8, 9, 17, 31, 32})
+      for (const int count : {1, 5, 32}) {
+        std::vector<bf16> values(static_cast<size_t>(T::kRows * stride));
+        for (size_t i = 0; i < values.size(); ++i) values[i] = bf16(static_cast<float>(i % 251));
+        const Buffer<bf16> from(values), out(T::kRows * T::kColumns, bf16(-1.0f));
+        launch<T>({1, 1, 1}, sizeof(typename T::Smem), context(),
+                  {{from.data(), stride, 1, count, columns, stride % 8 == 0}, out.data()});
+        const std::vector<bf16> got = out.read();
+        for (int r = 0; r < T::kRows; ++r)
+          for (int c = 0; c < T::kColumns; ++c) {
+            const bool there = r < count && c < columns;
+            const float want = there ? static_cast<float>((r * stride + c) % 251) : 0.0f;
+            EXPECT(static_cast<float>(got[static_cast<size_t>(r * T::kColumns + c)]) == want,
+                   "row ", r, " column ", c, " of ", count, " x ", columns, ", stride ", stride);
+          }
+      }
+}
+
+TEST(tiles_of_rows_of_any_width) {
+  check_loads<64>();
+  check_loads<96>();  // which share the units out unevenly
+}
+
+template <class Element, bool kPairByPair>
+void check_stores(int64_t row_stride, int64_t stride) {
+  using Kernel = StoresRows<Element, kPairByPair>;
+  for (int64_t width = 0; width <= 16; ++width) {
+    if (width * stride > row_stride) continue;
+    const Buffer<Element> out(static_cast<size_t>(8 * row_stride), Element(-1.0f));
+    const bool paired = row_stride % 2 == 0 && stride == 1;
+    launch<Kernel>({1, 1, 1}, 0, context(), {out.data(), width, row_stride, stride, paired});
+    const std::vector<Element> got = out.read();
+    for (int64_t i = 0; i < 8 * row_stride; ++i) {
+      const int64_t row = i / row_stride, column = i % row_stride / stride;
+      const bool there = i % row_stride % stride == 0 && column < width;
+      const float want = there ? static_cast<float>(row * 16 + column + 1) : -1.0f;
+      EXPECT(static_cast<float>(got[static_cast<size_t>(i)]) == want, "width ", width, ", strides ",
+             row_stride, " and ", stride, ", row ", row, " column ", column);
+    }
+  }
+}
+
+TEST(rows_of_any_width_and_layout) {
+  for (const int64_t row_stride : {16, 17, 18, 40})
+    for (const int64_t stride : {1, 2}) {
+      check_stores<bf16, true>(row_stride, stride);
+      check_stores<bf16, false>(row_stride, stride);
+      check_stores<float, false>(row_stride, stride);
+    }
 }
 
 }  // namespace

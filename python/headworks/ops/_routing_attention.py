@@ -130,13 +130,13 @@ class _RoutingAttention(torch.autograd.Function):
 
 
 def _is_shared(score: Score) -> bool:
-    """Whether there is a bias, of which pairs of a row and a key of several heads read an element."""
+    """Whether there is a bias, an element of which several scores read."""
     return score.bias is not None and score.bias.shape != (*score.row_shape, score.k.shape[1])
 
 
 def _without_unchosen(score: Score, d_o: Tensor, gate: Tensor) -> tuple[Score, Tensor]:
-    """Zeros in the rows that no list has. The gradient of a bias that heads share is summed over all
-    rows, these with the weight 0, which what is not finite would survive."""
+    """Zeros in the rows that no list has. The gradient of a bias that heads share is summed over
+    all rows, these with the weight 0, which what is not finite would survive."""
     unchosen = gate == 0
     q, temperature = score.q.masked_fill(unchosen[..., None], 0), score.row_temperature
     if temperature is not None:
