@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import headworks as hw
 from headworks.testing import assert_same_bits, compare
 from identities import randn
-from specs.attention import STATISTICS, WEIGHTS
+from specs.attention_cases import STATISTICS, WEIGHTS
 
 pytestmark = pytest.mark.operator
 

@@ -14,7 +14,7 @@ import torch
 import headworks as hw
 from headworks.testing import compare
 from identities import randn
-from specs.attention import WEIGHTS
+from specs.attention_cases import WEIGHTS
 
 pytestmark = pytest.mark.operator
 

@@ -12,7 +12,7 @@ import torch
 from headworks.reference import attention as reference
 from headworks.testing import compare
 from identities import randn
-from specs.attention import WEIGHTS
+from specs.attention_cases import WEIGHTS
 
 pytestmark = pytest.mark.operator
 

@@ -11,7 +11,7 @@ from headworks.ops._attention_score import score_of
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
-from .attention import LENGTHS, SOFTMAXES, case
+from .attention_cases import LENGTHS, SOFTMAXES, case
 
 SCORE = ("q", "k", *attention.SCORE_TENSORS)
 

@@ -10,7 +10,7 @@ from headworks.ops._attention_score import score_of
 from headworks.testing import EVERY_DTYPE, Spec
 
 from . import attention
-from .attention import LENGTHS, SAME, WEIGHTS
+from .attention_cases import LENGTHS, SAME, WEIGHTS
 from .attention_lse import SCORE
 
 CHOICES = ("keys", "rows", "offsets")

@@ -14,7 +14,7 @@ from headworks.ops._attention_score import score_of
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
-from .attention import LENGTHS, WEIGHTS
+from .attention_cases import LENGTHS, WEIGHTS
 from .attention_lse import SCORE
 
 
