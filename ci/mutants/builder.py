@@ -42,15 +42,8 @@ class Part:
     programs: bool = False  # the C++ tests, too
 
     @staticmethod
-    def of(
-        operators: str,
-        specs: str,
-        dtypes: str = "f32 bf16",
-        widest: bool = False,
-        programs: bool = False,
-    ) -> Part:
-        words = (frozenset(text.split()) for text in (operators, specs, dtypes))
-        return Part(*words, widest, programs)
+    def of(operators: str, specs: str, dtypes: str = "f32 bf16", widest: bool = False) -> Part:
+        return Part(*(frozenset(words.split()) for words in (operators, specs, dtypes)), widest)
 
     def __or__(self, other: Part) -> Part:
         return Part(

@@ -36,7 +36,8 @@ ASIDE = (
     {"inputs": "expanded"}, {"alone": True}, {"end": "begin"}, {"outputs": "strided"},
 )  # fmt: skip
 FIRST = 3
-REFUSED_LAYOUT = re.compile("is not contiguous|has stride")  # of outputs
+# What an operator says that wants its outputs otherwise.
+REFUSED_LAYOUT = re.compile("is not contiguous|has stride")
 # With how many threads the long calls are compared besides, which the CPU then cuts otherwise.
 THREADS = 3
 M_PERTURB = -6  # malloc.h

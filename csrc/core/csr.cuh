@@ -136,7 +136,7 @@ struct CsrKernel {
         dev::sync_warp();  // all lanes have read what the last of them moves on
         if (some && last) *next = to + 1;
         if (some) item[to] = static_cast<int32_t>(i);
-        dev::sync_warp();  // and it has moved it on
+        dev::sync_warp();  // the last of them has moved it on
       }
     }
   };

@@ -12,7 +12,7 @@ struct LoadsTile {
   static constexpr int kThreads = kThreads_, kRows = 32, kColumns = 32;
   struct Params {
     Rows<bf16> from;
-    bf16* out;
+    bf16* out;  // [32, 32]
   };
   using Smem = Tile<bf16, kRows, kColumns>;
 
@@ -33,7 +33,7 @@ template <class Element, bool kPairByPair>
 struct StoresRows {
   static constexpr int kThreads = 32, kTiles = 2;
   struct Params {
-    Element* out;
+    Element* out;  // [8, row_stride]
     int64_t width, row_stride, stride;
     bool paired;
   };
