@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-SDIST_HAS = ("CMakeLists.txt", "setup.py", "csrc/core/registry.cpp", "LICENSE", "README.md")
+SDIST_HAS = ("CMakeLists.txt", "setup.py", "csrc/core/host/registry.cpp", "LICENSE", "README.md")
 WHEEL_HAS = (
     r"headworks/_C\..*so$",
     r"headworks/libheadworks\.so$",

@@ -69,7 +69,7 @@ class Budget:
 OPERATORS80 = ("attention", "linear_attention", "routing_attention")
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
-SOFT80, SOFT = "hw::attention::sm80::", "hw::attention::simt::"
+SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING = "hw::routing_attention::"
 LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
@@ -168,7 +168,7 @@ def table(kernels: list[Kernel]) -> int:
     for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         wrong = faults(k, budget_of(k.name))
         faulty += bool(wrong)
-        name = k.name.replace("hw::", "").replace("attention::", "")
+        name = k.name.replace("hw::", "").replace("softmax::", "")
         counts = [k.counts.get(i, 0) for i in ("mma", "ldmatrix", "cp.async")]
         print(f"{name:<64.64} {k.arch:>5} {k.registers:>5} {k.spills:>6} {k.stack:>6} "
               f"{k.shared:>7} {counts[0]:>5} {counts[1]:>5} {counts[2]:>4}  "

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the device side of the seam compiles to; needs nvcc, no GPU.
 
-Emulated tests run the other body of each primitive. Here every primitive of csrc/core/device.h,
-mma.h and copy.h is compiled in a kernel of its own, and its PTX compared with ci/seam_golden.py:
-instruction, operands, order. A primitive without a golden is a fault. Then the host side of
-csrc/core/launch.h runs against a CUDA runtime that writes down what it is asked for.
+Emulated tests run the other body of each primitive. Here every primitive of csrc/core/gpu/ (device.h,
+mma.h, async_copy.h) is compiled in a kernel of its own, and its PTX compared with
+ci/seam_golden.py: instruction, operands, order. A primitive without a golden is a fault. Then the
+host side of csrc/core/gpu/launch.h runs against a CUDA runtime that writes down what it is asked for.
 
 Usage: check_seam.py [--arch 75 80 90a] [--show NAME...]
        check_seam.py --self-test          faults planted into copies of the headers are found
@@ -27,7 +27,7 @@ from pathlib import Path
 from seam_golden import LAUNCHES, PROBES, Probe
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = ("device.h", "mma.h", "copy.h")
+HEADERS = ("device.h", "mma.h", "async_copy.h")
 FLAGS = ("-std=c++20", "--expt-relaxed-constexpr")
 
 # Instructions that get a line of their own; all others stand nested in the operands.
@@ -161,7 +161,7 @@ def lines_of(probe: Probe, body: str) -> list[str]:
 
 
 def source() -> str:
-    lines = ['#include "core/mma.h"', "using namespace hw;", "using namespace hw::dev;"]
+    lines = ['#include "core/gpu/mma.h"', "using namespace hw;", "using namespace hw::dev;"]
     for p in PROBES:
         arguments = ", ".join(filter(None, [p.arguments, "unsigned* out"]))
         lines.append(f'extern "C" __global__ void __launch_bounds__(1024) probe_{p.name}('
@@ -171,7 +171,7 @@ def source() -> str:
 
 def primitives(csrc: Path) -> list[str]:
     """The functions of the seam that device code may call."""
-    text = "\n".join((csrc / "core" / header).read_text() for header in HEADERS)
+    text = "\n".join((csrc / "core/gpu" / header).read_text() for header in HEADERS)
     text = re.sub(r"//[^\n]*", "", text)
     return re.findall(r"HW_DEVICE\s(?:HW_INLINE\s)?[^;{}()]*?(\w+)\(", text)
 
@@ -243,8 +243,8 @@ FAULTS = (
     ("mma.h", '"r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));\n#else\n  __trap();\n'
      "#endif\n}\n\n// The same", '"r"(a[2]), "r"(a[1]), "r"(a[3]), "r"(b[0]), "r"(b[1]));\n#else\n'
      "  __trap();\n#endif\n}\n\n// The same", "mma_f16"),
-    ("copy.h", '"n"(N)', '"n"(N + 1)', "copy_async_wait"),
-    ("copy.h", "[%1], 8, %2;", "[%1], 8;", "copy_async_8"),
+    ("async_copy.h", '"n"(N)', '"n"(N + 1)', "copy_async_wait"),
+    ("async_copy.h", "[%1], 8, %2;", "[%1], 8;", "copy_async_8"),
     ("launch.h", "shared_bytes > kPlainSharedBytes", "shared_bytes > kMaxSharedBytes", "launch"),
 )  # fmt: skip
 UNKNOWN = "HW_DEVICE HW_INLINE int new_primitive() { return 0; }\n"
@@ -255,13 +255,13 @@ def planted(folder: Path) -> tuple[Path, list[str]]:
     csrc, names = folder / "csrc", []
     shutil.copytree(ROOT / "csrc" / "core", csrc / "core")
     for header, sound, faulty, name in FAULTS:
-        file = csrc / "core" / header
+        file = csrc / "core/gpu" / header
         text = file.read_text()
         if sound not in text:
             sys.exit(f"check_seam: {header} has no '{sound}' to plant a fault into")
         file.write_text(text.replace(sound, faulty, 1))
         names.append(name)
-    file = csrc / "core" / "copy.h"
+    file = csrc / "core/gpu/async_copy.h"
     file.write_text(file.read_text().replace("}  // namespace hw::dev", UNKNOWN + "}"))
     return csrc, [*names, "new_primitive"]
 

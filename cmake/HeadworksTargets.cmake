@@ -28,7 +28,8 @@ function(hw_shared_library name)
   endif()
 endfunction()
 
-file(GLOB HW_SOURCES_CORE CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/core/*.cpp)
+file(GLOB_RECURSE HW_SOURCES_CORE CONFIGURE_DEPENDS
+  ${CMAKE_CURRENT_SOURCE_DIR}/csrc/core/*.cpp ${CMAKE_CURRENT_SOURCE_DIR}/csrc/softmax/*.cpp)
 
 # libheadworks. The order of sources matters: of a function that several objects define (the
 # standard library's templates) the linker keeps the first, which must be the one that needs least.

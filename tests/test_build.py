@@ -457,7 +457,7 @@ def test_no_function_of_a_wide_instruction_set_serves_the_others():
     if not objects["avx2"]:
         pytest.skip("one instruction set only")
     own = {isa: shared_functions(files) for isa, files in objects.items() if files}
-    # Ours must be inlined or of internal linkage; see core/simd.h.
+    # Ours must be inlined or of internal linkage; see core/cpu/simd.h.
     ours = {name for isa in ISAS[1:] for name in own.get(isa, ()) if "2hw" in name}
     assert not ours & own["baseline"], f"also in baseline objects: {sorted(ours & own['baseline'])}"
     build = objects["baseline"][0]

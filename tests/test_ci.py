@@ -50,12 +50,12 @@ PLANTED = [
     ("exit", "core/a.h", "std::cerr << x;"),
     ("exit", "core/a.h", "assert(x > 0);"),
     ("atomics", "ops/x/a.cuh", "atomicAdd(reinterpret_cast<float*>(p), x);"),
-    ("atomics", "core/device.h", "atomic_add((float*)p, x);"),
+    ("atomics", "core/gpu/device.h", "atomic_add((float*)p, x);"),
     ("atomics", "ops/x/a.cuh", "atomicAdd(p, 1.0f);"),
-    ("atomics", "core/device.h", "inline float atomic_add(float* p, float x);"),
+    ("atomics", "core/gpu/device.h", "inline float atomic_add(float* p, float x);"),
     ("atomics", "ops/x/a_cpu.cpp", "std::atomic<float> sum;"),
     ("atomics", "ops/x/a_cpu.cpp", "#pragma omp atomic\nsum += x;"),
-    ("atomics", "core/device.h", 'asm volatile("red.global.add.f32 [%0], %1;");'),
+    ("atomics", "core/gpu/device.h", 'asm volatile("red.global.add.f32 [%0], %1;");'),
 ]
 
 HARMLESS = [
@@ -63,7 +63,10 @@ HARMLESS = [
     ("ops/x/a.cuh", "/* __syncthreads();\n exit(1) */ int x;"),
     ("ops/x/a.cpp", 'check(ok, "exit(1) and threadIdx");'),
     ("ops/x/a.h", "static_assert(sizeof(int) == 4);"),
-    ("core/device.h", 'asm volatile("bar.sync 0;"); int i = threadIdx.x; atomicAdd(&count, 1);'),
+    (
+        "core/gpu/device.h",
+        'asm volatile("bar.sync 0;"); int i = threadIdx.x; atomicAdd(&count, 1);',
+    ),
     ("binding/module.cpp", "#include <pybind11/pybind11.h>"),
     ("ops/x/a.cpp", "std::vector<std::vector<std::pair<int, int>>> x; y = a >> 3;"),
 ]

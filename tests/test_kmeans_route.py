@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import headworks as hw
 from backends import targets
 from headworks._native import run
-from headworks.ops import _kmeans_route_native as native
+from headworks.ops.routing import _kmeans_route_native as native
 from headworks.reference import kmeans_routing as reference
 from headworks.testing import EVERY_DTYPE, assert_same_bits, compare, evaluate
 from identities import randn

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import headworks as hw
 from backends import native_info
 from headworks import nn
-from headworks.ops._moh_route_native import chosen_rows
+from headworks.ops.routing._moh_route_native import chosen_rows
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
 from routing_checks import cases_of, check_example, check_reference, on_both_backends

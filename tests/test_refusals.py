@@ -192,7 +192,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_warm_call_refuses_what_a_cold_one_does(name, monkeypatch):
     """A decision that is kept must not forget what it was made for."""
-    monkeypatch.setattr("headworks.ops.bilevel_routing._repeated", Repeated(name))
+    monkeypatch.setattr("headworks.ops.routing.bilevel_routing._repeated", Repeated(name))
     cold = outcomes(name)
     assert sum(text is not None for text in cold.values()) > 3
     for _ in range(3):

@@ -20,7 +20,7 @@ def images():
 def none_ready(monkeypatch):
     """As if nothing had been called; returns how many calls are ready."""
     repeated = Repeated("bilevel_routing_attention")
-    monkeypatch.setattr("headworks.ops.bilevel_routing._repeated", repeated)
+    monkeypatch.setattr("headworks.ops.routing.bilevel_routing._repeated", repeated)
     return lambda: sum(call is not None for call in repeated._calls.values())
 
 

@@ -64,7 +64,11 @@ def _build_primitives(program: Path) -> None:
     """The tests of the primitives over the emulator alone."""
     tests = [ROOT / "tests" / "device" / "main.cpp"]
     tests += [ROOT / "tests" / "emu" / name for name in PRIMITIVES]
-    sources = [*tests, *(ROOT / "csrc" / "emu").glob("*.cpp"), ROOT / "csrc/core/cuda_device.cpp"]
+    sources = [
+        *tests,
+        *(ROOT / "csrc" / "emu").glob("*.cpp"),
+        ROOT / "csrc/core/host/cuda_device.cpp",
+    ]
     command = ["c++", "-std=c++20", "-O1", "-DHW_EMULATE", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{ROOT / 'tests'}", *map(str, sources), "-o", str(program), "-pthread"]
     subprocess.run(command, check=True)

@@ -22,9 +22,10 @@ SUFFIXES = (".h", ".cpp", ".cuh")
 # Of csrc/core what kernels are made of; the seam, the emulator, the registry and the bindings have
 # tests of their own.
 CORE = (
-    "cells.h", "csr.cuh", "csr.h", "dtype.h", "math.h", "matmul.h", "order.h", "packed.h",
-    "pairs.h", "parallel.h", "place.h", "ref.h", "rows.h", "scalar_math.h", "simd.h",
-    "simd_math.h", "tile.h", "transpose.h", "vector.h",
+    "dtype.h", "math.h", "ref.h", "regions.h", "scalar_math.h", "sort_key.h", "cpu/bf16_dot.h",
+    "cpu/matmul.h", "cpu/panel.h", "cpu/parallel.h", "cpu/simd.h", "cpu/simd_math.h",
+    "cpu/transpose.h", "gpu/block_rank.h", "gpu/csr.cuh", "gpu/csr.h", "gpu/packed.h", "gpu/tile.h",
+    "gpu/vector.h",
 )  # fmt: skip
 # CPU instruction sets that are not built: of what is left the machine takes the best it has, pairs
 # of bf16 among it.
@@ -62,10 +63,15 @@ ALONE = {
     "kmeans_route": Part.of("kmeans_route select_topk", "kmeans_route"),
     "bilevel_route": Part.of("bilevel_route select_topk", "bilevel_route"),
     "moh_route": Part.of("moh_route routing_attention attention", "moh_attention", "f32"),
-    "attention": Part.of(
+    "softmax": Part.of(
         "attention routing_attention moh_route bilevel_route select_topk",
         "attention attention_lse attention_probs attention_transpose column_stats moh_attention "
         "kmeans_routing_attention bilevel_routing_attention",
+        widest=True,
+    ),
+    "attention": Part.of(
+        "attention",
+        "attention attention_lse attention_probs attention_transpose column_stats",
         widest=True,
     ),
     "routing_attention": Part.of(
@@ -103,12 +109,17 @@ FAILED = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?error")
 def sources(only: str = "") -> list[str]:
     """Files under csrc/ that are changed; `only`: those whose path begins with it."""
     every = [f"core/{name}" for name in CORE]
-    folder = ROOT / "csrc" / "ops"
-    every += [
-        str(p.relative_to(ROOT / "csrc")) for p in sorted(folder.rglob("*")) if p.suffix in SUFFIXES
-    ]
+    for room in ("ops", "softmax"):
+        found = sorted((ROOT / "csrc" / room).rglob("*"))
+        every += [str(p.relative_to(ROOT / "csrc")) for p in found if p.suffix in SUFFIXES]
     only = only.removeprefix("csrc/")
     return [f for f in every if f.startswith(only)]
+
+
+def part_of(file: str) -> str:
+    """The operator that a file under csrc/ belongs to, or "softmax", or "core"."""
+    room, name, *_ = file.split("/")
+    return name if room == "ops" else room
 
 
 def find(files: list[str]) -> list[Mutant]:
@@ -123,9 +134,7 @@ class Build:
         self.source, self.build = folder / "source", folder / "build"
         self.dropped: dict[int, Mutant] = {}  # what does not compile
         self.numbers = max(mutants, default=0) + 1
-        folders = {
-            m.file.split("/")[1] if m.file.startswith("ops/") else "core" for m in mutants.values()
-        }
+        folders = {part_of(m.file) for m in mutants.values()}
         # What is built of all is no part that others could be added to.
         alone = [ALONE["core"]] if "core" in folders else [ALONE[f] for f in folders]
         self.part = functools.reduce(Part.__or__, alone) if alone else Part()

@@ -10,7 +10,7 @@
 //
 // Constant expressions always mean what was written. Where the other operator does not compile for
 // the types at hand, the switch counts as one that does not apply. Everything has internal linkage,
-// as in core/simd.h.
+// as in core/cpu/simd.h.
 #pragma once
 
 #include <type_traits>

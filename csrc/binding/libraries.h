@@ -4,7 +4,7 @@
 
 #include <string_view>
 
-#include "core/api.h"
+#include "core/host/api.h"
 
 namespace hw {
 

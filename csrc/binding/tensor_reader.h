@@ -10,7 +10,7 @@
 
 #include <Python.h>
 
-#include "core/call.h"
+#include "core/host/call.h"
 
 namespace hw {
 

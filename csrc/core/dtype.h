@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/gpu/convert.h"
 #include "core/macros.h"
 
 namespace hw {
@@ -56,9 +57,7 @@ struct bf16 {
  private:
   HW_HOST_DEVICE static uint16_t round(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    uint16_t rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
-    return rounded;
+    return dev::bf16_bits(x);
 #else
     const uint32_t u = std::bit_cast<uint32_t>(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x0040u);
@@ -79,9 +78,7 @@ struct f16 {
  private:
   HW_HOST_DEVICE static uint16_t round(float x) {
 #if defined(__CUDA_ARCH__)
-    uint16_t rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
-    return rounded;
+    return dev::f16_bits(x);
 #else
     const uint32_t u = std::bit_cast<uint32_t>(x);
     const uint32_t sign = (u >> 16) & 0x8000u;
@@ -101,9 +98,7 @@ struct f16 {
   }
   HW_HOST_DEVICE static float widen(uint16_t h) {
 #if defined(__CUDA_ARCH__)
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(h));
-    return wide;
+    return dev::float_of_f16(h);
 #else
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t e = (h >> 10) & 0x1fu, m = h & 0x3ffu;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementary functions of one number, under the names that core/simd_math.h gives to vectors, so
+// Elementary functions of one number, under the names that core/cpu/simd_math.h gives to vectors, so
 // that a functor serves kernels and CPU loops alike. NaN stays NaN.
 #pragma once
 

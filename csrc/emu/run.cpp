@@ -11,7 +11,7 @@
 
 #include "emu/engine.h"
 
-#include "core/cuda_device.h"
+#include "core/host/cuda_device.h"
 
 #if defined(_OPENMP)
 #include <omp.h>

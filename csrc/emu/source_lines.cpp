@@ -46,7 +46,7 @@ std::string hex(uintptr_t x) {
   return text.data();
 }
 
-// From the folder of the sources on: "core/tile.h:88", "tests/emu/races.cuh:12".
+// From the folder of the sources on: "core/gpu/tile.h:88", "tests/emu/races.cuh:12".
 std::string shorten(std::string line) {
   line.resize(line.find_first_of(" \n") == line.npos ? line.size() : line.find_first_of(" \n"));
   for (const char* folder : {"csrc/", "tests/"}) {
@@ -71,7 +71,7 @@ std::vector<std::string> ask(const std::string& file, const std::vector<uintptr_
       frames = 0;
     } else if (!answers.empty() && line[0] != '?' && frames < kMostFrames) {
       const std::string frame = shorten(line.data());
-      if (frame.starts_with("core/launch.h")) frames = kMostFrames;  // the kernel ends here
+      if (frame.starts_with("core/gpu/launch.h")) frames = kMostFrames;  // the kernel ends here
       if (frames < kMostFrames) answers.back() += (frames > 0 ? " in " : "") + frame;
       ++frames;
     }

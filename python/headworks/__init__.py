@@ -31,19 +31,19 @@ from __future__ import annotations
 from ._build_info import build_info
 from ._explain import Explanation, explain
 from .cost import Cost, cost
-from .ops.attention import Aux, AuxResult, attention
-from .ops.attention_lse import attention_lse
-from .ops.attention_probs import attention_probs
-from .ops.attention_transpose import attention_transpose
-from .ops.bilevel_routing import bilevel_route, bilevel_routing_attention
-from .ops.column_stats import column_stats
-from .ops.key_scan import KeyScanState, key_scan
-from .ops.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
-from .ops.linear_attention import LinearState, linear_attention
-from .ops.linear_attention_step import linear_attention_step
-from .ops.merge_attention import merge_attention
-from .ops.moh_attention import moh_attention
-from .ops.select_topk import select_topk
+from .ops.attention.attention import Aux, AuxResult, attention
+from .ops.attention.attention_lse import attention_lse
+from .ops.attention.attention_probs import attention_probs
+from .ops.attention.attention_transpose import attention_transpose
+from .ops.attention.column_stats import column_stats
+from .ops.attention.merge_attention import merge_attention
+from .ops.linear.key_scan import KeyScanState, key_scan
+from .ops.linear.linear_attention import LinearState, linear_attention
+from .ops.linear.linear_attention_step import linear_attention_step
+from .ops.routing.bilevel_routing import bilevel_route, bilevel_routing_attention
+from .ops.routing.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
+from .ops.routing.moh_attention import moh_attention
+from .ops.routing.select_topk import select_topk
 
 from . import models, nn  # isort: skip
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .ops._linear_attention_checks import num_features
+from .ops.linear._linear_attention_checks import num_features
 
 __all__ = ["Cost", "cost", "operators"]
 

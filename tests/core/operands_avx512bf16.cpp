@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "native_test.h"
-#include "ops/attention/attention_cpu_operands.h"
+#include "softmax/cpu/operands.h"
 
 namespace hw::test {
 namespace {
 
-using namespace attention;
+using namespace softmax;
 
 // Something that bf16 holds exactly and that tells its place.
 float value(int i, int j) { return static_cast<float>(i % 8 * 32 + j % 32 + 1); }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of core/pairs.h and of small products of pairs, called by test_pairs.cpp where the machine
+// Checks of core/cpu/bf16_dot.h and of small products of pairs, called by test_pairs.cpp where the machine
 // can run them. Nothing here may run before that: no static objects with constructors.
 #include <cmath>
 #include <limits>
@@ -8,8 +8,8 @@
 
 #include "native_test.h"
 
-#include "core/matmul.h"
-#include "core/transpose.h"
+#include "core/cpu/matmul.h"
+#include "core/cpu/transpose.h"
 
 namespace hw::test {
 namespace {

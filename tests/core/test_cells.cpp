@@ -4,7 +4,7 @@
 
 #include "native_test.h"
 
-#include "core/cells.h"
+#include "core/regions.h"
 
 namespace {
 

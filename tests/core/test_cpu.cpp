@@ -8,11 +8,11 @@
 
 #include "native_test.h"
 
-#include "core/matmul.h"
-#include "core/parallel.h"
+#include "core/cpu/matmul.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/simd.h"
+#include "core/cpu/simd_math.h"
 #include "core/ref.h"
-#include "core/simd.h"
-#include "core/simd_math.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 
 #include "native_test.h"
 
-#include "core/order.h"
+#include "core/sort_key.h"
 
 namespace {
 

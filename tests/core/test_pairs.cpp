@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs of bf16 (core/pairs.h), on machines that multiply them. The checks themselves are compiled
+// Pairs of bf16 (core/cpu/bf16_dot.h), on machines that multiply them. The checks themselves are compiled
 // for the instruction set, in *_avx512bf16.cpp.
 #include "native_test.h"
 
-#include "core/cpu_features.h"
+#include "core/host/cpu_features.h"
 
 #if defined(__x86_64__)
 

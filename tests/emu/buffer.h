@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "core/device.h"
+#include "core/gpu/device.h"
 
 namespace hw::test {
 

@@ -2,8 +2,8 @@
 // Kernels with one fault each, which the emulator has to report.
 #pragma once
 
-#include "core/mma.h"
-#include "core/vector.h"
+#include "core/gpu/mma.h"
+#include "core/gpu/vector.h"
 
 namespace hw::test {
 

@@ -2,7 +2,7 @@
 // Repeating a test under every thread order and landing of copies; on a device it runs once.
 #pragma once
 
-#include "core/device.h"
+#include "core/gpu/device.h"
 
 namespace hw::test {
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One small kernel for each primitive of core/device.h and core/copy.h; every thread writes what it
+// One small kernel for each primitive of core/gpu/device.h and core/gpu/async_copy.h; every thread writes what it
 // saw to a row of its own.
 #pragma once
 
-#include "core/copy.h"
-#include "core/device.h"
+#include "core/gpu/async_copy.h"
+#include "core/gpu/device.h"
 
 namespace hw::test {
 

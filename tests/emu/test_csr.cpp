@@ -5,7 +5,7 @@
 #include "check.h"
 #include "orders.h"
 
-#include "core/csr.cuh"
+#include "core/gpu/csr.cuh"
 
 namespace hw::test {
 namespace {

@@ -10,7 +10,7 @@
 #include "orders.h"
 #include "primitives.cuh"
 
-#include "core/cuda_device.h"
+#include "core/host/cuda_device.h"
 
 namespace hw::test {
 namespace {

@@ -9,7 +9,7 @@
 #include "check.h"
 #include "tiles.cuh"
 
-#include "core/vector.h"
+#include "core/gpu/vector.h"
 
 namespace hw::test {
 namespace {

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 
 import headworks as hw
-from headworks.ops import _attention_native as native
-from headworks.ops import attention as module
-from headworks.ops._attention_score import score_of
+from headworks.ops.attention import _native as native
+from headworks.ops.attention import attention as module
+from headworks.ops.attention._score import score_of
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from .attention_cases import (

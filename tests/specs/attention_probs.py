@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 import headworks as hw
-from headworks.ops._attention_score import score_of
+from headworks.ops.attention._score import score_of
 from headworks.testing import EVERY_DTYPE, Spec
 
 from . import attention

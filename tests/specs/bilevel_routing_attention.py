@@ -11,7 +11,7 @@ import importlib
 import torch
 
 import headworks as hw
-from headworks.ops import _routing_native as native
+from headworks.ops.routing import _native as native
 from headworks.reference.bilevel_routing import grid_of
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
@@ -21,7 +21,7 @@ from .routing import limit, operators_of
 STATISTICS = ("lse", "entropy", "p_max", "sq_norm")
 
 # The function shadows its module in the package.
-module = importlib.import_module("headworks.ops.bilevel_routing")
+module = importlib.import_module("headworks.ops.routing.bilevel_routing")
 
 
 def case(

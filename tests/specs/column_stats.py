@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 import headworks as hw
-from headworks.ops._attention_checks import broadcast
-from headworks.ops._attention_score import score_of
+from headworks.ops.attention._checks import broadcast
+from headworks.ops.attention._score import score_of
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention

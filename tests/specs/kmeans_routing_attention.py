@@ -8,14 +8,14 @@ import importlib
 import torch
 
 import headworks as hw
-from headworks.ops import _routing_native as native
+from headworks.ops.routing import _native as native
 from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
 from .pairs import pairwise
 from .routing import forward_of, limit, operators_of
 
 # The function shadows its module in the package.
-module = importlib.import_module("headworks.ops.kmeans_routing")
+module = importlib.import_module("headworks.ops.routing.kmeans_routing")
 
 
 def case(

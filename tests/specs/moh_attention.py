@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 import headworks as hw
-from headworks.ops import _routing_native as native
-from headworks.ops._moh_route_native import chosen_rows
+from headworks.ops.routing import _native as native
+from headworks.ops.routing._moh_route_native import chosen_rows
 from headworks.testing import EVERY_DTYPE, HALF, Spec
 
 from . import attention
@@ -20,7 +20,7 @@ from .pairs import pairwise
 from .routing import limit, operators_of
 
 # The function shadows its module in the package.
-module = importlib.import_module("headworks.ops.moh_attention")
+module = importlib.import_module("headworks.ops.routing.moh_attention")
 
 
 def case(*args, gate=0.5, shuffled=False, **more):

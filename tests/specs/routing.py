@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from headworks.ops import _routing_attention as module
-from headworks.ops._routing_attention_native import packed
+from headworks.ops.routing import _routing_attention as module
+from headworks.ops.routing._routing_attention_native import packed
 
 WIDEST = 128  # of what the tensor-core kernels are built for
 

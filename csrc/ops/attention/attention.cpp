@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax-type attention, host side: arguments of a call, checks, and what each backend can take.
-#include "ops/attention/attention.h"
+#include "softmax/params.h"
+#include "softmax/simt/layout.h"
+#include "softmax/sm80/layout.h"
 
-#include "ops/attention/attention_simt_layout.cuh"
-#include "ops/attention/attention_sm80_layout.cuh"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
-
-namespace hw::attention {
+namespace hw::softmax {
 namespace {
 
 enum Function { kForward = 0, kBackward = 1, kColumns = 2, kProbs = 3 };
@@ -214,8 +213,13 @@ ProbsParams probs_params(const Call& call) {
   return p;
 }
 
+}  // namespace hw::softmax
+
+namespace hw::attention {
+
 extern const Operator kOperator;
-const Operator kOperator = {"attention", kFunctions, kSignatures, &check_call,
-                            &why_not,    &width,     &workspace};
+const Operator kOperator = {"attention",          softmax::kFunctions, softmax::kSignatures,
+                            &softmax::check_call, &softmax::why_not,   &softmax::width,
+                            &softmax::workspace};
 
 }  // namespace hw::attention

@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax-type attention on the CPU; the mathematics is in attention.h.
+// Softmax-type attention on the CPU; the mathematics is in softmax/params.h. In softmax/cpu/:
 //
-//   _cpu_tile.h       scores of 64 keys x 64 queries, and weights replayed from row statistics
-//   _cpu_forward.h    rows with a running softmax; _cpu_row_sums.h what is kept of a row,
-//                     _cpu_outputs.h what becomes of it;
-//                     _cpu_along_keys.h the same for a few rows, or for a few keys
-//   _cpu_backward.h   gradients; _cpu_walk.h those of one block of queries
-//   _cpu_columns.h    columns given the row statistics; single weights
-#include "ops/attention/attention_cpu_backward.h"
-#include "ops/attention/attention_cpu_columns.h"
-#include "ops/attention/attention_cpu_forward.h"
+//   tile.h       scores of 64 keys x 64 queries, and weights replayed from row statistics
+//   forward.h    rows with a running softmax; row_sums.h what is kept of a row,
+//                     outputs.h what becomes of it;
+//                     along_keys.h the same for a few rows, or for a few keys
+//   backward.h   gradients; walk.h those of one block of queries
+//   columns.h    columns given the row statistics; single weights
+#include "softmax/cpu/backward.h"
+#include "softmax/cpu/columns.h"
+#include "softmax/cpu/forward.h"
 
-#include "core/registry.h"
+#include "core/host/registry.h"
 
 namespace hw::attention {
 namespace {
+
+using namespace softmax;
 
 template <class T>
 void forward(const Call& call) {

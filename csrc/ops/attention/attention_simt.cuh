@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax-type attention in plain CUDA: every dtype, every D and Dv, every option, sm_75 and later.
-// The mathematics is in attention.h.
+// The mathematics is in softmax/params.h. In softmax/simt/:
 //
-//   _simt_layout.cuh     tile sizes, cut into blocks, workspace
-//   _simt_tile.cuh       positions, loading, the two products
-//   _simt_loop.cuh       the walk over tiles, scores and back
-//   _simt_rows.cuh       sums of a row and its end         _simt_forward.cuh   loop R, merge of spans
-//   _simt_gradient.cuh   gradients of a tile               _simt_backward.cuh  loops R2 and C
-//   _simt_columns.cuh    loop C: sums, maxima, P^T x; single pairs
+//   layout.h       tile sizes, cut into blocks, workspace
+//   tile.cuh       positions, loading, the two products
+//   loop.cuh       the walk over tiles, scores and back
+//   rows.cuh       sums of a row and its end         forward.cuh   loop R, merge of spans
+//   gradient.cuh   gradients of a tile               backward.cuh  loops R2 and C
+//   columns.cuh    loop C: sums, maxima, P^T x; single pairs
 //
 // Compile-time choices: the dtype; whether rows or keys are owned, which decides what all indices
 // mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k and
@@ -16,9 +16,9 @@
 // as long.
 #pragma once
 
-#include "ops/attention/attention_simt_backward.cuh"
-#include "ops/attention/attention_simt_columns.cuh"
-#include "ops/attention/attention_simt_forward.cuh"
+#include "softmax/simt/backward.cuh"
+#include "softmax/simt/columns.cuh"
+#include "softmax/simt/forward.cuh"
 
 namespace hw::attention {
 
@@ -26,10 +26,10 @@ namespace hw::attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
-  static void backward(const Call& call) { simt::backward<Element>(call); }
-  static void columns(const Call& call) { simt::columns<Element>(call); }
-  static void probs(const Call& call) { simt::probs<Element>(call); }
+  static void forward(const Call& call) { softmax::simt::forward<Element>(call); }
+  static void backward(const Call& call) { softmax::simt::backward<Element>(call); }
+  static void columns(const Call& call) { softmax::simt::columns<Element>(call); }
+  static void probs(const Call& call) { softmax::simt::probs<Element>(call); }
 };
 
 }  // namespace hw::attention

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16.
+// Attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16. In softmax/sm80/:
 //
-//   _sm80_layout.cuh     what it takes, how it is cut, workspace
-//   _sm80_score.cuh      place of a block, scores in fragments
-//   _sm80_finish.cuh     outputs of a row, merge of partial results
-//   _sm80_forward.cuh    loop R: rows with a running softmax
-//   _sm80_loop.cuh       loops R2 and C: rows or keys, given the row statistics
-//   _sm80_backward.cuh   gradients
-//   _sm80_columns.cuh    sums, maxima, P^T x
+//   layout.h       what it takes, how it is cut, workspace
+//   score.cuh      place of a block, scores in fragments
+//   epilogue.cuh   outputs of a row, merge of partial results
+//   forward.cuh    loop R: rows with a running softmax
+//   loop.cuh       loops R2 and C: rows or keys, given the row statistics
+//   backward.cuh   gradients
+//   columns.cuh    sums, maxima, P^T x
 //
 // Compile-time choices: the dtype, the width that D and Dv are padded to, and whether scores are
 // plain, scale > 0 times products under a mask, which saves their registers and half of the
@@ -15,13 +15,13 @@
 // all threads, looked at once per tile.
 #pragma once
 
-#include "ops/attention/attention_sm80_backward.cuh"
-#include "ops/attention/attention_sm80_columns.cuh"
-#include "ops/attention/attention_sm80_forward.cuh"
+#include "softmax/sm80/backward.cuh"
+#include "softmax/sm80/columns.cuh"
+#include "softmax/sm80/forward.cuh"
 
-#include "core/launch.h"
+#include "core/gpu/launch.h"
 
-namespace hw::attention::sm80 {
+namespace hw::softmax::sm80 {
 
 // Whether scores are scale > 0 times products, masked, and weights a softmax. 1 / scale is a float.
 inline bool has_plain_scores(const ScoreParams& p) {
@@ -156,16 +156,16 @@ void columns(const Call& call) {
                       : columns<Element, kDim, false>(call, c);
 }
 
-}  // namespace hw::attention::sm80
+}  // namespace hw::softmax::sm80
 
 namespace hw::attention {
 
 // kDim: the width that D and Dv are padded to.
 template <class Element, int kDim>
 struct Sm80 {
-  static void forward(const Call& call) { sm80::forward<Element, kDim>(call); }
-  static void backward(const Call& call) { sm80::backward<Element, kDim>(call); }
-  static void columns(const Call& call) { sm80::columns<Element, kDim>(call); }
+  static void forward(const Call& call) { softmax::sm80::forward<Element, kDim>(call); }
+  static void backward(const Call& call) { softmax::sm80::backward<Element, kDim>(call); }
+  static void columns(const Call& call) { softmax::sm80::columns<Element, kDim>(call); }
 };
 
 }  // namespace hw::attention

@@ -2,8 +2,8 @@
 // Routing between regions, host side: arguments of a call and checks.
 #include "ops/bilevel_route/bilevel_route.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::bilevel_route {
 namespace {

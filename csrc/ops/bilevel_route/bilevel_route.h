@@ -5,7 +5,7 @@
 //   scores   A_brs   = sum_hd mq_brhd mk_bs(h/G)d                       one graph for all heads
 //            A_bhrs  = sum_d  mq_brhd mk_bs(h/G)d                       one for each
 //
-//   B batch, R and Rk regions (cells of core/cells.h) of q and k, Hq heads of q, H of k, G = Hq / H
+//   B batch, R and Rk regions (cells of core/regions.h) of q and k, Hq heads of q, H of k, G = Hq / H
 //
 // Sums are of the accumulation type and have one order: tokens of a region row by row, then h, d.
 // Which regions are chosen is select_topk's to say.
@@ -13,8 +13,8 @@
 
 #include <cstdint>
 
-#include "core/call.h"
-#include "core/cells.h"
+#include "core/host/call.h"
+#include "core/regions.h"
 
 namespace hw::bilevel_route {
 

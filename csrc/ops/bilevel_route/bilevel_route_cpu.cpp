@@ -9,10 +9,10 @@
 
 #include <algorithm>
 
-#include "core/matmul.h"
-#include "core/parallel.h"
-#include "core/registry.h"
-#include "core/transpose.h"
+#include "core/cpu/matmul.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/transpose.h"
+#include "core/host/registry.h"
 
 namespace hw::bilevel_route {
 namespace {

@@ -9,8 +9,8 @@
 
 #include "ops/bilevel_route/bilevel_route.h"
 
-#include "core/device.h"
-#include "core/launch.h"
+#include "core/gpu/device.h"
+#include "core/gpu/launch.h"
 
 namespace hw::bilevel_route::simt {
 

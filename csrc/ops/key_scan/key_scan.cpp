@@ -2,10 +2,10 @@
 // Key scan, host side: arguments of a call, and what each backend can take.
 #include "ops/key_scan/key_scan.h"
 
-#include "ops/key_scan/key_scan_simt_layout.cuh"
+#include "ops/key_scan/key_scan_simt_layout.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::key_scan {
 namespace {

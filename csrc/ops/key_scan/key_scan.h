@@ -20,7 +20,7 @@
 // what the rows are made of, and d_lse0 = -e^{L_0 - L_1} T_1.
 #pragma once
 
-#include "core/call.h"
+#include "core/host/call.h"
 
 namespace hw::key_scan {
 

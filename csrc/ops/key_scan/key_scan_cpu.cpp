@@ -12,9 +12,9 @@
 
 #include "ops/key_scan/key_scan_sum.h"
 
-#include "core/parallel.h"
-#include "core/registry.h"
-#include "core/simd.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/simd.h"
+#include "core/host/registry.h"
 
 namespace hw::key_scan {
 namespace {

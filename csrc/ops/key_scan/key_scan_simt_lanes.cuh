@@ -3,12 +3,12 @@
 #pragma once
 
 #include "ops/key_scan/key_scan.h"
-#include "ops/key_scan/key_scan_simt_layout.cuh"
+#include "ops/key_scan/key_scan_simt_layout.h"
 #include "ops/key_scan/key_scan_sum.h"
 
-#include "core/device.h"
 #include "core/dtype.h"
-#include "core/vector.h"
+#include "core/gpu/device.h"
+#include "core/gpu/vector.h"
 
 namespace hw::key_scan::simt {
 

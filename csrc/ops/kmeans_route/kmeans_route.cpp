@@ -2,8 +2,8 @@
 // Routing by k-means, host side: arguments of a call and checks.
 #include "ops/kmeans_route/kmeans_route.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::kmeans_route {
 namespace {

@@ -8,7 +8,7 @@
 //
 //   B batch, S tokens, H heads, D channels, K clusters, W members, L length of the whole sequence
 //
-// Who joins is decided by keys of core/order.h: equal similarities rank by position, so an earlier
+// Who joins is decided by keys of core/sort_key.h: equal similarities rank by position, so an earlier
 // equal outranks; NaN ranks last. The W best of the whole sequence are select_topk's on d.
 //
 // Invariant: the bits of d_bhct follow from x_bth and mu_hc alone. All tokens take the same
@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "core/call.h"
+#include "core/host/call.h"
 
 namespace hw::kmeans_route {
 

@@ -15,11 +15,11 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/matmul.h"
-#include "core/order.h"
-#include "core/parallel.h"
-#include "core/registry.h"
-#include "core/transpose.h"
+#include "core/cpu/matmul.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/transpose.h"
+#include "core/host/registry.h"
+#include "core/sort_key.h"
 
 namespace hw::kmeans_route {
 namespace {

@@ -22,12 +22,12 @@
 
 #include "ops/kmeans_route/kmeans_route.h"
 
-#include "core/device.h"
-#include "core/launch.h"
+#include "core/gpu/block_rank.h"
+#include "core/gpu/device.h"
+#include "core/gpu/launch.h"
+#include "core/gpu/vector.h"
 #include "core/math.h"
-#include "core/order.h"
-#include "core/place.h"
-#include "core/vector.h"
+#include "core/sort_key.h"
 
 namespace hw::kmeans_route::simt {
 

@@ -2,11 +2,11 @@
 // Linear attention, host side: arguments of a call, checks, and what each backend can take.
 #include "ops/linear_attention/linear_attention.h"
 
-#include "ops/linear_attention/linear_attention_simt_layout.cuh"
-#include "ops/linear_attention/linear_attention_sm80_layout.cuh"
+#include "ops/linear_attention/linear_attention_simt_layout.h"
+#include "ops/linear_attention/linear_attention_sm80_layout.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::linear_attention {
 namespace {

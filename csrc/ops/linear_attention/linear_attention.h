@@ -33,7 +33,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/call.h"
+#include "core/host/call.h"
 #include "core/macros.h"
 #include "core/math.h"
 

@@ -11,7 +11,7 @@
 #include "ops/linear_attention/linear_attention_cpu_scan.h"
 #include "ops/linear_attention/linear_attention_cpu_step.h"
 
-#include "core/registry.h"
+#include "core/host/registry.h"
 
 namespace hw::linear_attention {
 namespace {

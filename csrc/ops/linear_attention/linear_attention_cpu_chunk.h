@@ -13,9 +13,9 @@
 
 #include "ops/linear_attention/linear_attention.h"
 
-#include "core/matmul.h"
-#include "core/parallel.h"
-#include "core/transpose.h"
+#include "core/cpu/matmul.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/transpose.h"
 
 namespace hw::linear_attention {
 namespace {

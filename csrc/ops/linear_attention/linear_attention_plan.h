@@ -26,7 +26,7 @@
 
 #include "ops/linear_attention/linear_attention.h"
 
-#include "core/call.h"
+#include "core/host/call.h"
 #include "core/macros.h"
 #include "core/math.h"
 

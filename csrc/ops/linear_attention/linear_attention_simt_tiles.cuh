@@ -12,13 +12,13 @@
 // taylor2 on the query side (`kQuery`). Every sum has one order, fixed by the shapes.
 #pragma once
 
-#include "ops/linear_attention/linear_attention_simt_layout.cuh"
+#include "ops/linear_attention/linear_attention_simt_layout.h"
 
-#include "core/device.h"
 #include "core/dtype.h"
+#include "core/gpu/device.h"
+#include "core/gpu/vector.h"
 #include "core/math.h"
 #include "core/ref.h"
-#include "core/vector.h"
 
 namespace hw::linear_attention::simt {
 

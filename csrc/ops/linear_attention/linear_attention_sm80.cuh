@@ -16,9 +16,9 @@
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
 #include "ops/linear_attention/linear_attention_sm80_backward.cuh"
 #include "ops/linear_attention/linear_attention_sm80_forward.cuh"
-#include "ops/linear_attention/linear_attention_sm80_layout.cuh"
+#include "ops/linear_attention/linear_attention_sm80_layout.h"
 
-#include "core/launch.h"
+#include "core/gpu/launch.h"
 
 namespace hw::linear_attention::sm80 {
 

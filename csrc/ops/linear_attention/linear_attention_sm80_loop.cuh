@@ -11,7 +11,7 @@
 // negative row strides, and nothing else changes.
 #pragma once
 
-#include "ops/linear_attention/linear_attention_sm80_layout.cuh"
+#include "ops/linear_attention/linear_attention_sm80_layout.h"
 #include "ops/linear_attention/linear_attention_sm80_state.cuh"
 
 namespace hw::linear_attention::sm80 {

@@ -25,11 +25,11 @@
 
 #include "ops/linear_attention/linear_attention_plan.h"
 
-#include "core/copy.h"
-#include "core/device.h"
-#include "core/mma.h"
-#include "core/packed.h"
-#include "core/tile.h"
+#include "core/gpu/async_copy.h"
+#include "core/gpu/device.h"
+#include "core/gpu/mma.h"
+#include "core/gpu/packed.h"
+#include "core/gpu/tile.h"
 
 namespace hw::linear_attention::sm80 {
 

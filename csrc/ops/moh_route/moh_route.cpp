@@ -2,8 +2,8 @@
 // Rows of mixture-of-heads attention, host side: arguments of a call and checks.
 #include "ops/moh_route/moh_route.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::moh_route {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "core/call.h"
+#include "core/host/call.h"
 
 namespace hw::moh_route {
 

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 
+#include "core/cpu/parallel.h"
+#include "core/host/registry.h"
 #include "core/math.h"
-#include "core/parallel.h"
-#include "core/registry.h"
 
 namespace hw::moh_route {
 namespace {

@@ -5,9 +5,9 @@
 
 #include "ops/moh_route/moh_route.h"
 
-#include "core/device.h"
-#include "core/launch.h"
-#include "core/place.h"
+#include "core/gpu/block_rank.h"
+#include "core/gpu/device.h"
+#include "core/gpu/launch.h"
 
 namespace hw::moh_route::simt {
 

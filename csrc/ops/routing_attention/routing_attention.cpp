@@ -3,11 +3,11 @@
 // backend can take.
 #include "ops/routing_attention/routing_attention.h"
 
-#include "ops/routing_attention/routing_attention_simt_layout.cuh"
-#include "ops/routing_attention/routing_attention_sm80_layout.cuh"
+#include "ops/routing_attention/routing_attention_simt_layout.h"
+#include "ops/routing_attention/routing_attention_sm80_layout.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::routing_attention {
 namespace {
@@ -22,13 +22,13 @@ constexpr std::array<Argument, 2> kBackwardLists{{{"slots", "BRQV", Kind::elemen
                                                   {"factor", "BSQ", Kind::wide, Need::optional}}};
 constexpr int kRoutingScalars = 14;
 constexpr auto kForwardTensors =
-    joined(kLists, joined(attention::kScoreTensors, attention::forward_tensors("BRQV", "+BQR")));
+    joined(kLists, joined(softmax::kScoreTensors, softmax::forward_tensors("BRQV", "+BQR")));
 constexpr auto kBackwardTensors =
     joined(joined(kLists, kBackwardLists),
-           joined(attention::kScoreTensors, attention::backward_tensors("+BQR", Need::optional)));
+           joined(softmax::kScoreTensors, softmax::backward_tensors("+BQR", Need::optional)));
 constexpr Signature kSignatures[] = {
-    {kForwardTensors, kRoutingScalars + attention::kScoreScalars + 1},
-    {kBackwardTensors, kRoutingScalars + attention::kScoreScalars}};
+    {kForwardTensors, kRoutingScalars + softmax::kScoreScalars + 1},
+    {kBackwardTensors, kRoutingScalars + softmax::kScoreScalars}};
 
 void read_lists(Arguments& a, Routing& r) {
   r.rows.blocks = a.output<4>().as<const int64_t>();
@@ -58,8 +58,8 @@ void check_lists(const char* which, const Lists& l, int64_t tokens) {
 
 template <class Params>
 void check_params(const Params& p, const Call& call, int q) {
-  attention::check_scores(call, q);
-  check(!call.tensor(q + 6).present() && p.activation == attention::Activation::softmax,
+  softmax::check_scores(call, q);
+  check(!call.tensor(q + 6).present() && p.activation == softmax::Activation::softmax,
         ErrorKind::value, "routing_attention: sequences are not packed, the activation is softmax");
   check(call.tensor(q + 8).present(), ErrorKind::value, "routing_attention: v is missing");
   const bool listed = call.tensor(1).present();
@@ -84,7 +84,7 @@ void check_places(const Params& p, const Tensor& t, int d) {
 void check_backward(const Call& call) {
   const BackwardParams p = backward_params(call);
   check_params(p, call, kBackwardQ);
-  attention::check_backward(call, kBackwardQ, p);
+  softmax::check_backward(call, kBackwardQ, p);
   const Tensor &slots = call.tensor(2), &factor = call.tensor(kFactor),
                &q = call.tensor(kBackwardQ);
   const Tensor &row = call.tensor(kBackwardQ + 10), &delta = call.tensor(kBackwardQ + 11);
@@ -99,7 +99,7 @@ void check_backward(const Call& call) {
 void check_forward(const Call& call) {
   const ForwardParams p = forward_params(call);
   check_params(p, call, kForwardQ);
-  attention::check_forward(call, kForwardQ);
+  softmax::check_forward(call, kForwardQ);
   const Tensor &w = call.tensor(kForwardQ + 13), &row = call.tensor(kForwardQ + 14);
   check_places(p, w, 1);
   check_places(p, row, row.ndim - 1);
@@ -139,7 +139,7 @@ ForwardParams forward_params(const Call& call) {
   ForwardParams p;
   read_lists(a, p);
   read_routing(a, p);
-  attention::read_forward(a, p);
+  softmax::read_forward(a, p);
   set_lengths(p);
   return p;
 }
@@ -151,7 +151,7 @@ BackwardParams backward_params(const Call& call) {
   p.slots = a.input<4>();
   const Ref<const void, 3> factor = a.input<3>();
   read_routing(a, p);
-  attention::read_backward(a, p);
+  softmax::read_backward(a, p);
   p.factor = factor;
   set_lengths(p);
   return p;

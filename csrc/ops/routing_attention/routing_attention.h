@@ -14,7 +14,7 @@
 //   k-means routing    groups are clusters: rows and keys are lists of tokens
 //   mixture of heads   one group: rows = those with a gate, keys absent: all of them
 //
-// Scores, weights and results of a row are those of attention.h; i and j are positions of tokens in
+// Scores, weights and results of a row are those of softmax/params.h; i and j are positions of tokens in
 // the sequence there, in masks and biases too. Besides
 //
 //   pad_keys     a slot without token is a key 0 with the value 0 that is seen (score 0); without
@@ -32,18 +32,18 @@
 // token is. Rows of tokens in no list are left alone; but where all keys go with one list, cpu
 // clears them (w = 0, row +inf).
 //
-// Symbols beside those of attention.h: G groups, N blocks of a list, n tokens of a block, Wq, Wk
+// Symbols beside those of softmax/params.h: G groups, N blocks of a list, n tokens of a block, Wq, Wk
 // slots of a list (N n; without lists Sq, Sk).
 #pragma once
 
-#include "ops/attention/attention.h"
+#include "softmax/params.h"
 
-#include "core/cells.h"
+#include "core/regions.h"
 
 namespace hw::routing_attention {
 
-using attention::Mask;
-using attention::Range;
+using softmax::Mask;
+using softmax::Range;
 
 // exp(kSelfScore - L) is 0 beside any other key; finite, so that a row alone attends to itself.
 inline constexpr double kSelfScore = -5e4;
@@ -74,13 +74,13 @@ struct Routing {
 // "routing_attention.forward". By slot: o [B, Sq, Hq, Dv] is the mean, w [B, G Wq, Hq, Dv] and row
 // [B, Hq, G Wq] are those of slots, and there are no other read-outs. Slots without token: w = 0 is
 // written, row is not read later (cpu writes +inf).
-struct ForwardParams : attention::ForwardParams, Routing {};
+struct ForwardParams : softmax::ForwardParams, Routing {};
 
 // "routing_attention.backward". By slot: row as left by forward, `slots` its w, delta absent, d_w
 // [B, Sq, Hq, Dv]. Gradients are per token in any case. They are complete, 0 for tokens in no list;
 // but not by slot, d_q and d_row_temperature of tokens in no list are treated as o is, and
 // d_bias is added to or written where rows are listed: the caller hands over zeros.
-struct BackwardParams : attention::BackwardParams, Routing {
+struct BackwardParams : softmax::BackwardParams, Routing {
   Ref<const void, 4> slots;  // [B, G Wq, Hq, Dv]
 };
 

@@ -7,7 +7,7 @@
 #include "ops/routing_attention/routing_attention_cpu_lists.h"
 #include "ops/routing_attention/routing_attention_cpu_rows.h"
 
-#include "core/registry.h"
+#include "core/host/registry.h"
 
 namespace hw::routing_attention {
 namespace {
@@ -25,11 +25,11 @@ void backward(const Call& call) {
   const BackwardParams p = backward_params(call);
   if (!p.keys) {
     RowsBackward<T>(p, call.context.num_threads).run();
-    if (!attention::shares_bias(p)) return;
+    if (!softmax::shares_bias(p)) return;
     // Rows that are not listed weigh nothing: their statistic is +inf.
-    attention::BackwardParams all = p;
+    softmax::BackwardParams all = p;
     all.max_q = p.q.size[1];
-    attention::SharedBias<T>(all, call.context.num_threads).run();
+    softmax::SharedBias<T>(all, call.context.num_threads).run();
     return;
   }
   GroupsBackward<T>(p, call.context.num_threads).run();

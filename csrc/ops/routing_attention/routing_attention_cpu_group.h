@@ -13,17 +13,17 @@
 #include <algorithm>
 #include <utility>
 
-#include "ops/attention/attention_cpu_operands.h"
 #include "ops/routing_attention/routing_attention.h"
+#include "softmax/cpu/operands.h"
 
-#include "core/room.h"
+#include "core/host/workspace.h"
 
 namespace hw::routing_attention {
 namespace {
 
-using attention::Block;
-using attention::kRows;
-using attention::kRowsAhead;
+using softmax::Block;
+using softmax::kRows;
+using softmax::kRowsAhead;
 
 // A list by position: tokens, and the slots where they stood.
 struct List {
@@ -50,7 +50,7 @@ class Group {
         most_keys_(p.keys.slots()) {
     if constexpr (requires { p.o; })
       if (!p.by_slot) o_ = p.o.template as<const T>();
-    const attention::Sequence at = sequence(p, 0);
+    const softmax::Sequence at = sequence(p, 0);
     by_position_ = mask_of(p, at);
     ordered_ = by_position_.left >= 0 || by_position_.right >= 0 || p.mask_self;
     Room sizes;
@@ -96,9 +96,9 @@ class Group {
   HW_NOINLINE Requests requests(int64_t part, int64_t parts) const {
     const int64_t begin = wanted_count_ * part / parts, end = wanted_count_ * (part + 1) / parts;
     const int64_t width = v_.size[3];
-    const int64_t tiles = ceil_div<int64_t>(key_count(), attention::kKeys);
+    const int64_t tiles = ceil_div<int64_t>(key_count(), softmax::kKeys);
     const int64_t rows_of_products =
-        in_place_ ? 2 * std::min<int64_t>(rows(), kRows) : attention::kKeys + width;
+        in_place_ ? 2 * std::min<int64_t>(rows(), kRows) : softmax::kKeys + width;
     const int64_t steps = tiles * ceil_div<int64_t>(rows_of_products, kTileRows);
     return {wanted_ + begin, end - begin, wanted_bytes_,
             ceil_div(end - begin, std::max<int64_t>(steps, 1))};
@@ -123,7 +123,7 @@ class Group {
 
   // Rows [begin, begin + kRows) of a head of the group.
   HW_NOINLINE Block block(int64_t begin, int head) const {
-    const attention::Sequence at{now_.batch, 0, rows_in_sequence_, 0, key_count()};
+    const softmax::Sequence at{now_.batch, 0, rows_in_sequence_, 0, key_count()};
     return {at,
             {rows_in_sequence_, key_count(), -1, -1},
             head,
@@ -213,7 +213,7 @@ class Group {
         if (key_token(j) < 0)
           std::fill_n(row, width, T(0.0f));
         else
-          attention::copy_row(row, x.at(now_.batch, key_token(j), h), width, x.stride[3]);
+          softmax::copy_row(row, x.at(now_.batch, key_token(j), h), width, x.stride[3]);
       }
     }
   }

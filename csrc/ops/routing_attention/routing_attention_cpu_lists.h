@@ -16,9 +16,9 @@
 #include <optional>
 #include <type_traits>
 
-#include "ops/attention/attention_cpu_backward.h"
-#include "ops/attention/attention_cpu_forward.h"
 #include "ops/routing_attention/routing_attention_cpu_group.h"
+#include "softmax/cpu/backward.h"
+#include "softmax/cpu/forward.h"
 
 namespace hw::routing_attention {
 namespace {
@@ -29,7 +29,7 @@ constexpr int64_t kFewHeads = 8;      // fewer key heads than this: cut the grou
 
 template <class T>
 class GroupsForward {
-  using AlongKeys = attention::AlongKeys<T>;
+  using AlongKeys = softmax::AlongKeys<T>;
 
  public:
   GroupsForward(const ForwardParams& p, int threads)
@@ -73,7 +73,7 @@ class GroupsForward {
   HW_NOINLINE void walk(Next next) const {
     Group<T> group(p_, static_cast<int>(heads_at_once_), in_place_);
     // `moves`: the heads whose keys lie in the group's memory change from visit to visit.
-    std::optional<attention::Forward<T>> pass;
+    std::optional<softmax::Forward<T>> pass;
     const bool moves = pieces_ > 1 && heads_at_once_ > 1 && !in_place_;
     int64_t visit = next();
     if (visit < 0) return;
@@ -88,7 +88,7 @@ class GroupsForward {
   }
 
   // The group's rows; `more`: memory is asked for the next group's meanwhile.
-  HW_NOINLINE void attend(const Group<T>& group, attention::Forward<T>& pass, bool more) const {
+  HW_NOINLINE void attend(const Group<T>& group, softmax::Forward<T>& pass, bool more) const {
     const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = group.heads() * blocks;
     for (int h = 0; h < group.heads(); ++h) {
       const int head = group.first_head() + h;
@@ -100,8 +100,8 @@ class GroupsForward {
     }
   }
 
-  HW_NOINLINE attention::ForwardParams engine_params(const Group<T>& group) const {
-    attention::ForwardParams e = p_;
+  HW_NOINLINE softmax::ForwardParams engine_params(const Group<T>& group) const {
+    softmax::ForwardParams e = p_;
     e.k = group.keys();
     e.v = group.values();
     if (p_.by_slot) e.o = p_.w, e.w = {};
@@ -116,7 +116,7 @@ class GroupsForward {
     const int64_t slots = p_.rows.slots();
     for (int64_t s = group * slots; s < (group + 1) * slots; ++s) {
       for (int64_t d = 0; d < w.size[3]; ++d) w(batch, s, head, d) = T(0.0f);
-      if (row) row(batch, head, s) = attention::kInfinity<Accum<T>>;
+      if (row) row(batch, head, s) = softmax::kInfinity<Accum<T>>;
       if (rest) rest(batch, head, s) = 0;
     }
   }
@@ -393,7 +393,7 @@ class GroupsBackward {
       if (p_.by_slot) find_deltas(batch, head);
       std::fill_n(d_k_, keys * padded_, A(0));
       std::fill_n(d_v_, keys * padded_values_, A(0));
-      const attention::KeySums<A> sums{d_k_, d_v_, padded_, padded_values_, false};
+      const softmax::KeySums<A> sums{d_k_, d_v_, padded_, padded_values_, false};
       for (int64_t begin = 0; begin < group_.rows(); begin += kRows) {
         const Block block = group_.block(begin, head);
         walk_.block(block, {0, keys}, sums);
@@ -414,7 +414,7 @@ class GroupsBackward {
 
    private:
     // What the walk reads; and room for it in scratch memory.
-    HW_NOINLINE attention::BackwardParams engine_params() {
+    HW_NOINLINE softmax::BackwardParams engine_params() {
       const int64_t keys = p_.keys.slots(), slots = p_.groups() * p_.rows.slots();
       const int64_t deltas = p_.by_slot ? slots : 0;
       memory_.reserve((keys * (padded_ + padded_values_) + deltas + 2 * padded_values_) *
@@ -423,14 +423,14 @@ class GroupsBackward {
       d_v_ = d_k_ + keys * padded_;
       rows_ = d_v_ + keys * padded_values_;
       delta_ = rows_ + 2 * padded_values_;
-      attention::BackwardParams e = p_;
+      softmax::BackwardParams e = p_;
       e.k = group_.keys();
       e.v = group_.values();
       if (p_.by_slot) {
         e.delta.data = delta_;  // of any batch entry and head
         e.delta.stride[2] = 1;
       }
-      Scratch::of_thread().reset(attention::Walk<T>::bytes(e));
+      Scratch::of_thread().reset(softmax::Walk<T>::bytes(e));
       return e;
     }
 
@@ -456,9 +456,9 @@ class GroupsBackward {
     Buffer memory_;
     A *d_k_, *d_v_, *rows_;  // of the group's keys [Wk, padded]; two rows of values
     A* delta_;               // [G Wq], by slot
-    const attention::BackwardParams engine_;
+    const softmax::BackwardParams engine_;
     const Ref<const A, 3> factor_;
-    attention::Walk<T> walk_;
+    softmax::Walk<T> walk_;
   };
 
   const BackwardParams& p_;

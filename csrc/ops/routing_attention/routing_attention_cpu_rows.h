@@ -4,16 +4,16 @@
 
 #include <algorithm>
 
-#include "ops/attention/attention_cpu_backward.h"
-#include "ops/attention/attention_cpu_forward.h"
 #include "ops/routing_attention/routing_attention.h"
+#include "softmax/cpu/backward.h"
+#include "softmax/cpu/forward.h"
 
 namespace hw::routing_attention {
 namespace {
 
-using attention::Block;
-using attention::kRows;
-using attention::RowLists;
+using softmax::Block;
+using softmax::kRows;
+using softmax::RowLists;
 
 constexpr int64_t kTokensOfTask = 64;      // where rows are cleared
 constexpr int64_t kCachedBytes = 4 << 20;  // a larger tensor is out of L2 before it is read
@@ -115,7 +115,7 @@ class RowsForward {
       const int64_t count = lists.count(batch, head);
       const int64_t block = blocks - 1 - task % blocks;  // the last rows see most keys
       if (block * kRows >= count) return;
-      const attention::Sequence at = sequence(p_, batch);
+      const softmax::Sequence at = sequence(p_, batch);
       pass_.run_block(
           {at, mask_of(p_, at), head, RowLists::block(block, count), lists.of(batch, head)});
     });
@@ -126,7 +126,7 @@ class RowsForward {
   HW_NOINLINE void clear(int64_t b, int64_t i, int head) const {
     clear_row<T>(p_.o, b, i, head);
     clear_row<T>(p_.w, b, i, head);
-    if (p_.row) p_.row.template as<A>()(b, head, i) = attention::kInfinity<A>;
+    if (p_.row) p_.row.template as<A>()(b, head, i) = softmax::kInfinity<A>;
     for (const Ref<void, 3>* x : {&p_.rest, &p_.entropy, &p_.p_max, &p_.sq_norm})
       if (*x) x->template as<A>()(b, head, i) = 0;
   }
@@ -134,7 +134,7 @@ class RowsForward {
   const ForwardParams& p_;
   const int threads_;
   const SortedRows sorted_;
-  attention::Forward<T> pass_;
+  softmax::Forward<T> pass_;
 };
 
 template <class T>
@@ -155,7 +155,7 @@ class RowsBackward {
   const BackwardParams& p_;
   const SortedRows sorted_;
   const RowLists lists_;
-  attention::Backward<T> pass_;
+  softmax::Backward<T> pass_;
 };
 
 }  // namespace

@@ -12,15 +12,15 @@
 //                                 for which rows in no list have weight 0
 #pragma once
 
-#include "ops/attention/attention_simt_backward.cuh"
-#include "ops/attention/attention_simt_forward.cuh"
 #include "ops/routing_attention/routing_attention_simt_lists.cuh"
 #include "ops/routing_attention/routing_attention_slots.cuh"
+#include "softmax/simt/backward.cuh"
+#include "softmax/simt/forward.cuh"
 
 namespace hw::routing_attention::simt {
 
-using attention::simt::GradParams;
-using attention::simt::RowsParams;
+using softmax::simt::GradParams;
+using softmax::simt::RowsParams;
 
 inline constexpr const char* kName = "routing_attention";
 
@@ -28,8 +28,8 @@ inline constexpr const char* kName = "routing_attention";
 
 // Blocks of rows; keys are not cut into spans.
 template <class A>
-attention::simt::ForwardPlan plan_of(const ForwardParams& f) {
-  attention::simt::ForwardPlan plan = attention::simt::forward_plan<A>(
+softmax::simt::ForwardPlan plan_of(const ForwardParams& f) {
+  softmax::simt::ForwardPlan plan = softmax::simt::forward_plan<A>(
       f.batch() * f.groups(), f.query_heads(), f.max_q, f.max_k, f.value_dim(), 0);
   plan.spans = 1;
   plan.span = max_of<int64_t>(f.max_k, 1);
@@ -46,12 +46,12 @@ void forward(const Call& call) {
   p.f = f;
   if (f.by_slot) p.f.o = f.w, p.f.w = {};
   p.plan = plan_of<Accum<Element>>(f);
-  p.q = attention::simt::make_side<Element>(f.q);
-  p.k = attention::simt::make_side<Element>(f.k);
-  p.v = attention::simt::make_side<Element>(f.v);
+  p.q = softmax::simt::make_side<Element>(f.q);
+  p.k = softmax::simt::make_side<Element>(f.k);
+  p.v = softmax::simt::make_side<Element>(f.v);
   p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
   p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
-  attention::simt::run_rows(p, call.context);
+  softmax::simt::run_rows(p, call.context);
   if (!f.by_slot || !f.o) return;
   mean_slots<Element>(f, index_tokens(f.rows, memory.rows, call.context), call.context);
 }
@@ -116,7 +116,7 @@ void backward_all_keys(GradParams<Element, Listed>& p, const Context& context) {
   run_query_grad(p, p.b.batch(), context);
   run_key_grad(p, p.b.batch(), p.b.key_heads(), context);
   if (!p.shared_bias) return;
-  GradParams<Element, attention::simt::MaskedSequence> dense{};
+  GradParams<Element, softmax::simt::MaskedSequence> dense{};
   dense.b = p.b;
   describe_tensors(dense);
   run_bias_grad(dense, context);

@@ -12,8 +12,8 @@
 // shared memory, so that what is here runs once per slot of a tile, and integer divisions are few.
 #pragma once
 
-#include "ops/attention/attention_simt_tile.cuh"
-#include "ops/routing_attention/routing_attention_simt_layout.cuh"
+#include "ops/routing_attention/routing_attention_simt_layout.h"
+#include "softmax/simt/tile.cuh"
 
 namespace hw::routing_attention {
 

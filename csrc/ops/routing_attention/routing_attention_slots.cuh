@@ -18,11 +18,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "ops/routing_attention/routing_attention_simt_layout.cuh"
+#include "ops/routing_attention/routing_attention_simt_layout.h"
 
-#include "core/csr.cuh"
-#include "core/device.h"
-#include "core/launch.h"
+#include "core/gpu/csr.cuh"
+#include "core/gpu/device.h"
+#include "core/gpu/launch.h"
 
 namespace hw::routing_attention {
 

@@ -17,7 +17,7 @@
 #include "ops/routing_attention/routing_attention_slots.cuh"
 #include "ops/routing_attention/routing_attention_sm80_feed.cuh"
 
-#include "core/launch.h"
+#include "core/gpu/launch.h"
 
 namespace hw::routing_attention::sm80 {
 
@@ -33,24 +33,24 @@ Listed<kOwn> listed(const Params& p) {
 }
 
 // Gates do not change scores: mixtures of heads are plain too.
-inline bool is_plain(const attention::ForwardParams& f) {
-  return attention::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
+inline bool is_plain(const softmax::ForwardParams& f) {
+  return softmax::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
          !f.mass;
 }
 
 template <class Element, int kDim, bool kPlain, int kOwn>
-void forward(const Call& call, const ForwardParams& p, const attention::ForwardParams& f) {
-  using Kernel = attention::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
-  attention::sm80::Plan plan;
+void forward(const Call& call, const ForwardParams& p, const softmax::ForwardParams& f) {
+  using Kernel = softmax::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
+  softmax::sm80::Plan plan;
   plan.blocks = ceil_div<int64_t>(p.max_q, Kernel::kRows);
   plan.tasks = plan.blocks * p.query_heads() * p.batch() * p.groups();
   const typename Kernel::Params params{listed<kOwn>(p),
                                        f,
-                                       attention::sm80::ScoreInputs<Element>(f),
+                                       softmax::sm80::ScoreInputs<Element>(f),
                                        input_of<Element>(f.v),
                                        output_of<Element>(f.o),
                                        output_of<Element>(f.w),
-                                       attention::sm80::units_of(kPlain, f),
+                                       softmax::sm80::units_of(kPlain, f),
                                        plan,
                                        {}};
   launch<Kernel>({plan.tasks, 1, 1}, sizeof(typename Kernel::Smem), call.context, params);
@@ -59,7 +59,7 @@ void forward(const Call& call, const ForwardParams& p, const attention::ForwardP
 template <class Element, int kDim>
 void forward(const Call& call) {
   const ForwardParams p = forward_params(call);
-  attention::ForwardParams f = p;
+  softmax::ForwardParams f = p;
   if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
   if (!is_plain(f))
     forward<Element, kDim, false, kMedium>(call, p, f);
@@ -93,14 +93,14 @@ struct Backward {
   const BackwardParams& b;
   const Shape& s;
   const BackwardRoom<float>& at;  // by slot or span: where sums that are still to be made begin
-  attention::sm80::LoopInputs<Element> inputs;
+  softmax::sm80::LoopInputs<Element> inputs;
   bool shared_bias;
 
   bool by_span() const { return s.keys_listed && !s.by_slot; }
 
   // Gradients fed with `feed`.
   template <class Feed>
-  attention::sm80::GradientParams<Element, Feed> params(const Feed& feed) const {
+  softmax::sm80::GradientParams<Element, Feed> params(const Feed& feed) const {
     return {feed,
             b,
             inputs,
@@ -114,18 +114,18 @@ struct Backward {
 
 template <class Element, int kDim, bool kPlain, int kOwn>
 void query_gradients(const Backward<Element>& x) {
-  using Kernel = attention::sm80::QueryGradKernel<Element, kDim, kPlain, Listed<kOwn>>;
+  using Kernel = softmax::sm80::QueryGradKernel<Element, kDim, kPlain, Listed<kOwn>>;
   const Shape& s = x.s;
   Listed<kOwn> feed = listed<kOwn>(x.b);
   feed.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
-  attention::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(feed), s.row_slots,
-                                         x.call.context);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(feed), s.row_slots,
+                                       x.call.context);
 }
 
 template <class Element, int kDim, bool kPlain, int kOwn>
 void key_gradients(const Backward<Element>& x) {
   using Feed = ListedKeys<kOwn>;
-  using Kernel = attention::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, Feed>;
+  using Kernel = softmax::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, Feed>;
   const Shape& s = x.s;
   Feed feed{};
   static_cast<Listed<kOwn>&>(feed) = listed<kOwn>(x.b);
@@ -139,22 +139,22 @@ void key_gradients(const Backward<Element>& x) {
     feed.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
   }
   const int64_t owners = s.keys_listed ? s.heads : x.b.key_heads();
-  attention::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots,
-                                         x.call.context);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots,
+                                       x.call.context);
 }
 
 template <class Element, int kDim>
 void gradients(const Backward<Element>& x) {
-  using attention::sm80::has_plain_scores;
+  using softmax::sm80::has_plain_scores;
   if (!has_plain_scores(x.b)) {
     query_gradients<Element, kDim, false, kMedium>(x);
     key_gradients<Element, kDim, false, kMedium>(x);
     if (!x.shared_bias) return;
     // Rows that are not listed weigh nothing: their statistic is +inf.
-    attention::BackwardParams all = x.b;
+    softmax::BackwardParams all = x.b;
     all.max_q = x.s.rows, all.max_k = x.s.keys;
-    attention::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0},
-                                                x.call.context);
+    softmax::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0},
+                                              x.call.context);
     return;
   }
   x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, true, kNarrow>(x)
@@ -179,10 +179,10 @@ void backward(const Call& call) {
     at.regions = index_regions(b.keys, at.regions, context);
   }
 
-  const auto inputs = attention::sm80::loop_inputs<Element>(
-      b, attention::sm80::has_plain_scores(b), b.d_w, b.v, b.row, b.rest,
-      s.by_slot ? row_numbers(at.delta, s) : b.delta);
-  gradients<Element, kDim>({call, b, s, at, inputs, attention::adds_up_bias(b)});
+  const auto inputs =
+      softmax::sm80::loop_inputs<Element>(b, softmax::sm80::has_plain_scores(b), b.d_w, b.v, b.row,
+                                          b.rest, s.by_slot ? row_numbers(at.delta, s) : b.delta);
+  gradients<Element, kDim>({call, b, s, at, inputs, softmax::adds_up_bias(b)});
 
   const auto places = [&](float* data, int64_t count, int64_t width) {
     return place_array(data, s.batch, count, s.heads, width);

@@ -11,15 +11,15 @@
 // Symbols are those of routing_attention.h and routing_attention_simt_layout.cuh.
 #pragma once
 
-#include "ops/attention/attention_sm80_score.cuh"
-#include "ops/routing_attention/routing_attention_sm80_layout.cuh"
+#include "ops/routing_attention/routing_attention_sm80_layout.h"
+#include "softmax/sm80/score.cuh"
 
-#include "core/device.h"
+#include "core/gpu/device.h"
 
 namespace hw::routing_attention::sm80 {
 
-using attention::ScoreParams;
-using attention::sm80::kNoToken;
+using softmax::ScoreParams;
+using softmax::sm80::kNoToken;
 
 template <int kOwn>
 struct Listed {
@@ -29,7 +29,7 @@ struct Listed {
   using ForwardTiles = sm80::ForwardTiles<kOwn, kDim>;
   using LoopTiles = sm80::LoopTiles<kOwn>;
 
-  struct Place : attention::sm80::Place {
+  struct Place : softmax::sm80::Place {
     int group;                // g, or span t
     int region;               // of a span; -1: there is no such span
     int first_listing, list;  // of a span, in the lists of Regions
@@ -80,8 +80,8 @@ struct Listed {
   // All but what says which group it is.
   HW_DEVICE HW_INLINE Place place_in(const ScoreParams& p, int64_t batch, int head) const {
     Place w{};
-    w.at = attention::sequence(p, batch);
-    w.mask = attention::mask_of(p, w.at);
+    w.at = softmax::sequence(p, batch);
+    w.mask = softmax::mask_of(p, w.at);
     w.head = head, w.key_head = head / p.group();
     w.rows = row_slots_of_list, w.keys = key_slots_of_list;
     return w;

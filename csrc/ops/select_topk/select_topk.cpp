@@ -2,8 +2,8 @@
 // Selection of the k largest, host side: arguments of a call, checks, workspace.
 #include "ops/select_topk/select_topk.h"
 
-#include "core/arguments.h"
-#include "core/registry.h"
+#include "core/host/arguments.h"
+#include "core/host/registry.h"
 
 namespace hw::select_topk {
 namespace {

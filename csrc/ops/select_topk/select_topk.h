@@ -3,7 +3,7 @@
 //
 //   I = the first k of 0 .. N - 1 ordered by (-s_i, i)
 //
-// Equal scores rank by their index, -0 equals 0, NaN ranks last: keys of core/order.h. The order is
+// Equal scores rank by their index, -0 equals 0, NaN ranks last: keys of core/sort_key.h. The order is
 // complete, so every backend selects the same, and how it does is free.
 //
 // Selection, not sorting: the key t of the k-th largest is found digit by digit from histograms, then
@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "core/call.h"
+#include "core/host/call.h"
 
 namespace hw::select_topk {
 

@@ -11,9 +11,9 @@
 
 #include <algorithm>
 
-#include "core/order.h"
-#include "core/parallel.h"
-#include "core/registry.h"
+#include "core/cpu/parallel.h"
+#include "core/host/registry.h"
+#include "core/sort_key.h"
 
 namespace hw::select_topk {
 namespace {

@@ -13,10 +13,10 @@
 
 #include "ops/select_topk/select_topk.h"
 
-#include "core/device.h"
-#include "core/launch.h"
-#include "core/order.h"
-#include "core/place.h"
+#include "core/gpu/block_rank.h"
+#include "core/gpu/device.h"
+#include "core/gpu/launch.h"
+#include "core/sort_key.h"
 
 namespace hw::select_topk::simt {
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models import BasedConfig, BasedLM, Checkpoint, load_checkpoint
-from ..ops.linear_attention import linear_attention
+from ..ops.linear.linear_attention import linear_attention
 from .demo_train import RECIPES, Recipe
 
 DEFAULT_MINUTES = 1.8

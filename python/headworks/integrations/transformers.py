@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .._errors import describe, fail
 from .._native import BACKENDS
-from ..ops.attention import attention as hw_attention
+from ..ops.attention.attention import attention as hw_attention
 from ._transformers_mask import Pattern, PatternMask, additive, attention_mask, bounds_of
 
 OP = "headworks.integrations.transformers"

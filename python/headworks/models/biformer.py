@@ -19,7 +19,7 @@ from ..nn._layer import Layer, reset_children
 from ..nn._recompute import recomputing
 from ..nn._types import Device, DType
 from ..nn.bilevel_routing import BiLevelRoutingAttention, depthwise
-from ..ops.attention import attention
+from ..ops.attention.attention import attention
 
 _FULL = -2  # stands for full attention among the numbers of regions
 _NORM_EPS = 1e-6

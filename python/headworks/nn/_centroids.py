@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._native import define
-from ..ops.kmeans_routing import kmeans_update
+from ..ops.routing.kmeans_routing import kmeans_update
 from ._recompute import may_repeat, recomputing, unrecorded
 from ._side_loss import SideLoss
 from ._types import Device

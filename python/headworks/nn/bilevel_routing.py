@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._errors import require_flags
-from ..ops.bilevel_routing import bilevel_routing_attention
+from ..ops.routing.bilevel_routing import bilevel_routing_attention
 from ._layer import Layer
 from ._types import Device, DType
 

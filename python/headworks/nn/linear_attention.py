@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import require_flags
-from ..ops.linear_attention import LinearState, linear_attention
-from ..ops.linear_attention_step import linear_attention_step
+from ..ops.linear.linear_attention import LinearState, linear_attention
+from ..ops.linear.linear_attention_step import linear_attention_step
 from ._checks import check_sequence, check_token
 from ._layer import Layer
 from ._types import Device, DType

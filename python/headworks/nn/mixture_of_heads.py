@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import require_flags
-from ..ops.moh_attention import moh_attention
-from ..ops.select_topk import select_topk
+from ..ops.routing.moh_attention import moh_attention
+from ..ops.routing.select_topk import select_topk
 from ._checks import check_sequence
 from ._side_loss import SideLoss
 from ._types import Device, DType

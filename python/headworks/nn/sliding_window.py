@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention import attention
+from ..ops.attention.attention import attention
 from ._checks import check_batch, check_packed, check_sequence, check_token, packed_positions
 from ._layer import Layer
 from ._types import Device, DType

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of 16-bit elements in shared memory, their way there, and their products.
+//
+//   Rows                rows of a matrix in global memory; ListedRows: in the order of a list
+//   Tile                [kRows, kColumns] in shared memory, swizzled
+//   load_tile           Rows -> Tile, 16 bytes at a time by cp.async where rows are aligned
+//   walk_stages         tiles that are read while the next ones load
+//   Fragment            an fp32 matrix spread over a warp, as mma leaves it (core/gpu/mma.h)
+//   multiply_rows       D += A B^T, both tiles
+//   multiply_columns    D += P B, P a fragment rounded to elements (pack), B a tile
+//
+// Swizzle: a row's units of 16 bytes are permuted by its number, so that the 8 rows of a matrix load
+// lie in different banks whatever the width (a multiple of 32 columns), and a tile has no padding.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/gpu/async_copy.h"
+#include "core/gpu/device.h"
+#include "core/gpu/mma.h"
+#include "core/gpu/vector.h"
+#include "core/math.h"
+#include "core/ref.h"
+
+namespace hw {
+
+using Word __attribute__((may_alias)) = uint32_t;  // two elements
+
+struct Nothing {};
+// A member that only some instances of a template have.
+template <bool kPresent, class T>
+using If = std::conditional_t<kPresent, T, Nothing>;
+
+// ---- Global memory ------------------------------------------------------------------------------
+
+// Rows of a matrix in global memory: element (i, c) is at origin[i row + c column].
+template <class Element>
+struct Rows {
+  const Element* origin = nullptr;
+  int64_t row = 0, column = 1;
+  int count = 0, columns = 0;  // beyond them: zeros
+  bool aligned = false;        // 16-byte copies are possible
+};
+
+// Whether every row of a tensor [B, S, H, *] is contiguous and starts at a multiple of `bytes`.
+template <class T>
+bool rows_aligned(const Ref<T, 4>& x, int bytes) {
+  const int64_t unit = bytes / static_cast<int>(sizeof(T));
+  bool aligned = reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0;
+  for (int i = 0; i < 3; ++i) aligned &= x.size[i] <= 1 || x.stride[i] % unit == 0;
+  return aligned && (x.size[3] <= 1 || x.stride[3] == 1);
+}
+
+// Rows token[0], token[1], .. of such a matrix, the list in shared memory; negative: zeros.
+template <class Element>
+struct ListedRows {
+  const Element* origin = nullptr;
+  int64_t row = 0, column = 1;
+  const int* token = nullptr;
+  int columns = 0;
+  bool aligned = false;
+};
+
+template <class Element>
+struct Input {
+  Ref<const Element, 4> ref;  // [B, S, heads, columns]
+  bool aligned = false;       // rows in 16-byte units
+};
+
+template <class Element>
+Input<Element> input_of(const Ref<const void, 4>& x) {
+  const Ref<const Element, 4> ref = x.template as<const Element>();
+  return {ref, rows_aligned(ref, 16)};
+}
+
+template <class Element>
+struct Output {
+  Ref<Element, 4> ref;  // [B, S, heads, columns]
+  bool paired = false;  // may be stored in words of two elements
+};
+
+template <class Element>
+Output<Element> output_of(const Ref<void, 4>& x) {
+  const Ref<Element, 4> ref = x.template as<Element>();
+  return {ref, rows_aligned(ref, 4)};
+}
+
+// Starts loading the first `valid` elements of a unit of 8, zeros in place of the others. `rows`: what
+// `from` belongs to.
+template <class Rows, class Element>
+HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element* from, int valid) {
+  if (rows.aligned) {
+    dev::copy_async_16(to, valid > 0 ? from : rows.origin,
+                       valid * static_cast<int>(sizeof(Element)));
+  } else {
+    for (int e = 0; e < 8; ++e) to[e] = e < valid ? from[e * rows.column] : Element(0.0f);
+  }
+}
+
+// Starts loading kRows x kUnits units of 8 elements, zeros beyond the rows. `to(row, unit)`: the
+// unit's place in shared memory. Whole block of kThreads.
+template <int kRows, int kUnits, int kThreads, class Element, class To>
+HW_DEVICE HW_INLINE void load_units(const Rows<Element>& rows, To&& to) {
+  const auto load = [&](int row, int unit, const Element* from) {
+    const int valid = row < rows.count ? max_of(min_of(rows.columns - unit * 8, 8), 0) : 0;
+    load_unit(rows, to(row, unit), from, valid);
+  };
+  const int thread = dev::thread_index();
+  if constexpr (kThreads % kUnits == 0 && kRows * kUnits % kThreads == 0) {
+    // A thread keeps its unit: its address moves by a fixed step, and few registers hold it.
+    constexpr int kStep = kThreads / kUnits;
+    const int unit = thread % kUnits;
+    const Element* from = rows.origin + (thread / kUnits * rows.row + unit * 8 * rows.column);
+    for (int row = thread / kUnits; row < kRows; row += kStep, from += kStep * rows.row)
+      load(row, unit, from);
+  } else {
+    for (int i = thread; i < kRows * kUnits; i += kThreads) {
+      const int row = i / kUnits, unit = i % kUnits;
+      load(row, unit, rows.origin + (row * rows.row + unit * 8 * rows.column));
+    }
+  }
+}
+
+template <int kRows, int kUnits, int kThreads, class Element, class To>
+HW_DEVICE HW_INLINE void load_units(const ListedRows<Element>& rows, To&& to) {
+  for (int i = dev::thread_index(); i < kRows * kUnits; i += kThreads) {
+    const int row = i / kUnits, unit = i % kUnits, token = rows.token[row];
+    const int valid = token >= 0 ? max_of(min_of(rows.columns - unit * 8, 8), 0) : 0;
+    load_unit(rows, to(row, unit), rows.origin + (token * rows.row + unit * 8 * rows.column),
+              valid);
+  }
+}
+
+// Starts loading kCount numbers from[i step], i < count; zeros beyond. Whole block of kThreads.
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void load_numbers(float* to, const float* from, int64_t step, int64_t count) {
+  for (int i = dev::thread_index(); i < kCount; i += kThreads) {
+    const bool valid = i < count;
+    dev::copy_async_4(to + i, from + (valid ? i * step : 0), valid ? 4 : 0);
+  }
+}
+
+// The same of places at(i), none where negative.
+template <int kCount, int kThreads, class At>
+HW_DEVICE HW_INLINE void load_numbers_at(float* to, const float* from, int64_t step, const At& at) {
+  for (int i = dev::thread_index(); i < kCount; i += kThreads) {
+    const int64_t place = at(i);
+    dev::copy_async_4(to + i, from + (place < 0 ? 0 : place * step), place < 0 ? 0 : 4);
+  }
+}
+
+// Stores two columns of a row, one word where the row allows it; columns beyond its end are dropped.
+template <class Element>
+HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, bool paired,
+                                    float lo, float hi) {
+  const uint32_t word = dev::pack<Element>(lo, hi);
+  if (paired && column + 1 < row.size[0]) {
+    *reinterpret_cast<Word*>(aligned<4>(row.at(column))) = word;
+    return;
+  }
+  if (column < row.size[0]) row(column) = std::bit_cast<Element>(static_cast<uint16_t>(word));
+  if (column + 1 < row.size[0])
+    row(column + 1) = std::bit_cast<Element>(static_cast<uint16_t>(word >> 16));
+}
+
+// Stores x[j][i], columns first + 8 j + i of a row, `first` even: those of a lane in a row of a
+// fragment. Rows of whole words, as almost all are, take one store per pair; the others take turns in
+// a loop that is not unrolled, which keeps the kernels that end with this short.
+template <class Element, int kTiles>
+HW_DEVICE HW_INLINE void store_pairs(const Ref<Element, 1>& row, int first, bool paired,
+                                     const float (&x)[kTiles][2]) {
+  Element* to = row.at(first);
+  const int end = static_cast<int>(row.size[0]) - first;
+  uint32_t word[kTiles];
+  HW_UNROLL
+  for (int j = 0; j < kTiles; ++j) word[j] = dev::pack<Element>(x[j][0], x[j][1]);
+  if (paired && row.size[0] % 2 == 0) {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j)
+      if (8 * j < end) *reinterpret_cast<Word*>(aligned<4>(to + 8 * j)) = word[j];
+    return;
+  }
+  const auto element = [](uint32_t bits) {
+    return std::bit_cast<Element>(static_cast<uint16_t>(bits));
+  };
+  HW_UNROLL_BY(1)
+  for (int column = 0; column < end && column < 8 * kTiles; column += 8) {
+    to[column * row.stride[0]] = element(word[0]);
+    if (column + 1 < end) to[(column + 1) * row.stride[0]] = element(word[0] >> 16);
+    HW_UNROLL
+    for (int j = 0; j + 1 < kTiles; ++j) word[j] = word[j + 1];
+  }
+}
+
+// The same in fp32.
+template <int kTiles>
+HW_DEVICE HW_INLINE void store_pairs(const Ref<float, 1>& row, int first, bool,
+                                     const float (&x)[kTiles][2]) {
+  float* to = row.at(first);
+  const int end = static_cast<int>(row.size[0]) - first;
+  const int64_t step = row.stride[0];
+  HW_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    if (8 * j < end) to[8 * j * step] = x[j][0];
+    if (8 * j + 1 < end) to[(8 * j + 1) * step] = x[j][1];
+  }
+}
+
+// ---- Shared memory ------------------------------------------------------------------------------
+
+template <class Element, int kRows_, int kColumns_>
+struct Tile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kUnits = kColumns / 8;
+  static_assert(sizeof(Element) == 2 && kColumns % 32 == 0, "rows of 64 bytes or a multiple");
+  alignas(128) Element at[kRows * kColumns];
+
+  // From unit 0 or 1 of a row to the unit that is `even` units further on.
+  static constexpr dev::Detour detour(int even) {
+    return {(even & (kGroup - 1)) * 16, (even & -kGroup) * 16};
+  }
+  // The 8 elements (row, 8 unit ..).
+  HW_DEVICE HW_INLINE Element* unit(int row, int u) { return at + place(row, u); }
+  HW_DEVICE HW_INLINE const Element* unit(int row, int u) const { return at + place(row, u); }
+  // The elements (row, column) and (row, column + 1), column even.
+  HW_DEVICE HW_INLINE uint32_t pair(int row, int column) const {
+    return *reinterpret_cast<const Word*>(unit(row, column / 8) + column % 8);
+  }
+
+ private:
+  // Units change places within groups of kGroup, so that addresses differ by constants from group to
+  // group, and within a group, which is aligned to its size, in fixed bits.
+  static constexpr int kGroup = kUnits % 8 == 0 ? 8 : 4;
+  HW_DEVICE HW_INLINE static int place(int row, int u) {
+    const int turn = kGroup == 8 ? row & 7 : (row >> 1) & 3;
+    return (row * kUnits + (u & -kGroup) + ((u & (kGroup - 1)) ^ turn)) * 8;
+  }
+};
+
+// From Rows or ListedRows.
+template <int kThreads, class Source, class Element, int kRows, int kColumns>
+HW_DEVICE HW_INLINE void load_tile(Tile<Element, kRows, kColumns>& tile, const Source& rows) {
+  load_units<kRows, kColumns / 8, kThreads>(rows, [&](int r, int u) { return tile.unit(r, u); });
+}
+
+// Tiles begin .. end - 1 through two stages: prefetch(tile) starts the copies of a tile to stage
+// tile % 2, visit(tile) reads it meanwhile the next is on its way. What was started before lands with
+// the first. One barrier per tile; none after the last. Whole block.
+template <class Prefetch, class Visit>
+HW_DEVICE HW_INLINE void walk_stages(int begin, int end, const Prefetch& prefetch,
+                                     const Visit& visit) {
+  prefetch(begin);
+  dev::copy_async_commit();
+  HW_UNROLL_BY(1)
+  for (int tile = begin; tile < end; ++tile) {
+    dev::copy_async_wait<0>();
+    dev::sync_block();
+    if (tile + 1 < end) prefetch(tile + 1);
+    dev::copy_async_commit();
+    visit(tile);
+  }
+}
+
+// ---- Fragments ----------------------------------------------------------------------------------
+
+// Rows [16 kStrips], columns [8 kTiles]: with g = lane / 4 and t = lane % 4, at[s][j][i] is element
+// (16 s + g + 8 (i / 2), 8 j + 2 t + i % 2).
+template <int kStrips_, int kTiles_>
+struct Fragment {
+  static constexpr int kStrips = kStrips_, kTiles = kTiles_;
+  float at[kStrips][kTiles][4];
+
+  HW_DEVICE static HW_INLINE int row(int s, int i) {
+    return 16 * s + dev::lane() / 4 + 8 * (i / 2);
+  }
+  HW_DEVICE static HW_INLINE int column(int j, int i) {
+    return 8 * j + 2 * (dev::lane() % 4) + i % 2;
+  }
+  HW_DEVICE HW_INLINE void clear() {
+    each([&](int s, int j, int i) { at[s][j][i] = 0.0f; });
+  }
+  // x[j] = times the pair of tile j of the lane's row g + 8 half of a strip
+  HW_DEVICE HW_INLINE void copy_row(float (&x)[kTiles][2], int s, int half, float times) const {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      x[j][0] = at[s][j][2 * half] * times;
+      x[j][1] = at[s][j][2 * half + 1] * times;
+    }
+  }
+  // f(s, j, i) of every element
+  template <class F>
+  HW_DEVICE static HW_INLINE void each(F&& f) {
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      HW_UNROLL
+      for (int j = 0; j < kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 0; i < 4; ++i) f(s, j, i);
+      }
+    }
+  }
+};
+
+// A fragment rounded to elements: A of a product over its columns, in steps of 16.
+template <int kStrips, int kSteps>
+struct Packed {
+  uint32_t at[kStrips][kSteps][4];
+};
+
+template <class Element, int kStrips, int kTiles>
+HW_DEVICE HW_INLINE Packed<kStrips, kTiles / 2> pack(const Fragment<kStrips, kTiles>& d) {
+  static_assert(kTiles % 2 == 0, "whole steps of 16 columns");
+  Packed<kStrips, kTiles / 2> p;
+  HW_UNROLL
+  for (int s = 0; s < kStrips; ++s) {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      p.at[s][j / 2][j % 2 * 2] = dev::pack<Element>(d.at[s][j][0], d.at[s][j][1]);
+      p.at[s][j / 2][j % 2 * 2 + 1] = dev::pack<Element>(d.at[s][j][2], d.at[s][j][3]);
+    }
+  }
+  return p;
+}
+
+// Matrix loads of 16 x 16 elements of a tile, at `row` (a multiple of 8) and column 16 step.
+//   load_left     A of rows x columns; transposed: B of rows x columns, regs[2 h], [2 h + 1] =
+//                 (rows 2t, 2t+1 | + 8; column 8 h + g)
+//   load_right    B of columns x rows: regs[2 h], [2 h + 1] = (columns 2t, 2t+1 | + 8; row 8 h + g)
+template <class T>
+HW_DEVICE HW_INLINE void load_left(uint32_t regs[4], const T& tile, int row, int step) {
+  const int lane = dev::lane();
+  dev::load_matrix_x4(regs, tile.unit(row + lane % 16, lane / 16), T::detour(2 * step));
+}
+template <class T>
+HW_DEVICE HW_INLINE void load_left_transposed(uint32_t regs[4], const T& tile, int row, int step) {
+  const int lane = dev::lane();
+  dev::load_matrix_x4_transposed(regs, tile.unit(row + lane % 16, lane / 16), T::detour(2 * step));
+}
+template <class T>
+HW_DEVICE HW_INLINE void load_right(uint32_t regs[4], const T& tile, int row, int step) {
+  const int lane = dev::lane();
+  dev::load_matrix_x4(regs, tile.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2),
+                      T::detour(2 * step));
+}
+
+// d += A B^T: rows a_row .. of a, rows b_row .. of b.
+template <class Element, int kStrips, int kTiles, int kA, int kB, int kColumns>
+HW_DEVICE HW_INLINE void multiply_rows(Fragment<kStrips, kTiles>& d,
+                                       const Tile<Element, kA, kColumns>& a, int a_row,
+                                       const Tile<Element, kB, kColumns>& b, int b_row = 0) {
+  static_assert(kTiles % 2 == 0, "whole matrix loads");
+  HW_UNROLL
+  for (int step = 0; step < kColumns / 16; ++step) {
+    uint32_t left[kStrips][4];
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) load_left(left[s], a, a_row + 16 * s, step);
+    HW_UNROLL
+    for (int j = 0; j < kTiles; j += 2) {
+      uint32_t right[4];
+      load_right(right, b, b_row + 8 * j, step);
+      HW_UNROLL
+      for (int s = 0; s < kStrips; ++s) {
+        dev::mma_16x8x16<Element>(d.at[s][j], left[s], right);
+        dev::mma_16x8x16<Element>(d.at[s][j + 1], left[s], right + 2);
+      }
+    }
+  }
+}
+
+// d += P B: rows of b from 0 on, its columns from 8 `unit` (even) on.
+template <class Element, int kStrips, int kTiles, int kSteps, int kRows, int kColumns>
+HW_DEVICE HW_INLINE void multiply_columns(Fragment<kStrips, kTiles>& d,
+                                          const Packed<kStrips, kSteps>& p,
+                                          const Tile<Element, kRows, kColumns>& b, int unit = 0) {
+  static_assert(kTiles % 2 == 0 && kSteps * 16 <= kRows, "whole matrix loads");
+  HW_UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; j += 2) {
+      uint32_t right[4];
+      load_left_transposed(right, b, 16 * step, (unit + j) / 2);
+      HW_UNROLL
+      for (int s = 0; s < kStrips; ++s) {
+        dev::mma_16x8x16<Element>(d.at[s][j], p.at[s][step], right);
+        dev::mma_16x8x16<Element>(d.at[s][j + 1], p.at[s][step], right + 2);
+      }
+    }
+  }
+}
+
+}  // namespace hw

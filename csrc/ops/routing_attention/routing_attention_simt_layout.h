@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed queries to listed keys on CUDA: shapes of a call and its workspace. From shapes
+// only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
+//
+//   forward    by slot                  slots of every token (Csr), in the order of the lists
+//   backward   by slot                  slots of every token, of rows and of keys; D; gradients of
+//                                       slots, which are summed per token
+//              by token, keys listed    who lists each key region, cut into spans; gradients of the
+//                                       spans, which are summed per token
+//              by token, all keys       nothing
+//
+// Spans: a key region is walked by those that list it, at most P of them a span, so that a region
+// that everyone lists is shared by many blocks. With P twice the average number of listings of a
+// region there are at most R + items / P <= 1.5 R spans, of R regions, whatever the lists say: a
+// region has ceil(listings / P), and one where nobody lists it, which has gradient 0.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/routing_attention/routing_attention.h"
+
+#include "core/gpu/csr.h"
+#include "core/host/workspace.h"
+
+namespace hw::routing_attention {
+
+// Sizes of a call. Optional tensors are judged by their presence, since a call may be described
+// without data.
+struct Shape {
+  int64_t batch, heads, rows, keys, dim, value_dim;  // rows, keys: tokens
+  int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
+  int64_t key_blocks, key_cell, key_regions;         // N, n and R of the keys
+  bool keys_listed, by_slot;
+};
+
+// Positions in a call's tensors and scalars (routing_attention.h).
+inline constexpr int kRowBlocks = 0, kKeyBlocks = 1, kFactor = 3, kForwardQ = 2, kBackwardQ = 4,
+                     kVAfterQ = 8;
+inline constexpr int kBySlot = 10;
+
+inline Shape shape_of(const Call& call, int first) {  // first: position of q
+  const Tensor &rows = call.tensor(kRowBlocks), &keys = call.tensor(kKeyBlocks);
+  const Tensor &q = call.tensor(first), &k = call.tensor(first + 1);
+  const Tensor& v = call.tensor(first + kVAfterQ);
+  Arguments a(call);
+  const Cells row_cells = read_cells(a), key_cells = read_cells(a);
+  Shape s{};
+  s.batch = q.size[0], s.rows = q.size[1], s.heads = q.size[2], s.dim = q.size[3];
+  s.keys = k.size[1], s.value_dim = v.size[3];
+  s.keys_listed = keys.present(), s.by_slot = call.flag(kBySlot);
+  s.groups = rows.size[2];
+  s.row_slots = rows.size[3] * row_cells.size();
+  s.key_blocks = s.keys_listed ? keys.size[3] : 0;
+  s.key_cell = key_cells.size();
+  s.key_slots = s.keys_listed ? s.key_blocks * s.key_cell : s.keys;
+  s.key_regions = s.keys_listed ? key_cells.count() : 0;
+  return s;
+}
+inline Shape forward_shape(const Call& call) { return shape_of(call, kForwardQ); }
+inline Shape backward_shape(const Call& call) { return shape_of(call, kBackwardQ); }
+
+// ---- Key regions and who lists them -------------------------------------------------------------
+
+// Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr is
+// block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of region
+// r = region[t], as far as it has any.
+struct Regions {
+  Csr listed;                 // buckets are regions
+  int32_t* first = nullptr;   // [lists, regions + 1]  first span of a region
+  int32_t* region = nullptr;  // [lists, spans]        of a span; -1: there is no such span
+  int64_t most = 1;           // P, listings of a span
+  int64_t spans = 0;          // T, an upper bound
+
+  HW_HOST_DEVICE int32_t* first_of(int64_t list) const {
+    return first + list * (listed.buckets + 1);
+  }
+  HW_HOST_DEVICE int32_t* regions_of(int64_t list) const { return region + list * spans; }
+
+  // Listings of span t of a list, as a range of the Csr's places; empty where there is none.
+  HW_HOST_DEVICE Range listings(int64_t list, int64_t t) const {
+    const int64_t r = regions_of(list)[t];
+    if (r < 0) return {0, 0};
+    const int32_t* begin = listed.begin_of(list);
+    const int64_t from = begin[r] + most * (t - first_of(list)[r]);
+    return {from, min_of<int64_t>(from + most, begin[r + 1])};
+  }
+};
+
+inline Regions regions_in(Room& room, const Shape& s) {
+  Regions r;
+  const int64_t items = s.groups * s.key_blocks, regions = s.key_regions;
+  r.listed = csr_in(room, s.batch, s.heads, regions, items);
+  r.most = max_of<int64_t>(ceil_div<int64_t>(2 * items, max_of<int64_t>(regions, 1)), 1);
+  r.spans = regions + items / r.most;
+  r.first = room.take<int32_t>(r.listed.lists() * (regions + 1));
+  r.region = room.take<int32_t>(r.listed.lists() * r.spans);
+  return r;
+}
+
+// ---- Workspace ----------------------------------------------------------------------------------
+
+struct ForwardRoom {
+  Csr rows;  // slots of tokens, by slot only
+};
+
+inline ForwardRoom forward_room(Room& room, const Shape& s) {
+  ForwardRoom w;
+  if (s.by_slot) w.rows = csr_in(room, s.batch, s.heads, s.rows, s.groups * s.row_slots);
+  return w;
+}
+
+template <class A>
+struct BackwardRoom {
+  Csr rows, keys;      // by slot: slots of tokens
+  Regions regions;     // by token, keys listed
+  A* delta = nullptr;  // [B, Hq, G Wq]  by slot: D
+  A* d_q = nullptr;    // [B, G Wq, Hq, D]  by slot
+  // By slot of [B, G Wk, Hq, D | Dv]; by token of the tokens of spans, [B, T n, Hq, D | Dv].
+  A *d_k = nullptr, *d_v = nullptr;
+};
+
+template <class A>
+BackwardRoom<A> backward_room(Room& room, const Shape& s) {
+  BackwardRoom<A> w;
+  int64_t places = 0;  // of d_k and d_v
+  if (s.by_slot) {
+    const int64_t slots = s.groups * s.row_slots;
+    places = s.groups * s.key_slots;
+    w.rows = csr_in(room, s.batch, s.heads, s.rows, slots);
+    w.keys = csr_in(room, s.batch, s.heads, s.keys, places);
+    w.delta = room.take<A>(s.batch * s.heads * slots);
+    w.d_q = room.take<A>(s.batch * slots * s.heads * s.dim);
+  } else if (s.keys_listed) {
+    w.regions = regions_in(room, s);
+    places = w.regions.spans * s.key_cell;
+  }
+  w.d_k = room.take<A>(s.batch * places * s.heads * s.dim);
+  w.d_v = room.take<A>(s.batch * places * s.heads * s.value_dim);
+  return w;
+}
+
+inline int64_t workspace_bytes(bool backward, const Call& call) {
+  Room room;
+  if (!backward)
+    static_cast<void>(forward_room(room, forward_shape(call)));
+  else if (call.tensor(kBackwardQ).dtype == DType::f64)
+    static_cast<void>(backward_room<double>(room, backward_shape(call)));
+  else
+    static_cast<void>(backward_room<float>(room, backward_shape(call)));
+  return room.bytes();
+}
+
+}  // namespace hw::routing_attention

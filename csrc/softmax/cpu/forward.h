@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass of attention on the CPU: loop R, rows with a running softmax.
+//
+// A task is a block of 64 queries of one head and walks the keys it may see, tile by tile. Tiles
+// that the mask empties are never visited, tiles whose activation is zero everywhere skip the
+// product with v. With few blocks and many keys (decoding) the keys are cut into spans, whose
+// partial results are merged in order. Cuts depend on the sizes of a sequence alone, so results
+// depend neither on the number of threads nor on the other sequences; whether the spans of a block
+// are tasks of their own may depend on both. Where q and k are the same for all batch entries (zero
+// strides), one task serves up to kPanels entries: scores and softmax are computed once. Blocks of a
+// few queries or of a few keys are walked by AlongKeys.
+#pragma once
+
+#include "softmax/cpu/along_keys.h"
+#include "softmax/cpu/outputs.h"
+#include "softmax/cpu/row_sums.h"
+#include "softmax/cpu/tile.h"
+
+namespace hw::softmax {
+namespace {
+
+constexpr int64_t kFewTasks = 16;      // fewer than this, of a sequence: cut the keys
+constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
+constexpr int64_t kPanels = 8;         // batch entries that share scores
+
+template <class T>
+class Forward {
+ public:
+  using A = Accum<T>;
+  using E = Multiplied<T>;
+  using V = Vec<A>;
+
+  explicit Forward(const Call& call)
+      : Forward(forward_params(call), call.context.num_threads, true) {}
+
+  // For run_block() alone.
+  explicit Forward(const ForwardParams& p) : Forward(p, 1, false) {}
+
+  void run() {
+    if (spans_ == 1) {
+      parallel_tasks(tasks_, threads_, [&](int64_t task) { work(task); });
+      return;
+    }
+    partials_.reserve(tasks_ * spans_ * partial_bytes());
+    parallel_tasks(tasks_ * spans_, threads_,
+                   [&](int64_t i) { work_span(i / spans_, i % spans_); });
+    parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
+  }
+
+  // A block that is not empty, and all its keys. `meanwhile`: see core/cpu/matmul.h.
+  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {}) {
+    Scratch& scratch = reserve();
+    State state = state_in(scratch.take<char>(partial_bytes()));
+    fill(block, kWhole, 0, state, scratch, meanwhile);
+    finish(block, state, scratch);
+  }
+
+ private:
+  // `cuts`: into panels of batch entries, and spans of keys.
+  HW_NOINLINE Forward(const ForwardParams& p, int threads, bool cuts)
+      : p_(p),
+        threads_(threads),
+        v_(p_.v.as<const T>()),
+        outputs_(p_),
+        soft_(is_softmax(p_.activation)),
+        reads_out_(p_.row || p_.entropy || p_.p_max || p_.sq_norm || p_.mass),
+        value_dim_(p_.value_dim()),
+        heads_(p_.query_heads()),
+        panels_(cuts && shared_scores() ? std::min(p_.batch(), kPanels) : 1),
+        groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
+        blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
+        tasks_(groups_ * heads_ * blocks_) {
+    if (!cuts || tasks_ == 0 || tasks_ >= kFewTasks) return;
+    for (int64_t n = 0; n < p_.sequences(); ++n)
+      spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
+  }
+
+  // Spans of the keys of a block, and keys of one.
+  struct Cut {
+    int64_t spans, length;
+  };
+  static constexpr Cut kWhole{1, int64_t{1} << 62};
+
+  HW_NOINLINE Cut cut_of(const Sequence& at) const {
+    const int64_t tasks = heads_ * ceil_div<int64_t>(at.q_count, kRows);
+    if (tasks == 0 || tasks >= kFewTasks) return kWhole;
+    const int64_t spans = std::min(ceil_div(kFewTasks, tasks), at.k_count / kSpanTokens);
+    if (spans <= 1) return kWhole;
+    return {spans, round_up(ceil_div(at.k_count, spans), static_cast<int64_t>(kKeys))};
+  }
+
+  // What a task keeps: sums of its rows, and w before the division.
+  struct State {
+    RowSums<A>* rows;
+    A* values;  // w^T [panels, Dv, kRows], or `along_keys` w [panels, kRows, padded Dv]
+    bool along_keys = false;
+  };
+
+  bool shared_scores() const {
+    const auto same = [](const auto& x) { return !x || x.stride[0] == 0; };
+    return !p_.packed() && p_.batch() > 1 && same(p_.q) && same(p_.k) && same(p_.bias) &&
+           same(p_.key_bias) && same(p_.key_gain) && same(p_.row_temperature) &&
+           same(p_.mass_keys) && !p_.skip_dead;
+  }
+
+  int64_t values_size() const { return panels_ * padded_values() * kRows; }
+  HW_NOINLINE int64_t partial_bytes() const {
+    return round_up<int64_t>(sizeof(RowSums<A>), 64) + Scratch::bytes_of<A>(values_size());
+  }
+
+  // Blocks of a head lie together, the last one, which sees most keys, first.
+  HW_NOINLINE Block block_of(int64_t task) const {
+    const int64_t block = blocks_ - 1 - task % blocks_, head = task / blocks_ % heads_;
+    const Sequence at =
+        sequence(p_, p_.packed() ? task / blocks_ / heads_ : task / blocks_ / heads_ * panels_);
+    const int64_t begin = block * kRows;
+    return {at,
+            mask_of(p_, at),
+            static_cast<int>(head),
+            {begin, std::min<int64_t>(begin + kRows, at.q_count)}};
+  }
+
+  int64_t panels_of(const Block& b) const {
+    return p_.packed() ? 1 : std::min(panels_, p_.batch() - b.at.batch);
+  }
+
+  HW_NOINLINE Scratch& reserve() const {
+    Scratch& scratch = Scratch::of_thread();
+    const int64_t tile = Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
+                         Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_));
+    scratch.reset(std::max(tile, AlongKeys<T>::bytes(p_)) + partial_bytes() +
+                  2 * Scratch::bytes_of<A>(kRows * padded_values()));
+    return scratch;
+  }
+
+  int padded_values() const { return round_up(std::max(value_dim_, 1), kLanes<A>); }
+
+  static State state_in(char* memory) {
+    return {reinterpret_cast<RowSums<A>*>(memory),
+            reinterpret_cast<A*>(memory + round_up<int64_t>(sizeof(RowSums<A>), 64))};
+  }
+
+  // A block whose spans are worked on one after another.
+  void work(int64_t task) {
+    const Block block = block_of(task);
+    if (block.rows.empty()) return;
+    const Cut cut = cut_of(block.at);
+    if (cut.spans == 1) return run_block(block);
+    Buffer memory;
+    memory.reserve(2 * partial_bytes());
+    State whole = state_in(memory.data()), part = state_in(memory.data() + partial_bytes());
+    fill(block, cut, 0, whole, reserve());
+    for (int64_t span = 1; span < cut.spans; ++span) {
+      fill(block, cut, span, part, reserve());
+      add(block, whole, part);
+    }
+    finish(block, whole, reserve());
+  }
+
+  void work_span(int64_t task, int64_t span) {
+    const Block block = block_of(task);
+    const Cut cut = cut_of(block.at);
+    if (block.rows.empty() || span >= cut.spans) return;
+    State state = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
+    fill(block, cut, span, state, reserve());
+  }
+
+  // The sums of a span of keys.
+  HW_NOINLINE void fill(const Block& block, const Cut& cut, int64_t span, State& state,
+                        Scratch& scratch, const Requests& meanwhile = {}) {
+    state.rows->clear();
+    const bool unseen = dead(block);
+    state.along_keys = along_keys(block);
+    if (unseen || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
+    if (!unseen) walk(block, cut, span, state, scratch, meanwhile);
+  }
+
+  bool along_keys(const Block& block) const {
+    return AlongKeys<T>::serves(p_, block.count(), block.keys().count());
+  }
+
+  // Nobody can see what the loop would find.
+  HW_NOINLINE bool dead(const Block& b) const {
+    if (!p_.skip_dead) return false;
+    if (p_.identity_mix && p_.identity_mix.template as<const A>()(b.at.batch, b.head) == 1)
+      return true;
+    if (!p_.head_gate) return false;
+    for (int i = 0; i < b.count(); ++i)
+      if (p_.head_gate.template as<const A>()(b.at.batch, b.row(i), b.head) != 0) return false;
+    return true;
+  }
+
+  HW_NOINLINE void walk(const Block& block, const Cut& cut, int64_t span, State& state,
+                        Scratch& scratch, Requests meanwhile) {
+    Range keys = block.keys();
+    keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
+    keys.end = std::min(keys.end, (span + 1) * cut.length);
+    if (state.along_keys)
+      return AlongKeys<T>(p_, panels_).walk(block, keys, *state.rows, state.values, meanwhile);
+    Tile<T> tile(p_);
+    tile.meanwhile = meanwhile;
+    A* s = scratch.take<A>(kTile);
+    E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
+    tile.load_queries(block);
+    for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
+      const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
+      if (!tile.move_to(some)) continue;
+      tile.products(some, s);
+      tile.scores(some, s, s);
+      const bool any = soft_ ? soften(block, some, tile.lanes(), s, state)
+                             : activate(block, some, tile.lanes(), s, state);
+      if (any && v_) add_values(block, some, tile, s, state, room);
+    }
+  }
+
+  // p relative to the running maximum, in place of s.
+  HW_NOINLINE bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s,
+                          State& state) {
+    RowSums<A>& r = *state.rows;
+    const int n = static_cast<int>(keys.count());
+    alignas(64) A factor[kRows];
+    V moved{};
+    for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
+      V top = load(r.max + l);
+      for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
+      store(factor + l, r.move(l, top, moved));
+      const V base = top == -kInfinity<A> ? V{} : top;
+      V total{};
+      for (int j = 0; j < n; ++j) {
+        A* at = s + j * kRows + l;
+        const V e = exp_of(load(at) - base);
+        total += e;
+        if (p_.entropy) tilt(at, base, e, r.tilt + l);
+        store(at, e);
+      }
+      store(r.sum + l, load(r.sum + l) + total);
+      if (p_.sq_norm) add_squares(s + l, n, r.squares + l);
+      if (p_.mass) add_mass(block, keys, s + l, r.mass + l);
+    }
+    if (sum<A>(moved) != 0) rescale(lanes, factor, state.values);
+    return true;
+  }
+
+  // tilt += e (s - shift), 0 for e = 0
+  static void tilt(const A* s, V base, V e, A* sum) {
+    const V d = load(s) - base;
+    store(sum, load(sum) + e * (d < A(-1e4) ? V{} : d));
+  }
+
+  HW_NOINLINE static void add_squares(const A* e, int n, A* sum) {
+    V total = load(sum);
+    for (int j = 0; j < n; ++j) total = fma(load(e + j * kRows), load(e + j * kRows), total);
+    store(sum, total);
+  }
+
+  HW_NOINLINE void add_mass(const Block& block, const Range& keys, const A* e, A* sum) {
+    const Ref<const A, 3> m = p_.mass_keys.template as<const A>();
+    V total = load(sum);
+    for (int64_t j = keys.begin; j < keys.end; ++j)
+      total += load(e + (j - keys.begin) * kRows) * m(block.at.batch, block.head, block.key(j));
+    store(sum, total);
+  }
+
+  HW_NOINLINE void rescale(const Lanes& lanes, const A* factor, A* values) {
+    for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+      for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
+        A* at = values + d * kRows + l;
+        store(at, load(at) * load(factor + l));
+      }
+  }
+
+  // a(s) in place of s; false if all of the tile is zero.
+  HW_NOINLINE bool activate(const Block&, const Range& keys, const Lanes& lanes, A* s,
+                            State& state) {
+    V any{};
+    for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
+      V total{};
+      for (int j = 0; j < keys.count(); ++j) {
+        A* at = s + j * kRows + l;
+        const V a = activation(p_.activation, load(at));
+        total += a;
+        store(at, a);
+      }
+      store(state.rows->sum + l, load(state.rows->sum + l) + total);
+      any = total != A(0) ? splat(A(1)) : any;
+    }
+    return sum<A>(any) != 0;
+  }
+
+  // w^T += v^T p^T of the tile.
+  HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s,
+                              State& state, E* room) {
+    const int n = static_cast<int>(keys.count());
+    const E* p = tile.over_keys(s, n);
+    for (int64_t b = 0; b < panels_of(block); ++b) {
+      const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
+                     kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
+                     NoFactors{}, &tile.meanwhile);
+    }
+  }
+
+  // Partial results of the spans, in their order, into the first.
+  void merge(int64_t task) {
+    const Block block = block_of(task);
+    if (block.rows.empty()) return;
+    State whole = state_in(partials_.data() + task * spans_ * partial_bytes());
+    whole.along_keys = along_keys(block);
+    for (int64_t span = 1; span < cut_of(block.at).spans; ++span)
+      add(block, whole, state_in(partials_.data() + (task * spans_ + span) * partial_bytes()));
+    finish(block, whole, reserve());
+  }
+
+  // The sums of the next span to those of the spans before.
+  HW_NOINLINE void add(const Block& block, State& whole, const State& part) {
+    const int width = round_up(block.count(), kLanes<A>);
+    alignas(64) A of_whole[kRows], of_part[kRows];
+    for (int i = 0; i < width; ++i) {
+      RowSums<A>&a = *whole.rows, &b = *part.rows;
+      const A top = std::max(a.max[i], b.max[i]);
+      of_whole[i] = a.move(i, top);
+      of_part[i] = b.move(i, top);
+      a.sum[i] += b.sum[i];
+      a.tilt[i] += b.tilt[i];
+      a.squares[i] += b.squares[i];
+      a.mass[i] += b.mass[i];
+    }
+    if (whole.along_keys) return add_rows(block, whole.values, of_whole, part.values, of_part);
+    for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+      for (int l = 0; l < width; l += kLanes<A>) {
+        A* at = whole.values + d * kRows + l;
+        const V part_value = load(part.values + d * kRows + l) * load(of_part + l);
+        store(at, fma(load(at), load(of_whole + l), part_value));
+      }
+  }
+
+  HW_NOINLINE void add_rows(const Block& block, A* whole, const A* of_whole, const A* part,
+                            const A* of_part) {
+    for (int64_t b = 0; b < panels_; ++b)
+      for (int i = 0; i < block.count(); ++i) {
+        const int64_t row = (b * kRows + i) * padded_values();
+        for (int d = 0; d < padded_values(); ++d)
+          whole[row + d] = whole[row + d] * of_whole[i] + part[row + d] * of_part[i];
+      }
+  }
+
+  // Outputs of a block.
+  HW_NOINLINE void finish(const Block& block, State& state, Scratch& scratch) {
+    alignas(64) A factor[kRows];
+    find_factors(block, state, factor);
+    if (!v_) return;
+    if (state.along_keys) return finish_rows(block, state.values, factor, scratch);
+    if (outputs_.writes_vectors()) {
+      for (int64_t b = 0; b < panels_of(block); ++b)
+        outputs_.write_rows(block, block.at.batch + b, factor,
+                            state.values + b * value_dim_ * kRows);
+      return;
+    }
+    const int padded = padded_values();
+    rescale({0, round_up(block.count(), kLanes<A>)}, factor, state.values);
+    A* rows = scratch.take<A>(kRows * padded);
+    A* v_row = scratch.take<A>(kRows * padded);
+    for (int64_t b = 0; b < panels_of(block); ++b) {
+      hw::transpose(state.values + b * value_dim_ * kRows, kRows, value_dim_, block.count(), rows,
+                    padded);
+      for (int i = 0; i < block.count(); ++i)
+        outputs_.write_row(block, block.at.batch + b, i, rows + i * padded, v_row);
+    }
+  }
+
+  // The same of w as AlongKeys leaves it.
+  HW_NOINLINE void finish_rows(const Block& block, A* values, const A* factor, Scratch& scratch) {
+    const bool vectors = outputs_.writes_vectors();
+    A* v_row = scratch.take<A>(padded_values());
+    for (int64_t b = 0; b < panels_of(block); ++b) {
+      A* of_batch = values + b * kRows * padded_values();
+      if (vectors) {
+        outputs_.write_vectors(block, block.at.batch + b, factor, of_batch);
+        continue;
+      }
+      for (int i = 0; i < block.count(); ++i) {
+        A* w = of_batch + i * padded_values();
+        for (int d = 0; d < value_dim_; ++d) w[d] *= factor[i];
+        outputs_.write_row(block, block.at.batch + b, i, w, v_row);
+      }
+    }
+  }
+
+  // What the values of each row are multiplied by.
+  HW_NOINLINE void find_factors(const Block& block, State& state, A* factor) {
+    if (p_.activation == Activation::softmax && !reads_out_) {
+      for (int l = 0; l < block.count(); l += kLanes<A>) {
+        const V total = load(state.rows->sum + l);
+        store(factor + l, total == A(0) ? V{} : A(1) / total);
+      }
+      return;
+    }
+    std::fill_n(factor, kRows, A(0));
+    for (int i = 0; i < block.count(); ++i)
+      factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
+  }
+
+  // Row statistic and read-outs of a softmax row; returns the factor of its values.
+  HW_NOINLINE A settle(const Block& block, int i, State& state) {
+    RowSums<A>& r = *state.rows;
+    const bool one_more = p_.activation == Activation::softmax1;
+    const A before = r.max[i];
+    const A moved = one_more ? r.move(i, std::max(before, A(0))) : A(1);
+    const A top = r.max[i], weights = r.sum[i];
+    const A total = one_more ? weights + std::exp(-top) : weights;
+    const bool some = total != 0;
+    const A inverse = some ? 1 / total : A(0);
+    if (!reads_out_) return moved * inverse;
+    const A log_total = std::log(total);
+    // A score of +inf is L, though p is NaN there.
+    const A row = top == kInfinity<A> ? top : some ? top + log_total : -kInfinity<A>;
+    const A rest = std::isfinite(row) ? (top - row) + log_total : A(0);
+    put(p_.row, block, i, row);
+    put(p_.rest, block, i, rest);
+    put(p_.entropy, block, i, some ? (weights * log_total - r.tilt[i]) * inverse : A(0));
+    put(p_.p_max, block, i, some ? std::exp((before - row) - rest) : A(0));
+    put(p_.sq_norm, block, i, r.squares[i] * inverse * inverse);
+    put(p_.mass, block, i, r.mass[i] * inverse);
+    return moved * inverse;
+  }
+
+  HW_NOINLINE A normalize(const Block& block, int i, const State& state) {
+    const A n = p_.normalizer == Normalizer::sum ? state.rows->sum[i]
+                : p_.normalizer == Normalizer::length
+                    ? static_cast<A>(block.visible_keys(i).count())
+                    : A(1);
+    if (p_.normalizer == Normalizer::sum) put(p_.row, block, i, n);
+    put(p_.rest, block, i, A(0));
+    return n != 0 ? 1 / n : A(0);
+  }
+
+  HW_NOINLINE void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
+    for (int64_t b = 0; to && b < panels_of(block); ++b)
+      to.template as<A>()(block.at.batch + b, block.head, block.result(i)) = value;
+  }
+
+  const ForwardParams p_;
+  const int threads_;
+  const Ref<const T, 4> v_;
+  const Outputs<T> outputs_;
+  const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
+  const int value_dim_, heads_;
+  const int64_t panels_, groups_, blocks_, tasks_;
+  int64_t spans_ = 1;  // tasks of a block: the most spans of any, or one for all of them
+  Buffer partials_;
+};
+
+}  // namespace
+}  // namespace hw::softmax

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operands of the products that cpu/tile.h lists, made from tensors and from tiles.
+//
+// An operand consists of E = Multiplied<T> (core/cpu/bf16_dot.h): numbers of the accumulation type A, or
+// pairs of bf16 along the index that the product sums over. So its shape depends on that index:
+//
+//   over the width   k, v      [n, steps(width)]    q^T, d_w^T [steps(width), kRows]
+//   over keys        k, v      [steps(n), padded]   p^T, dx^T  [steps(n), kRows]
+//   over rows        p^T, dc^T [n, steps(rows)]     q, d_w, x  [steps(rows), padded]
+//
+// p and dx are rounded to bf16 when they are paired. q is paired as it is: the factor scale tau_i
+// goes to x and dc then.
+#pragma once
+
+#include <algorithm>
+
+#include "softmax/params.h"
+
+#include "core/cpu/matmul.h"
+#include "core/cpu/parallel.h"
+#include "core/cpu/transpose.h"
+
+namespace hw::softmax {
+namespace {
+
+constexpr int kRows = 64;  // queries of a block: distance of two keys in a tile
+constexpr int kKeys = 64;  // keys of a tile
+constexpr int kTile = kKeys * kRows;
+constexpr int kRowsAhead =
+    8;  // of rows that lie apart, those that are asked for ahead of their use
+
+// Whether products of elements T multiply pairs.
+template <class T>
+constexpr bool kPaired = kDepth<Multiplied<T>> == 2;
+
+// Some lanes of a block, in whole vectors.
+struct Lanes {
+  int begin, end;
+  bool empty() const { return end <= begin; }
+  int count() const { return end - begin; }
+};
+
+// Queries of one head of one sequence, a lane each; `rows` and all key ranges count from the
+// sequence's start. Where rows are listed, `rows` counts places of the list.
+struct Block {
+  Sequence at;
+  Mask mask;
+  int head;
+  Range rows;
+  const int64_t* places = nullptr;   // rows of the sequence, increasing; null: all of them
+  const Range* seen = nullptr;       // keys that each row sees, in place of the mask; ends never
+                                     // decrease
+  const Range* self = nullptr;       // keys that are the row itself (kSelf); null: it is no matter
+  const int64_t* results = nullptr;  // where results of each row lie; null: at row()
+  const int64_t* keys_at = nullptr;  // tokens of the keys, -1: a zero key; null: those from k_begin
+                                     // on. For AlongKeys alone
+
+  int count() const { return static_cast<int>(rows.count()); }
+  // Lane -> row of the sequence, row of the tensor.
+  int64_t place(int64_t i) const { return places ? places[rows.begin + i] : rows.begin + i; }
+  int64_t row(int64_t i) const { return at.q_begin + place(i); }
+  int64_t result(int64_t i) const { return results ? results[rows.begin + i] : row(i); }
+  int64_t key(int64_t j) const { return at.k_begin + j; }
+
+  Range visible_keys(int64_t i) const {
+    return seen ? seen[rows.begin + i] : mask.visible_keys(place(i));
+  }
+  // Keys that any row of the block may see; every row sees all of `keys`.
+  HW_NOINLINE Range keys() const { return {visible_keys(0).begin, visible_keys(count() - 1).end}; }
+  HW_NOINLINE bool sees_whole(const Range& keys) const {
+    return visible_keys(count() - 1).begin <= keys.begin && visible_keys(0).end >= keys.end;
+  }
+  // The rows that see any of `keys`, in vectors of `vector` lanes.
+  HW_NOINLINE Lanes lanes(const Range& keys, int vector) const {
+    int begin = 0, end = count();
+    while (begin < end && visible_keys(begin).end <= keys.begin) ++begin;
+    while (begin < end && visible_keys(end - 1).begin >= keys.end) --end;
+    if (begin == end) return {0, 0};
+    return {begin / vector * vector, round_up(end, vector)};
+  }
+};
+
+// The score of a token with itself where Block::self says so.
+template <class A>
+constexpr A kSelf = A(-5e4);
+
+// Sets the block's pairs of a token with itself in a tile of `keys`.
+template <class A>
+HW_NOINLINE void put_self(const Block& block, const Range& keys, A* tile, A value) {
+  if (!block.self) return;
+  for (int i = 0; i < block.count(); ++i) {
+    const Range own = block.self[block.rows.begin + i];
+    const int64_t end = std::min(own.end, keys.end);
+    for (int64_t j = std::max(own.begin, keys.begin); j < end; ++j)
+      tile[(j - keys.begin) * kRows + i] = value;
+  }
+}
+
+// [S, width] of one head.
+template <class T>
+Ref<T, 2> rows_of_head(const Ref<T, 4>& x, int64_t batch, int head) {
+  return {x.at(batch, 0, head), {x.size[1], x.size[3]}, {x.stride[1], x.stride[3]}};
+}
+
+template <class T>
+void copy_row(T* to, const T* from, int64_t n, int64_t stride) {
+  if constexpr (std::is_same_v<T, Accum<T>>)
+    widen(to, from, n, stride);
+  else if (stride == 1)
+    std::copy_n(from, n, to);
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+}
+
+template <class E>
+Operand<E> transposed(const Operand<E>& a) {
+  return {a.data, a.col, a.row};
+}
+
+// The rows of one head of a tensor that an operand is made of, and room for it if it is not read
+// where it lies: operand_room<T>(n, width) elements.
+template <class T>
+struct Rows {
+  const Ref<const T, 4>& x;
+  int64_t batch, first;
+  int n, head;
+  Multiplied<T>* room;
+
+  int width() const { return static_cast<int>(x.size[3]); }
+  const T* row(int64_t i) const { return x.at(batch, first + i, head); }
+};
+
+template <class T>
+constexpr int64_t operand_room(int n, int width) {
+  return steps<Multiplied<T>>(n) * round_up(std::max(width, 1), kLanes<Accum<T>>);
+}
+
+// Asks for the rows of the next tile. Rows without gaps come by themselves.
+template <class T>
+HW_NOINLINE void prefetch_next(const Rows<T>& rows) {
+  if (rows.x.stride[1] == rows.width()) return;
+  const Ref<const T, 2> head = rows_of_head(rows.x, rows.batch, rows.head);
+  const int64_t begin = rows.first + kKeys, end = std::min(begin + rows.n, rows.x.size[1]);
+  for (int64_t i = begin; i < end; ++i) prefetch_row(head, i);
+}
+
+// Rows as the broadcast operand of a product over their width: [n, steps(width)]. Pairs are copied
+// even where they lie well: a row at a time comes faster from memory than a few of each row.
+template <class T>
+HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
+  using E = Multiplied<T>;
+  const Ref<const T, 4>& x = rows.x;
+  const int width = rows.width();
+  prefetch_next(rows);
+  if constexpr (std::is_same_v<T, E>) {
+    return {rows.row(0), x.stride[1], x.stride[3]};
+  } else if constexpr (kPaired<T>) {
+    T* room = reinterpret_cast<T*>(rows.room);
+    const int padded = round_up(width, 2);
+    for (int i = 0; i < rows.n; ++i) copy_row(room + i * padded, rows.row(i), width, x.stride[3]);
+    clear_columns(room, padded, rows.n, width, padded);
+    return {rows.room, padded / 2, 1};
+  } else {
+    for (int i = 0; i < rows.n; ++i) widen(rows.room + i * width, rows.row(i), width, x.stride[3]);
+    return {rows.room, width, 1};
+  }
+}
+
+// Rows in vectors and in the accumulation type, padded with zeros to whole ones: [n, padded].
+template <class T>
+HW_NOINLINE Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first,
+                                        int n, int head, Accum<T>* room) {
+  using A = Accum<T>;
+  const int width = static_cast<int>(x.size[3]), padded = round_up(width, kLanes<A>);
+  if constexpr (std::is_same_v<T, A>) {
+    if (x.stride[3] == 1 && width == padded) return {x.at(batch, first, head), x.stride[1]};
+  }
+  for (int i = 0; i < n; ++i)
+    widen(room + i * padded, x.at(batch, first + i, head), width, x.stride[3]);
+  clear_columns(room, padded, n, width, padded);
+  return {room, padded};
+}
+
+// Rows in vectors, as the operand of a product over them: [steps(n), padded].
+template <class T>
+Panel<Multiplied<T>> over_rows(const Rows<T>& r) {
+  if constexpr (kPaired<T>) {
+    const int width = r.width(), padded = round_up(width, kLanes<Multiplied<T>>);
+    for (int i = 0; i < r.n; i += 2)
+      zip_rows(r.room + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
+               r.x.stride[3]);
+    return {r.room, padded};
+  } else {
+    return vector_rows(r.x, r.batch, r.first, r.n, r.head, r.room);
+  }
+}
+
+// The transpose of the same, broadcast: [width, steps(n)].
+template <class T>
+Operand<Multiplied<T>> over_rows_transposed(const Rows<T>& rows) {
+  if constexpr (kPaired<T>) {
+    prefetch_next(rows);
+    const auto [data, ld] = over_rows(rows);
+    return {data, 1, ld};
+  } else {
+    return transposed(over_width(rows));
+  }
+}
+
+// A tile [n, kRows] from its lane on, p or dx, as the operand of a product over keys:
+// [steps(n), kRows].
+template <class E, class A>
+HW_NOINLINE const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
+  if constexpr (std::is_same_v<E, A>) {
+    return tile;
+  } else {
+    for (int j = 0; j < n; j += 2)
+      for (int l = 0; l < width; l += kLanes<A>) {
+        const A* at = tile + j * kRows + l;
+        store(room + j / 2 * kRows + l, zip(load(at), j + 1 < n ? load(at + kRows) : Vec<A>{}));
+      }
+    return room;
+  }
+}
+
+// The same times factors of the rows, as the operand of a product over rows: [n, steps(rows)].
+template <class E, class A, class Factors>
+HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors factors, E* room) {
+  if constexpr (std::is_same_v<E, A>) {
+    static_assert(std::is_same_v<Factors, NoFactors>);
+    return row_major(tile, kRows);
+  } else {
+    constexpr int kLane = kLanes<A>;
+    for (int j = 0; j < n; ++j) {
+      E* to = room + j * (kRows / 2);
+      for (int l = 0; l < rows; l += 2 * kLane) {
+        const A* at = tile + j * kRows + l;
+        const Vec<A> low = factors(load(at), l);
+        const Vec<A> high = l + kLane < rows ? factors(load(at + kLane), l + kLane) : Vec<A>{};
+        store(to + l / 2, neighbours(low, high));
+      }
+      if (rows % 2 != 0) to[rows / 2].second = {};
+    }
+    return row_major(static_cast<const E*>(room), kRows / 2);
+  }
+}
+
+// Rows of a block, q or d_w, as both kinds of products read them.
+template <class T>
+class BlockRows {
+ public:
+  using A = Accum<T>;
+  using E = Multiplied<T>;
+
+  HW_NOINLINE explicit BlockRows(int width) : width_(width), padded_(round_up(width, kLanes<E>)) {
+    Scratch& scratch = Scratch::of_thread();
+    rows_ = scratch.take<Row>(kRows * padded_);
+    columns_ = scratch.take<E>(std::max(steps<E>(width), 1) * kRows);
+    if (kPaired<T>) zipped_ = scratch.take<E>(operand_room<T>(kRows, width));
+  }
+
+  static int64_t bytes(int width) {
+    return Scratch::bytes_of<Row>(kRows * round_up(width, kLanes<E>)) +
+           Scratch::bytes_of<E>(std::max(steps<E>(width), 1) * kRows) +
+           (kPaired<T> ? Scratch::bytes_of<E>(operand_room<T>(kRows, width)) : 0);
+  }
+
+  int padded() const { return padded_; }            // the width in whole vectors
+  const E* over_width() const { return columns_; }  // [steps(width), kRows]
+
+  // [steps(count), padded()]
+  HW_NOINLINE const E* over_rows() {
+    if constexpr (kPaired<T>) {
+      for (int i = 0; i < count_; i += 2) {
+        const T* row = rows_ + i * padded_;
+        zip_rows(zipped_ + i / 2 * padded_, row, i + 1 < count_ ? row + padded_ : nullptr, width_,
+                 1);
+      }
+      return zipped_;
+    } else {
+      return rows_;
+    }
+  }
+
+  // The block's rows of x into the lanes [0, lanes). `factor`: of each row, or null; not for pairs.
+  HW_NOINLINE void load(const Ref<const T, 4>& x, const Block& block, int lanes,
+                        const A* factor = nullptr) {
+    count_ = block.count();
+    if constexpr (std::is_same_v<T, A>)
+      if (x.stride[3] == 1 && width_ == padded_) return load_squares(x, block, factor);
+    const int64_t bytes = x.stride[3] == 1 ? width_ * static_cast<int64_t>(sizeof(T)) : 0;
+    for (int i = 0; i < count_; ++i) {
+      if (i + kRowsAhead < count_)
+        prefetch(x.at(block.at.batch, block.row(i + kRowsAhead), block.head), bytes);
+      const T* from = x.at(block.at.batch, block.row(i), block.head);
+      Row* to = rows_ + i * padded_;
+      if constexpr (kPaired<T>) {
+        copy_row(to, from, width_, x.stride[3]);
+      } else {
+        widen(to, from, width_, x.stride[3]);
+        for (int d = 0; factor && d < width_; ++d) to[d] *= factor[i];
+      }
+    }
+    clear_columns(rows_, padded_, count_, width_, padded_);
+    hw::transpose(reinterpret_cast<const E*>(rows_), padded_ / kDepth<E>, count_, steps<E>(width_),
+                  columns_, kRows);
+    clear_columns(columns_, kRows, steps<E>(width_), count_, lanes);
+  }
+
+  // Whether any of the rows' elements is not 0.
+  HW_NOINLINE bool any() const {
+    for (int i = 0; i < count_ * padded_; ++i)
+      if (static_cast<A>(rows_[i]) != 0) return true;
+    return false;
+  }
+
+ private:
+  using Row = std::conditional_t<kPaired<T>, T, A>;
+
+  // load() where rows are whole vectors: transposed as they come.
+  HW_NOINLINE void load_squares(const Ref<const A, 4>& x, const Block& block, const A* factor) {
+    constexpr int kSide = kLanes<A>;
+    const int64_t bytes = width_ * static_cast<int64_t>(sizeof(A));
+    for (int l = 0; l < count_; l += kSide) {
+      const A* from[kSide];
+      Vec<A> factors[kSide];
+      for (int r = 0; r < kSide; ++r) {
+        const int i = l + r;
+        from[r] = i < count_ ? x.at(block.at.batch, block.row(i), block.head) : nullptr;
+        factors[r] = splat(factor != nullptr && i < count_ ? factor[i] : A(1));
+        if (i + kSide < count_)
+          prefetch(x.at(block.at.batch, block.row(i + kSide), block.head), bytes);
+      }
+      for (int d = 0; d < width_; d += kSide) {
+        Vec<A> square[kSide];
+        HW_UNROLL for (int r = 0; r < kSide; ++r) {
+          square[r] = from[r] != nullptr ? hw::load(from[r] + d) * factors[r] : Vec<A>{};
+        }
+        for (int r = 0; r < kSide; ++r) store(rows_ + (l + r) * padded_ + d, square[r]);
+        transpose_square<A>(square);
+        HW_UNROLL for (int r = 0; r < kSide; ++r) {
+          store(columns_ + (d + r) * kRows + l, square[r]);
+        }
+      }
+    }
+  }
+
+  const int width_, padded_;
+  int count_ = 0;
+  Row* rows_;            // [count, padded]
+  E* columns_;           // [steps(width), kRows]
+  E* zipped_ = nullptr;  // [steps(count), padded]
+};
+
+}  // namespace
+}  // namespace hw::softmax

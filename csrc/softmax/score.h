@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The score functor of softmax-type attention: from x = scale tau <q, k> to the score s and back,
+// and the activations. Every loop of every backend goes through these lines, so that a replayed
+// weight is the weight that was applied. The formulas are in softmax/params.h.
+//
+// V is a number (CUDA, one score) or a CPU vector (lanes are queries); A the accumulation type.
+#pragma once
+
+#include "softmax/params.h"
+
+#include "core/scalar_math.h"
+#if defined(HW_ISA)  // a CPU instance
+#include "core/cpu/simd_math.h"
+#endif
+
+namespace hw::softmax {
+
+// What a score needs besides x, fixed for a call.
+template <class A>
+struct ScoreShape {
+  A cap = 0, inverse_cap = 0;  // 0: no softcap
+
+  HW_HOST_DEVICE explicit ScoreShape(double softcap)
+      : cap(static_cast<A>(softcap)),
+        inverse_cap(softcap > 0 ? static_cast<A>(1 / softcap) : A(0)) {}
+
+  template <class V>
+  HW_HOST_DEVICE HW_INLINE V capped(V x) const {
+    return cap > 0 ? cap * tanh_of(x * inverse_cap) : x;
+  }
+
+  // s of y: `gain` is 0 where there is none, `added` the sum of bias and key_bias.
+  template <class V, class G, class B>
+  HW_HOST_DEVICE HW_INLINE static V score(V y, G gain, B added) {
+    return y + gain * abs_of(y) + added;
+  }
+
+  // dx / ds.
+  template <class V, class G>
+  HW_HOST_DEVICE HW_INLINE V slope(V y, G gain) const {
+    const V ratio = y * inverse_cap;
+    return (A(1) + gain * sign_of(y)) * (A(1) - ratio * ratio);
+  }
+};
+
+// a(s) of the activations that are not softmaxes, and a'(s).
+template <class V>
+HW_HOST_DEVICE HW_INLINE V activation(Activation a, V s) {
+  if (a == Activation::sigmoid) return sigmoid_of(s);
+  const V r = positive_of(s);
+  return a == Activation::relu ? r : r * r;
+}
+
+template <class V>
+HW_HOST_DEVICE HW_INLINE V activation_slope(Activation a, V s) {
+  if (a == Activation::sigmoid) {
+    const V r = sigmoid_of(s);
+    return r - r * r;
+  }
+  return a == Activation::relu ? step_of(s) : 2 * positive_of(s);
+}
+
+}  // namespace hw::softmax

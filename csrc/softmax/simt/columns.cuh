@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores: columns of the map given the row statistics (loop C), and the
+// weights of single pairs.
+//
+//   ColumnsKernel   a block: 64 keys of a query head, the rows that see them     y, sum, max
+//   ProbsKernel     a warp: up to 32 pairs of one row of the output, D multiplications each
+#pragma once
+
+#include "softmax/simt/loop.cuh"
+
+#include "core/gpu/launch.h"
+
+namespace hw::softmax::simt {
+
+template <class Element>
+struct ColumnsKernelParams {
+  ColumnsParams c;
+  Side<Element> q, k, x;
+  bool y_vectors;
+  int64_t blocks, parts;  // tiles of keys; of the columns of x
+};
+
+template <class Element, class Source>
+struct ColumnsKernel {
+  using Params = ColumnsKernelParams<Element>;
+  using A = Accum<Element>;
+  static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
+  static constexpr int kMinBlocks = 2;
+  using Keys = Tile<Element, Source, kOwn, false>;
+
+  HW_DEVICE static void main(const Params& p) {
+    const ColumnsParams& f = p.c;
+    const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = f.query_heads();
+    const int part = static_cast<int>(group % p.parts), first = part * kSlices;
+    const int head = static_cast<int>(group / p.parts % heads);
+    Keys tile(f, Source::of(f, group / p.parts / heads), index % p.blocks * kSide<A>, &f.row,
+              &f.rest, &f.row_weight, nullptr);
+    if (tile.own().empty()) return;
+
+    A y[kSlices][kOwn][kOwn], sum[kOwn] = {}, top[kOwn] = {};
+    HW_UNROLL
+    for (int n = 0; n < kSlices; ++n) clear(y[n]);
+    tile.start(head);
+    tile.walk(tile.source().rows_of(tile.own()), [&] {
+      typename Keys::Micro c;
+      tile.template multiply<true, false>(c, p.k, p.q);
+      const auto weigh = [&](int r) {
+        HW_UNROLL
+        for (int u = 0; u < kOwn; ++u) {
+          const Scored<A> e = tile.score(r, u, c[0][u]);
+          const A weight = e.met ? tile.weight(r, u, e.s) : A(0);
+          sum[0] += f.row_weight ? weight * tile.extra(r, u) : weight;
+          if (weight > top[0] || weight != weight) top[0] = weight;  // NaN is kept
+          c[0][u] = weight;
+        }
+      };
+      each_row<kOwn>(weigh, c, sum, top);
+      if (!p.x.x) return;
+      tile.put_weights(c);
+      tile.template apply<false>(y, p.x, first);
+    });
+
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const A total = dev::warp_sum<kLanes>(sum[r]), largest = max_of_lanes(top[r]);
+      if (!tile.exists(r)) continue;
+      const int64_t b = tile.source().batch(), key = tile.source().key(tile.own_at(r));
+      if (part == 0 && other_lane() == 0) {
+        if (f.sum) f.sum.template as<A>()(b, head, key) = total;
+        if (f.max) f.max.template as<A>()(b, head, key) = largest;
+      }
+      HW_UNROLL
+      for (int n = 0; n < kSlices; ++n) {
+        const int column = (first + n) * kSide<A> + other_lane() * kOwn;
+        if (!p.x.x || column >= p.x.width()) continue;
+        const Ref<Element, 4> to = f.y.template as<Element>();
+        store_columns(to.at(b, key, head, column), to.stride[3], p.y_vectors, p.x.width() - column,
+                      y[n][r]);
+      }
+    }
+  }
+
+ private:
+  HW_DEVICE HW_INLINE static A max_of_lanes(A x) {
+    HW_UNROLL
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      const A other = dev::shuffle_xor(x, mask);
+      if (other > x || other != other) x = other;
+    }
+    return x;
+  }
+};
+
+template <class Element>
+void columns(const Call& call) {
+  using A = Accum<Element>;
+  ColumnsKernelParams<Element> p{};
+  p.c = columns_params(call);
+  p.q = make_side<Element>(p.c.q);
+  p.k = make_side<Element>(p.c.k);
+  p.x = make_side<Element>(p.c.x);
+  p.y_vectors = p.c.y && has_vectors(p.c.y.template as<Element>());
+  p.blocks = ceil_div<int64_t>(p.c.max_k, kSide<A>);
+  p.parts = ceil_div(slices_of<A>(p.c.x ? p.x.width() : 0), kSlices);
+  const Grid grid{p.c.sequences() * p.c.query_heads() * p.parts * p.blocks, 1, 1};
+  launch<ColumnsKernel<Element, MaskedSequence>>(grid, kSharedBytes<A, kVector<A>>, call.context,
+                                                 p);
+}
+
+// ---- Single pairs -------------------------------------------------------------------------------
+
+template <class Element, class Source>
+struct ProbsKernel {
+  struct Params {
+    ProbsParams f;
+    int64_t rows, chunks;  // of the output, per head; of 32 pairs, per row
+  };
+  using A = Accum<Element>;
+  static constexpr int kThreads = simt::kThreads;
+
+  HW_DEVICE static void main(const Params& p) {
+    const ProbsParams& f = p.f;
+    const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
+    const int64_t line = index / p.chunks, heads = f.query_heads(), n = line / p.rows / heads;
+    if (n >= f.sequences()) return;
+    const Source source = Source::of(f, n);
+    const int head = static_cast<int>(line / p.rows % heads);
+    const int64_t at = line % p.rows, b = source.batch();
+    const int64_t i = f.rows ? f.rows(b, at) : at;
+    if (!f.rows && i >= source.rows()) return;  // packed: beyond this sequence
+
+    const bool exists = i >= 0 && i < source.rows();
+    const int64_t begin = index % p.chunks * dev::kWarp;
+    const int64_t count = f.rows ? source.keys() : f.p.size[3];
+    for (int64_t n_th = begin; n_th < min_of(begin + dev::kWarp, count); ++n_th) {
+      const int64_t j = f.rows      ? n_th
+                        : f.offsets ? source.diagonal(i) + f.offsets(n_th)
+                                    : f.keys(b, n_th);
+      const A x = exists && source.sees(i, j) ? weight(f, source, head, i, j) : A(0);
+      if (dev::lane() != 0) continue;
+      if (f.rows)
+        f.p.template as<A>()(b, head, at, source.key(n_th)) = x;
+      else
+        f.p.template as<A>()(b, head, source.row(i), n_th) = x;
+    }
+  }
+
+ private:
+  HW_DEVICE HW_INLINE static A weight(const ProbsParams& f, const Source& source, int head,
+                                      int64_t i, int64_t j) {
+    const ScoreShape<A> shape(f.softcap);
+    const int64_t b = source.batch(), row = source.row(i), key = source.key(j);
+    A x = product(f, b, row, key, head) * static_cast<A>(f.scale);
+    if (f.row_temperature) x *= f.row_temperature.template as<const A>()(b, row, head);
+    A gain = 0, added = 0;
+    if (f.key_gain && i >= f.gain_begin && i < f.gain_end)
+      gain = f.key_gain.template as<const A>()(b, head, key);
+    if (f.bias) added = static_cast<A>(f.bias.template as<const Element>()(b, head, i, j));
+    if (f.key_bias) added += f.key_bias.template as<const A>()(b, head, key);
+    const A y = shape.capped(x), s = f.key_gain ? shape.score(y, gain, added) : y + added;
+    const A statistic = f.row ? f.row.template as<const A>()(b, head, row) : A(1);
+    const A rest = f.rest ? f.rest.template as<const A>()(b, head, row) : A(0);
+    return replay(f, s, replayed(f, source, i, row, statistic), replayed_rest(statistic, rest));
+  }
+
+  HW_DEVICE HW_INLINE static A product(const ProbsParams& f, int64_t b, int64_t row, int64_t key,
+                                       int head) {
+    const Element* q = f.q.template as<const Element>().at(b, row, head);
+    const Element* k = f.k.template as<const Element>().at(b, key, head / f.group());
+    A sum = 0;
+    for (int d = dev::lane(); d < f.dim(); d += dev::kWarp)
+      sum += static_cast<A>(q[d * f.q.stride[3]]) * static_cast<A>(k[d * f.k.stride[3]]);
+    return dev::warp_sum(sum);
+  }
+};
+
+template <class Element>
+void probs(const Call& call) {
+  using Kernel = ProbsKernel<Element, MaskedSequence>;
+  typename Kernel::Params p{};
+  p.f = probs_params(call);
+  p.rows = p.f.rows ? p.f.rows.size[1] : p.f.max_q;
+  p.chunks = ceil_div<int64_t>(p.f.rows ? p.f.max_k : p.f.p.size[3], dev::kWarp);
+  const int64_t warps = p.f.sequences() * p.f.query_heads() * p.rows * p.chunks;
+  launch<Kernel>({ceil_div<int64_t>(warps, kWarps), 1, 1}, 0, call.context, p);
+}
+
+}  // namespace hw::softmax::simt

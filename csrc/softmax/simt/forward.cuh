@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores, forward: loop R, rows with a running softmax.
+//
+//   RowsKernel    a block: 64 rows (16 where there are few) of a head, all its keys or a span of
+//                 them, up to two slices of the value columns
+//   MergeKernel   partial results of spans, in their order; a warp per row
+//
+// Where blocks alone would leave the device idle, as in decoding, the keys are cut into spans. Tiles
+// that the mask empties are not visited; where all weights of a tile are zero v is not read.
+// Traffic of a block: q once (again per tile if D has several slices), k and v once.
+#pragma once
+
+#include "softmax/simt/rows.cuh"
+
+namespace hw::softmax::simt {
+
+template <class Element, class Source>
+struct RowsParams {
+  typename Source::ForwardParams f;
+  ForwardPlan plan;
+  Side<Element> q, k, v;
+  bool o_vectors, w_vectors;
+  Accum<Element>* partials;  // [tasks, spans, plan.partial_size()]
+};
+
+// What one block works on. Blocks of a head lie together, the last one, which sees most keys, first.
+struct RowsTask {
+  int64_t index, span, sequence, first;  // first: row
+  int head, part;
+};
+
+HW_DEVICE HW_INLINE RowsTask rows_task(const ForwardParams& f, const ForwardPlan& plan,
+                                       int64_t index, int64_t span) {
+  const int64_t group = index / plan.blocks, heads = f.query_heads();
+  return {index,
+          span,
+          group / plan.parts / heads,
+          (plan.blocks - 1 - index % plan.blocks) * plan.rows,
+          static_cast<int>(group / plan.parts % heads),
+          static_cast<int>(group % plan.parts)};
+}
+
+template <class Element, class Source>
+HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element, Source>& p, int64_t task,
+                                               int64_t span) {
+  return p.partials + (task * p.plan.spans + span) * p.plan.partial_size();
+}
+
+template <class Element, class Source, int kOwn>
+class Rows {
+ public:
+  using A = Accum<Element>;
+  static constexpr int kV = kVector<A>;
+
+  HW_DEVICE HW_INLINE Rows(const RowsParams<Element, Source>& params, const RowsTask& t)
+      : p(params),
+        f(params.f),
+        task(t),
+        tile(f, Source::of(f, t.sequence), t.first, nullptr, nullptr, nullptr, &f.mass_keys),
+        soft(is_softmax(f.activation)) {}
+
+  HW_DEVICE HW_INLINE void run() {
+    if (tile.own().empty()) return;
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) sums[r].clear();
+    HW_UNROLL
+    for (int n = 0; n < kSlices; ++n) clear(values[n]);
+    tile.start(task.head);
+    if (!skips_block()) tile.walk(keys(), [this] { step(); });
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) sums[r].add_lanes();
+    if constexpr (!Source::kListed)
+      if (p.plan.spans > 1) return store_partial();
+    finish();
+  }
+
+ private:
+  HW_DEVICE HW_INLINE Range keys() const {
+    const Range seen = tile.source().keys_of(tile.own());
+    return {max_of(seen.begin, task.span * p.plan.span),
+            min_of(seen.end, (task.span + 1) * p.plan.span)};
+  }
+
+  // Nobody can see what the loop would find.
+  HW_DEVICE HW_INLINE bool skips_block() {
+    if (!f.skip_dead) return false;
+    bool alive = false;
+    for (int64_t i = tile.own().begin + dev::thread_index(); i < tile.own().end; i += kThreads)
+      alive |= !is_dead<Element>(f, tile.source().batch(), tile.head(), tile.source().row(i));
+    return !tile.vote(alive);
+  }
+
+  HW_DEVICE HW_INLINE void step() {
+    typename Tile<Element, Source, kOwn, true>::Micro s;
+    tile.template multiply<true, false>(s, p.q, p.k);
+    bool some = false;
+    A factor[kOwn];
+    const auto row = [&](int r) {
+      HW_UNROLL
+      for (int u = 0; u < kV; ++u) s[0][u] = tile.score(r, u, s[0][u]).s;
+      factor[0] = soft ? soften(r, s[0]) : activate(s[0]);
+      HW_UNROLL
+      for (int u = 0; u < kV; ++u) some |= s[0][u] != A(0);
+    };
+    each_row<kOwn>(row, s, sums, factor);
+    if (soft) rescale(factor);
+    if (!p.v.x) return;
+    tile.put_weights(s);
+    if (tile.vote(some)) tile.template apply<false>(values, p.v, task.part * kSlices);
+  }
+
+  // p relative to the running maximum, in place of s; returns the factor of what was summed before.
+  HW_DEVICE HW_INLINE A soften(int r, A (&s)[kV]) {
+    RowSums<A>& sum = sums[0];
+    A top = sum.max;
+    HW_UNROLL
+    for (int u = 0; u < kV; ++u) top = dev::larger(top, s[u]);
+    const A factor = sum.move(dev::warp_max<kLanes>(top));
+    const A shift = sum.max == -infinity<A>() ? A(0) : sum.max;
+    HW_UNROLL
+    for (int u = 0; u < kV; ++u) {
+      const A d = s[u] - shift, e = exp_of(d);
+      sum.sum += e;
+      if (f.entropy) sum.tilt += e * (d < A(-1e4) ? A(0) : d);  // 0 for e = 0
+      if (f.sq_norm) sum.squares += e * e;
+      if (f.mass) sum.mass += e * tile.mass(r, u);
+      s[u] = e;
+    }
+    return factor;
+  }
+
+  HW_DEVICE HW_INLINE A activate(A (&s)[kV]) {
+    HW_UNROLL
+    for (int u = 0; u < kV; ++u) {
+      s[u] = activation(f.activation, s[u]);
+      sums[0].sum += s[u];
+    }
+    return A(1);
+  }
+
+  HW_DEVICE HW_INLINE void rescale(const A (&factor)[kOwn]) {
+    HW_UNROLL
+    for (int i = 0; i < kSlices * kOwn * kV; ++i)
+      values[i / (kOwn * kV)][i / kV % kOwn][i % kV] *= factor[i / kV % kOwn];
+  }
+
+  HW_DEVICE HW_INLINE int column(int n) const {
+    return (task.part * kSlices + n) * kSide<A> + other_lane() * kV;
+  }
+
+  HW_DEVICE HW_INLINE void store_partial() {
+    A* to = partial_of(p, task.index, task.span);
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const int64_t row = own_lane() + kLanes * r;
+      if (other_lane() == 0) sums[r].store(to + row * kRowSums);
+      A* columns = to + p.plan.rows * kRowSums + row * p.plan.columns + other_lane() * kV;
+      HW_UNROLL
+      for (int n = 0; n < kSlices; ++n) {
+        if (n * kSide<A> >= p.plan.columns) continue;
+        HW_UNROLL
+        for (int c = 0; c < kV; ++c) columns[n * kSide<A> + c] = values[n][r][c];
+      }
+    }
+  }
+
+  HW_DEVICE HW_INLINE void finish() {
+    const auto row = [&](int r) {
+      if (!tile.has_result(r)) return;
+      const bool writes = task.part == 0 && other_lane() == 0;
+      const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r),
+                                        tile.own_token(r));
+      const A factor = end.settle(sums[0], writes);
+      if (!p.v.x) return;
+      HW_UNROLL
+      for (int n = 0; n < kSlices; ++n) {
+        if (column(n) >= p.v.width()) continue;
+        HW_UNROLL
+        for (int c = 0; c < kV; ++c) values[n][0][c] *= factor;
+        end.template write<kV>(column(n), p.v.width(), values[n][0], p.o_vectors, p.w_vectors);
+      }
+    };
+    static_assert(kSlices == 2);
+    each_row<kOwn>(row, sums, values[0], values[1]);
+  }
+
+  const RowsParams<Element, Source>& p;
+  const typename Source::ForwardParams& f;
+  const RowsTask task;
+  Tile<Element, Source, kOwn, true> tile;
+  const bool soft;
+  RowSums<A> sums[kOwn];        // max: of the row; the others: this lane's share
+  A values[kSlices][kOwn][kV];  // w before the division
+};
+
+template <class Element, class Source, int kOwn>
+struct RowsKernel {
+  using Params = RowsParams<Element, Source>;
+  static constexpr int kThreads = simt::kThreads;
+  static constexpr int kMinBlocks = kOwn == 1 ? 3 : 2;
+  HW_DEVICE static void main(const Params& p) {
+    const int64_t index = dev::block_index_x();
+    const RowsTask task = rows_task(p.f, p.plan, index / p.plan.spans, index % p.plan.spans);
+    Rows<Element, Source, kOwn>(p, task).run();
+  }
+};
+
+template <class Element, class Source>
+struct MergeKernel {
+  using Params = RowsParams<Element, Source>;
+  using A = Accum<Element>;
+  static constexpr int kThreads = simt::kThreads;
+
+  HW_DEVICE static void main(const Params& p) {
+    const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
+    const RowsTask task = rows_task(p.f, p.plan, index / p.plan.rows, 0);
+    const int64_t row = index % p.plan.rows, place = task.first + row;
+    const Source source = Source::of(p.f, task.sequence);
+    if (place >= source.rows()) return;
+
+    RowSums<A> whole;
+    whole.clear();
+    for (int64_t span = 0; span < p.plan.spans; ++span)
+      whole.add(RowSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
+    const A top = whole.max;
+    const RowEnd<Element, Source> end(p.f, source, task.head, place, source.row(place));
+    const A factor = end.settle(whole, task.part == 0 && dev::lane() == 0);
+    if (!p.v.x) return;
+
+    const int first = task.part * kSlices * kSide<A>;
+    const int columns = min_of(p.v.width() - first, static_cast<int>(p.plan.columns));
+    for (int c = dev::lane(); c < columns; c += dev::kWarp) {
+      A sum[1] = {A(0)};
+      for (int64_t span = 0; span < p.plan.spans; ++span) {
+        const A* part = partial_of(p, task.index, span);
+        const A share = is_softmax(p.f.activation) ? decay(part[row * kRowSums], top) : A(1);
+        sum[0] += share * part[p.plan.rows * kRowSums + row * p.plan.columns + c];
+      }
+      sum[0] *= factor;
+      end.template write<1>(first + c, p.v.width(), sum, false, false);
+    }
+  }
+};
+
+template <class Element, class Source>
+void run_rows(const RowsParams<Element, Source>& p, const Context& context) {
+  using A = Accum<Element>;
+  const Grid grid{p.plan.tasks * p.plan.spans, 1, 1};
+  if (p.plan.few)
+    launch<RowsKernel<Element, Source, 1>>(grid, kBytes<A, Source, 1>, context, p);
+  else
+    launch<RowsKernel<Element, Source, kVector<A>>>(grid, kBytes<A, Source, kVector<A>>, context,
+                                                    p);
+  if constexpr (!Source::kListed) {
+    if (p.plan.spans == 1) return;
+    static_assert(kFewRows % kWarps == 0 && kSide<A> % kWarps == 0, "whole blocks of warps");
+    const int64_t blocks = p.plan.tasks * (p.plan.rows / kWarps);
+    launch<MergeKernel<Element, Source>>({blocks, 1, 1}, 0, context, p);
+  }
+}
+
+// The call's workspace; it must hold what workspace_bytes asked for.
+inline void* workspace_of(const Call& call, int index, int64_t bytes) {
+  const Tensor& t = call.tensor(index);
+  const int64_t got = t.present() ? t.numel() * dtype_size(t.dtype) : 0;
+  check(got >= bytes, ErrorKind::value, "attention: workspace has ", got,
+        " bytes, expected at least ", bytes);
+  return t.data;
+}
+
+template <class Element>
+void forward(const Call& call) {
+  using A = Accum<Element>;
+  RowsParams<Element, MaskedSequence> p{};
+  p.f = forward_params(call);
+  p.plan = forward_plan<A>(call);
+  p.q = make_side<Element>(p.f.q);
+  p.k = make_side<Element>(p.f.k);
+  p.v = make_side<Element>(p.f.v);
+  p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
+  p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
+  const int64_t bytes = p.plan.workspace() * static_cast<int64_t>(sizeof(A));
+  p.partials = static_cast<A*>(workspace_of(call, kForwardWorkspace, bytes));
+  run_rows(p, call.context);
+}
+
+}  // namespace hw::softmax::simt

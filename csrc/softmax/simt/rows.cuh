@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores: what is summed along a row, and what becomes of it at the end.
+//
+// Exponents are relative to the running maximum M, 0 before any finite score. With a new maximum M'
+// everything is multiplied by e^{M - M'}, the tilt t = sum e^{s-M} (s - M) becomes
+// e^{M - M'} (t + (M - M') l), l the sum (softmax/params.h).
+#pragma once
+
+#include <cmath>
+
+#include "softmax/simt/loop.cuh"
+
+namespace hw::softmax::simt {
+
+// e^{from - to} for from <= to; 0 where `from` is nothing.
+template <class A>
+HW_DEVICE HW_INLINE A decay(A from, A to) {
+  return from == -infinity<A>() ? A(0) : exp_of(from - to);
+}
+
+template <class A>
+struct RowSums {
+  A max;      // of s, -inf before any
+  A sum;      // softmaxes: sum e^(s - M); others: sum a(s)
+  A tilt;     // sum e^(s - M) (s - M)
+  A squares;  // sum e^(2 (s - M))
+  A mass;     // sum e^(s - M) m
+
+  HW_DEVICE HW_INLINE void clear() {
+    max = -infinity<A>();
+    sum = tilt = squares = mass = A(0);
+  }
+
+  // To a maximum that is not smaller; returns the factor of everything that was summed.
+  HW_DEVICE HW_INLINE A move(A to) {
+    if (max == to) return A(1);
+    const A factor = decay(max, to);
+    tilt = factor == A(0) ? A(0) : factor * (tilt + (max - to) * sum);
+    sum *= factor;
+    squares *= factor * factor;
+    mass *= factor;
+    max = to;
+    return factor;
+  }
+
+  HW_DEVICE HW_INLINE void add(RowSums part) {
+    const A top = dev::larger(max, part.max);
+    move(top);
+    part.move(top);
+    sum += part.sum;
+    tilt += part.tilt;
+    squares += part.squares;
+    mass += part.mass;
+  }
+
+  // From shares of the lanes that have a row in common to the whole.
+  HW_DEVICE HW_INLINE void add_lanes() {
+    sum = dev::warp_sum<kLanes>(sum);
+    tilt = dev::warp_sum<kLanes>(tilt);
+    squares = dev::warp_sum<kLanes>(squares);
+    mass = dev::warp_sum<kLanes>(mass);
+  }
+
+  HW_DEVICE HW_INLINE void store(A* to) const {
+    to[0] = max, to[1] = sum, to[2] = tilt, to[3] = squares, to[4] = mass;
+  }
+  HW_DEVICE HW_INLINE static RowSums loaded(const A* from) {
+    return {from[0], from[1], from[2], from[3], from[4]};
+  }
+};
+
+// Nobody can see the row that is `row` in the tensors: its gate is 0, or u = 1; or there is none.
+template <class Element>
+HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, int64_t batch, int head, int64_t row) {
+  using A = Accum<Element>;
+  if (row < 0) return true;
+  if (f.identity_mix && f.identity_mix.template as<const A>()(batch, head) == A(1)) return true;
+  return f.head_gate && f.head_gate.template as<const A>()(batch, row, head) == A(0);
+}
+
+// The end of row i, which is `row` in the tensors: statistics, division, mix and gate. Where it lies
+// is found once: in lists that takes divisions.
+template <class Element, class Source>
+class RowEnd {
+ public:
+  using A = Accum<Element>;
+
+  HW_DEVICE HW_INLINE RowEnd(const ForwardParams& params, const Source& s, int h, int64_t place,
+                             int64_t row_)
+      : f(params), source(s), head(h), i(place), row(row_), at(s.row_result(place, row_)) {}
+
+  // Writes statistics if asked to; returns the factor of the row's values.
+  HW_DEVICE HW_INLINE A settle(RowSums<A> r, bool writes) const {
+    return is_softmax(f.activation) ? settle_softmax(r, writes) : normalize(r, writes);
+  }
+
+  // o = g ((1 - u) w + u v) for kCount columns of w.
+  template <int kCount>
+  HW_DEVICE HW_INLINE void write(int column, int width, A (&w)[kCount], bool o_vectors,
+                                 bool w_vectors) const {
+    const int64_t b = source.batch();
+    const int available = width - column;
+    if (f.w) {
+      const Ref<Element, 4> to = f.w.template as<Element>();
+      store_columns(to.at(b, at, head, column), to.stride[3], w_vectors, available, w);
+    }
+    if (f.identity_mix) {
+      const A u = f.identity_mix.template as<const A>()(b, head);
+      const Ref<const Element, 4> v = f.v.template as<const Element>();
+      const Element* own = v.at(b, row, head / f.group(), column);
+      HW_UNROLL
+      for (int c = 0; c < kCount; ++c)
+        if (c < available) w[c] = (A(1) - u) * w[c] + u * static_cast<A>(own[c * v.stride[3]]);
+    }
+    if (f.head_gate) {
+      const A g = f.head_gate.template as<const A>()(b, row, head);
+      HW_UNROLL
+      for (int c = 0; c < kCount; ++c) w[c] *= g;
+    }
+    const Ref<Element, 4> to = f.o.template as<Element>();
+    store_columns(to.at(b, at, head, column), to.stride[3], o_vectors, available, w);
+  }
+
+ private:
+  HW_DEVICE HW_INLINE A settle_softmax(RowSums<A>& r, bool writes) const {
+    const bool one_more = f.activation == Activation::softmax1;
+    const A largest = r.max;  // of the scores
+    const A moved = one_more ? r.move(dev::larger(r.max, A(0))) : A(1);
+    const A total = one_more ? r.sum + exp_of(-r.max) : r.sum;
+    const bool some = total != A(0);
+    const A log_total = std::log(total), inverse = some ? A(1) / total : A(0);
+    if (writes) {
+      // A score of +inf is L, though p is NaN there.
+      const A row = r.max == infinity<A>() ? r.max : some ? r.max + log_total : -infinity<A>();
+      const bool finite = row - row == A(0);
+      const A rest = finite ? (r.max - row) + log_total : A(0);
+      put(f.row, row);
+      put(f.rest, rest);
+      put(f.entropy, some ? (r.sum * log_total - r.tilt) * inverse : A(0));
+      put(f.p_max, some ? exp_of((largest - row) - rest) : A(0));
+      put(f.sq_norm, r.squares * inverse * inverse);
+      put(f.mass, r.mass * inverse);
+    }
+    return inverse * moved;
+  }
+
+  HW_DEVICE HW_INLINE A normalize(const RowSums<A>& r, bool writes) const {
+    A n = A(1);
+    if (f.normalizer == Normalizer::length) n = static_cast<A>(source.seen(i, row));
+    if (f.normalizer == Normalizer::sum) {
+      n = r.sum;
+      if (writes) put(f.row, n);
+      if (writes) put(f.rest, A(0));
+    }
+    return n != A(0) ? A(1) / n : A(0);
+  }
+
+  HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, A value) const {
+    if (to) to.template as<A>()(source.batch(), head, at) = value;
+  }
+
+  const ForwardParams& f;
+  const Source& source;
+  const int head;
+  const int64_t i, row, at;  // at: of its results
+};
+
+}  // namespace hw::softmax::simt

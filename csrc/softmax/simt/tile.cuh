@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention without tensor cores: the pieces that all loops are made of.
+//
+//   MaskedSequence   which rows and keys meet, and where they lie
+//   load_slice       room[i][c] = x[row i, column + c]
+//   add_dot          acc[r][u] += <own row g + 16 r, other row l + 16 u>
+//   add_weighted     acc[r][c] += sum_j weights[own row g + 16 r][j] x[j, columns V l + c]
+//   each_row         the rows of a thread, one after another
+//
+// Thread (g, l) of 16 x 16 is the same in all of them, so weights pass only among the 16 lanes that
+// share g, half a warp. Every sum has one order, fixed by the shapes.
+#pragma once
+
+#include "softmax/simt/layout.h"
+
+#include "core/dtype.h"
+#include "core/gpu/device.h"
+#include "core/gpu/vector.h"
+
+namespace hw::softmax::simt {
+
+// The place of the calling thread: g along the own side, l along the other.
+HW_DEVICE HW_INLINE int own_lane() { return dev::thread_index() / kLanes; }
+HW_DEVICE HW_INLINE int other_lane() { return dev::thread_index() % kLanes; }
+
+// Rows and keys of one sequence, numbered from its start. Loops ask nothing else about positions:
+// operators whose rows and keys lie elsewhere supply another struct with these members. Where rows
+// and keys are listed (kListed), tiles keep their tokens in shared memory, -1 where there is none,
+// and ask about tokens what they ask here about numbers (routing_attention_simt_lists.cuh).
+struct MaskedSequence {
+  static constexpr bool kListed = false;
+  using ForwardParams = softmax::ForwardParams;
+  using BackwardParams = softmax::BackwardParams;
+  Sequence at;
+  Mask mask;
+
+  template <class Params>
+  HW_DEVICE HW_INLINE static MaskedSequence of(const Params& p, int64_t n) {
+    const Sequence s = sequence(p, n);
+    return {s, mask_of(p, s)};
+  }
+
+  HW_DEVICE HW_INLINE void enter(int) {}  // goes to a query head
+  HW_DEVICE HW_INLINE int64_t batch() const { return at.batch; }
+  HW_DEVICE HW_INLINE int64_t rows() const { return at.q_count; }
+  HW_DEVICE HW_INLINE int64_t keys() const { return at.k_count; }
+  // Row i and key j in the tensors.
+  HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
+  HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
+  // The number of keys that row i sees, given its place in the tensors.
+  HW_DEVICE HW_INLINE int64_t seen(int64_t i, int64_t) const {
+    return mask.visible_keys(i).count();
+  }
+  // Where results and statistics of row i, results of key j are, given their places in the tensors.
+  HW_DEVICE HW_INLINE int64_t row_result(int64_t, int64_t row) const { return row; }
+  HW_DEVICE HW_INLINE int64_t key_result(int64_t, int64_t key) const { return key; }
+  HW_DEVICE HW_INLINE int64_t diagonal(int64_t i) const { return mask.diagonal(i); }
+  // What a tile of rows, or of keys, has to visit.
+  HW_DEVICE HW_INLINE Range keys_of(const Range& rows) const { return mask.keys_of(rows); }
+  HW_DEVICE HW_INLINE Range rows_of(const Range& keys) const { return mask.rows_of(keys); }
+  HW_DEVICE HW_INLINE bool whole(const Range& rows, const Range& keys) const {
+    return mask.whole(rows, keys);
+  }
+  HW_DEVICE HW_INLINE bool sees(int64_t i, int64_t j) const {
+    const Range seen = mask.visible_keys(i);
+    return j >= seen.begin && j < seen.end;
+  }
+};
+
+// ---- Loading ------------------------------------------------------------------------------------
+
+// A tensor whose rows go to a room.
+template <class Element>
+struct Side {
+  Ref<const Element, 4> x;  // [B, S, heads, width]
+  bool vectors = false;     // rows can be read 16 bytes at a time
+
+  HW_HOST_DEVICE int width() const { return static_cast<int>(x.size[3]); }
+  HW_HOST_DEVICE int slices() const { return slices_of<Accum<Element>>(x.size[3]); }
+};
+
+template <class Element>
+Side<Element> make_side(const Ref<const void, 4>& x) {
+  const Ref<const Element, 4> typed = x.as<const Element>();
+  return {typed, x && has_vectors(typed)};
+}
+
+// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on
+// and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything but
+// zeros.
+template <int kRows, bool kVote, bool kGaps, class Element, class RowOf>
+HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
+                                    int head, int column, int count, const RowOf& row_of) {
+  using A = Accum<Element>;
+  const int width = min_of(from.width() - column, kSide<A>);
+  bool some = false;
+  if (from.vectors) {
+    constexpr int kTogether = 16 / static_cast<int>(sizeof(Element));
+    // Two loads a thread are in flight: more would cost registers where sums are held.
+    constexpr int kGroups = kSide<A> / kTogether, kBatch = 2;
+    HW_UNROLL_BY(1)
+    for (int first = dev::thread_index(); first < kRows * kGroups; first += kBatch * kThreads) {
+      Vec<Element, kTogether> x[kBatch] = {};
+      HW_UNROLL
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
+        if (i < count && c < width && (!kGaps || row_of(i) >= 0))
+          x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
+      }
+      HW_UNROLL
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
+        if (i >= kRows) continue;
+        HW_UNROLL
+        for (int e = 0; e < kTogether; e += kVector<A>) {
+          Vec<A, kVector<A>> wide;
+          HW_UNROLL
+          for (int v = 0; v < kVector<A>; ++v) {
+            wide.v[v] = static_cast<A>(x[n].v[e + v]);
+            if constexpr (kVote) some |= wide.v[v] != A(0);
+          }
+          store_vector(room + i * kStride<A> + c + e, wide);
+        }
+      }
+    }
+    return some;
+  }
+  HW_UNROLL_BY(1)
+  for (int index = dev::thread_index(); index < kRows * kSide<A>; index += kThreads) {
+    const int i = index / kSide<A>, c = index % kSide<A>;
+    A wide = 0;
+    if (i < count && c < width && (!kGaps || row_of(i) >= 0))
+      wide = static_cast<A>(*from.x.at(batch, row_of(i), head, column + c));
+    room[i * kStride<A> + c] = wide;
+    if constexpr (kVote) some |= wide != A(0);
+  }
+  return some;
+}
+
+// Stores kCount neighbouring columns, those below `available`.
+template <int kCount, class Element, class A>
+HW_DEVICE HW_INLINE void store_columns(Element* to, int64_t stride, bool vectors, int available,
+                                       const A (&x)[kCount]) {
+  if (vectors && available >= kCount) {
+    Vec<Element, kCount> packed;
+    HW_UNROLL
+    for (int i = 0; i < kCount; ++i) packed.v[i] = Element(x[i]);
+    store_vector(to, packed);
+    return;
+  }
+  HW_UNROLL
+  for (int i = 0; i < kCount; ++i)
+    if (i < available) to[i * stride] = Element(x[i]);
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+template <class A, int kOwn>
+HW_DEVICE HW_INLINE void clear(A (&x)[kOwn][kVector<A>]) {
+  HW_UNROLL
+  for (int i = 0; i < kOwn * kVector<A>; ++i) x[i / kVector<A>][i % kVector<A>] = A(0);
+}
+
+template <class A, int kOwn>
+HW_DEVICE HW_INLINE void add_dot(A (&acc)[kOwn][kVector<A>], const A* own, const A* other,
+                                 int columns) {
+  constexpr int kV = kVector<A>;
+  own += own_lane() * kStride<A>;
+  other += other_lane() * kStride<A>;
+  HW_UNROLL_BY(1)
+  for (int a = 0; a < columns; a += kV) {
+    Vec<A, kV> y[kV];
+    HW_UNROLL
+    for (int u = 0; u < kV; ++u) y[u] = load_vector<kV>(other + u * kLanes * kStride<A> + a);
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const auto x = load_vector<kV>(own + r * kLanes * kStride<A> + a);
+      HW_UNROLL
+      for (int u = 0; u < kV; ++u) {
+        HW_UNROLL
+        for (int i = 0; i < kV; ++i) acc[r][u] += x.v[i] * y[u].v[i];
+      }
+    }
+  }
+}
+
+// Rows of x from `others` on are multiplied by weights that are zero, up to a whole vector. Columns
+// that x lacks are zeros.
+template <class A, int kOwn>
+HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weights, const A* x,
+                                      int others) {
+  constexpr int kV = kVector<A>;
+  weights += own_lane() * kStride<A>;
+  x += other_lane() * kV;
+  HW_UNROLL_BY(1)
+  for (int j = 0; j < others; j += kV) {
+    Vec<A, kV> row[kV];
+    HW_UNROLL
+    for (int i = 0; i < kV; ++i) row[i] = load_vector<kV>(x + (j + i) * kStride<A>);
+    HW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const auto w = load_vector<kV>(weights + r * kLanes * kStride<A> + j);
+      HW_UNROLL
+      for (int i = 0; i < kV; ++i) {
+        HW_UNROLL
+        for (int c = 0; c < kV; ++c) acc[r][c] += w.v[i] * row[i].v[c];
+      }
+    }
+  }
+}
+
+// ---- Rows of a thread --------------------------------------------------------------------------
+
+// Register arrays [rows of a thread] that take turns: the row at work is always row 0.
+template <class A, int N>
+HW_DEVICE HW_INLINE void turn(A (&x)[N]) {
+  const A first = x[0];
+  HW_UNROLL
+  for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
+  x[N - 1] = first;
+}
+template <class A, int N, int M>
+HW_DEVICE HW_INLINE void turn(A (&x)[N][M]) {
+  HW_UNROLL
+  for (int u = 0; u < M; ++u) {
+    const A first = x[0][u];
+    HW_UNROLL
+    for (int i = 0; i + 1 < N; ++i) x[i][u] = x[i + 1][u];
+    x[N - 1][u] = first;
+  }
+}
+
+// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop that
+// is not unrolled: what happens to a score is a hundred instructions, and registers are scarce.
+template <int kOwn, class Visit, class... Arrays>
+HW_DEVICE HW_INLINE void each_row(const Visit& visit, Arrays&... arrays) {
+  HW_UNROLL_BY(1)
+  for (int r = 0; r < kOwn; ++r) {
+    visit(r);
+    (turn(arrays), ...);
+  }
+}
+
+}  // namespace hw::softmax::simt

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores, backward. Every output has one owner that adds in a fixed order:
+//
+//   QueryGradKernel   a block: 64 queries of a head, walks keys (loop R2)    d_q, d_tau, own d_b
+//   KeyGradKernel     a block: 64 keys, walks the queries of the heads       d_k, d_v, d_beta,
+//                     that share them (loop C)                               d_gamma
+//   BiasGradKernel    a block: a tile of a bias that is broadcast, walks     d_b
+//                     all that share it
+//
+// Scores and <d_w, v> are computed by either of the first two: 7 products where one pass with float
+// atomics, or with a fixed order of blocks, has 5. d_q and d_k of dims over 128 fill the registers:
+// there the two halves of KeyGradKernel are blocks of their own.
+#pragma once
+
+#include "softmax/sm80/loop.cuh"
+
+#include "core/gpu/packed.h"
+
+namespace hw::softmax::sm80 {
+
+template <class Element, class Feed = Dense>
+struct GradientParams : Feed {
+  BackwardParams b;
+  LoopInputs<Element> inputs;
+  Output<Element> d_q, d_k, d_v;
+  bool shared_bias;  // d_bias has a kernel of its own
+  int64_t blocks;    // of own rows, per head of a sequence
+};
+
+// Gradients of one tile: p in place of c = <q, k>, ds in place of dp = <d_w, v>, and y.
+template <class Score, class Pairs>
+HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c, Pairs& dp,
+                                       Pairs& y) {
+  score.shape_products(c);
+  y = c;
+  score.add_terms(c);
+  score.hide(c);
+  score.differentiate(c, dp, unit);
+}
+
+template <class Element, int kDim, bool kPlain, class Feed = Dense>
+struct QueryGradKernel {
+  using L = Loop<Element, kDim, kPlain, false, true, Feed>;
+  using Pairs = typename L::Pairs;
+  using Params = GradientParams<Element, Feed>;
+  using Smem = typename L::Smem;
+  static constexpr int kThreads = L::kThreads;
+  static constexpr int kMinBlocks = (kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1) * 128 / kThreads;
+
+  HW_DEVICE static void main(const Params& p) {
+    const BackwardParams& b = p.b;
+    const int64_t group = dev::block_index_x() / p.blocks, heads = b.query_heads();
+    L loop(b, p.inputs, p, *dev::shared<Smem>());
+    // The last rows see most keys: they come first.
+    loop.go(group / heads, static_cast<int>(group % heads),
+            (p.blocks - 1 - dev::block_index_x() % p.blocks) * L::kOwn);
+    if (loop.own().empty()) return;
+
+    typename L::Values d_q;
+    d_q.clear();
+    const Range keys = loop.others();
+    loop.walk(keys, [&](const auto& stage, const auto& score) {
+      Pairs c, dp, y;
+      loop.products(c, stage);
+      loop.second_products(dp, stage);
+      differentiate(score, p.inputs.unit, c, dp, y);
+      if (!kPlain && b.d_bias && !p.shared_bias) store_bias(b, loop, score, dp);
+      if (score.bends()) score.chain(dp, y);
+      multiply_columns<Element>(d_q, pack<Element>(dp), stage.first);
+    });
+    // Rows that meet no keys were not loaded: nothing of them may be read.
+    const bool loaded = !keys.empty();
+    if (!kPlain && b.d_row_temperature) store_temperatures(b, loop, d_q, loaded);
+    const auto factor = [&](int half) {
+      if constexpr (!kPlain)
+        if (b.row_temperature && loaded)
+          return p.inputs.in.scale *
+                 loop.smem.numbers.tau[loop.warp_row() + L::Pairs::row(0, 2 * half)];
+      return p.inputs.in.scale;
+    };
+    if constexpr (Feed::kListed)
+      if (p.row_sums.ref) return loop.store(p.row_sums, loop.place.head, d_q, factor);
+    loop.store(p.d_q, loop.place.head, d_q, factor);
+  }
+
+ private:
+  // d_bias is zeros where it was not visited.
+  template <class Score>
+  HW_DEVICE HW_INLINE static void store_bias(const BackwardParams& b, const L& loop,
+                                             const Score& score, const Pairs& ds) {
+    const Ref<float, 4> to = b.d_bias.template as<float>();
+    if constexpr (Feed::kListed) {
+      float* origin = to.at(loop.place.at.batch, loop.place.head);
+      Pairs::each([&](int s, int j, int i) {
+        const int q = score.spot.row_token[Pairs::row(s, i)];
+        const int k = score.spot.key_token[Pairs::column(j, i)];
+        if (q >= 0 && k >= 0) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
+      });
+      return;
+    }
+    const int64_t row = score.spot.row, key = score.spot.key;
+    float* origin = to.at(loop.place.at.batch, loop.place.head, row, key);
+    const int64_t rows = loop.place.mask.rows - row, keys = loop.place.mask.keys - key;
+    Pairs::each([&](int s, int j, int i) {
+      const int q = Pairs::row(s, i), k = Pairs::column(j, i);
+      if (q < rows && k < keys) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
+    });
+  }
+
+  // d_tau_i = scale <sum_j dx_ij k_j, q_i>
+  HW_DEVICE HW_INLINE static void store_temperatures(const BackwardParams& b, const L& loop,
+                                                     const typename L::Values& d_q, bool loaded) {
+    HW_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0;
+      HW_UNROLL
+      for (int j = 0; j < L::Values::kTiles; ++j) {
+        if (!loaded) continue;
+        const dev::Two q = dev::unpack<Element>(loop.smem.first_own.pair(
+            loop.warp_row() + L::Values::row(0, 2 * half), L::Values::column(j, 0)));
+        sum += d_q.at[0][j][2 * half] * q.lo + d_q.at[0][j][2 * half + 1] * q.hi;
+      }
+      sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
+      const int64_t at = loop.result_row(half);
+      if (dev::lane() % 4 == 0 && at >= 0)
+        b.d_row_temperature.template as<float>()(loop.place.at.batch, loop.place.at.q_begin + at,
+                                                 loop.place.head) = sum;
+    }
+  }
+};
+
+// kKeyGrads: d_k and the sums of keys, kValueGrads: d_v; at least one of them.
+template <class Element, int kDim, bool kPlain, bool kKeyGrads, bool kValueGrads,
+          class Feed = Dense>
+struct KeyGradKernel {
+  using L = Loop<Element, kDim, kPlain, true, kKeyGrads, Feed>;
+  using Pairs = typename L::Pairs;
+  using Values = typename L::Values;
+  using Params = GradientParams<Element, Feed>;
+  using Smem = typename L::Smem;
+  static constexpr int kThreads = L::kThreads;
+  static constexpr int kMinBlocks = (kDim <= 128 ? 2 : 1) * 128 / kThreads;
+
+  // What a warp sums up over its keys.
+  struct Sums {
+    If<kKeyGrads, Values> d_k;
+    If<kValueGrads, Values> d_v;
+    float d_bias[2], d_gain[2];  // this lane's share of keys g and g + 8, of a query head
+  };
+
+  HW_DEVICE static void main(const Params& p) {
+    const BackwardParams& b = p.b;
+    const int64_t group = dev::block_index_x() / p.blocks, heads = p.key_owners(b);
+    const int owner = static_cast<int>(group % heads);
+    L loop(b, p.inputs, p, *dev::shared<Smem>());
+    Sums sums;
+    if constexpr (kKeyGrads) sums.d_k.clear();
+    if constexpr (kValueGrads) sums.d_v.clear();
+    HW_UNROLL_BY(1)
+    for (int head = owner * p.heads_of_owner(b); head < (owner + 1) * p.heads_of_owner(b); ++head) {
+      loop.go(group / heads, head, dev::block_index_x() % p.blocks * L::kOwn);
+      if (loop.own().empty()) return;
+      HW_UNROLL
+      for (int half = 0; half < 2; ++half) sums.d_bias[half] = sums.d_gain[half] = 0.0f;
+      loop.walk(loop.others(),
+                [&](const auto& stage, const auto& score) { step(p, loop, stage, score, sums); });
+      if constexpr (kKeyGrads && !kPlain) {
+        loop.store_sums(b.d_key_bias, sums.d_bias);
+        loop.store_sums(b.d_key_gain, sums.d_gain);
+      }
+    }
+    const auto scale = [&](int) { return p.inputs.in.scale; };
+    const auto one = [](int) { return 1.0f; };
+    if constexpr (Feed::kListed) {
+      static_assert(kKeyGrads && kValueGrads, "listed keys are visited once");
+      if (p.key_sums.ref) {
+        loop.store(p.key_sums, owner, sums.d_k, scale);
+        if (b.d_v) loop.store(p.value_sums, owner, sums.d_v, one);
+        return;
+      }
+    }
+    if constexpr (kKeyGrads) loop.store(p.d_k, owner, sums.d_k, scale);
+    if constexpr (kValueGrads)
+      if (b.d_v) loop.store(p.d_v, owner, sums.d_v, one);
+  }
+
+ private:
+  template <class Stage, class Score>
+  HW_DEVICE HW_INLINE static void step(const Params& p, const L& loop, const Stage& stage,
+                                       const Score& score, Sums& sums) {
+    const BackwardParams& b = p.b;
+    Pairs c;
+    loop.products(c, stage);
+    if constexpr (!kKeyGrads) {
+      score.shape_products(c);
+      score.add_terms(c);
+      score.hide(c);
+      score.weigh(c, p.inputs.unit);
+      multiply_columns<Element>(sums.d_v, pack<Element>(c), stage.second);
+    } else {
+      Pairs dp, y;
+      loop.second_products(dp, stage);
+      differentiate(score, p.inputs.unit, c, dp, y);
+      if constexpr (kValueGrads)
+        if (b.d_v) multiply_columns<Element>(sums.d_v, pack<Element>(c), stage.second);
+      if constexpr (!kPlain) {
+        if (b.d_key_bias) add(sums.d_bias, dp);
+        if (b.d_key_gain) score.add_gain_gradients(sums.d_gain, dp, y);
+        if (score.bends()) score.chain(dp, y);
+        score.heat(dp);
+      }
+      multiply_columns<Element>(sums.d_k, pack<Element>(dp), stage.first);
+    }
+  }
+
+  HW_DEVICE HW_INLINE static void add(float (&share)[2], const Pairs& ds) {
+    Pairs::each([&](int s, int j, int i) { share[i / 2] += ds.at[s][j][i]; });
+  }
+};
+
+// The gradient of a bias that is broadcast over batch, heads or keys. The block that owns a tile of
+// it sums, in order, over what shares it; a bias has rows of its own (without, it is a key_bias).
+template <class Element, int kDim>
+struct BiasGradKernel {
+  using L = Loop<Element, kDim, false, false, true>;
+  using Pairs = typename L::Pairs;
+  using Params = GradientParams<Element>;
+  using Smem = typename L::Smem;
+  static constexpr int kThreads = L::kThreads;
+
+  // Batch entries, heads or tiles of keys that have results of their own.
+  HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
+    return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], side);
+  }
+  static Grid grid(const Params& p) {
+    const BackwardParams& b = p.b;
+    return {p.blocks * owners(b, 3, L::kOther) * owners(b, 1, 1) * owners(b, 0, 1), 1, 1};
+  }
+
+  HW_DEVICE static void main(const Params& p) {
+    const BackwardParams& b = p.b;
+    int64_t rest = dev::block_index_x();
+    const auto take = [&](int64_t count) {
+      const int64_t at = rest % count;
+      rest /= count;
+      return at;
+    };
+    L loop(b, p.inputs, p, *dev::shared<Smem>());
+    const int64_t first = take(p.blocks) * L::kOwn;
+    const int64_t key = take(owners(b, 3, L::kOther)) * L::kOther;
+    const int64_t head = take(owners(b, 1, 1)), batch = rest;
+    const bool all_keys = b.d_bias.stride[3] == 0;
+
+    Pairs sum;
+    sum.clear();
+    HW_UNROLL_BY(1)
+    for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
+      HW_UNROLL_BY(1)
+      for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1)) {
+        loop.go(n, static_cast<int>(h), first);
+        Range keys = loop.others();
+        if (!all_keys && (key >= keys.end || key + L::kOther <= keys.begin)) continue;
+        if (!all_keys) keys = {key, key + L::kOther};
+        loop.walk(keys, [&](const auto& stage, const auto& score) {
+          Pairs c, dp, y;
+          loop.products(c, stage);
+          loop.second_products(dp, stage);
+          differentiate(score, p.inputs.unit, c, dp, y);
+          Pairs::each([&](int s, int j, int i) { sum.at[s][j][i] += dp.at[s][j][i]; });
+        });
+      }
+    }
+    store(b, loop, batch, head, key, all_keys, sum);
+  }
+
+ private:
+  HW_DEVICE HW_INLINE static void store(const BackwardParams& b, const L& loop, int64_t batch,
+                                        int64_t head, int64_t key, bool all_keys,
+                                        const Pairs& sum) {
+    const Ref<float, 4> to = b.d_bias.template as<float>();
+    HW_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = loop.own_row(half);
+      float total = 0;
+      HW_UNROLL
+      for (int j = 0; j < Pairs::kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          total += sum.at[0][j][i];
+          const int64_t at = key + Pairs::column(j, i);
+          if (!all_keys && row < to.size[2] && at < to.size[3])
+            to(batch, head, row, at) = sum.at[0][j][i];
+        }
+      }
+      total = dev::warp_sum<4>(total);
+      if (all_keys && row < to.size[2] && dev::lane() % 4 == 0) to(batch, head, row, 0) = total;
+    }
+  }
+};
+
+}  // namespace hw::softmax::sm80

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores: what becomes of a row's sums, in the forward kernel and, where keys are
+// cut into spans, in the kernel that merges their partial results,
+//
+//   o = g ((1 - u) w + u v)       w = sum_j e^(s_j - M) v_j / l
+//
+// the row statistic and the read-outs.
+#pragma once
+
+#include <cmath>
+
+#include "softmax/sm80/layout.h"
+#include "softmax/sm80/score.cuh"
+
+namespace hw::softmax::sm80 {
+
+// Exponents are unit (score - max), to base 2; natural = unit ln 2 (plain: scale, otherwise 1), and
+// `inverse` is 1 / natural.
+struct Units {
+  float unit = kLog2e, natural = 1, inverse = 1;
+};
+
+// Running sums of a row over the keys so far. Not softmaxes: sum = sum a(s), the others stay.
+struct RowSums {
+  float max = -kInfinity;                 // of the scores
+  float sum = 0;                          // sum e^(s - max)
+  float tilt = 0, squares = 0, mass = 0;  // sum e^(s - max) (s - max), sum e^2(s - max), sum e.. m
+
+  // Moves to another maximum; returns the factor of all that was summed, 1 before any score.
+  HW_DEVICE HW_INLINE float move(float to, float unit) {
+    const float gap = max == -kInfinity ? 0.0f : max - to;
+    const float factor = dev::exp2_fast(gap * unit);
+    max = to;
+    tilt = factor * (tilt + gap * sum);
+    sum *= factor;
+    squares *= factor * factor;
+    mass *= factor;
+    return factor;
+  }
+
+  HW_DEVICE HW_INLINE void add(const RowSums& x) {
+    sum += x.sum;
+    tilt += x.tilt;
+    squares += x.squares;
+    mass += x.mass;
+  }
+};
+
+// Partial results of the spans.
+struct Partials {
+  float *values = nullptr, *sums = nullptr;  // [spans, rows, Dv], [spans, rows, kSumsOfRow]; of the
+                                             // sums, plain ones have the first two
+  int64_t rows = 0, columns = 0;             // rows = [N, Hq, max_q]
+
+  HW_DEVICE HW_INLINE float* values_of(int64_t span, int64_t row) const {
+    return values + (span * rows + row) * columns;
+  }
+  HW_DEVICE HW_INLINE float* sums_of(int64_t span, int64_t row) const {
+    return sums + (span * rows + row) * kSumsOfRow;
+  }
+};
+
+// Writes what becomes of rows. Plain: softmaxes, o and the row statistic only; kMixes: o may differ
+// from w.
+template <class Element, bool kPlain, bool kMixes = !kPlain>
+struct Finish {
+  const ForwardParams& f;
+  const Output<Element>& o;
+  const Output<Element>& w;
+  const Place& place;
+  Units units;
+
+  // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true); returns
+  // the factor of its values.
+  HW_DEVICE HW_INLINE float settle(int64_t row, RowSums r, bool writes) const {
+    if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
+    const bool one_more = f.activation == Activation::softmax1;
+    const float before = r.max;
+    const float moved = one_more ? r.move(dev::larger(before, 0.0f), units.unit) : 1.0f;
+    const float weights = r.sum;
+    const float total = one_more ? weights + dev::exp2_fast(-r.max * units.unit) : weights;
+    const bool some = total != 0.0f;
+    const float log_total = std::log2(total) * kLn2;
+    // A score of +inf is L, though p is NaN there.
+    const float statistic = r.max == kInfinity ? r.max
+                            : some             ? r.max * units.natural + log_total
+                                               : -kInfinity;
+    // Of the distance that replays see (ScoreTile::distance).
+    const float above = fmaf(-statistic, units.inverse, r.max) * units.natural;
+    const float rest = statistic - statistic == 0.0f ? above + log_total : 0.0f;
+    const float inverse = some ? 1.0f / total : 0.0f;
+    if (writes) put(f.row, row, statistic), put(f.rest, row, rest);
+    if constexpr (!kPlain) {
+      if (writes) {
+        put(f.entropy, row, some ? (weights * log_total - r.tilt) * inverse : 0.0f);
+        put(f.p_max, row, some ? dev::exp2_fast(((before - statistic) - rest) * kLog2e) : 0.0f);
+        put(f.sq_norm, row, r.squares * inverse * inverse);
+        put(f.mass, row, r.mass * inverse);
+      }
+    }
+    return moved * inverse;
+  }
+
+  // x[j][i]: columns first + 8 j + i of w (before gate and mix).
+  template <int kTiles>
+  HW_DEVICE HW_INLINE void write(int64_t row, int first, float (&x)[kTiles][2]) const {
+    const int64_t batch = place.at.batch, token = place.at.q_begin + row;
+    if constexpr (kMixes) {
+      if (f.w) store_pairs(row_of(w, batch, token), first, w.paired, x);
+      if (f.identity_mix) mix(token, first, x);
+      if (f.head_gate) {
+        const float g = f.head_gate.template as<const float>()(batch, token, place.head);
+        HW_UNROLL
+        for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
+      }
+    }
+    store_pairs(row_of(o, batch, token), first, o.paired, x);
+  }
+
+ private:
+  // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at once
+  // need more registers than there are.
+  template <int kTiles>
+  HW_DEVICE HW_INLINE void mix(int64_t token, int first, float (&x)[kTiles][2]) const {
+    const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);
+    const Ref<const Element, 4> v = f.v.template as<const Element>();
+    const Element* own = v.at(place.at.batch, token, place.key_head, first);
+    const int end = static_cast<int>(f.value_dim()) - first;
+    const int64_t step = v.stride[3];
+    constexpr int kTogether = min_of(kTiles, 4);
+    HW_UNROLL_BY(1)
+    for (int at = 0; at < 8 * kTiles; at += 8 * kTogether) {
+      float mixed[kTogether][2];
+      HW_UNROLL
+      for (int n = 0; n < 2 * kTogether; ++n) {
+        const int j = n / 2, i = n % 2, column = at + 8 * j + i;
+        const float value = column < end ? static_cast<float>(own[column * step]) : 0.0f;
+        mixed[j][i] = (1.0f - u) * x[j][i] + u * value;
+      }
+      HW_UNROLL
+      for (int n = 0; n < 2 * (kTiles - kTogether); ++n)
+        x[n / 2][n % 2] = x[n / 2 + kTogether][n % 2];
+      HW_UNROLL
+      for (int n = 0; n < 2 * kTogether; ++n)
+        x[kTiles - kTogether + n / 2][n % 2] = mixed[n / 2][n % 2];
+    }
+  }
+
+  HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t batch,
+                                             int64_t token) const {
+    const Ref<Element, 4>& r = to.ref;
+    return {r.at(batch, token, place.head), {r.size[3]}, {r.stride[3]}};
+  }
+
+  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums& r, bool writes) const {
+    const float n = f.normalizer == Normalizer::sum ? r.sum
+                    : f.normalizer == Normalizer::length
+                        ? static_cast<float>(place.mask.visible_keys(row).count())
+                        : 1.0f;
+    if (writes && f.normalizer == Normalizer::sum) put(f.row, row, n), put(f.rest, row, 0.0f);
+    return n != 0.0f ? 1.0f / n : 0.0f;
+  }
+
+  HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, int64_t row, float value) const {
+    if (to) to.template as<float>()(place.at.batch, place.head, place.at.q_begin + row) = value;
+  }
+};
+
+// Merges the spans of a row, in their order. A warp per row.
+template <class Element, bool kPlain>
+struct MergeKernel {
+  static constexpr int kWarps = 4, kThreads = kWarps * dev::kWarp;
+  struct Params {
+    ForwardParams f;
+    Output<Element> o, w;
+    Partials partials;
+    int64_t spans;
+    Units units;
+  };
+
+  HW_DEVICE static void main(const Params& p) {
+    const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
+    if (index >= p.partials.rows) return;
+    const int64_t row = index % p.f.max_q, heads = p.f.query_heads();
+    const int head = static_cast<int>(index / p.f.max_q % heads);
+    const Place place = place_of(p.f, index / p.f.max_q / heads, head);
+    if (row >= place.at.q_count) return;
+    RowSums whole;
+    for (int64_t span = 0; span < p.spans; ++span)
+      whole.max = dev::larger(whole.max, p.partials.sums_of(span, index)[0]);
+    const float top = whole.max;
+    for (int64_t span = 0; span < p.spans; ++span) {
+      RowSums part = sums(p, span, index);
+      part.move(top, p.units.unit);
+      whole.add(part);
+    }
+    const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
+    const float factor = finish.settle(row, whole, dev::lane() == 0);
+    const int columns = static_cast<int>(p.partials.columns);
+    for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
+      float x[1][2] = {};
+      for (int64_t span = 0; span < p.spans; ++span) {
+        const float* value = p.partials.values_of(span, index) + column;
+        const float part = RowSums{p.partials.sums_of(span, index)[0]}.move(top, p.units.unit);
+        x[0][0] += part * value[0];
+        x[0][1] += part * value[1];  // behind an odd last column a number that is not stored
+      }
+      x[0][0] *= factor, x[0][1] *= factor;
+      finish.write(row, column, x);
+    }
+  }
+
+  HW_DEVICE static HW_INLINE RowSums sums(const Params& p, int64_t span, int64_t index) {
+    const float* s = p.partials.sums_of(span, index);
+    if constexpr (kPlain) return {s[0], s[1]};
+    return {s[0], s[1], s[2], s[3], s[4]};
+  }
+};
+
+}  // namespace hw::softmax::sm80

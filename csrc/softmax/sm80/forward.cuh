@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores, forward: loop R, rows with a running softmax,
+//
+//   w_i = sum_j e^(s_ij - M_i) v_j / l_i      M_i = max_j s_ij     l_i = sum_j e^(s_ij - M_i)
+//
+// A block owns kRows queries of one head, each of its warps 16 kStrips of them, and walks tiles of
+// kKeys keys: those that some of its queries sees, cut by its span. Per tile and warp
+//
+//   c [rows, keys]   = q k^T        both from shared memory
+//   p [rows, keys]   in the registers of c, and there it is the A operand of
+//   w [rows, Dv]    += p v
+//
+// k and v have two stages: while one is multiplied, cp.async fills the other; one barrier per tile.
+// Warps whose own queries see nothing of a tile skip it; masks are applied on edge tiles only.
+//
+// Feed: where queries and keys come from (sm80/lists.cuh).
+#pragma once
+
+#include "softmax/sm80/epilogue.cuh"
+
+namespace hw::softmax::sm80 {
+
+template <class Element, int kDim, bool kPlain, class Feed = Dense>
+struct ForwardKernel {
+  using Tiles = typename Feed::template ForwardTiles<kDim>;
+  using Place = typename Feed::Place;
+  static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
+  static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
+  static constexpr int kKeys = Tiles::kKeys;
+  static constexpr int kMinBlocks = Tiles::blocks(kPlain);
+  using Scores = Fragment<kStrips, kKeys / 8>;
+  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8, Feed>;
+  using Values = Fragment<kStrips, kDim / 8>;
+
+  struct Params : Feed {
+    ForwardParams f;
+    ScoreInputs<Element> in;
+    Input<Element> v;
+    Output<Element> o, w;
+    Units units;
+    Plan plan;
+    Partials partials;
+  };
+
+  struct KeyNumbers {
+    float bias[kKeys], gain[kKeys], mass[kKeys];
+  };
+  struct Stage {
+    Tile<Element, kKeys, kDim> k, v;
+    If<!kPlain, KeyNumbers> numbers;
+  };
+  struct Smem {
+    Tile<Element, kRows, kDim> q;
+    Stage stage[2];
+    If<!kPlain, float[kRows]> tau;
+    Place place;
+    int64_t first;  // row of the block, in its sequence or list
+    If<Feed::kListed, ListedTiles<kRows, kKeys>> tokens;
+  };
+  static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
+
+  struct Block {
+    const Params& p;
+    Smem& smem;
+    const Place& place;        // in shared memory: registers are short
+    const int64_t& first;      // likewise
+    int warp_row;              // of this warp, in the block
+    RowSums sums[kStrips][2];  // rows g and g + 8 of each strip; over this lane's columns, but max
+    Values w;                  // before the division
+
+    HW_DEVICE HW_INLINE Block(const Params& params, Smem& s)
+        : p(params), smem(s), place(s.place), first(s.first) {
+      warp_row = dev::warp() * kStrips * 16;
+      const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
+      if (dev::thread_index() == 0) {
+        smem.place = p.place_of(p.f, task / heads, static_cast<int>(task % heads));
+        // The last rows see most keys: they come first.
+        smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
+      }
+      dev::sync_block();
+      if constexpr (Feed::kListed) {
+        const Side<Feed, false> side(p, place);
+        Coming<kThreads, kRows, Side<Feed, false>>(side, static_cast<int>(first))
+            .fill(smem.tokens.own);
+        dev::sync_block();
+      }
+    }
+
+    HW_DEVICE HW_INLINE Range rows() const {
+      if constexpr (Feed::kListed)
+        return {first, min_of<int64_t>(first + kRows, p.row_slots(place))};
+      else
+        return {first, min_of(first + kRows, place.mask.rows)};
+    }
+
+    // Whether a block of listed rows has none: it has nothing to write but zeros of slots.
+    HW_DEVICE HW_INLINE bool idle() const {
+      if constexpr (Feed::kListed) return smem.tokens.own.extent().none();
+      return false;
+    }
+
+    // Of the block's first row, in Partials.
+    HW_DEVICE HW_INLINE int64_t index() const {
+      return dev::block_index_x() / p.plan.blocks * p.f.max_q + first;
+    }
+
+    // Tiles [begin, end) of the block's span.
+    HW_DEVICE HW_INLINE Range tiles() const {
+      if constexpr (Feed::kListed) return listed_tiles();
+      Range keys = place.mask.keys_of(rows());
+      const int64_t from = dev::block_index_y() * p.plan.span;
+      keys = {max_of(keys.begin, from), min_of(keys.end, from + p.plan.span)};
+      if (keys.empty()) return {0, 0};
+      return {keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
+    }
+
+    HW_DEVICE HW_INLINE Range listed_tiles() const {
+      if (idle()) return {0, 0};
+      const int slots = p.key_slots(place);
+      if (!p.keys_in_order()) return {0, ceil_div(slots, kKeys)};
+      const Range keys = place.mask.keys_of(smem.tokens.own.extent().range());
+      return keys.empty() ? Range{0, 0}
+                          : Range{keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
+    }
+
+    // Whether nobody can see what the loop would find. Same for all warps.
+    HW_DEVICE HW_INLINE bool dead() const {
+      if constexpr (kPlain || Feed::kListed) return false;
+      const ForwardParams& f = p.f;
+      if (!f.skip_dead) return false;
+      const int64_t b = place.at.batch;
+      if (f.identity_mix && f.identity_mix.template as<const float>()(b, place.head) == 1.0f)
+        return true;
+      if (!f.head_gate) return false;
+      const Ref<const float, 3> g = f.head_gate.template as<const float>();
+      bool some = false;
+      for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp)
+        some |= g(b, place.at.q_begin + i, place.head) != 0.0f;
+      return !dev::any(some);
+    }
+
+    // What the loads of the rows, of a tile's keys go by.
+    HW_DEVICE HW_INLINE auto own_rows() const {
+      if constexpr (Feed::kListed)
+        return Slots{smem.tokens.own.at};
+      else
+        return int64_t{first};
+    }
+    HW_DEVICE HW_INLINE auto keys_of(int tile) const {
+      if constexpr (Feed::kListed)
+        return Slots{smem.tokens.other[tile % 3].at};
+      else
+        return static_cast<int64_t>(tile) * kKeys;
+    }
+
+    HW_DEVICE HW_INLINE void prefetch_queries() {
+      load_tile<kThreads>(smem.q, query_rows(p.in.q, place, own_rows()));
+      if constexpr (!kPlain)
+        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, own_rows());
+    }
+
+    // Listed: the tile's tokens are there; those of the next one follow.
+    HW_DEVICE HW_INLINE void prefetch_listed(int tile) {
+      const Side<Feed, true> side(p, place);
+      const Coming<kThreads, kKeys, Side<Feed, true>> next(side, (tile + 1) * kKeys);
+      const Extent keys = smem.tokens.other[tile % 3].extent();
+      if (may_meet(place.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
+      next.fill(smem.tokens.other[(tile + 1) % 3]);
+    }
+
+    HW_DEVICE HW_INLINE void prefetch(int tile) {
+      Stage& s = smem.stage[tile & 1];
+      const auto key = keys_of(tile);
+      load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
+      if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
+      if constexpr (!kPlain) {
+        key_numbers<kKeys, kThreads>(s.numbers.bias, p.f.key_bias, place, key);
+        key_numbers<kKeys, kThreads>(s.numbers.gain, p.f.key_gain, place, key);
+        key_numbers<kKeys, kThreads>(s.numbers.mass, p.f.mass_keys, place, key);
+      }
+    }
+
+    HW_DEVICE HW_INLINE void walk(const Range& tiles) {
+      if (tiles.empty()) return;
+      prefetch_queries();
+      const int begin = static_cast<int>(tiles.begin), end = static_cast<int>(tiles.end);
+      if constexpr (Feed::kListed) {
+        const Side<Feed, true> side(p, place);
+        Coming<kThreads, kKeys, Side<Feed, true>>(side, begin * kKeys)
+            .fill(smem.tokens.other[begin % 3]);
+        dev::sync_block();
+        walk_stages(
+            begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
+      } else {
+        walk_stages(begin, end, [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
+      }
+    }
+
+    HW_DEVICE HW_INLINE void step(int tile) {
+      const Stage& stage = smem.stage[tile & 1];
+      Spot spot;
+      if constexpr (Feed::kListed) {
+        const Tokens<kKeys>& keys = smem.tokens.other[tile % 3];
+        spot.row_token = smem.tokens.own.at + warp_row, spot.key_token = keys.at;
+        spot.row_parts = smem.tokens.own.parts + warp_row / 16, spot.key_parts = keys.parts;
+      } else {
+        spot.row = first + warp_row, spot.key = static_cast<int64_t>(tile) * kKeys;
+      }
+      if constexpr (!kPlain) {
+        spot.tau = smem.tau + warp_row;
+        spot.key_bias = stage.numbers.bias;
+        spot.key_gain = stage.numbers.gain;
+      }
+      const Score score{p.f, p.in, place, p, spot};
+      if (score.unseen()) return;
+      Scores s;
+      s.clear();
+      multiply_rows<Element>(s, smem.q, warp_row, stage.k);
+      score.shape_products(s);
+      score.add_terms(s);
+      score.hide(s);
+      const bool some = score.soft() ? soften(s, stage) : activate(s);
+      if (some && (kPlain || p.f.v)) multiply_columns<Element>(w, pack<Element>(s), stage.v);
+    }
+
+    // e^(s - M) in place of s; sums and w move to the new maximum.
+    HW_DEVICE HW_INLINE bool soften(Scores& s, const Stage& stage) {
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        HW_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          RowSums& r = sums[strip][half];
+          float top = r.max;
+          HW_UNROLL
+          for (int j = 0; j < Scores::kTiles; ++j)
+            top = dev::larger(top,
+                              dev::larger(s.at[strip][j][2 * half], s.at[strip][j][2 * half + 1]));
+          const float factor = r.move(dev::warp_max<4>(top), p.units.unit);
+          HW_UNROLL
+          for (int j = 0; j < Values::kTiles; ++j) {
+            w.at[strip][j][2 * half] *= factor;
+            w.at[strip][j][2 * half + 1] *= factor;
+          }
+          exponentials(s.at[strip], half, r, stage);
+        }
+      }
+      return true;
+    }
+
+    // One row of a fragment.
+    HW_DEVICE HW_INLINE void exponentials(float (&s)[Scores::kTiles][4], int half, RowSums& r,
+                                          const Stage& stage) {
+      const float shift = r.max == -kInfinity ? 0.0f : r.max;
+      HW_UNROLL
+      for (int j = 0; j < Scores::kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float score = s[j][i], e = dev::exp2_fast((score - shift) * p.units.unit);
+          s[j][i] = e;
+          r.sum += e;
+          if constexpr (!kPlain) {
+            if (p.f.entropy) r.tilt += score - shift < -1e4f ? 0.0f : e * (score - shift);
+            if (p.f.sq_norm) r.squares += e * e;
+            if (p.f.mass) r.mass += e * stage.numbers.mass[Scores::column(j, i)];
+          }
+        }
+      }
+    }
+
+    // a(s) in place of s; false if all of it is zero.
+    HW_DEVICE HW_INLINE bool activate(Scores& s) {
+      bool some = false;
+      Scores::each([&](int strip, int j, int i) {
+        const Fast a = activation(p.f.activation, Fast(s.at[strip][j][i]));
+        s.at[strip][j][i] = a.v;
+        sums[strip][i / 2].sum += a.v;
+        some |= a.v != 0.0f;
+      });
+      return dev::any(some);
+    }
+
+    // Outputs of the rows, or their partial results.
+    HW_DEVICE HW_INLINE void finish() {
+      const Finish<Element, kPlain, !kPlain || Feed::kListed> finish{p.f, p.o, p.w, place, p.units};
+      HW_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        HW_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int line = warp_row + Scores::row(strip, 2 * half);
+          RowSums r = sums[strip][half];
+          r.sum = dev::warp_sum<4>(r.sum);
+          if constexpr (!kPlain) {
+            r.tilt = dev::warp_sum<4>(r.tilt);
+            r.squares = dev::warp_sum<4>(r.squares);
+            r.mass = dev::warp_sum<4>(r.mass);
+          }
+          const int64_t row = result_row(line);
+          if (row < 0) continue;
+          if (!Feed::kListed && p.plan.spans > 1) {
+            keep(strip, half, index() + line, r);
+          } else {
+            const float factor = finish.settle(row, r, dev::lane() % 4 == 0);
+            if (!kPlain && !p.f.v) continue;
+            float x[Values::kTiles][2];
+            w.copy_row(x, strip, half, factor);
+            finish.write(row, Values::column(0, 0), x);
+          }
+        }
+      }
+    }
+
+    // Where results of a line of the block are; negative: nowhere.
+    HW_DEVICE HW_INLINE int64_t result_row(int line) const {
+      const int64_t row = first + line;
+      if constexpr (Feed::kListed)
+        return p.result_row(place, static_cast<int>(row), smem.tokens.own.at[line]);
+      else
+        return row < place.mask.rows ? row : -1;
+    }
+
+    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r) {
+      const int64_t span = dev::block_index_y();
+      if (dev::lane() % 4 == 0) {
+        float* to = p.partials.sums_of(span, row);
+        to[0] = r.max, to[1] = r.sum;
+        if constexpr (!kPlain) to[2] = r.tilt, to[3] = r.squares, to[4] = r.mass;
+      }
+      float* to = p.partials.values_of(span, row);
+      HW_UNROLL
+      for (int j = 0; j < Values::kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i)
+          if (const int column = Values::column(j, i); column < p.partials.columns)
+            to[column] = w.at[strip][j][i];
+      }
+    }
+  };
+
+  HW_DEVICE static void main(const Params& p) {
+    Block block(p, *dev::shared<Smem>());
+    if (block.rows().empty()) return;
+    block.w.clear();
+    if (!block.dead()) block.walk(block.tiles());
+    block.finish();
+  }
+};
+
+}  // namespace hw::softmax::sm80

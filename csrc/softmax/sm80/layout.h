@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and scalars
+// only. No device code here: the host side asks `sm80::dim` and `workspace_bytes`.
+#pragma once
+
+#include "softmax/params.h"
+
+namespace hw::softmax::sm80 {
+
+// The compiled width that serves a call: both q and k, and v (or x of columns), are padded to it with
+// zeros on their way to shared memory.
+inline int dim(const Call& call) {
+  const Tensor &q = call.tensor(0), &v = call.tensor(8);
+  const int64_t values = v.ndim == 4 ? v.size[3] : 0;
+  return static_cast<int>(max_of(q.size[3], values));
+}
+
+// Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of keys
+// half as often as one; scores that are not plain need the registers of the second.
+template <int kDim>
+struct ForwardTiles {
+  static constexpr int kRows = kDim <= 128 ? 128 : 64, kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int strips(bool plain) { return plain && kDim <= 128 ? 2 : 1; }
+  static constexpr int warps(bool plain) { return kRows / (16 * strips(plain)); }
+  static constexpr int blocks(bool plain) { return kDim <= 128 && plain ? 2 : 1; }
+};
+
+// Tiles of the loop of the other passes: own rows of a block, other rows of a tile. Two tensors of
+// either side, the other one twice, fit the shared memory of every architecture from sm_80 on; the
+// sums of both d_k and d_v beside scores that are not plain need narrow tiles.
+struct LoopTiles {
+  static constexpr int kOwn = 64;
+  static constexpr int others(int dim, bool plain) {
+    const int most = dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
+    return plain ? most : most < 32 ? 16 : most / 2;
+  }
+};
+
+inline constexpr int kSharedLimit = 99 * 1024;
+
+// Few blocks of rows (decoding): the keys are cut into spans, whose partial results are merged.
+inline constexpr int64_t kFewTasks = 64, kWantedTasks = 256, kMinSpan = 128;
+
+struct Plan {
+  int64_t blocks = 0;           // of rows, per head of a sequence
+  int64_t tasks = 0;            // blocks of all heads
+  int64_t spans = 1, span = 0;  // keys of a span, a multiple of every tile
+};
+
+inline Plan plan_of(const ForwardParams& f, int rows) {
+  Plan p;
+  p.blocks = ceil_div<int64_t>(f.max_q, rows);
+  p.tasks = p.blocks * f.query_heads() * f.sequences();
+  if (p.tasks > 0 && p.tasks <= kFewTasks)
+    p.spans = max_of<int64_t>(1, min_of(kWantedTasks / p.tasks, ceil_div(f.max_k, kMinSpan)));
+  p.span = round_up(ceil_div(max_of<int64_t>(f.max_k, 1), p.spans), kMinSpan);
+  p.spans = ceil_div(max_of<int64_t>(f.max_k, 1), p.span);
+  return p;
+}
+
+// fp32, per span: w before its division [rows, Dv], then RowSums [rows], rows = [N, Hq, max_q].
+struct Workspace {
+  int64_t rows = 0, values = 0;  // values: Dv
+  int64_t sums = 0;              // offset of the sums, in floats
+  int64_t bytes = 0;
+};
+
+inline constexpr int kSumsOfRow = 5;  // members of RowSums
+
+inline Workspace make_workspace(const ForwardParams& f, const Plan& plan) {
+  Workspace w;
+  if (plan.spans == 1) return w;
+  w.rows = f.sequences() * f.query_heads() * f.max_q;
+  w.values = f.value_dim();
+  w.sums = plan.spans * w.rows * w.values;
+  w.bytes = (w.sums + plan.spans * w.rows * kSumsOfRow) * static_cast<int64_t>(sizeof(float));
+  return w;
+}
+
+inline int64_t workspace_bytes(const Call& call) {
+  const ForwardParams f = forward_params(call);
+  const int rows = dim(call) <= 128 ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows;
+  return make_workspace(f, plan_of(f, rows)).bytes;
+}
+
+}  // namespace hw::softmax::sm80

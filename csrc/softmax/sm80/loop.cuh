@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores: the loop of all passes that know the row statistics.
+//
+// A block owns 64 queries and walks over tiles of the keys they see (loop R2), or owns 64 keys and
+// walks over tiles of the queries that see them (loop C, kKeysDown). Each side has a first tensor,
+// q or k, whose products are the scores, and may have a second one, d_w or x of the queries, v of
+// the keys. Each of 4 warps holds 16 own rows and, of a tile, in registers
+//
+//   s, p      [own 16, other]   of first own times first other
+//   dp, ds    [own 16, other]   of second own times second other
+//
+// which are then the A operands of products with the other side's tiles. The other side has two
+// stages, filled by cp.async in turn.
+#pragma once
+
+#include "softmax/sm80/layout.h"
+#include "softmax/sm80/score.cuh"
+
+namespace hw::softmax::sm80 {
+
+// Inputs of a loop besides q and k. `extra`: one more number per query, D - d_L or a weight.
+template <class Element>
+struct LoopInputs {
+  ScoreInputs<Element> in;
+  Input<Element> of_queries, of_keys;  // second tensors, [B, S, heads, width]; may be absent
+  Ref<const void, 3> statistic, rest;  // [B, Hq, Sq] or absent
+  Ref<const void, 3> extra;            // [B, Hq, Sq] or absent
+  float unit;                          // exponents are unit (x - base) - rest, to base 2
+};
+
+template <class Element, int kDim, bool kPlain, bool kKeysDown_, bool kOwnSecond_,
+          class Feed = Dense>
+struct Loop {
+  using Tiles = typename Feed::LoopTiles;
+  using Place = typename Feed::Place;
+  static constexpr bool kKeysDown = kKeysDown_, kOwnSecond = kOwnSecond_;
+  static constexpr int kOwn = Tiles::kOwn, kOther = Tiles::others(kDim, kPlain);
+  static constexpr int kWarps = kOwn / 16, kThreads = kWarps * dev::kWarp;
+  static constexpr int kQueries = kKeysDown ? kOther : kOwn, kKeys = kKeysDown ? kOwn : kOther;
+  using Pairs = Fragment<1, kOther / 8>;
+  using Score = ScoreTile<Element, kPlain, kKeysDown, 1, kOther / 8, Feed>;
+  using Values = Fragment<1, kDim / 8>;  // [own 16, columns]: what a warp sums up
+
+  using OwnSide = Side<Feed, kKeysDown>;
+  using OtherSide = Side<Feed, !kKeysDown>;
+
+  struct QueryNumbers {
+    float statistic[kQueries], rest[kQueries], extra[kQueries];
+    If<!kPlain, float[kQueries]> tau;
+  };
+  struct KeyNumbers {
+    float bias[kKeys], gain[kKeys];
+  };
+  using NoKeyNumbers = If<!kPlain, KeyNumbers>;
+  using OwnNumbers = std::conditional_t<kKeysDown, NoKeyNumbers, QueryNumbers>;
+  using OtherNumbers = std::conditional_t<kKeysDown, QueryNumbers, NoKeyNumbers>;
+
+  struct Stage {
+    Tile<Element, kOther, kDim> first, second;
+    OtherNumbers numbers;
+  };
+  struct Smem {
+    Tile<Element, kOwn, kDim> first_own;
+    If<kOwnSecond, Tile<Element, kOwn, kDim>> second_own;
+    Stage stage[2];
+    OwnNumbers numbers;
+    Place place;
+    int64_t first;  // own row of the block, in its sequence or list
+    If<Feed::kListed, ListedTiles<kOwn, kOther>> tokens;
+  };
+  static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
+
+  const ScoreParams& p;
+  const LoopInputs<Element>& inputs;
+  const Feed& feed;
+  Smem& smem;
+  const Place& place;    // in shared memory: registers are short
+  const int64_t& first;  // likewise
+
+  HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in,
+                           const Feed& from, Smem& s)
+      : p(params), inputs(in), feed(from), smem(s), place(s.place), first(s.first) {}
+
+  // Goes to the own rows from `first_row` on of a head of a sequence, once all warps are done with
+  // those before.
+  HW_DEVICE HW_INLINE void go(int64_t sequence, int head, int64_t first_row) {
+    dev::sync_block();
+    if (dev::thread_index() == 0) {
+      smem.place = feed.place_of(p, sequence, head);
+      smem.first = first_row;
+    }
+    dev::sync_block();
+    if constexpr (Feed::kListed) {
+      const OwnSide side(feed, place);
+      Coming<kThreads, kOwn, OwnSide>(side, static_cast<int>(first_row)).fill(smem.tokens.own);
+      dev::sync_block();
+    }
+  }
+
+  // Own row of this warp, in the block.
+  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16; }
+
+  HW_DEVICE HW_INLINE Range own() const {
+    if constexpr (Feed::kListed)
+      return {first, min_of<int64_t>(first + kOwn, OwnSide(feed, place).slots)};
+    else
+      return {first, min_of(first + kOwn, kKeysDown ? place.mask.keys : place.mask.rows)};
+  }
+
+  // What the own rows meet.
+  HW_DEVICE HW_INLINE Range others() const {
+    if constexpr (Feed::kListed) return listed_others();
+    const Range meets = kKeysDown ? place.mask.rows_of(own()) : place.mask.keys_of(own());
+    return meets.empty() ? Range{0, 0} : meets;
+  }
+
+  HW_DEVICE HW_INLINE Range listed_others() const {
+    const Extent tokens = smem.tokens.own.extent();
+    if (tokens.none()) return {0, 0};
+    if (kKeysDown || !feed.keys_in_order()) return {0, OtherSide(feed, place).slots};
+    const Range keys = place.mask.keys_of(tokens.range());
+    return keys.empty() ? Range{0, 0} : keys;
+  }
+
+  // visit(stage, score) at every tile of `range` of which the warp sees something.
+  template <class Visit>
+  HW_DEVICE HW_INLINE void walk(const Range& range, const Visit& visit) {
+    if (range.empty()) return;
+    prefetch_own();
+    const int begin = static_cast<int>(range.begin / kOther);
+    const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
+    if constexpr (Feed::kListed) {
+      const OtherSide side(feed, place);
+      Coming<kThreads, kOther, OtherSide>(side, begin * kOther).fill(smem.tokens.other[begin % 3]);
+      dev::sync_block();
+    }
+    walk_stages(
+        begin, end, [&](int tile) { prefetch_tile(tile); },
+        [&](int tile) {
+          const Stage& stage = smem.stage[tile & 1];
+          const Score score{p, inputs.in, place, feed, spot(stage, tile)};
+          if (!score.unseen()) visit(stage, score);
+        });
+  }
+
+  // The first products of a tile: c = <q, k>.
+  HW_DEVICE HW_INLINE void products(Pairs& c, const Stage& stage) const {
+    c.clear();
+    multiply_rows<Element>(c, smem.first_own, warp_row(), stage.first);
+  }
+  // The second: dp = <d_w, v>.
+  HW_DEVICE HW_INLINE void second_products(Pairs& dp, const Stage& stage) const {
+    dp.clear();
+    multiply_rows<Element>(dp, smem.second_own, warp_row(), stage.second);
+  }
+
+  // Own row of the lane in either half of its strip, counted in the sequence.
+  HW_DEVICE HW_INLINE int64_t own_row(int half) const {
+    return first + warp_row() + Values::row(0, 2 * half);
+  }
+
+  // Where results of that row are, among those of its sequence; negative: nowhere.
+  HW_DEVICE HW_INLINE int64_t result_row(int half) const {
+    const int64_t at = own_row(half);
+    if constexpr (Feed::kListed) {
+      const int token = own_token(half), slot = static_cast<int>(at);
+      if constexpr (kKeysDown)
+        return feed.result_key(place, slot, token);
+      else
+        return feed.result_row(place, slot, token);
+    } else {
+      return at < own().end ? at : -1;
+    }
+  }
+  HW_DEVICE HW_INLINE int own_token(int half) const {
+    return smem.tokens.own.at[warp_row() + Values::row(0, 2 * half)];
+  }
+
+  // Row `at` of the own side's tensor [B, S, heads, columns].
+  template <class T>
+  HW_DEVICE HW_INLINE Ref<T, 1> row_of(const Ref<T, 4>& x, int64_t at, int head) const {
+    const int64_t token = (kKeysDown ? place.at.k_begin : place.at.q_begin) + at;
+    return {x.at(place.at.batch, token, head), {x.size[3]}, {x.stride[3]}};
+  }
+
+  // Writes factor(half) times the sums of the own rows that exist.
+  template <class T, class Factor>
+  HW_DEVICE HW_INLINE void store(const Output<T>& to, int head, const Values& sums,
+                                 const Factor& factor) const {
+    HW_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = result_row(half);
+      if (at < 0) continue;
+      float x[Values::kTiles][2];
+      sums.copy_row(x, 0, half, factor(half));
+      store_pairs(row_of(to.ref, at, head), Values::column(0, 0), to.paired, x);
+    }
+  }
+
+  // Adds up the lanes' shares of the own keys' sums, [B, Hq, Sk] where wanted.
+  HW_DEVICE HW_INLINE void store_sums(const Ref<void, 3>& to, const float (&share)[2]) const {
+    static_assert(kKeysDown, "sums of keys");
+    if (!to) return;
+    HW_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float sum = dev::warp_sum<4>(share[half]);
+      store_of_key(to, half, sum);
+    }
+  }
+  HW_DEVICE HW_INLINE void store_of_key(const Ref<void, 3>& to, int half, float value) const {
+    const int64_t at = result_row(half);
+    if (dev::lane() % 4 == 0 && at >= 0)
+      to.template as<float>()(place.at.batch, place.head, place.at.k_begin + at) = value;
+  }
+
+ private:
+  // What the loads of the own side, of a tile of the other side go by.
+  HW_DEVICE HW_INLINE auto own_at() const {
+    if constexpr (Feed::kListed)
+      return Slots{smem.tokens.own.at, feed.first_result(place, static_cast<int>(first))};
+    else
+      return int64_t{first};
+  }
+  HW_DEVICE HW_INLINE auto others_at(int tile) const {
+    if constexpr (Feed::kListed)
+      return Slots{smem.tokens.other[tile % 3].at, feed.first_result(place, tile * kOther)};
+    else
+      return static_cast<int64_t>(tile) * kOther;
+  }
+
+  // Listed: the tile's tokens are there; those of the next one follow.
+  HW_DEVICE HW_INLINE void prefetch_tile(int tile) {
+    Stage& stage = smem.stage[tile & 1];
+    if constexpr (Feed::kListed) {
+      const OtherSide side(feed, place);
+      const Coming<kThreads, kOther, OtherSide> next(side, (tile + 1) * kOther);
+      const Extent own = smem.tokens.own.extent(), other = smem.tokens.other[tile % 3].extent();
+      if (may_meet(place.mask, kKeysDown ? other : own, kKeysDown ? own : other, feed.pad_keys()))
+        prefetch(stage, others_at(tile));
+      next.fill(smem.tokens.other[(tile + 1) % 3]);
+    } else {
+      prefetch(stage, others_at(tile));
+    }
+  }
+
+  HW_DEVICE HW_INLINE void prefetch_own() {
+    const auto at = own_at();
+    if constexpr (kKeysDown) {
+      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, place, at));
+      if constexpr (kOwnSecond)
+        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, place, at));
+      load_key_numbers(smem.numbers, at);
+    } else {
+      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, place, at));
+      if constexpr (kOwnSecond)
+        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, place, at));
+      load_query_numbers(smem.numbers, at);
+    }
+  }
+
+  template <class At>
+  HW_DEVICE HW_INLINE void prefetch(Stage& stage, const At& at) {
+    const Input<Element>& second = kKeysDown ? inputs.of_queries : inputs.of_keys;
+    if constexpr (kKeysDown) {
+      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, place, at));
+      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, place, at));
+      load_query_numbers(stage.numbers, at);
+    } else {
+      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, place, at));
+      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, place, at));
+      load_key_numbers(stage.numbers, at);
+    }
+  }
+
+  template <class At>
+  HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
+    query_numbers<kQueries, kThreads>(to.statistic, inputs.statistic, place, at);
+    query_numbers<kQueries, kThreads>(to.rest, inputs.rest, place, at);
+    query_numbers<kQueries, kThreads>(to.extra, inputs.extra, place, at);
+    if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, place, at);
+  }
+  template <class At>
+  HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, const At& at) const {
+    if constexpr (!kPlain) {
+      key_numbers<kKeys, kThreads>(to.bias, p.key_bias, place, at);
+      key_numbers<kKeys, kThreads>(to.gain, p.key_gain, place, at);
+    }
+  }
+
+  // The warp's pairs of a tile.
+  HW_DEVICE HW_INLINE Spot spot(const Stage& stage, int tile) const {
+    Spot at;
+    if constexpr (Feed::kListed) {
+      const Tokens<kOther>& other = smem.tokens.other[tile % 3];
+      const int* mine = smem.tokens.own.at + warp_row();
+      const Extent* part = smem.tokens.own.parts + warp_row() / 16;
+      at.row_token = kKeysDown ? other.at : mine, at.key_token = kKeysDown ? mine : other.at;
+      at.row_parts = kKeysDown ? other.parts : part, at.key_parts = kKeysDown ? part : other.parts;
+    } else {
+      const int64_t mine = first + warp_row(), other = static_cast<int64_t>(tile) * kOther;
+      at.row = kKeysDown ? other : mine, at.key = kKeysDown ? mine : other;
+    }
+    if constexpr (kKeysDown) {
+      point_to(at, stage.numbers, 0, smem.numbers, warp_row());
+    } else {
+      point_to(at, smem.numbers, warp_row(), stage.numbers, 0);
+    }
+    return at;
+  }
+  HW_DEVICE HW_INLINE void point_to(Spot& at, const QueryNumbers& queries, int query,
+                                    const NoKeyNumbers& keys, int key) const {
+    at.statistic = queries.statistic + query;
+    at.rest = inputs.rest ? queries.rest + query : nullptr;
+    at.extra = queries.extra + query;
+    if constexpr (!kPlain) {
+      at.tau = queries.tau + query;
+      at.key_bias = keys.bias + key;
+      at.key_gain = keys.gain + key;
+    }
+  }
+};
+
+}  // namespace hw::softmax::sm80

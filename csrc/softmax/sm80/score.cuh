@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on tensor cores: the place of a block, and scores in fragments.
+//
+// A fragment of products c lies one of two ways:
+//   queries down    rows are queries, columns keys     (forward, d_q, d_bias)
+//   keys down       rows are keys, columns queries     (d_k and d_v, columns)
+// so that what is multiplied next finds p or ds as its A operand in the registers where it is made.
+// All steps go through ScoreTile, which knows query and key of every element; the formulas are those
+// of attention_score.h, with fast functions by the type Fast.
+//
+// "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight into
+// the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is kept, and the
+// unit is log2 e.
+#pragma once
+
+#include <limits>
+
+#include "softmax/score.h"
+#include "softmax/sm80/layout.h"
+#include "softmax/sm80/lists.cuh"
+
+#include "core/gpu/tile.h"
+
+namespace hw::softmax::sm80 {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// A float whose elementary functions are the device's fast ones: 2 ulp, tanh to 2e-7 absolutely.
+struct Fast {
+  float v;
+  HW_DEVICE HW_INLINE Fast(float x) : v(x) {}
+  HW_DEVICE HW_INLINE explicit operator float() const { return v; }
+  HW_DEVICE HW_INLINE friend Fast operator+(Fast a, Fast b) { return a.v + b.v; }
+  HW_DEVICE HW_INLINE friend Fast operator-(Fast a, Fast b) { return a.v - b.v; }
+  HW_DEVICE HW_INLINE friend Fast operator*(Fast a, Fast b) { return a.v * b.v; }
+};
+HW_DEVICE HW_INLINE Fast tanh_of(Fast x) {
+  return 1.0f - 2.0f * dev::rcp_fast(1.0f + dev::exp2_fast(2.0f * kLog2e * x.v));
+}
+HW_DEVICE HW_INLINE Fast sigmoid_of(Fast x) {
+  return dev::rcp_fast(1.0f + dev::exp2_fast(-kLog2e * x.v));
+}
+HW_DEVICE HW_INLINE Fast abs_of(Fast x) { return hw::abs_of(x.v); }
+HW_DEVICE HW_INLINE Fast sign_of(Fast x) { return hw::sign_of(x.v); }
+HW_DEVICE HW_INLINE Fast positive_of(Fast x) { return hw::positive_of(x.v); }
+HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
+
+// ---- Where a block is ---------------------------------------------------------------------------
+
+HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) {
+  const Sequence at = sequence(p, n);
+  return {at, mask_of(p, at), head, head / p.group()};
+}
+
+// Where rows and keys come from: here those of a sequence, in their order (others: sm80/lists.cuh).
+struct Dense {
+  static constexpr bool kListed = false;
+  using Place = sm80::Place;
+  template <int kDim>
+  using ForwardTiles = sm80::ForwardTiles<kDim>;
+  using LoopTiles = sm80::LoopTiles;
+
+  HW_DEVICE HW_INLINE static Place place_of(const ScoreParams& p, int64_t n, int head) {
+    return sm80::place_of(p, n, head);
+  }
+  // Keys have owners: how many there are in a sequence, and the query heads that each one walks.
+  HW_DEVICE HW_INLINE static int key_owners(const ScoreParams& p) { return p.key_heads(); }
+  HW_DEVICE HW_INLINE static int heads_of_owner(const ScoreParams& p) { return p.group(); }
+};
+
+// Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` (> 0) of them.
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequence& at, int head,
+                                             int64_t first, int64_t count) {
+  Rows<Element> rows;
+  rows.origin = x.ref.at(at.batch, first, head);
+  rows.row = x.ref.stride[1];
+  rows.column = x.ref.stride[3];
+  rows.count = static_cast<int>(min_of<int64_t>(count, 1 << 20));
+  rows.columns = static_cast<int>(x.ref.size[3]);
+  rows.aligned = x.aligned;
+  return rows;
+}
+
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const Place& w, int64_t row) {
+  return token_rows(x, w.at, w.head, w.at.q_begin + row, w.at.q_count - row);
+}
+template <class Element>
+HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const Place& w, int64_t key) {
+  return token_rows(x, w.at, w.key_head, w.at.k_begin + key, w.at.k_count - key);
+}
+
+// Starts loading numbers [B, Hq, S] (acc) of kCount keys or queries into `to`; none where absent.
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+                                     int64_t key) {
+  if (!x) return;
+  const Ref<const float, 3> from = x.as<const float>();
+  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.k_begin + key),
+                                 from.stride[2], w.at.k_count - key);
+}
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+                                       int64_t row) {
+  if (!x) return;
+  const Ref<const float, 3> from = x.as<const float>();
+  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.q_begin + row),
+                                 from.stride[2], w.at.q_count - row);
+}
+// The same of [B, Sq, Hq].
+template <int kCount, int kThreads>
+HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const Place& w,
+                                      int64_t row) {
+  if (!x) return;
+  const Ref<const float, 3> from = x.as<const float>();
+  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.at.q_begin + row, w.head),
+                                 from.stride[1], w.at.q_count - row);
+}
+
+// ---- Scores -------------------------------------------------------------------------------------
+
+// What every kernel has of the scores besides ScoreParams.
+template <class Element>
+struct ScoreInputs {
+  Input<Element> q, k;
+  ScoreShape<float> shape;
+  float scale, inverse_scale;
+
+  explicit ScoreInputs(const ScoreParams& p)
+      : q(input_of<Element>(p.q)),
+        k(input_of<Element>(p.k)),
+        shape(p.softcap),
+        scale(static_cast<float>(p.scale)),
+        inverse_scale(1.0f / static_cast<float>(p.scale)) {}
+};
+
+// First query and key of a fragment, in the sequence, and numbers in shared memory from these on, of
+// which those are read that the call has. Listed: tokens and their extents in place of the first.
+struct Spot {
+  int64_t row = 0, key = 0;
+  const float* tau = nullptr;                            // per query
+  const float *key_bias = nullptr, *key_gain = nullptr;  // per key
+  const float *statistic = nullptr, *extra = nullptr;    // per query: row statistic; D - d_L
+  const float* rest = nullptr;                           // per query: of the statistic, or null
+  const int *row_token = nullptr, *key_token = nullptr;
+  const Extent *row_parts = nullptr, *key_parts = nullptr;  // of 16 each
+};
+
+template <class Element, bool kPlain, bool kKeysDown, int kStrips, int kTiles, class Feed>
+struct ScoreTile {
+  using F = Fragment<kStrips, kTiles>;
+  static constexpr int kLines = 16 * kStrips, kColumns = 8 * kTiles;
+  static constexpr int kQueries = kKeysDown ? kColumns : kLines;
+  static constexpr int kKeys = kKeysDown ? kLines : kColumns;
+
+  const ScoreParams& p;
+  const ScoreInputs<Element>& in;
+  const typename Feed::Place& place;
+  const Feed& feed;
+  Spot spot;
+
+  HW_DEVICE static HW_INLINE int query(int s, int j, int i) {
+    return kKeysDown ? F::column(j, i) : F::row(s, i);
+  }
+  HW_DEVICE static HW_INLINE int key(int s, int j, int i) {
+    return kKeysDown ? F::row(s, i) : F::column(j, i);
+  }
+
+  // Whether no query of the fragment sees a key of it.
+  HW_DEVICE HW_INLINE bool unseen() const {
+    if constexpr (Feed::kListed)
+      return !may_meet(place.mask, row_extent(), key_extent(), feed.pad_keys());
+    else
+      return unseen_in_order();
+  }
+  HW_DEVICE HW_INLINE bool unseen_in_order() const {
+    const Mask& m = place.mask;
+    const Range rows{spot.row, min_of(spot.row + kQueries, m.rows)};
+    const Range keys{spot.key, min_of(spot.key + kKeys, m.keys)};
+    if (rows.empty() || keys.empty()) return true;
+    const Range seen = m.keys_of(rows);
+    return seen.end <= keys.begin || seen.begin >= keys.end;
+  }
+
+  HW_DEVICE HW_INLINE bool soft() const {
+    return kPlain || Feed::kListed || is_softmax(p.activation);
+  }
+
+  // y of c in place.
+  HW_DEVICE HW_INLINE void shape_products(F& x) const {
+    if constexpr (kPlain) return;
+    F::each([&](int s, int j, int i) {
+      x.at[s][j][i] *= p.row_temperature ? in.scale * spot.tau[query(s, j, i)] : in.scale;
+    });
+    if (p.softcap > 0)
+      F::each([&](int s, int j, int i) {
+        x.at[s][j][i] = static_cast<float>(in.shape.capped(Fast(x.at[s][j][i])));
+      });
+  }
+
+  // s of y in place, without the mask.
+  HW_DEVICE HW_INLINE void add_terms(F& x) const {
+    if constexpr (kPlain) return;
+    if (p.key_gain)
+      F::each([&](int s, int j, int i) {
+        const float gain = gain_of(s, j, i);
+        x.at[s][j][i] = static_cast<float>(in.shape.score(Fast(x.at[s][j][i]), gain, 0.0f));
+      });
+    if (p.key_bias)
+      F::each([&](int s, int j, int i) { x.at[s][j][i] += spot.key_bias[key(s, j, i)]; });
+    if constexpr (Feed::kListed) {
+      if (p.bias) add_bias_of_tokens(x);
+    } else {
+      if (p.bias) add_bias(x);
+    }
+  }
+
+  // -inf where a query does not see a key.
+  HW_DEVICE HW_INLINE void hide(F& x) const {
+    if constexpr (Feed::kListed)
+      hide_tokens(x);
+    else
+      hide_in_order(x);
+  }
+  HW_DEVICE HW_INLINE void hide_in_order(F& x) const {
+    const Mask& m = place.mask;
+    const Range rows{spot.row, spot.row + kQueries}, keys{spot.key, spot.key + kKeys};
+    if (rows.end <= m.rows && m.whole(rows, keys)) return;
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      HW_UNROLL
+      for (int half = 0; half < 4; half += 2) {
+        const Range seen = seen_by_line(F::row(s, half));
+        const int begin =
+            static_cast<int>(max_of<int64_t>(min_of<int64_t>(seen.begin, kColumns), 0));
+        const int end = static_cast<int>(max_of<int64_t>(min_of<int64_t>(seen.end, kColumns), 0));
+        HW_UNROLL
+        for (int j = 0; j < kTiles; ++j) {
+          HW_UNROLL
+          for (int i = half; i < half + 2; ++i) {
+            const int column = F::column(j, i);
+            if (column < begin || column >= end) x.at[s][j][i] = -kInfinity;
+          }
+        }
+      }
+    }
+  }
+
+  // What p of a query is relative to: L (rows without weight: +inf), or 1 / n.
+  HW_DEVICE HW_INLINE float base(int q) const {
+    if (soft()) {
+      const float l = spot.statistic[q];
+      return l == -kInfinity ? kInfinity : l;
+    }
+    if (p.normalizer == Normalizer::none) return 1.0f;
+    if (p.normalizer == Normalizer::sum) {
+      const float n = spot.statistic[q];
+      return n != 0.0f && n < kInfinity ? 1.0f / n : 0.0f;
+    }
+    const int64_t seen = place.mask.visible_keys(spot.row + q).count();
+    return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
+  }
+
+  // The rest of L, to base 2; 0 where L is infinite.
+  HW_DEVICE HW_INLINE float rest(int q) const {
+    const float l = spot.statistic[q];
+    return spot.rest != nullptr && l - l == 0.0f ? spot.rest[q] * kLog2e : 0.0f;
+  }
+
+  // From L to s in units of x. The difference comes first: it is exact where both are large.
+  HW_DEVICE HW_INLINE float distance(float x, int q) const {
+    if constexpr (kPlain) return fmaf(-base(q), in.inverse_scale, x);
+    return x - base(q);
+  }
+
+  // e^(s - L)
+  HW_DEVICE HW_INLINE float soft_weight(float x, int q, float unit) const {
+    return dev::exp2_fast(distance(x, q) * unit - rest(q));
+  }
+
+  // p of s (plain: of c) in place.
+  HW_DEVICE HW_INLINE void weigh(F& x, float unit) const {
+    if (soft()) {
+      F::each([&](int s, int j, int i) {
+        x.at[s][j][i] = soft_weight(x.at[s][j][i], query(s, j, i), unit);
+      });
+    } else {
+      F::each([&](int s, int j, int i) {
+        const Fast a = activation(p.activation, Fast(x.at[s][j][i]));
+        x.at[s][j][i] = static_cast<float>(a) * base(query(s, j, i));
+      });
+    }
+  }
+
+  // p in place of s, and ds in place of dp.
+  HW_DEVICE HW_INLINE void differentiate(F& x, F& dp, float unit) const {
+    if constexpr (Feed::kListed)
+      if (feed.mask_self()) return differentiate_but_self(x, dp, unit);
+    if (soft()) {
+      weigh(x, unit);
+      F::each([&](int s, int j, int i) {
+        dp.at[s][j][i] = x.at[s][j][i] * (dp.at[s][j][i] - spot.extra[query(s, j, i)]);
+      });
+    } else {
+      F::each([&](int s, int j, int i) {
+        const int q = query(s, j, i);
+        const Fast slope = activation_slope(p.activation, Fast(x.at[s][j][i]));
+        dp.at[s][j][i] = static_cast<float>(slope) * base(q) * (dp.at[s][j][i] - spot.extra[q]);
+      });
+      weigh(x, unit);
+    }
+  }
+
+  // Whether dx differs from ds.
+  HW_DEVICE HW_INLINE bool bends() const { return !kPlain && (p.softcap > 0 || p.key_gain); }
+
+  // dx of ds in place.
+  HW_DEVICE HW_INLINE void chain(F& ds, const F& y) const {
+    F::each([&](int s, int j, int i) {
+      const float gain = p.key_gain ? gain_of(s, j, i) : 0.0f;
+      ds.at[s][j][i] *= static_cast<float>(in.shape.slope(Fast(y.at[s][j][i]), gain));
+    });
+  }
+
+  // dc / scale of dx in place, where queries have temperatures.
+  HW_DEVICE HW_INLINE void heat(F& dx) const {
+    if (kPlain || !p.row_temperature) return;
+    F::each([&](int s, int j, int i) { dx.at[s][j][i] *= spot.tau[query(s, j, i)]; });
+  }
+
+  // Adds ds |y| of the rows that key_gain is for to the sums of the lane's keys (keys down).
+  HW_DEVICE HW_INLINE void add_gain_gradients(float (&share)[2], const F& ds, const F& y) const {
+    static_assert(kKeysDown && kStrips == 1, "sums of keys");
+    F::each([&](int s, int j, int i) {
+      if (in_gain_rows(query(s, j, i))) share[i / 2] += ds.at[s][j][i] * hw::abs_of(y.at[s][j][i]);
+    });
+  }
+
+  HW_DEVICE HW_INLINE bool in_gain_rows(int q) const {
+    if constexpr (Feed::kListed)
+      return spot.row_token[q] >= p.gain_begin && spot.row_token[q] < p.gain_end;
+    return spot.row + q >= p.gain_begin && spot.row + q < p.gain_end;
+  }
+
+ private:
+  HW_DEVICE HW_INLINE float gain_of(int s, int j, int i) const {
+    return in_gain_rows(query(s, j, i)) ? spot.key_gain[key(s, j, i)] : 0.0f;
+  }
+
+  // Indices beyond the sequence read its last element; what they give is hidden.
+  HW_DEVICE HW_INLINE void add_bias(F& x) const {
+    const Ref<const Element, 4> b = p.bias.template as<const Element>();
+    const Element* from = b.at(place.at.batch, place.head, spot.row, spot.key);
+    const int last_query =
+        static_cast<int>(min_of<int64_t>(place.mask.rows - spot.row, 1 << 20)) - 1;
+    const int last_key = static_cast<int>(min_of<int64_t>(place.mask.keys - spot.key, 1 << 20)) - 1;
+    F::each([&](int s, int j, int i) {
+      const int q = min_of(query(s, j, i), last_query), k = min_of(key(s, j, i), last_key);
+      x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
+    });
+  }
+
+  // ---- Listed
+
+  HW_DEVICE HW_INLINE Extent row_extent() const { return merged<kQueries / 16>(spot.row_parts); }
+  HW_DEVICE HW_INLINE Extent key_extent() const { return merged<kKeys / 16>(spot.key_parts); }
+
+  // What stands for the score of a token with itself.
+  HW_DEVICE HW_INLINE float self_score() const {
+    return kPlain ? Feed::kSelfScore / in.scale : Feed::kSelfScore;
+  }
+
+  HW_DEVICE HW_INLINE const int* line_tokens() const {
+    return kKeysDown ? spot.key_token : spot.row_token;
+  }
+  HW_DEVICE HW_INLINE const int* column_tokens() const {
+    return kKeysDown ? spot.row_token : spot.key_token;
+  }
+
+  // What is added where there is no token is hidden.
+  HW_DEVICE HW_INLINE void add_bias_of_tokens(F& x) const {
+    const Ref<const Element, 4> b = p.bias.template as<const Element>();
+    const Element* from = b.at(place.at.batch, place.head);
+    F::each([&](int s, int j, int i) {
+      const int q = max_of(spot.row_token[query(s, j, i)], 0);
+      const int k = max_of(spot.key_token[key(s, j, i)], 0);
+      x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
+    });
+  }
+
+  // Also replaces the scores of tokens with themselves. A key without token has the score 0.
+  HW_DEVICE HW_INLINE void hide_tokens(F& x) const {
+    if (all_meet(place.mask, row_extent(), key_extent(), feed.mask_self())) return;
+    const int *lines = line_tokens(), *columns = column_tokens();
+    const int pad = !kKeysDown && feed.pad_keys() ? kNoToken : kNever;
+    int begin[kStrips][2], end[kStrips][2], self[kStrips][2];  // columns that a line meets
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      HW_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Met met = met_by(lines[F::row(s, 2 * half)]);
+        begin[s][half] = met.begin, end[s][half] = met.end, self[s][half] = met.self;
+      }
+    }
+    const float score = self_score();
+    F::each([&](int s, int j, int i) {
+      const int token = columns[F::column(j, i)];
+      const bool seen = token == pad || (token >= begin[s][i / 2] && token < end[s][i / 2]);
+      if (!seen) x.at[s][j][i] = -kInfinity;
+      if (seen && token == self[s][i / 2]) x.at[s][j][i] = score;
+    });
+  }
+
+  // Tokens of the columns that a line with `token` meets, and itself among them.
+  struct Met {
+    int begin, end, self;
+  };
+  HW_DEVICE HW_INLINE Met met_by(int token) const {
+    if (token < 0) return {0, 0, kNever};
+    const Mask& m = place.mask;
+    const Range range = kKeysDown ? m.seeing_rows(token) : m.visible_keys(token);
+    const int gap = static_cast<int>(m.keys - m.rows), self = kKeysDown ? token - gap : token + gap;
+    return {static_cast<int>(range.begin), static_cast<int>(range.end),
+            feed.mask_self() && self >= 0 ? self : kNever};
+  }
+
+  // As differentiate; scores of tokens with themselves are constants.
+  HW_DEVICE HW_INLINE void differentiate_but_self(F& x, F& dp, float unit) const {
+    const int *lines = line_tokens(), *columns = column_tokens();
+    int self[kStrips][2];
+    HW_UNROLL
+    for (int n = 0; n < 2 * kStrips; ++n)
+      self[n / 2][n % 2] = met_by(lines[F::row(n / 2, n % 2 * 2)]).self;
+    F::each([&](int s, int j, int i) {
+      const int q = query(s, j, i);
+      const float weight = soft_weight(x.at[s][j][i], q, unit);
+      x.at[s][j][i] = weight;
+      const bool constant = columns[F::column(j, i)] == self[s][i / 2];
+      dp.at[s][j][i] = constant ? 0.0f : weight * (dp.at[s][j][i] - spot.extra[q]);
+    });
+  }
+
+  // ---- In order
+
+  // The columns that a row of the fragment meets; of one that is not there any.
+  HW_DEVICE HW_INLINE Range seen_by_line(int line) const {
+    const Mask& m = place.mask;
+    if constexpr (kKeysDown) {
+      const Range rows = m.seeing_rows(spot.key + line);
+      return {rows.begin - spot.row, rows.end - spot.row};
+    } else {
+      const Range keys = m.visible_keys(spot.row + line);
+      return {keys.begin - spot.key, keys.end - spot.key};
+    }
+  }
+};
+
+}  // namespace hw::softmax::sm80

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native calls of hw.bilevel_route: means of regions, their scores, a selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._native import ACCUMULATION, NativeCall, define, route, run
+from ...reference.bilevel_routing import Grid
+from .._operands import check_operands, operands, require
+from ._routing_attention_native import image_cells
+from ._select_topk_native import select_rows
+
+
+def bilevel_route(
+    q: Tensor, k: Tensor, own: Grid, other: Grid, topk: int, per_head: bool, backend: str
+) -> Tensor:
+    """q [B, Y, X, Hq, D], k [B, Yk, Xk, H, D] -> int64 [B, R, topk] or [B, Hq, R, topk].
+
+    `own` cuts the image of q into R regions, `other` that of k into Rk; 1 <= topk <= Rk.
+    """
+    direct = route("bilevel_route", (q, k)) == "direct"
+    call = _route if direct else torch.ops.headworks.bilevel_route.default
+    graph: Tensor = call(q, k, *own, *other, topk, per_head, backend)
+    return graph
+
+
+def bilevel_route_call(q: Tensor, k: Tensor, own: Grid, backend: str) -> NativeCall:
+    """The first call that `bilevel_route` makes, for hw.explain."""
+    tensors = [q, _means_of(q, own), None]
+    return "bilevel_route.means", backend, tensors, image_cells(own, (q.shape[1], q.shape[2]))
+
+
+def _route(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
+    own, other, (topk, per_head, backend) = _unpacked(*numbers)
+    shape = _shape(q, own, topk, per_head)
+    scores = _scores(q, k, own, other, per_head, backend)
+    return select_rows(scores.flatten(0, -2), topk, False, backend).view(shape)
+
+
+def _grid(which: str) -> str:
+    """One by one: torch.jit.trace records no lists of symbolic integers."""
+    return ", ".join(f"SymInt {which}_{name}" for name in Grid._fields)
+
+
+def _unpacked(*numbers: Any) -> tuple[Grid, Grid, tuple[Any, ...]]:
+    """The grids of q and of k, and the other numbers."""
+    return Grid(*numbers[:4]), Grid(*numbers[4:8]), numbers[8:]
+
+
+_OPERANDS = operands(q="input B Y X Hq D", k="input B Yk Xk H D")
+
+
+def _route_operator(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
+    op = "bilevel_route"
+    own, other, (topk, *_) = _unpacked(*numbers)
+    sizes = check_operands(op, _OPERANDS, (q, k))
+    for name, grid, image in (("own", own, ("Y", "X")), ("other", other, ("Yk", "Xk"))):
+        cut = min(grid) > 0
+        for number, cell, axis in zip(grid[:2], grid[2:], image, strict=True):
+            cut = cut and number == -(-sizes[axis] // cell)
+        require(op, name, tuple(grid), cut, "rows, columns, height, width: regions of the image")
+    require(op, "topk", topk, 0 <= topk <= other.regions, f"0 to {other.regions}, the regions of k")
+    return _route(q, k, *numbers)
+
+
+def _route_fake(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
+    own, _, (topk, per_head, _) = _unpacked(*numbers)
+    return q.new_empty(_shape(q, own, topk, per_head), dtype=torch.int64)
+
+
+def _shape(q: Tensor, own: Grid, topk: int, per_head: bool) -> tuple[int, ...]:
+    return (q.shape[0], *((q.shape[3],) if per_head else ()), own.regions, topk)
+
+
+def _scores(q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backend: str) -> Tensor:
+    """A [B, Hq | 1, R, Rk]"""
+    shape = (q.shape[0], q.shape[3] if per_head else 1, own.regions, other.regions)
+    if not (q.numel() and k.numel()):
+        return q.new_zeros(shape, dtype=ACCUMULATION[q.dtype])
+    a = q.new_empty(shape, dtype=ACCUMULATION[q.dtype])
+    means = (_means(x, grid, backend) for x, grid in ((q, own), (k, other)))
+    run("bilevel_route.scores", backend, [*means, a], ())
+    return a
+
+
+def _means(x: Tensor, grid: Grid, backend: str) -> Tensor:
+    m = _means_of(x, grid)
+    run("bilevel_route.means", backend, [x, m], image_cells(grid, (x.shape[1], x.shape[2])))
+    return m
+
+
+def _means_of(x: Tensor, grid: Grid) -> Tensor:
+    """[B, R, H, D], unfilled."""
+    size = (x.shape[0], grid.regions, *x.shape[3:])
+    return x.new_empty(size, dtype=ACCUMULATION[x.dtype])
+
+
+define(
+    f"bilevel_route(Tensor q, Tensor k, {_grid('q')}, {_grid('k')}, SymInt topk, bool per_head,"
+    " str backend) -> Tensor",
+    _route_operator,
+    _route_fake,
+)

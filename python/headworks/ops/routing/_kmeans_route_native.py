@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native calls of hw.kmeans_route: similarities, then a selection or the prefix rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._native import ACCUMULATION, NativeCall, define, route, run, widen
+from .._operands import check_operands, operands, require
+from ._select_topk_native import select_rows
+
+# Scalars are doubles; a longer sequence has the quotas of this one.
+_LONGEST = 2**53
+
+
+def kmeans_route(
+    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
+) -> Tensor:
+    """x [B, S, H, D], centroids [H, K, D] in the accumulation dtype -> int64 [B, H, K, W].
+
+    prefix_length None: the W best of all tokens, W <= S. Otherwise the prefix rule for sequences
+    of that length, S <= prefix_length; empty slots are -1 and come last. No gradient.
+    """
+    direct = route("kmeans_route", (x, centroids)) == "direct"
+    call = _route if direct else torch.ops.headworks.kmeans_route.default
+    return call(x, centroids, window, prefix_length, backend)
+
+
+def kmeans_route_call(x: Tensor, centroids: Tensor, backend: str) -> NativeCall:
+    """The first call that `kmeans_route` makes, for hw.explain."""
+    tensors = [x, centroids, _similarity_fake(x, centroids)]
+    return "kmeans_route.similarity", backend, [*tensors, None], ()
+
+
+def similarity(x: Tensor, centroids: Tensor, backend: str) -> Tensor:
+    """d [B, H, K, S] in the accumulation dtype: kmeans_route.similarity."""
+    if x.shape[3] == 0:
+        x, centroids = widen(x), widen(centroids)
+    d = _similarity_fake(x, centroids)
+    if d.numel():
+        run("kmeans_route.similarity", backend, [x, centroids, d], ())
+    return d
+
+
+def _similarity_fake(x: Tensor, centroids: Tensor) -> Tensor:
+    batch, tokens, heads, _ = x.shape
+    size = (batch, heads, centroids.shape[1], tokens)
+    return x.new_empty(size, dtype=ACCUMULATION[x.dtype])
+
+
+def _prefix(d: Tensor, window: int, length: int, backend: str) -> Tensor:
+    """d [R, S] -> int64 [R, W]: kmeans_route.prefix."""
+    if d.shape[1] == 0:
+        return d.new_full((d.shape[0], window), -1, dtype=torch.int64)
+    index = d.new_empty((d.shape[0], window), dtype=torch.int64)
+    if index.numel():
+        run("kmeans_route.prefix", backend, [d, index], (min(length, _LONGEST),))
+    return index
+
+
+def _route(
+    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
+) -> Tensor:
+    shape = (x.shape[0], x.shape[2], centroids.shape[1], window)
+    if 0 in shape:
+        return x.new_empty(shape, dtype=torch.int64)
+    d = similarity(x, centroids, backend).flatten(0, 2)
+    if prefix_length is None:
+        return select_rows(d, window, True, backend).view(shape)
+    return _prefix(d, window, prefix_length, backend).view(shape)
+
+
+_OPERANDS = operands(x="input B S H D", centroids="statistic H K D")
+
+
+def _route_operator(
+    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
+) -> Tensor:
+    op = "kmeans_route"
+    tokens = check_operands(op, _OPERANDS, (x, centroids))["S"]
+    most = tokens if prefix_length is None else prefix_length
+    require(op, "prefix_length", most, most >= tokens, "at least S")
+    require(op, "window", window, 0 <= window <= most, "from 0 to S, or to prefix_length")
+    return _route(x, centroids, window, prefix_length, backend)
+
+
+def _route_fake(
+    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
+) -> Tensor:
+    shape = (x.shape[0], x.shape[2], centroids.shape[1], window)
+    return x.new_empty(shape, dtype=torch.int64)
+
+
+define(
+    "kmeans_route(Tensor x, Tensor centroids, SymInt window, SymInt? prefix_length, str backend) "
+    "-> Tensor",
+    _route_operator,
+    _route_fake,
+)

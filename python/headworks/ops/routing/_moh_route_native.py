@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native call that lists the rows of mixture-of-heads attention, csrc/ops/moh_route."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._native import ACCUMULATION, define, route, run
+from .._operands import check_operands, operands, require
+
+
+def chosen_rows(gate: Tensor, backend: str) -> Tensor:
+    """Of gate [B, S, H], in an accumulation dtype, the rows that are not 0, by position, and -1
+    behind them: int64 [B, H, S]. No gradient."""
+    direct = route("moh_attention", (gate,)) == "direct"
+    return (_rows if direct else torch.ops.headworks.moh_route.default)(gate, backend)
+
+
+def unfilled_rows(gate: Tensor) -> Tensor:
+    """Memory for the rows, [B, H, S]."""
+    batch, tokens, heads = gate.shape
+    return gate.new_empty((batch, heads, tokens), dtype=torch.int64)
+
+
+def _rows(gate: Tensor, backend: str) -> Tensor:
+    rows = unfilled_rows(gate)
+    if rows.numel():
+        run("moh_route.forward", backend, [gate, rows], ())
+    return rows
+
+
+_OPERANDS = operands(gate="input B S H")
+
+
+def _rows_operator(gate: Tensor, backend: str) -> Tensor:
+    check_operands("moh_route", _OPERANDS, (gate,))
+    wide = gate.dtype in ACCUMULATION.values()
+    require("moh_route", "gate", gate.dtype, wide, "torch.float32 or torch.float64")
+    return _rows(gate, backend)
+
+
+def _rows_fake(gate: Tensor, backend: str) -> Tensor:
+    return unfilled_rows(gate)
+
+
+define("moh_route(Tensor gate, str backend) -> Tensor", _rows_operator, _rows_fake)

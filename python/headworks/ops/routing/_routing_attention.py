@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by lists: how a validated call is made, and what torch does around its backward pass.
+
+by slot     d_w_i = d_o_i / (n_i + eps), n_i slots that hold token i
+with gate   d_w_i = g_i d_o_i      D_i = <d_w_i, w_i>          d_g_i = <d_o_i, w_i>
+otherwise   d_w_i = d_o_i          D_i = <d_o_i, w_i>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._autograd import Saved, apart, first_order
+from ..._native import ACCUMULATION, Maybe, route
+from ..attention._autograd import row_dot, zeros
+from ..attention._native import Want
+from ..attention._score import TENSORS, Score
+from . import _routing_attention_native as native
+from ._routing_attention_native import Routing, packed
+
+NO_READ_OUTS = (False, False, False, False)
+
+
+def attend(
+    op: str,
+    score: Score,
+    v: Tensor,
+    gate: Maybe,
+    routing: Routing,
+    read_outs: tuple[bool, bool, bool, bool],
+    backend: str,
+) -> tuple[Maybe, ...]:
+    """o and the read-outs lse, entropy, p_max, sq_norm that are asked for."""
+    way = route(op, (*score.tensors, v, gate, routing.rows, routing.keys))
+    made: tuple[Maybe, ...]
+    if way == "autograd":
+        made = _differentiable(*apart(*packed(score, routing, v, gate), *read_outs, backend, op))
+    else:
+        want = _wanted(routing, False, read_outs)
+        call = native.forward if way == "direct" else _forward
+        o, _, row, *rest = call(score, v, gate, routing, want, backend)
+        made = o, row[0] if want.row and row is not None else None, *rest
+    asked = (True, *read_outs)
+    return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=True))
+
+
+def _wanted(routing: Routing, w: bool, read_outs: tuple[bool, ...]) -> Want:
+    """By slot, o is made from w, and the row statistic is left for the backward pass."""
+    lse, entropy, p_max, sq_norm = read_outs
+    by_slot = routing.by_slot
+    return Want(w or by_slot, lse or by_slot, entropy, p_max, sq_norm, skip_dead=False)
+
+
+def _forward(
+    score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
+) -> tuple[Tensor, ...]:
+    """native.forward through the dispatcher; empty tensors for what is not wanted."""
+    made: tuple[Tensor, ...] = torch.ops.headworks.routing_attention_fwd(
+        *packed(score, routing, v, gate), *want[:5], backend
+    )
+    return made
+
+
+class _RoutingAttention(torch.autograd.Function):
+    """`packed` arguments with v and gate, four read-outs, backend, op -> o, row statistic, entropy,
+    p_max, sq_norm; all but o and the lse without gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        score, routing, (v, gate, *read_outs, backend, ctx.op) = native._unpacked(arguments, 2)
+        want = _wanted(routing, gate is not None, (True, *read_outs[1:]))
+        o, w, row, *others = _forward(score, v, gate, routing, want, backend)
+        w = w if want.w else o
+        ctx.save_for_backward(*score.tensors, routing.rows, routing.keys, v, gate, w, row)
+        ctx.numbers, ctx.routing = score.numbers, routing[2:]
+        ctx.want_lse, ctx.backend = read_outs[0] and not routing.by_slot, backend
+        lse = row[0]
+        ctx.set_materialize_grads(False)
+        # Once: a second call replaces the first.
+        ctx.mark_non_differentiable(*others, *(() if ctx.want_lse else (lse,)))
+        return o, lse, *others
+
+    @staticmethod
+    @first_order()
+    def backward(ctx: Any, saved: Saved, d_o: Maybe, d_lse: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
+        *tensors, rows, keys, v, gate, w, row = saved
+        score, routing = Score(*tensors, *ctx.numbers), Routing(rows, keys, *ctx.routing)
+        needs = ctx.needs_input_grad
+        if d_o is None:
+            d_o = zeros(v, *score.q.shape[:3], v.shape[3])
+        if gate is not None and needs[2] and _is_shared(score):
+            score, d_o = _without_unchosen(score, d_o, gate)
+        delta = slots = d_gate = None
+        factor = _shares(routing, score) if routing.by_slot else gate
+        d_w = d_o
+        if factor is not None and not native.takes_factor(d_o, ctx.backend):
+            d_w = (factor[..., None] * d_o).to(d_o.dtype)
+        if routing.by_slot:
+            slots = w
+        else:
+            a = d_gate = row_dot(d_o, w)
+            if gate is not None:
+                # Of d_w as rounded: then ds = 0 where a row sees one key.
+                a = gate * a if d_w is d_o else row_dot(d_w, w)
+            delta = a.transpose(1, 2)
+            if ctx.want_lse and d_lse is not None:
+                delta = delta - d_lse
+        bias, key_bias, _, temperature = needs[2:6]
+        made = torch.ops.headworks.routing_attention_bwd(
+            *packed(score, routing, v, d_w, row, delta, slots, factor if d_w is d_o else None),
+            bias, key_bias, temperature, ctx.backend,
+        )  # fmt: skip
+        d_q, d_k, d_v, d_bias, d_key_bias, _, d_temperature = made
+        grads = (
+            d_q,
+            d_k,
+            d_bias.to(score.bias.dtype) if bias and score.bias is not None else None,
+            d_key_bias if key_bias else None,
+            None,
+            d_temperature if temperature else None,
+            *(None,) * 4,  # cu_seqlens, lists
+            d_v,
+            d_gate if gate is not None and needs[TENSORS + 3] else None,
+        )
+        return *grads, *(None,) * (len(needs) - len(grads))
+
+
+def _is_shared(score: Score) -> bool:
+    """Whether there is a bias, an element of which several scores read."""
+    return score.bias is not None and score.bias.shape != (*score.row_shape, score.k.shape[1])
+
+
+def _without_unchosen(score: Score, d_o: Tensor, gate: Tensor) -> tuple[Score, Tensor]:
+    """Zeros in the rows that no list has. The gradient of a bias that heads share is summed over
+    all rows, these with the weight 0, which what is not finite would survive."""
+    unchosen = gate == 0
+    q, temperature = score.q.masked_fill(unchosen[..., None], 0), score.row_temperature
+    if temperature is not None:
+        temperature = temperature.masked_fill(unchosen, 0)
+    score = score._replace(q=q, row_temperature=temperature)
+    return score, d_o.masked_fill(unchosen[..., None], 0)
+
+
+def _shares(routing: Routing, score: Score) -> Tensor:
+    """1 / (n_i + eps) [B, Sq, Hq]; 0 for tokens in no slot."""
+    batch, tokens, heads, _ = score.q.shape
+    rows = routing.rows.flatten(2)
+    rows = torch.where((rows >= 0) & (rows < tokens), rows, tokens)
+    dtype = ACCUMULATION[score.q.dtype]
+    ones = torch.ones((), dtype=dtype, device=rows.device).expand(rows.shape)
+    count = torch.zeros((batch, heads, tokens + 1), dtype=dtype, device=rows.device)
+    count = count.scatter_add(2, rows, ones)[..., :tokens].transpose(1, 2)  # whole numbers: exact
+    return torch.where(count > 0, 1 / (count + routing.mean_eps), 0)
+
+
+_differentiable: Callable[..., tuple[Tensor, ...]] = _RoutingAttention.apply
