@@ -95,6 +95,54 @@ def test_our_own_tree_keeps_the_boundaries():
     assert boundaries.violations(ROOT / "csrc") == []
 
 
+OURS = "from ...reference import attention as reference\n"
+BEHIND = (
+    OURS
+    + """
+def f(x, backend):
+    if backend == "reference":
+        with as_written(x):
+            return reference.attention(x)
+"""
+)
+PLANTED_IMPORTS = {
+    "outside of ops": ("nn/a.py", OURS, 1),
+    "absolute": ("ops/a.py", "import headworks.reference.attention", 1),
+    "a name of it": ("ops/x/_checks.py", "from ...reference.bilevel_routing import Grid", 1),
+    "by its own name": ("ops/x/a.py", "from ...reference import attention", 1),
+    "the package": ("ops/x/a.py", "from ... import reference", 1),
+    "two at once": ("ops/x/a.py", "from ...reference import a as reference, b", 1),
+    "in a function": ("ops/x/a.py", "def f():\n    " + OURS, 2),
+    "called without asking": ("ops/x/a.py", OURS + "def f(x):\n    reference.f(x)", 3),
+    "called otherwise": ("ops/x/a.py", BEHIND + "    else:\n        reference.f(x)", 8),
+    "another test": ("ops/x/a.py", BEHIND.replace("==", "!="), 6),
+    "not called": ("ops/x/a.py", BEHIND.replace(".attention(x)", ".EPS"), 6),
+    "handed on": ("ops/x/a.py", BEHIND + "        g(reference)", 7),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED_IMPORTS)
+def test_a_planted_use_of_the_reference_is_found(tmp_path, planted):
+    name, text, line = PLANTED_IMPORTS[planted]
+    path = tmp_path / "headworks" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text + "\n")
+    found = boundaries.reference_violations(tmp_path)
+    assert len(found) == 1 and f"headworks/{name}:{line}: reference: " in found[0]
+
+
+def test_the_reference_behind_its_backend_is_not_reported(tmp_path):
+    for name, text in (("ops/x/a.py", BEHIND), ("reference/b.py", "from .a import f\n")):
+        path = tmp_path / "headworks" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert boundaries.reference_violations(tmp_path) == []
+
+
+def test_production_does_without_the_reference():
+    assert boundaries.reference_violations(ROOT / "python") == []
+
+
 def test_every_rule_has_a_planted_breach():
     assert {rule.name for rule in boundaries.RULES} == {rule for rule, _, _ in PLANTED}
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..._native import ACCUMULATION, NativeCall, define, route, run
-from ...reference.bilevel_routing import Grid
 from .._operands import check_operands, operands, require
+from ._grid import Grid
 from ._routing_attention_native import image_cells
 from ._select_topk_native import select_rows
 

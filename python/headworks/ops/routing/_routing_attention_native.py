@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..._native import ACCUMULATION, Maybe, NativeCall, define, fixed_arity, run
-from ...reference.bilevel_routing import Grid
 from .._operands import Operand, check_operands, operands, require, require_given
 from ..attention._native import Want, WantGrad, gradients
 from ..attention._native import resolved as resolved_score
 from ..attention._operators import check_score
 from ..attention._score import TENSORS, Score
+from ._grid import Grid
 
 # columns, height, width, rows of the image, columns of the image
 Cells = tuple[int, int, int, int, int]
