@@ -182,6 +182,28 @@ def test_public_functions_without_docstring_are_found(tmp_path):
     ]
 
 
+LISTED = """
+from typing import NamedTuple
+class Operator(NamedTuple):
+    name: str
+    page: str
+OPERATORS = (Operator("scan", "scan"), Operator("scan_step", "scan"), Operator("route", "route"))
+"""
+
+
+def test_operators_that_no_page_names_are_found(tmp_path):
+    for folder in ("python/headworks", "docs/ops"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "python/headworks/_operator_list.py").write_text(LISTED)
+    (tmp_path / "README.md").write_text("`hw.scan_step`, `hw.route`\n")
+    (tmp_path / "docs/ops/scan.md").write_text("`hw.scan`\n")
+    assert docs.unnamed_operators(tmp_path) == [
+        "README.md: does not name scan",
+        "docs/ops/scan.md: does not name scan_step",
+        "docs/ops/route.md: no such page, that of route",
+    ]
+
+
 def test_the_examples_of_the_readme_run():
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
