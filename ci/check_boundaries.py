@@ -79,7 +79,8 @@ RULES = (
         "atomics",
         re.compile(
             r"\batomic_?[Aa]dd(_block|_system)?\s*(<\s*(float|double|half|__half|__nv_bfloat16)\b"
-            r"|\(\s*(reinterpret_cast<|static_cast<|\()\s*(float|double|half|__half|__nv_bfloat16)\b"
+            r"|\(\s*(reinterpret_cast<|static_cast<|\()\s*"
+            r"(float|double|half|__half|__nv_bfloat16)\b"
             r"|\([^;]*\b\d+\.\d*f?\b)"
             r"|\batomic_?[Aa]dd\s*\(\s*(float|double|bf16|f16)\s*\*"
             r"|\bstd::atomic(_ref)?\s*<\s*(float|double)\b|\bred\.\w+(\.\w+)*\.(f16|f32|f64|bf16)"

@@ -106,7 +106,8 @@ def _mute(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
-def _tracked(root: Path, pattern: str) -> list[Path]:
+def tracked(root: Path, pattern: str) -> list[Path]:
+    """Files that git knows or could add."""
     command = ["git", "ls-files", "-co", "--exclude-standard", pattern]
     names = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     return [root / name for name in sorted(set(names.splitlines())) if (root / name).is_file()]
@@ -115,8 +116,8 @@ def _tracked(root: Path, pattern: str) -> list[Path]:
 def main() -> int:
     """Prints what is missing; the exit status."""
     root = Path(__file__).resolve().parents[1]
-    pages = _tracked(root, "*.md")
-    modules = [p for p in _tracked(root, "python/headworks/*.py") if not p.name.startswith("_")]
+    pages = tracked(root, "*.md")
+    modules = [p for p in tracked(root, "python/headworks/*.py") if not p.name.startswith("_")]
     found = dead_references(root, pages) + missing_docstrings(root, modules)
     found += unnamed_operators(root)
     print("\n".join(found) if found else f"docs: {len(pages)} pages, {len(modules)} modules: sound")

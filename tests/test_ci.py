@@ -26,6 +26,7 @@ def load(name):
 
 boundaries = load("check_boundaries")
 docs = load("check_docs")
+sizes = load("check_sizes")
 
 PLANTED = [
     ("torch", "core/a.h", "#include <torch/extension.h>"),
@@ -179,6 +180,54 @@ def test_public_functions_without_docstring_are_found(tmp_path):
     module.write_text("x = 1\n")
     assert docs.missing_docstrings(tmp_path, [module]) == [
         "module.py:1: the module has no docstring"
+    ]
+
+
+FORMS = {  # of a function of 80 lines, with the name that is reported
+    "plain": ("int f(int x) {\n%s}\n", "f"),
+    "template": ("template <int A, typename B = C<D>>\nint f(A x) {\n%s}\n", "f"),
+    "constrained": ("template <class T>\n  requires(ok<T>)\nint f() {\n%s}\n", "f"),
+    "member": ("namespace a {\nstruct alignas(16) S : B<1> {\nvoid g() const {\n%s}\n};}\n", "g"),
+    "constructor": ("S::S(int a)\n: a_(a), b_{a}, c_{a} {\n%s}\n", "S"),
+    "default": ("int f(A a = {}, B b = {1}) {\n%s}\n", "f"),
+    "returns": ("auto f(int x) -> decltype(g(x)) {\n%s}\n", "f"),
+    "lambda": ("constexpr auto f = [](int x) {\n%s};\n", "f"),
+    "operator": ("S& S::operator=(const S& x) {\n%s}\n", "operator="),
+    "extern": ('extern "C" {\nint f(int x) {\n%s}\n}\n', "f"),
+    "directive": ("#define M(x) {{{ \\\n  {\nint f(int x) {\n%s}\n", "f"),
+    "behind": ("enum A { a, b };\nconst int t[] = {1, 2};\nint v{3};\nint f() {\n%s}\n", "f"),
+    "Python": ('def f():\n    """Says\n    much.\n    """\n%s', "f"),
+    "inner": ("class A:\n    async def f():\n        def g():\n            return 1\n%s", "f"),
+}
+
+
+LINES = {"Python": "    x = 1\n", "inner": "        x = 1\n"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_functions_that_are_too_long_are_found(tmp_path, form):
+    text, name = FORMS[form]
+    is_python = form in ("Python", "inner")
+    file = tmp_path / ("a.py" if is_python else "a.cuh")
+    line = LINES.get(form, "  x = {{1}};  // }\n")
+    file.write_text(text % line)
+    functions = sizes.python_functions if is_python else sizes.cpp_functions
+    shortest = next(length for found, _, length in functions(file.read_text()) if found == name)
+    for more in (80, 81):
+        file.write_text(text % (line * (more - shortest + 1)))
+        found = sizes.violations(tmp_path, [file])
+        assert len(found) == more - 80, found
+    assert f"{name} has 81 lines" in found[0]
+
+
+def test_files_and_lines_that_are_too_long_are_found(tmp_path):
+    file = tmp_path / "a.h"
+    file.write_text("int x;\n" * 499 + "//" + "x" * 98 + "\n")
+    assert sizes.violations(tmp_path, [file]) == []
+    file.write_text("int x;\n" * 500 + "//" + "x" * 99 + "\n")
+    assert sizes.violations(tmp_path, [file]) == [
+        "a.h:501: the file has 501 lines, at most 500",
+        "a.h:501: 101 columns, at most 100",
     ]
 
 
