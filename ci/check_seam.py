@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the device side of the seam compiles to; needs nvcc, no GPU.
 
-Emulated tests run the other body of each primitive. Here every primitive of csrc/core/gpu/ (device.h,
-mma.h, async_copy.h) is compiled in a kernel of its own, and its PTX compared with
+Emulated tests run the other body of each primitive. Here every primitive of csrc/core/gpu/
+(device.h, mma.h, async_copy.h) is compiled in a kernel of its own, and its PTX compared with
 ci/seam_golden.py: instruction, operands, order. A primitive without a golden is a fault. Then the
-host side of csrc/core/gpu/launch.h runs against a CUDA runtime that writes down what it is asked for.
+host side of csrc/core/gpu/launch.h runs against a CUDA runtime that writes down what it is asked
+for.
 
 Usage: check_seam.py [--arch 75 80 90a] [--show NAME...]
        check_seam.py --self-test          faults planted into copies of the headers are found

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One small kernel for each primitive of core/gpu/device.h and core/gpu/async_copy.h; every thread writes what it
-// saw to a row of its own.
+// One small kernel for each primitive of core/gpu/device.h and core/gpu/async_copy.h; every thread
+// writes what it saw to a row of its own.
 #pragma once
 
 #include "core/gpu/async_copy.h"

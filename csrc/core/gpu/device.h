@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The seam: everything that kernel code may know of the GPU, together with core/gpu/mma.h, core/gpu/async_copy.h.
+// The seam: everything that kernel code may know of the GPU, together with core/gpu/mma.h
+// and core/gpu/async_copy.h.
 //
 // Each name has two bodies side by side: the device instruction (named on the right of its comment)
 // and the emulator's, chosen by HW_EMULATE. A kernel is a struct

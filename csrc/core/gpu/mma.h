@@ -27,8 +27,8 @@
 
 namespace hw::dev {
 
-// A row's address that differs from another one by constants: bits `flip` of it exclusive-ored, then
-// `shift` bytes. A few rows of a swizzled tile thus share one register.
+// A row's address that differs from another one by constants: bits `flip` of it exclusive-ored,
+// then `shift` bytes. A few rows of a swizzled tile thus share one register.
 struct Detour {
   int flip = 0, shift = 0;
 };

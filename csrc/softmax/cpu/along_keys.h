@@ -2,13 +2,13 @@
 // Forward pass of attention on the CPU with the keys along the lanes: loop R for a few queries
 // (decoding), or for a few keys, wherever those lie.
 //
-//   x [rows, keys] = q [rows, D] k^T [D, keys]     a tile of keys is transposed, once for all rows;
-//                                                  for a single row sums across lanes take its place
+//   x [rows, keys] = q [rows, D] k^T [D, keys]    a tile of keys is transposed, once for all rows;
+//                                                 for a single row sums across lanes take its place
 //   w [rows, Dv]  += p [rows, keys] v [keys, Dv]
 //
-// With the queries along the lanes few of them would leave lanes idle, or make one vector, too few to
-// hide the latency of an addition. And where all keys are one tile, neither v nor w is transposed
-// here, and keys are read where they lie.
+// With the queries along the lanes few of them would leave lanes idle, or make one vector, too few
+// to hide the latency of an addition. And where all keys are one tile, neither v nor w is
+// transposed here, and keys are read where they lie.
 //
 // Sums of a row, masks and scores are those of cpu/forward.h.
 #pragma once
@@ -90,9 +90,9 @@ class AlongKeys {
     for (int64_t n = 0; n < values_; ++n) std::fill_n(w_of(n, 0), rows * padded_values_, A(0));
   }
 
-  // q times scale tau, padded with zeros. Where a Tile multiplies pairs, x takes the factor after the
-  // product, as there: weights that a Tile makes again must be those of here (scores near 1e7 are
-  // apart by whole numbers).
+  // q times scale tau, padded with zeros. Where a Tile multiplies pairs, x takes the factor after
+  // the product, as there: weights that a Tile makes again must be those of here (scores near 1e7
+  // are apart by whole numbers).
   HW_NOINLINE void load_queries(const Block& block) {
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
     const Ref<const T, 2> q = rows_of_head(q_, block.at.batch, block.head);

@@ -78,8 +78,8 @@ HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, int64_t batch, int head
   return f.head_gate && f.head_gate.template as<const A>()(batch, row, head) == A(0);
 }
 
-// The end of row i, which is `row` in the tensors: statistics, division, mix and gate. Where it lies
-// is found once: in lists that takes divisions.
+// The end of row i, which is `row` in the tensors: statistics, division, mix and gate. Where it
+// lies is found once: in lists that takes divisions.
 template <class Element, class Source>
 class RowEnd {
  public:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores: what becomes of a row's sums, in the forward kernel and, where keys are
-// cut into spans, in the kernel that merges their partial results,
+// Attention on tensor cores: what becomes of a row's sums, in the forward kernel and, where keys
+// are cut into spans, in the kernel that merges their partial results,
 //
 //   o = g ((1 - u) w + u v)       w = sum_j e^(s_j - M) v_j / l
 //
@@ -70,8 +70,8 @@ struct Finish {
   const Place& place;
   Units units;
 
-  // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true); returns
-  // the factor of its values.
+  // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true);
+  // returns the factor of its values.
   HW_DEVICE HW_INLINE float settle(int64_t row, RowSums r, bool writes) const {
     if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
     const bool one_more = f.activation == Activation::softmax1;
@@ -118,8 +118,8 @@ struct Finish {
   }
 
  private:
-  // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at once
-  // need more registers than there are.
+  // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at
+  // once need more registers than there are.
   template <int kTiles>
   HW_DEVICE HW_INLINE void mix(int64_t token, int first, float (&x)[kTiles][2]) const {
     const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);

@@ -150,23 +150,15 @@ def attention_probs(
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """o = sum_n e^{L_n - L} o_n with L = log sum_n e^{L_n}: [B, S, H, D] and [B, H, S].
 
-    Parts are added one after another, element by element: no order of sums is left to torch, which
-    would choose it by the number of threads. A part without keys is not looked at: it may be NaN.
+    A part without keys is not looked at: it may be NaN. Where all are, o = 0 and L = -inf.
     """
-    lse = torch.stack(list(lses))  # [N, B, H, S]
-    top = lse.detach().amax(0)
-    empty = top == -torch.inf
-    weight = (lse - torch.where(empty, 0, top)).exp()
-    whole = weight[0]
-    for x in weight[1:]:
-        whole = whole + x
-    whole = torch.where(empty, 1, whole)
-    o = torch.zeros((), dtype=lse.dtype, device=lse.device)
-    for x, part, has_keys in zip(outs, weight / whole, lse != -torch.inf, strict=True):
-        x = torch.where(has_keys.transpose(1, 2)[..., None], x, 0)
-        o = o + part.transpose(1, 2)[..., None] * x.to(lse.dtype)
-    total = torch.where(top.isinf(), top, top + whole.log())
-    return o.to(outs[0].dtype), total
+    parts, lse = torch.stack(list(outs)).to(lses[0].dtype), torch.stack(list(lses))
+    seen = lse != -torch.inf  # [N, B, H, S]
+    total = torch.where(seen.any(0), lse, 0).logsumexp(0)
+    p = torch.where(seen, (lse - total).exp(), 0)
+    parts = torch.where(seen.transpose(2, 3)[..., None], parts, 0)
+    o = (p.transpose(2, 3)[..., None] * parts).sum(0)
+    return o.to(outs[0].dtype), torch.where(seen.any(0), total, -torch.inf)
 
 
 def weights(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..._functions import NativeFunction
 from ..._native import ACCUMULATION, NativeCall, define, described, route
-from ...reference.bilevel_routing import Grid
 from .._operands import check_operands, operands, require
+from ._grid import Grid
 from ._routing_attention_native import image_cells
 from ._select_topk_native import select_rows
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..._functions import Maybe, NativeFunction
 from ..._native import ACCUMULATION, NativeCall, define, described, fixed_arity
-from ...reference.bilevel_routing import Grid
 from .._operands import check_operands, require, require_given
 from ..attention._native import Want, WantGrad, gradients
 from ..attention._operators import check_score
 from ..attention._score import TENSORS, Score
+from ._grid import Grid
 
 FORWARD = NativeFunction("routing_attention.forward")
 BACKWARD = NativeFunction("routing_attention.backward")
