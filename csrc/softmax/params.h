@@ -51,6 +51,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/macros.h"
 #include "core/ref.h"
@@ -96,6 +97,20 @@ struct ScoreParams {
     return is_softmax(activation) || normalizer == Normalizer::sum;
   }
 };
+
+// Whether all batch entries have the same scores, and logits beside them.
+inline bool same_scores_in_batch(const ScoreParams& p) {
+  const auto same = [](const auto& x) { return !x || x.stride[0] == 0; };
+  return same(p.q) && same(p.k) && same(p.bias) && same(p.key_bias) && same(p.key_gain) &&
+         same(p.row_temperature);
+}
+
+// The logit beside the scores of a row of a softmax that takes weight and has no value: -inf, none.
+template <class A>
+HW_HOST_DEVICE HW_INLINE A extra_logit(const ScoreParams& p, int64_t batch, int head) {
+  static_cast<void>(batch), static_cast<void>(head);
+  return p.activation == Activation::softmax1 ? A(0) : -std::numeric_limits<A>::infinity();
+}
 
 // "attention.forward"
 struct ForwardParams : ScoreParams {

@@ -72,7 +72,7 @@ SPEC = Spec(
     function=hw.attention_lse,
     make=make,
     run=run,
-    differentiable=("q", "k", "bias", "key_bias", "key_gain", "row_temperature"),
+    differentiable=("q", "k", *attention.SCORE_GRADIENTS),
     cases=CASES,
     emulator_cases=(case(Sq=70, H=1, causal=True), case(Sq=20, Sk=40, H=1, bias="11qk")),
     benchmark_cases=(case(Sq=4096, H=8, D=64, Dv=64),),

@@ -73,7 +73,7 @@ class AlongKeys {
 
   // Adds the keys to the sums of the block's rows, and makes w of them, [values, kRows, padded Dv].
   // To be called once: w is empty before.
-  HW_NOINLINE void walk(const Block& block, const Range& keys, RowSums<A>& sums, A* w,
+  HW_NOINLINE void walk(const Block& block, const Range& keys, BlockSums<A>& sums, A* w,
                         Requests& meanwhile) {
     w_ = w;
     load_queries(block);
@@ -117,7 +117,7 @@ class AlongKeys {
     }
   }
 
-  void tile(const Block& block, const Range& keys, RowSums<A>& sums, Requests& meanwhile) {
+  void tile(const Block& block, const Range& keys, BlockSums<A>& sums, Requests& meanwhile) {
     const int n = static_cast<int>(keys.count()), key_head = block.head / p_.group();
     with_rows(k_, block, block.at.batch, keys, key_head, k_room_,
               [&](const auto& k) { products(k, block.count(), n, meanwhile); });
@@ -230,7 +230,7 @@ class AlongKeys {
 
   // e^(s - shift) in place of s, of a vector of rows from i on; their sums and w move to the new
   // maximum. What is summed across lanes is so for all of them at once.
-  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, RowSums<A>& sums) {
+  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, BlockSums<A>& sums) {
     const int rows = std::min(kSide, block.count() - i);
     const int wide = round_up(static_cast<int>(keys.count()), kSide);
     V most[kSide];
@@ -298,7 +298,7 @@ class AlongKeys {
   }
 
   // a(s) in place of s; false if all of it is zero.
-  HW_NOINLINE bool activate(int i, RowSums<A>& sums) {
+  HW_NOINLINE bool activate(int i, BlockSums<A>& sums) {
     V total{};
     for (int l = 0; l < kKeys; l += kSide) {
       A* s = p_of(i) + l;

@@ -113,11 +113,11 @@ class Rows {
 
   // p relative to the running maximum, in place of s; returns the factor of what was summed before.
   HW_DEVICE HW_INLINE A soften(int r, A (&s)[kV]) {
-    RowSums<A>& sum = sums[0];
+    LaneSums<A>& sum = sums[0];
     A top = sum.max;
     HW_UNROLL
     for (int u = 0; u < kV; ++u) top = dev::larger(top, s[u]);
-    const A factor = sum.move(dev::warp_max<kLanes>(top));
+    const A factor = sum.move_to(dev::warp_max<kLanes>(top));
     const A shift = sum.max == -infinity<A>() ? A(0) : sum.max;
     HW_UNROLL
     for (int u = 0; u < kV; ++u) {
@@ -172,7 +172,7 @@ class Rows {
       const bool writes = task.part == 0 && other_lane() == 0;
       const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r),
                                         tile.own_token(r));
-      const A factor = end.settle(sums[0], writes);
+      const A factor = end.finalize(sums[0], writes);
       if (!p.v.x) return;
       HW_UNROLL
       for (int n = 0; n < kSlices; ++n) {
@@ -191,7 +191,7 @@ class Rows {
   const RowsTask task;
   Tile<Element, Source, kOwn, true> tile;
   const bool soft;
-  RowSums<A> sums[kOwn];        // max: of the row; the others: this lane's share
+  LaneSums<A> sums[kOwn];       // max: of the row; the others: this lane's share
   A values[kSlices][kOwn][kV];  // w before the division
 };
 
@@ -220,13 +220,13 @@ struct MergeKernel {
     const Source source = Source::of(p.f, task.sequence);
     if (place >= source.rows()) return;
 
-    RowSums<A> whole;
+    LaneSums<A> whole;
     whole.clear();
     for (int64_t span = 0; span < p.plan.spans; ++span)
-      whole.add(RowSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
+      whole.add(LaneSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
     const A top = whole.max;
     const RowEnd<Element, Source> end(p.f, source, task.head, place, source.row(place));
-    const A factor = end.settle(whole, task.part == 0 && dev::lane() == 0);
+    const A factor = end.finalize(whole, task.part == 0 && dev::lane() == 0);
     if (!p.v.x) return;
 
     const int first = task.part * kSlices * kSide<A>;

@@ -196,12 +196,14 @@ def weights(
     s = torch.where(seen, s, -torch.inf)
     if activation in ACTIVATIONS:
         return _normalized(ACTIVATIONS[activation](s), normalizer, seen), None
-    return _softmax(s, activation == "softmax1", lse)
+    return _softmax(s, s.new_zeros(1, 1) if activation == "softmax1" else None, lse)
 
 
-def _softmax(s: Tensor, one_more: bool, lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    if one_more:
-        s = torch.nn.functional.pad(s, (0, 1))  # a key of score 0 without a value
+def _softmax(s: Tensor, extra: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`extra` [B|1, Hq|1]: the score of one key more, which has no value."""
+    keys = s.shape[-1]
+    if extra is not None:
+        s = torch.cat((s, extra[..., None, None].expand(*s.shape[:-1], 1)), -1)
     empty = (s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(empty, 0, s)
     own = s.logsumexp(-1, keepdim=True)
@@ -216,7 +218,7 @@ def _softmax(s: Tensor, one_more: bool, lse: Tensor | None) -> tuple[Tensor, Ten
         slope = torch.where(own.isfinite(), own - own.detach(), 0)
         p = (s - (lse.detach()[..., None] + slope)).exp()
     p = torch.where(empty, 0, p)
-    return p[..., : s.shape[-1] - one_more], torch.where(empty, -torch.inf, own)[..., 0]
+    return p[..., :keys], torch.where(empty, -torch.inf, own)[..., 0]
 
 
 def _normalized(a: Tensor, normalizer: str | None, seen: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def bilevel_routing_attention(
     s = s * scale
     if mask_padding:
         s = torch.where(real[graph].flatten(3)[..., None, :], s, -torch.inf)
-    p, lse = _softmax(s, False, None)
+    p, lse = _softmax(s, None, None)
     o = torch.einsum("bhrij,bhrje->bhrie", p.to(v.dtype), v)
 
     statistics = [

@@ -64,13 +64,17 @@ def score_gradients(needs: Sequence[bool], **others: bool) -> Any:
     return WantGrad(**{name: need for name, need in asked if name in WantGrad._fields}, **others)
 
 
-def returned(score: Score, grads: Any, want: Any) -> tuple[Maybe, ...]:
-    """Gradients for the tensors of a Score, from those of attention.backward."""
-    made: list[Maybe] = [grads.d_q, grads.d_k]
-    for name, x in zip(_OPTIONS, score.tensors[2:], strict=True):
-        d_x = getattr(grads, f"d_{name}", None) if getattr(want, name, False) else None
-        made.append(None if x is None or d_x is None else d_x.to(x.dtype))
-    return tuple(made)
+def returned(
+    own: Score, made: Any, needs: Sequence[bool], row: Maybe, delta: Maybe
+) -> tuple[Maybe, ...]:
+    """Gradients for the tensors of a Score, from those that attention.backward made of it, or of a
+    copy with a key head for each query head or in another dtype, given `row` and `delta`."""
+    grads: list[Maybe] = [made.d_q.to(own.q.dtype)]
+    grads.append(per_key_head(made.d_k, own.k.shape[2]).to(own.k.dtype))
+    for name, x, needed in zip(_OPTIONS, own.tensors[2:], needs[2:TENSORS], strict=True):
+        d_x = getattr(made, f"d_{name}", None)
+        grads.append(None if x is None or d_x is None or not needed else d_x.to(x.dtype))
+    return tuple(grads)
 
 
 class _Attention(torch.autograd.Function):
@@ -128,7 +132,7 @@ class _Attention(torch.autograd.Function):
             d_v = (d_v.to(direct.dtype) + direct).to(v.dtype)
         d_gate, d_mix = _of_epilogue(a, b, gate, mix, epilogue)
         none = (None,) * (len(needs) - TENSORS - 3)
-        return *returned(score, grads, want), d_v, d_gate, d_mix, *none
+        return *returned(score, grads, needs, row, delta), d_v, d_gate, d_mix, *none
 
 
 def _through_epilogue(d_o: Tensor, gate: Maybe, mix: Maybe) -> tuple[Tensor, Maybe]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._functions import Maybe, NativeFunction, record
 from ..._native import ACCUMULATION, NativeCall, described
 from ._bounds import longest_of
-from ._checks import ACTIVATIONS, check_index_values
+from ._checks import SOFTMAXES, check_index_values
 from ._score import TENSORS, Score, check_values_of_bounds
 
 OP = "attention"
@@ -119,8 +119,8 @@ def forward(
     made = outputs(score, v, mass_keys, want)
     if _empty(score):
         _zero(made)
-        if made.row is not None and score.activation == ACTIVATIONS["softmax"]:
-            made.row[0].fill_(-torch.inf)
+        if made.row is not None and score.activation in SOFTMAXES:
+            made.row[0] = score.lse_without_keys
         return made
     FORWARD.run(backend, *_forward_inputs(score, v, head_gate, identity_mix, mass_keys, made, want))
     return made

@@ -29,7 +29,6 @@ from ...reference import attention as reference
 from . import _native as native
 from . import _operators as operators
 from ._autograd import (
-    per_key_head,
     per_query_head,
     returned,
     row_dot,
@@ -137,8 +136,7 @@ class _Transpose(torch.autograd.Function):
             if row is not None:
                 delta = row_dot(x, d_x).transpose(1, 2)
             made = operators.backward(score, g, x, row, delta, want, ctx.backend)
-            made = made._replace(d_k=per_key_head(made.d_k, own.k.shape[2]))
-            grads = returned(own, made, want)
+            grads = returned(own, made, ctx.needs_input_grad, row, delta)
         return *grads, d_x, *(None,) * (NUMBERS + 2)
 
 

@@ -35,7 +35,7 @@ from ..._native import (
 from ...reference import attention as reference
 from . import _native as native
 from . import _operators as operators
-from ._autograd import per_key_head, per_query_head, returned, score_gradients, zeros
+from ._autograd import per_query_head, returned, score_gradients, zeros
 from ._checks import broadcast, cast, check_inputs
 from ._native import Want
 from ._operators import NUMBERS
@@ -200,9 +200,7 @@ class _ColumnSum(torch.autograd.Function):
             delta = zeros(gamma, *own.row_shape) if row is None else r * d_weight
             want = score_gradients(ctx.needs_input_grad)
             made = operators.backward(score, v, d_w, row, delta, want, backend)
-            d_k = per_key_head(made.d_k, own.k.shape[2]).to(own.k.dtype)
-            made = made._replace(d_q=made.d_q.to(own.q.dtype), d_k=d_k)
-            grads = returned(own, made, want)
+            grads = returned(own, made, ctx.needs_input_grad, row, delta)
         wanted = d_weight if ctx.needs_input_grad[TENSORS] else None
         return *grads, wanted, *(None,) * (NUMBERS + 2)
 

@@ -128,7 +128,7 @@ class _RoutingAttention(torch.autograd.Function):
             factor=factor if d_w is d_o else None,
         )  # fmt: skip
         d_gate = d_gate if gate is not None and needs[TENSORS + 3] else None
-        grads = *returned(score, made, want), None, None, made.d_v, d_gate
+        grads = *returned(score, made, needs, row, delta), None, None, made.d_v, d_gate
         return *grads, *(None,) * (len(needs) - len(grads))
 
 

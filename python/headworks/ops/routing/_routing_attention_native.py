@@ -108,7 +108,7 @@ def forward(
             if x is not None:
                 x.zero_()
     if made.row is not None and (empty or leaves):  # of rows without weight
-        made.row[0].fill_(-torch.inf if empty else torch.inf)
+        made.row[0] = score.lse_without_keys if empty else torch.inf
     if not empty:
         numbers = _forward_numbers(score, routing)
         FORWARD.run(backend, _forward_inputs(score, v, gate, routing), made, numbers)
