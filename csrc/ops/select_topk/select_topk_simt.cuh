@@ -13,8 +13,8 @@
 
 #include "ops/select_topk/select_topk.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/sort_key.h"
 

@@ -33,7 +33,7 @@
 
 #include "softmax/params.h"
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::softmax::sm80 {
 
