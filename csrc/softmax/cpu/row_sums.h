@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "softmax/cpu/operands.h"
+#include "softmax/cpu/tile.h"
 
 #include "core/cpu/simd_math.h"
 
