@@ -154,7 +154,7 @@ def test_saved_tensors_of_another_dtype(spec, dtype):
 
 
 def test_what_an_error_says():
-    expected = operands(q="input B S D", index="index B n")
+    expected = operands(q="element B S D", index="index B n")
     q, index = torch.zeros(2, 3, 4), torch.zeros(2, 5, dtype=torch.int64)
     assert check_operands("op", expected, (q, index)) == {"B": 2, "S": 3, "D": 4, "n": 5}
     with pytest.raises(ValueError, match=r"op: index is int64 \[1, 5\].*\[B, n\] with B = 2"):

@@ -29,8 +29,9 @@ def run(tensors, case, backend):
 def operators(tensors, case):
     options = attention.score_options(tensors, case) | dict(case.options)
     score = score_of("attention_lse", tensors["q"], tensors["k"], **options)
-    want = native.Want(row=True, skip_dead=False)
-    given = (*score.tensors, None, None, None, None, *score.numbers, *want, "auto")
+    inputs = native.FORWARD.tensors(score.tensors)
+    numbers = native.FORWARD.numbers(score.numbers, skip_dead=False)
+    given = (*inputs, *numbers, *native.Want(row=True)[:-1], "auto")
     return [(torch.ops.headworks.attention_fwd.default, given)]
 
 

@@ -26,10 +26,18 @@ namespace hw::attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { softmax::simt::forward<Element>(call); }
-  static void backward(const Call& call) { softmax::simt::backward<Element>(call); }
-  static void columns(const Call& call) { softmax::simt::columns<Element>(call); }
-  static void probs(const Call& call) { softmax::simt::probs<Element>(call); }
+  static void forward(const softmax::ForwardParams& p, const Call& call) {
+    softmax::simt::forward<Element>(p, call);
+  }
+  static void backward(const softmax::BackwardParams& p, const Call& call) {
+    softmax::simt::backward<Element>(p, call);
+  }
+  static void columns(const softmax::ColumnsParams& p, const Call& call) {
+    softmax::simt::columns<Element>(p, call);
+  }
+  static void probs(const softmax::ProbsParams& p, const Call& call) {
+    softmax::simt::probs<Element>(p, call);
+  }
 };
 
 }  // namespace hw::attention

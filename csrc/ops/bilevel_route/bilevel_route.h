@@ -54,9 +54,4 @@ struct ScoresParams {
   }
 };
 
-// Tensors: x m. Scalars: cells.
-MeansParams means_params(const Call& call);
-// Tensors: q k a.
-ScoresParams scores_params(const Call& call);
-
 }  // namespace hw::bilevel_route

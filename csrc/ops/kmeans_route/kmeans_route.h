@@ -48,9 +48,4 @@ struct PrefixParams {
   HW_HOST_DEVICE int64_t quota(int64_t t) const { return ((t + 1) * window() - 1) / length + 1; }
 };
 
-// Tensors: x centroids d.
-SimilarityParams similarity_params(const Call& call);
-// Tensors: d index. Scalars: length.
-PrefixParams prefix_params(const Call& call);
-
 }  // namespace hw::kmeans_route

@@ -36,6 +36,7 @@
 // slots of a list (N n; without lists Sq, Sk).
 #pragma once
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
 #include "core/regions.h"
@@ -83,15 +84,5 @@ struct ForwardParams : softmax::ForwardParams, Routing {};
 struct BackwardParams : softmax::BackwardParams, Routing {
   Ref<const void, 4> slots;  // [B, G Wq, Hq, Dv]
 };
-
-// Tensors of a call, in order:
-//   forward    row_blocks key_blocks, then those of attention.forward (workspace last)
-//   backward   row_blocks key_blocks slots factor, then those of attention.backward (workspace last)
-// Scalars: cells of the rows (columns height width rows_of_image columns_of_image), cells of the
-// keys, by_slot pad_keys mask_self mean_eps, then those of the attention call. max_q and max_k are
-// not read: they become the slots of a list.
-inline constexpr int kForwardWorkspace = 2 + 19, kBackwardWorkspace = 4 + 19;
-ForwardParams forward_params(const Call& call);
-BackwardParams backward_params(const Call& call);
 
 }  // namespace hw::routing_attention

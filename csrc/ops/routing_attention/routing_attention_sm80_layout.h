@@ -1,19 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on tensor cores: what it takes and how it is cut. No
-// device code here: the host side asks `sm80::dim`.
+// Attention of listed queries to listed keys on tensor cores: how it is cut. No device code here.
 #pragma once
 
 #include "ops/routing_attention/routing_attention_simt_layout.h"
 #include "softmax/sm80/layout.h"
 
 namespace hw::routing_attention::sm80 {
-
-// The compiled width that serves a call: q, k and v are padded to it with zeros on their way to
-// shared memory. function: 0 forward, 1 backward.
-inline int dim(int function, const Call& call) {
-  const Shape s = function == 0 ? forward_shape(call) : backward_shape(call);
-  return static_cast<int>(max_of(s.dim, s.value_dim));
-}
 
 // A block owns kOwn slots of a list, a strip or two of 16 for each warp:
 //

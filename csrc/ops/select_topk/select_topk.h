@@ -27,9 +27,6 @@ struct ForwardParams {
   HW_HOST_DEVICE int64_t k() const { return index.size[1]; }
 };
 
-// Tensors: score index workspace. Scalars: keep_order.
-ForwardParams forward_params(const Call& call);
-
 // What is selected of a row: keys above `key`, and the first `ties` equal to it.
 template <class Key>
 struct Threshold {

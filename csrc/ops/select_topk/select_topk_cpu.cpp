@@ -24,10 +24,8 @@ class Select {
   using Key = OrderKey<T>;
   static constexpr int kBits = 8 * static_cast<int>(sizeof(Key));
 
-  explicit Select(const Call& call)
-      : p_(forward_params(call)),
-        score_(p_.score.as<const T>()),
-        threads_(call.context.num_threads) {}
+  Select(const ForwardParams& p, int threads)
+      : p_(p), score_(p_.score.as<const T>()), threads_(threads) {}
 
   void run() {
     if (p_.k() == 0) return;
@@ -106,8 +104,8 @@ class Select {
 };
 
 template <class T>
-void forward(const Call& call) {
-  Select<T>(call).run();
+void forward(const ForwardParams& p, const Call& call) {
+  Select<T>(p, call.context.num_threads).run();
 }
 
 }  // namespace
@@ -117,7 +115,7 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&select_topk::forward<T>}};
+constexpr FunctionTable kTable = {{entry<&select_topk::forward<T>>}};
 
 }  // namespace
 }  // namespace hw

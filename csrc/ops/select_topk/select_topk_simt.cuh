@@ -16,6 +16,7 @@
 #include "core/gpu/block_rank.cuh"
 #include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
+#include "core/host/workspace.h"
 #include "core/sort_key.h"
 
 namespace hw::select_topk::simt {
@@ -138,17 +139,10 @@ struct SelectKernel {
 };
 
 template <class Element>
-void forward(const Call& call) {
-  const ForwardParams f = forward_params(call);
+void forward(const ForwardParams& f, const Call& call) {
   if (f.k() == 0) return;
-  int64_t* selected = nullptr;
-  if (!f.keep_order) {
-    const Tensor& room = call.tensor(2);
-    const int64_t bytes = room.present() ? room.numel() * dtype_size(room.dtype) : 0;
-    check(bytes >= f.rows() * f.k() * 8, ErrorKind::value, "select_topk: workspace has ", bytes,
-          " bytes, expected at least ", f.rows() * f.k() * 8);
-    selected = static_cast<int64_t*>(room.data);
-  }
+  Arena arena(call.workspace, "select_topk");
+  int64_t* selected = f.keep_order ? nullptr : arena.take<int64_t>(f.rows() * f.k());
   using Kernel = SelectKernel<Element>;
   launch<Kernel>({f.rows(), 1, 1}, sizeof(typename Kernel::Smem), call.context, {f, selected});
 }
@@ -161,7 +155,7 @@ namespace hw::select_topk {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
+  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
 };
 
 }  // namespace hw::select_topk

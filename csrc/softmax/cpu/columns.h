@@ -19,9 +19,9 @@ class Columns {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Columns(const Call& call)
-      : p_(columns_params(call)),
-        threads_(call.context.num_threads),
+  Columns(const ColumnsParams& p, int threads)
+      : p_(p),
+        threads_(threads),
         x_(p_.x.as<const T>()),
         width_(x_ ? static_cast<int>(x_.size[3]) : 0),
         padded_(round_up(width_, kLanes<A>)),
@@ -144,9 +144,9 @@ class Probs {
   using A = Accum<T>;
   using Statistic = typename Replay<T>::Statistic;
 
-  explicit Probs(const Call& call)
-      : p_(probs_params(call)),
-        threads_(call.context.num_threads),
+  Probs(const ProbsParams& p, int threads)
+      : p_(p),
+        threads_(threads),
         q_(p_.q.as<const T>()),
         k_(p_.k.as<const T>()),
         shape_(p_.softcap) {}

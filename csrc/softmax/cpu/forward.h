@@ -30,8 +30,7 @@ class Forward {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Forward(const Call& call)
-      : Forward(forward_params(call), call.context.num_threads, true) {}
+  Forward(const ForwardParams& p, int threads) : Forward(p, threads, true) {}
 
   // For run_block() alone.
   explicit Forward(const ForwardParams& p) : Forward(p, 1, false) {}

@@ -324,9 +324,9 @@ void describe_tensors(GradParams<Element, Source>& p) {
 }
 
 template <class Element>
-void backward(const Call& call) {
+void backward(const BackwardParams& b, const Call& call) {
   GradParams<Element, MaskedSequence> p{};
-  p.b = backward_params(call);
+  p.b = b;
   describe_tensors(p);
   run_query_grad(p, p.b.sequences(), call.context);
   run_key_grad(p, p.b.sequences(), p.b.key_heads(), call.context);

@@ -12,6 +12,8 @@
 
 #include "softmax/simt/rows.cuh"
 
+#include "core/host/workspace.h"
+
 namespace hw::softmax::simt {
 
 template <class Element, class Source>
@@ -259,28 +261,18 @@ void run_rows(const RowsParams<Element, Source>& p, const Context& context) {
   }
 }
 
-// The call's workspace; it must hold what workspace_bytes asked for.
-inline void* workspace_of(const Call& call, int index, int64_t bytes) {
-  const Tensor& t = call.tensor(index);
-  const int64_t got = t.present() ? t.numel() * dtype_size(t.dtype) : 0;
-  check(got >= bytes, ErrorKind::value, "attention: workspace has ", got,
-        " bytes, expected at least ", bytes);
-  return t.data;
-}
-
 template <class Element>
-void forward(const Call& call) {
+void forward(const ForwardParams& f, const Call& call) {
   using A = Accum<Element>;
   RowsParams<Element, MaskedSequence> p{};
-  p.f = forward_params(call);
-  p.plan = forward_plan<A>(call);
-  p.q = make_side<Element>(p.f.q);
-  p.k = make_side<Element>(p.f.k);
-  p.v = make_side<Element>(p.f.v);
-  p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
-  p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
-  const int64_t bytes = p.plan.workspace() * static_cast<int64_t>(sizeof(A));
-  p.partials = static_cast<A*>(workspace_of(call, kForwardWorkspace, bytes));
+  p.f = f;
+  p.plan = forward_plan<A>(f, call);
+  p.q = make_side<Element>(f.q);
+  p.k = make_side<Element>(f.k);
+  p.v = make_side<Element>(f.v);
+  p.o_vectors = f.o && has_vectors(f.o.template as<Element>());
+  p.w_vectors = f.w && has_vectors(f.w.template as<Element>());
+  p.partials = Arena(call.workspace, "attention.forward").take<A>(p.plan.workspace());
   run_rows(p, call.context);
 }
 

@@ -31,6 +31,7 @@
 
 #include <climits>
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
 #include "core/gpu/tile.cuh"
