@@ -197,7 +197,7 @@ def test_empty_calls_reach_no_kernel(prefix, monkeypatch):
     def refuse(*args):
         raise AssertionError("native code was called")
 
-    monkeypatch.setattr(native, "run", refuse)
+    monkeypatch.setattr(_library, "call", refuse)
     for b, s, h, k, w in ((0, 5, 2, 3, 2), (1, 5, 0, 3, 2), (1, 5, 2, 0, 2), (1, 5, 2, 3, 0)):
         x, mu = torch.ones(b, s, h, 4), torch.ones(h, k, 4)
         index = hw.kmeans_route(x, mu, window=w, is_causal_prefix=prefix)

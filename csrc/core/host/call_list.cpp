@@ -70,6 +70,9 @@ class Check {
       fail(ErrorKind::type, a.name, " is of ", dtype_name(t.dtype), ", expected ",
            dtype_name(expected(a.kind)));
     check_sizes(a, t);
+    // Without memory it would be taken for one that is left out.
+    if (a.kind == Kind::index && a.is_optional && t.numel() == 0)
+      fail(ErrorKind::value, a.name, " has no elements; leave it out, or the call");
   }
 
   void check_device(const Argument& a, const Tensor& t) {
