@@ -64,7 +64,7 @@ RULES = (
     Rule(
         "hardware",
         re.compile(HARDWARE),
-        "use the names of core/gpu/device.h",
+        "use the names of core/gpu/device.cuh",
         allowed=("core/gpu/", "core/macros.h", "core/host/cpu_features.cpp", "emu/"),
     ),
     Rule(

@@ -26,6 +26,7 @@ def load(name):
 
 boundaries = load("check_boundaries")
 docs = load("check_docs")
+headers = load("check_headers")
 sizes = load("check_sizes")
 
 PLANTED = [
@@ -51,12 +52,12 @@ PLANTED = [
     ("exit", "core/a.h", "std::cerr << x;"),
     ("exit", "core/a.h", "assert(x > 0);"),
     ("atomics", "ops/x/a.cuh", "atomicAdd(reinterpret_cast<float*>(p), x);"),
-    ("atomics", "core/gpu/device.h", "atomic_add((float*)p, x);"),
+    ("atomics", "core/gpu/device.cuh", "atomic_add((float*)p, x);"),
     ("atomics", "ops/x/a.cuh", "atomicAdd(p, 1.0f);"),
-    ("atomics", "core/gpu/device.h", "inline float atomic_add(float* p, float x);"),
+    ("atomics", "core/gpu/device.cuh", "inline float atomic_add(float* p, float x);"),
     ("atomics", "ops/x/a_cpu.cpp", "std::atomic<float> sum;"),
     ("atomics", "ops/x/a_cpu.cpp", "#pragma omp atomic\nsum += x;"),
-    ("atomics", "core/gpu/device.h", 'asm volatile("red.global.add.f32 [%0], %1;");'),
+    ("atomics", "core/gpu/device.cuh", 'asm volatile("red.global.add.f32 [%0], %1;");'),
 ]
 
 HARMLESS = [
@@ -65,7 +66,7 @@ HARMLESS = [
     ("ops/x/a.cpp", 'check(ok, "exit(1) and threadIdx");'),
     ("ops/x/a.h", "static_assert(sizeof(int) == 4);"),
     (
-        "core/gpu/device.h",
+        "core/gpu/device.cuh",
         'asm volatile("bar.sync 0;"); int i = threadIdx.x; atomicAdd(&count, 1);',
     ),
     ("binding/module.cpp", "#include <pybind11/pybind11.h>"),
@@ -229,6 +230,55 @@ def test_files_and_lines_that_are_too_long_are_found(tmp_path):
         "a.h:501: the file has 501 lines, at most 500",
         "a.h:501: 101 columns, at most 100",
     ]
+
+
+ONCE = "#pragma once\n"
+SOUND = {
+    "core/gpu/device.cuh": ONCE + "#ifndef HW_EMULATE\n#error kernels only\n#endif\n",
+    "core/a.h": ONCE + "#include <vector>\ninline std::vector<int> a();\n",
+    "ops/b.cuh": ONCE + '#include "core/gpu/device.cuh"\ninline void b();\n',
+    "binding/c.h": ONCE + "#include <Python.h>\n",
+}
+UNSOUND = {
+    "no include": ("ops/x.h", ONCE + "inline std::vector<int> x();\n", "x.h:2: .*vector"),
+    "of another": ("ops/x.h", ONCE + '#include "ops/y.h"\n', "x.h:1: ops/y.h:1: .*vector"),
+    "twice": ("ops/x.h", "struct X {};\n", "x.h:1: redefinition"),
+    "a kernel's": ("ops/x.h", ONCE + '#include "ops/b.cuh"\n', "x.h:1: .*device.cuh:3: .*kernels"),
+    "no kernel's": ("ops/x.cuh", ONCE + '#include "core/a.h"\n', "x.cuh:1: no kernel's code"),
+    "Python": ("ops/x.h", ONCE + "#include <Python.h>\n", "x.h:2: Python.h: No such file"),
+}
+
+
+def tree(folder, files):
+    for name, text in files.items():
+        path = folder / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / "csrc"
+
+
+@pytest.mark.parametrize("planted", UNSOUND)
+def test_headers_that_do_not_compile_alone_are_found(tmp_path, planted):
+    name, text, words = UNSOUND[planted]
+    csrc = tree(tmp_path, SOUND | {name: text})
+    if planted == "of another":
+        (csrc / "ops" / "y.h").write_text("std::vector<int> y();\n")
+    found = [line for line in headers.violations(csrc, {}) if "/x." in line.partition(":")[0]]
+    assert len(found) == 1 and re.match(f"csrc/ops/{words}", found[0]), found
+
+
+def test_headers_are_compiled_again_when_what_they_include_changed(tmp_path, monkeypatch):
+    csrc, sound = tree(tmp_path, SOUND), {}
+    assert headers.violations(csrc, sound) == []
+    compiled = []
+    compile_one = headers._compile
+    monkeypatch.setattr(
+        headers, "_compile", lambda *a: compiled.append(a[1].name) or compile_one(*a)
+    )
+    assert headers.violations(csrc, sound) == [] and compiled == []
+    (csrc / "core/gpu/device.cuh").write_text(SOUND["core/gpu/device.cuh"] + "int second;\n")
+    headers._digest.cache_clear()
+    assert headers.violations(csrc, sound) == [] and compiled == ["device.cuh", "b.cuh"]
 
 
 LISTED = """

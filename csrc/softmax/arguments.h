@@ -58,8 +58,8 @@ inline constexpr auto kGradients = arguments(
     out("d_key_gain", &BackwardParams::d_key_gain, "B Hq Sk").wide().optional(),
     out("d_row_temperature", &BackwardParams::d_row_temperature, "B Sq Hq").wide().optional());
 
-// Fills in lengths, and the rows of key_gain, which are counted as a slice of Python's: from the end
-// where they are negative.
+// Fills in lengths, and the rows of key_gain, which are counted as a slice of Python's: from the
+// end where they are negative.
 void complete_scores(ScoreParams& p);
 
 // Throw Error; `op` names the operator.

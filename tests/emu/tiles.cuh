@@ -2,7 +2,7 @@
 // Kernels that load tiles and store rows of any width and layout, for test_tile.cpp.
 #pragma once
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::test {
 

@@ -16,7 +16,7 @@
 #include <cstdint>
 
 #include "core/gpu/csr.h"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/math.h"
 

@@ -2,7 +2,8 @@
 // The C boundary of the native libraries: one exported function, which returns a table.
 //
 // libheadworks and libheadworks_emulator export the same table; the second runs the CUDA kernels on
-// the host. A front end needs this header alone. Tensors and contexts are plain data (core/host/call.h).
+// the host. A front end needs this header alone. Tensors and contexts are plain data
+// (core/host/call.h).
 //
 // Every function that can fail returns an ErrorKind (0: success) and, on failure, writes a
 // zero-terminated message of at most `size` bytes. No exception crosses this boundary.

@@ -9,8 +9,8 @@
 //
 // Of it are made: the reader, which fills the parameters of a call; the checks of rank, dtype,
 // device, size and presence, for every caller; and what the front end asks for, the names in order,
-// of which it makes schemas and tuples. Tensors and scalars are counted apart; tensors that are read
-// come before those that are only written.
+// of which it makes schemas and tuples. Tensors and scalars are counted apart; tensors that are
+// read come before those that are only written.
 //
 //   sizes      one symbol per dimension; equal symbols are equal sizes throughout the call.
 //              "Sk?" may be 1 too: such a dimension is read with the symbol's size and stride 0

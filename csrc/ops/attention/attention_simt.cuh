@@ -10,8 +10,8 @@
 //   columns.cuh    loop C: sums, maxima, P^T x; single pairs
 //
 // Compile-time choices: the dtype; whether rows or keys are owned, which decides what all indices
-// mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k and
-// d_v, since both together cost 64 registers. That is nine kernels. All options are run-time
+// mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k
+// and d_v, since both together cost 64 registers. That is nine kernels. All options are run-time
 // flags, the same for all threads, looked at per score and not in the products, which are D times
 // as long.
 #pragma once

@@ -3,8 +3,8 @@
 //
 //   means    a task: a row of regions; the channels of a token are summed as one row, and an image
 //            is read from front to back
-//   scores   a task: the graph of a batch entry (and head); A = mq mk^T, a small matrix product with
-//            mk transposed beforehand
+//   scores   a task: the graph of a batch entry (and head); A = mq mk^T, a small matrix product
+//            with mk transposed beforehand
 #include "ops/bilevel_route/bilevel_route.h"
 
 #include <algorithm>

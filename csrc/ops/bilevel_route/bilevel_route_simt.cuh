@@ -9,7 +9,7 @@
 
 #include "ops/bilevel_route/bilevel_route.h"
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 
 namespace hw::bilevel_route::simt {

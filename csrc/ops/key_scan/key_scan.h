@@ -46,7 +46,7 @@ struct BackwardParams : ForwardParams {
   Ref<void, 2> d_lse0;        // [B, H]        out, or absent
 };
 
-// In backward wide and o1 are the forward's: T sums products with o over all later rows, and in that
-// sum roundings of o would add up.
+// In backward wide and o1 are the forward's: T sums products with o over all later rows, and in
+// that sum roundings of o would add up.
 
 }  // namespace hw::key_scan

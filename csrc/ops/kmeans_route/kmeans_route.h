@@ -8,8 +8,8 @@
 //
 //   B batch, S tokens, H heads, D channels, K clusters, W members, L length of the whole sequence
 //
-// Who joins is decided by keys of core/sort_key.h: equal similarities rank by position, so an earlier
-// equal outranks; NaN ranks last. The W best of the whole sequence are select_topk's on d.
+// Who joins is decided by keys of core/sort_key.h: equal similarities rank by position, so an
+// earlier equal outranks; NaN ranks last. The W best of the whole sequence are select_topk's on d.
 //
 // Invariant: the bits of d_bhct follow from x_bth and mu_hc alone. All tokens take the same
 // additions in the same order, whatever B, S and the number of threads: equal tokens tie, and the

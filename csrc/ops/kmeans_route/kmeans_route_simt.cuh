@@ -22,8 +22,8 @@
 
 #include "ops/kmeans_route/kmeans_route.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/gpu/vector.h"
 #include "core/math.h"

@@ -15,7 +15,7 @@
 // A call that is not causal and not direct runs (a) and (b) too: each row applies the total.
 //
 // Packed sequences: where sequence n starts is known on the device only, so segments have slots:
-//   segment k of sequence n has slot  floor(cu[n] / L) + n + k       (unpacked: n * per_sequence + k)
+//   segment k of sequence n has slot  floor(cu[n] / L) + n + k     (unpacked: n * per_sequence + k)
 // Slots of one sequence never reach those of the next, because
 //   floor((c + len) / L) - floor(c / L) + 1 >= ceil(len / L).
 // There are floor(S / L) + N of them, some stay empty, and a slot's sequence is found by bisection.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16, taylor2 with D <= 16, any
-// strides, any Dv.
+// Linear attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16, taylor2 with D <= 16,
+// any strides, any Dv.
 //
 //   _sm80_layout.h       what it takes, plan and workspace
 //   _sm80_tile.cuh       tiles, fragments, features in slots
@@ -9,8 +9,8 @@
 //   _sm80_forward.cuh    the loop that applies weights: o, dv; totals of segments
 //   _sm80_backward.cuh   the loop that differentiates scores: dq, dk
 //
-// Phases: (a) totals of the segments, (b) their prefix (shared with the simt backend), (c) the loop.
-// (a) and (b) only where the plan cuts sequences, or where every row sees the whole sequence.
+// Phases: (a) totals of the segments, (b) their prefix (shared with the simt backend), (c) the
+// loop. (a) and (b) only where the plan cuts sequences, or where every row sees the whole sequence.
 #pragma once
 
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"

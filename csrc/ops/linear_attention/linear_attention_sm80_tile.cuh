@@ -25,11 +25,11 @@
 
 #include "ops/linear_attention/linear_attention_plan.h"
 
-#include "core/gpu/async_copy.h"
-#include "core/gpu/device.h"
-#include "core/gpu/mma.h"
-#include "core/gpu/packed.h"
-#include "core/gpu/tile.h"
+#include "core/gpu/async_copy.cuh"
+#include "core/gpu/device.cuh"
+#include "core/gpu/mma.cuh"
+#include "core/gpu/packed.cuh"
+#include "core/gpu/tile.cuh"
 
 namespace hw::linear_attention::sm80 {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of mixture-of-heads attention on the CPU. A task has 8 heads of a batch entry, whose gates lie
-// side by side, and walks the tokens: each is written as the next row of every head, and stays where
-// the head was chosen.
+// Rows of mixture-of-heads attention on the CPU. A task has 8 heads of a batch entry, whose gates
+// lie side by side, and walks the tokens: each is written as the next row of every head, and stays
+// where the head was chosen.
 #include "ops/moh_route/moh_route.h"
 
 #include <algorithm>

@@ -5,8 +5,8 @@
 
 #include "ops/moh_route/moh_route.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 
 namespace hw::moh_route::simt {

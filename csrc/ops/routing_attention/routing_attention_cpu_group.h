@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A group of listed rows and keys on the CPU, as a small sequence that the engine's blocks can take.
+// A group of listed rows and keys on the CPU, as a small sequence that the engine's blocks can
+// take.
 //
 //   rows     tokens of q, read where they lie; slots without token are left out
 //   keys     gathered side by side into memory of the task, [Wk, D] and [Wk, Dv], which stays in L2

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed queries to listed keys in plain CUDA: every dtype, every D and Dv, sm_75 and
-// later. The mathematics is in routing_attention.h; the loops are those of ops/attention, over lists.
+// later. The mathematics is in routing_attention.h; the loops are those of ops/attention, over
+// lists.
 //
 //   _simt_lists.cuh    where rows and keys lie            _simt_layout.cuh   workspace
 //   _slots.cuh         indices of slots and regions, sums over them

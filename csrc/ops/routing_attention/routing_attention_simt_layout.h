@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on CUDA: shapes of a call and its workspace. From shapes
-// only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
+// Attention of listed queries to listed keys on CUDA: shapes of a call and its workspace. From
+// shapes only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
 //
 //   forward    by slot                  slots of every token (Csr), in the order of the lists
 //   backward   by slot                  slots of every token, of rows and of keys; D; gradients of
@@ -49,9 +49,9 @@ Shape shape_of(const Params& p) {
 
 // ---- Key regions and who lists them -------------------------------------------------------------
 
-// Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr is
-// block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of region
-// r = region[t], as far as it has any.
+// Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr
+// is block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of
+// region r = region[t], as far as it has any.
 struct Regions {
   Csr listed;                 // buckets are regions
   int32_t* first = nullptr;   // [lists, regions + 1]  first span of a region

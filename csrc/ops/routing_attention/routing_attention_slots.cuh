@@ -22,7 +22,7 @@
 #include "ops/routing_attention/routing_attention_simt_layout.h"
 
 #include "core/gpu/csr.cuh"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 
 namespace hw::routing_attention {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and f16.
+// Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and
+// f16.
 //
 //   _sm80_layout.cuh    what it takes, how it is cut
 //   _sm80_feed.cuh      tasks, tokens of slots, places of results

@@ -14,7 +14,7 @@
 #include "ops/routing_attention/routing_attention_sm80_layout.h"
 #include "softmax/sm80/score.cuh"
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace hw::routing_attention::sm80 {
 

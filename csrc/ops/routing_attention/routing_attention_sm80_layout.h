@@ -9,8 +9,8 @@ namespace hw::routing_attention::sm80 {
 
 // A block owns kOwn slots of a list, a strip or two of 16 for each warp:
 //
-//   kNarrow     a warp of its own, where all lists are this short (small regions of an image): little
-//               shared memory, so that many lists load side by side
+//   kNarrow     a warp of its own, where all lists are this short (small regions of an image):
+//               little shared memory, so that many lists load side by side
 //   kMedium     of the shorter lists, warps without tokens only help to load
 //   kWide       two strips read a tile of keys half as often as one: forward, plain scores
 //
@@ -18,7 +18,7 @@ namespace hw::routing_attention::sm80 {
 //
 //   width           32    64   128
 //   narrow          14     8     7   forward, of a warp        13, 7, 6   gradients
-//   medium           4     3     3   forward, of 4 warps        3, 3, 2   d_q       2, 2, 2   d_k, d_v
+//   medium           4     3     3   forward, of 4 warps        3, 3, 2   d_q    2, 2, 2   d_k, d_v
 //   wide             2     2     2   forward, of 4 warps, two strips each
 inline constexpr int kNarrow = 16, kMedium = 64, kWide = 128;
 

@@ -3,11 +3,11 @@
 //
 //   I = the first k of 0 .. N - 1 ordered by (-s_i, i)
 //
-// Equal scores rank by their index, -0 equals 0, NaN ranks last: keys of core/sort_key.h. The order is
-// complete, so every backend selects the same, and how it does is free.
+// Equal scores rank by their index, -0 equals 0, NaN ranks last: keys of core/sort_key.h. The order
+// is complete, so every backend selects the same, and how it does is free.
 //
-// Selection, not sorting: the key t of the k-th largest is found digit by digit from histograms, then
-// one pass in the order of the row takes every key above t and the first `ties` that equal it.
+// Selection, not sorting: the key t of the k-th largest is found digit by digit from histograms,
+// then one pass in the order of the row takes every key above t and the first `ties` that equal it.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 // Selection of the k largest on the CPU: a row is a task.
 //
 //   1  keys of the row
-//   2  the key t of the k-th largest, bit by bit from the top: a bit stays set if at least k keys are
-//      not below; ends early where exactly k are
+//   2  the key t of the k-th largest, bit by bit from the top: a bit stays set if at least k keys
+//      are not below; ends early where exactly k are
 //   3  the row once more, in order
 //
 // Every pass is a loop without branches over keys in cache, sixteen at a time with AVX-512.
@@ -58,8 +58,8 @@ class Select {
     return {t, p_.k() - count(keys, [t](Key key) { return key > t; })};
   }
 
-  // How many keys of the row `accepts`. Counters of the keys' own size fill vectors best; a piece of
-  // the row cannot overflow them.
+  // How many keys of the row `accepts`. Counters of the keys' own size fill vectors best; a piece
+  // of the row cannot overflow them.
   template <class Accepts>
   int64_t count(const Key* keys, const Accepts& accepts) const {
     constexpr int64_t kPiece = 32768;

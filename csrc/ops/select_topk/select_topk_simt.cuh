@@ -7,14 +7,14 @@
 //                                   score its place
 //   rank (if asked for)             place = number of selected that come before
 //
-// Counters are integers, so atomic additions in any order give the same bins. Scores are read again in
-// every pass: rows of routing scores stay in L2.
+// Counters are integers, so atomic additions in any order give the same bins. Scores are read again
+// in every pass: rows of routing scores stay in L2.
 #pragma once
 
 #include "ops/select_topk/select_topk.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/host/workspace.h"
 #include "core/sort_key.h"
@@ -73,8 +73,8 @@ struct SelectKernel {
       return shift + kDigitBits >= kBits ? Key{0} : static_cast<Key>(x >> (shift + kDigitBits));
     }
 
-    // Appends the digit of the k-th largest to the prefix. One warp, a lane has 8 bins, the first lane
-    // the uppermost ones.
+    // Appends the digit of the k-th largest to the prefix. One warp, a lane has 8 bins, the first
+    // lane the uppermost ones.
     HW_DEVICE HW_INLINE void find_bin() const {
       constexpr int kOwn = kBins / dev::kWarp;
       const int first = kBins - 1 - dev::lane() * kOwn;

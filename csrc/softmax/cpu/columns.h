@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Columns of the attention map on the CPU, given the row statistics: loop C, and single weights.
 //
-// A task of Columns owns 256 keys of one head and walks the blocks of queries that see them, so that
-// queries are packed once per task and sums have one owner: no atomics, one order of additions.
+// A task of Columns owns 256 keys of one head and walks the blocks of queries that see them, so
+// that queries are packed once per task and sums have one owner: no atomics, one order of
+// additions.
 #pragma once
 
 #include "softmax/cpu/tile.h"

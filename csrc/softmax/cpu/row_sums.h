@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "softmax/cpu/operands.h"
+#include "softmax/cpu/tile.h"
 #include "softmax/online.h"
 
 namespace hw::softmax {

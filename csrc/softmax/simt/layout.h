@@ -40,8 +40,8 @@ inline constexpr int kSide = kLanes * kVector<A>;
 template <class A>
 inline constexpr int kStride = kSide<A> + kVector<A>;
 
-// Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the rooms,
-// the terms.
+// Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the
+// rooms, the terms.
 inline constexpr int kWorkBytes = 128;
 inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>

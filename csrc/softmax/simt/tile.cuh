@@ -14,7 +14,7 @@
 #include "softmax/simt/layout.h"
 
 #include "core/dtype.h"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/vector.h"
 
 namespace hw::softmax::simt {

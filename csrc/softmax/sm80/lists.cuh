@@ -34,7 +34,7 @@
 #include "softmax/mask.h"
 #include "softmax/params.h"
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::softmax::sm80 {
 

@@ -19,7 +19,7 @@
 #include "softmax/sm80/layout.h"
 #include "softmax/sm80/lists.cuh"
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::softmax::sm80 {
 

@@ -22,8 +22,8 @@
 //   transposed   (2t + 0, 1; g)     so that the rows of B (stored [K, N]) give b
 #pragma once
 
-#include "core/gpu/async_copy.h"
-#include "core/gpu/device.h"
+#include "core/gpu/async_copy.cuh"
+#include "core/gpu/device.cuh"
 
 namespace hw::dev {
 
