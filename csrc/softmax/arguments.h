@@ -16,6 +16,7 @@ inline constexpr auto kScoreArguments = arguments(
     in("key_bias", &ScoreParams::key_bias, "B Hq Sk").wide().optional(),
     in("key_gain", &ScoreParams::key_gain, "B Hq Sk").wide().optional(),
     in("row_temperature", &ScoreParams::row_temperature, "B Sq Hq").wide().optional(),
+    in("sink", &ScoreParams::sink, "B Hq").wide().optional(),
     in("cu_seqlens_q", &ScoreParams::cu_seqlens_q, "N+1").index().optional(),
     in("cu_seqlens_k", &ScoreParams::cu_seqlens_k, "N+1").index().optional(),
     number("scale", &ScoreParams::scale), number("softcap", &ScoreParams::softcap),

@@ -11,12 +11,13 @@
 // right corner. Weights of the keys it sees; the others have weight 0:
 //
 //   softmax    p_ij = exp(s_ij - L_i)    L_i = log sum_j exp(s_ij)
+//              with a sink z_h:          L_i = log (exp(z_h) + sum_j exp(s_ij))
 //   softmax1   p_ij = exp(s_ij - L_i)    L_i = log (1 + sum_j exp(s_ij))
 //   sigmoid, relu, relu2                 p_ij = a(s_ij) / n_i      a(s) = 1 / (1 + e^-s), s+, s+^2
 //              n_i = 1 | number of keys that row i sees | sum_j a(s_ij)     (normalizer)
 //
-// A row without keys, or whose scores are all -inf, has p = 0 and L = -inf (softmax1: 0); where n_i
-// is 0, p = 0.
+// A row without keys, or whose scores are all -inf, has p = 0 and L = -inf (softmax1: 0, with a
+// sink z); where n_i is 0, p = 0.
 //
 //   w_i  = sum_j p_ij v_j
 //   o_i  = g_i ((1 - u) w_i + u v_i)               head_gate g, identity_mix u of the head
@@ -74,6 +75,7 @@ struct ScoreParams {
   Ref<const void, 3> key_bias;         // [B, Hq, Sk]      acc
   Ref<const void, 3> key_gain;         // [B, Hq, Sk]      acc
   Ref<const void, 3> row_temperature;  // [B, Sq, Hq]      acc
+  Ref<const void, 2> sink;             // [B, Hq]          acc: z, softmax only
   Ref<const int64_t, 1> cu_seqlens_q;  // [N + 1] or absent; then B = 1
   Ref<const int64_t, 1> cu_seqlens_k;  // [N + 1], present exactly if cu_seqlens_q is
   double scale, softcap;               // softcap 0: none
@@ -102,13 +104,13 @@ struct ScoreParams {
 inline bool same_scores_in_batch(const ScoreParams& p) {
   const auto same = [](const auto& x) { return !x || x.stride[0] == 0; };
   return same(p.q) && same(p.k) && same(p.bias) && same(p.key_bias) && same(p.key_gain) &&
-         same(p.row_temperature);
+         same(p.row_temperature) && same(p.sink);
 }
 
 // The logit beside the scores of a row of a softmax that takes weight and has no value: -inf, none.
 template <class A>
 HW_HOST_DEVICE HW_INLINE A extra_logit(const ScoreParams& p, int64_t batch, int head) {
-  static_cast<void>(batch), static_cast<void>(head);
+  if (p.sink) return p.sink.as<const A>()(batch, head);
   return p.activation == Activation::softmax1 ? A(0) : -std::numeric_limits<A>::infinity();
 }
 

@@ -59,6 +59,10 @@ def make(case, dtype, device="cpu", seed=0):
     if n["temperature"]:
         tau = draw_as(n["temperature"], ("B", "Sq", "Hq"))
         tensors["row_temperature"] = tau.to(device, wide)
+    if n["sink"]:  # one that takes hardly anything, one that takes nearly all
+        size = torch.tensor([0.0, 6.0, -9.0, 2.0]).repeat(n["Hq"])[: n["Hq"]]
+        z = 2 * draw(n["B"], n["Hq"]) + size
+        tensors["sink"] = (z if n["sink"] == "bh" else z[0]).to(device, wide)
     if n["gate"] is not None:
         tensors["head_gate"] = _gate(draw, generator, n).to(device, wide)
     if n["mix"]:

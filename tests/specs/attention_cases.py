@@ -15,8 +15,9 @@ WEIGHTS = (
     *((a, n) for a in ("sigmoid", "relu", "relu2") for n in (None, "length", "sum")),
 )
 STATISTICS = ("lse", "entropy", "p_max", "sq_norm", "mass")
-SCORE_TENSORS = ("bias", "key_bias", "key_gain", "row_temperature", "cu_seqlens_q", "cu_seqlens_k")
-
+SCORE_TENSORS = (
+    "bias", "key_bias", "key_gain", "row_temperature", "sink", "cu_seqlens_q", "cu_seqlens_k",
+)  # fmt: skip
 # Those of them that have a gradient.
 SCORE_GRADIENTS = tuple(name for name in SCORE_TENSORS if not name.startswith("cu_seqlens"))
 
@@ -25,10 +26,10 @@ def case(
     Sq=65, Sk=None, D=16, Dv=24, B=1, H=2, Hq=None, *, causal=False, window=None, scale=None,
     softcap=0.0, bias=None, hidden=0.0, key_bias=None, key_gain=None, gain_rows=None,
     temperature=None, weights=("softmax", None), gate=None, mix=None, lengths=None, aux=(),
-    spread=1.0, shared=False, floor=2.0, label="", **more,
+    spread=1.0, shared=False, sink=None, floor=2.0, label="", **more,
 ):  # fmt: skip
     """`hidden`: the share of -inf in the bias, and its row 3. `spread`: multiplies the scores.
-    `gate`: the share of zeros. `mix`: "h" or "bh". `shared`: q and k are those of all batch
+    `gate`: the share of zeros. `mix`, `sink`: "h" or "bh". `shared`: q and k are those of all batch
     entries. `more`: options of a companion."""
     if lengths is not None:
         Sq, Sk, B = sum(lengths[0]), sum(lengths[1]), 1
@@ -36,7 +37,7 @@ def case(
     sizes = {"B": B, "Sq": Sq, "Sk": Sk, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv,
              "lengths": lengths, "bias": bias, "hidden": hidden, "key_bias": key_bias,
              "key_gain": key_gain, "temperature": temperature, "gate": gate, "mix": mix,
-             "aux": aux, "spread": spread, "shared": shared}  # fmt: skip
+             "aux": aux, "spread": spread, "shared": shared, "sink": sink}  # fmt: skip
     activation, normalizer = weights
     options = {"is_causal": causal, "activation": activation, "normalizer": normalizer}
     options |= {} if window is None else {"window_size": window}
@@ -50,7 +51,7 @@ def case(
     words += [f"window{window[0]}:{window[1]}"] if window else []
     words += [f"{n}{v:g}" for n, v in (("scale", scale), ("cap", softcap)) if v]
     words += [f"{n}_{v}" for n, v in (("bias", bias), ("kbias", key_bias), ("gain", key_gain),
-              ("temp", temperature), ("mix", mix)) if v]  # fmt: skip
+              ("temp", temperature), ("mix", mix), ("sink", sink)) if v]  # fmt: skip
     words += [f"hidden{hidden:g}"] if hidden else []
     words += [f"rows{gain_rows[0]}:{gain_rows[1]}"] if gain_rows else []
     words += [f"gate{gate:g}"] if gate is not None else []
@@ -197,6 +198,18 @@ REST = (
     case(lengths=LENGTHS, weights=("relu", "length"), causal=True),
     case(lengths=((70, 5), (70, 5)), mix="h", gate=0.2, causal=True),
     case(lengths=((300,), (300,)), causal=True, aux=STATISTICS),
+    *(
+        case(Sq=66, Sk=sk, B=2, Hq=4, causal=True, sink=z, aux=STATISTICS)
+        for z, sk in (("h", 66), ("bh", 130))
+    ),
+    case(Sq=70, B=2, Hq=4, sink="bh", softcap=2.0, bias="b1qk", temperature="1qh", gate=0.2),
+    case(Sq=130, Sk=20, window=(3, 2), sink="h", aux=STATISTICS, label="rows without keys"),
+    case(Sq=66, bias="11qk", hidden=0.6, sink="h", aux=STATISTICS),
+    case(Sq=1, Sk=300, Hq=4, sink="h", aux=("lse",)),
+    case(Sq=3, Sk=0, B=2, sink="bh", aux=STATISTICS),
+    case(lengths=LENGTHS, Hq=4, sink="h", causal=True, aux=("lse", "entropy")),
+    case(Sq=66, spread=20.0, D=16, sink="h", aux=STATISTICS, label="large scores"),
+    case(Sq=5, B=10, H=1, Hq=2, D=8, Dv=8, sink="bh", shared=True, aux=("lse",)),
     # What all batch entries share the CPU computes once for 8 of them.
     case(Sq=70, B=10, H=1, Hq=2, D=8, Dv=8, causal=True, key_bias="11k", shared=True),
     case(
@@ -219,6 +232,7 @@ REST = (
 CASES = (*MASKS, *SHAPES, *SCORES, *REST)
 
 SAMPLE_CASES = (
+    case(Sq=70, B=2, Hq=4, causal=True, window=(20, 0), sink="h", aux=("lse", "p_max")),
     case(
         Sq=70,
         B=3,
@@ -241,6 +255,8 @@ SAMPLE_CASES = (
 )
 
 EMULATOR_CASES = (
+    case(Sq=40, B=2, H=1, Hq=2, D=16, Dv=16, causal=True, sink="bh", aux=STATISTICS),
+    case(Sq=2, Sk=300, H=1, D=16, Dv=8, sink="h", aux=("lse",)),
     case(
         Sq=70,
         B=1,

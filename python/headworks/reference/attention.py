@@ -8,6 +8,7 @@
 Row i sees some of the keys; s_ij = -inf for the others.
 
     softmax    p_ij = exp(s_ij - L_i)    L_i = log sum_j exp(s_ij)
+               with a sink z:            L_i = log (exp(z) + sum_j exp(s_ij))
     softmax1   p_ij = exp(s_ij - L_i)    L_i = log (1 + sum_j exp(s_ij))
     others     p_ij = a(s_ij) / n_i      n_i = 1, the number of keys seen, or sum_j a(s_ij)
 
@@ -172,6 +173,7 @@ def weights(
     key_gain: Tensor | None = None,  # broadcastable to [B, Hq, Sk]
     gain_rows: tuple[int | None, int | None] | None = None,
     row_temperature: Tensor | None = None,  # broadcastable to [B, Sq, Hq]
+    sink: Tensor | None = None,  # [B|1, Hq]
     activation: str = "softmax",
     normalizer: str | None = None,
     lse: Tensor | None = None,  # [B, Hq, Sq], instead of the one of these scores
@@ -196,7 +198,9 @@ def weights(
     s = torch.where(seen, s, -torch.inf)
     if activation in ACTIVATIONS:
         return _normalized(ACTIVATIONS[activation](s), normalizer, seen), None
-    return _softmax(s, s.new_zeros(1, 1) if activation == "softmax1" else None, lse)
+    if activation == "softmax1":
+        sink = s.new_zeros(1, 1)
+    return _softmax(s, None if sink is None else sink.to(dtype), lse)
 
 
 def _softmax(s: Tensor, extra: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@
 
 go into attention.backward. Of the epilogue, with a_i = <d_o_i, w_i> and b_i = <d_o_i, v_i>:
 
+    d_sink = -sum_i exp(sink - L_i) delta_i
+
     d_g_i = (1 - u) a_i + u b_i      d_u = sum_i g_i (b_i - a_i)      d_v_i += g_i u d_o_i
 """
 
@@ -73,8 +75,20 @@ def returned(
     grads.append(per_key_head(made.d_k, own.k.shape[2]).to(own.k.dtype))
     for name, x, needed in zip(_OPTIONS, own.tensors[2:], needs[2:TENSORS], strict=True):
         d_x = getattr(made, f"d_{name}", None)
+        if name == "sink" and x is not None and needed:
+            d_x = _of_sink(x, row, delta)
         grads.append(None if x is None or d_x is None or not needed else d_x.to(x.dtype))
     return tuple(grads)
+
+
+def _of_sink(sink: Tensor, row: Maybe, delta: Maybe) -> Tensor:
+    """-sum_i p_i delta_i, where p_i = exp(sink - L_i) is the weight of the sink in row i."""
+    assert row is not None and delta is not None
+    distance = sink[..., None] - row if row.dim() == 3 else sink[..., None] - row[0] - row[1]
+    taken = torch.where(sink[..., None] == -torch.inf, 0, distance.exp()) * delta
+    # In pieces, whose sums have one order whatever the number of threads.
+    padded = torch.nn.functional.pad(taken, (0, -taken.shape[2] % 128))
+    return -padded.view(*taken.shape[:2], -1, 128).sum(3).sum(2)
 
 
 class _Attention(torch.autograd.Function):

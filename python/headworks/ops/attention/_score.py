@@ -52,6 +52,7 @@ class ScoreOptions(TypedDict, total=False):
     key_gain: Tensor | None
     gain_rows: Rows | None
     row_temperature: Tensor | None
+    sink: Tensor | None
     activation: str
     normalizer: str | None
 
@@ -70,6 +71,7 @@ class Score(NamedTuple):
     key_bias: Maybe = None
     key_gain: Maybe = None
     row_temperature: Maybe = None
+    sink: Maybe = None
     cu_seqlens_q: Maybe = None
     cu_seqlens_k: Maybe = None
     scale: float = 1.0
@@ -110,6 +112,8 @@ class Score(NamedTuple):
     @property
     def lse_without_keys(self) -> float | Tensor:
         """L of rows that see no key, of the softmaxes; as far as it broadcasts to [B, Hq, Sq]."""
+        if self.sink is not None:
+            return self.sink[..., None]
         return -math.inf if self.activation == ACTIVATIONS["softmax"] else 0.0
 
     def detached(self) -> Score:
@@ -118,7 +122,7 @@ class Score(NamedTuple):
         return Score(*tensors, *self.numbers)
 
 
-TENSORS = 8
+TENSORS = 9
 
 
 def score_of(
@@ -139,6 +143,7 @@ def score_of(
     key_gain: Tensor | None = None,
     gain_rows: Rows | None = None,
     row_temperature: Tensor | None = None,
+    sink: Tensor | None = None,
     activation: str = "softmax",
     normalizer: str | None = None,
     **unknown: Any,
@@ -173,10 +178,12 @@ def score_of(
         row_temperature = broadcast(
             op, "row_temperature", row_temperature, "[B|1, Sq, H|1]", per_row, 0b101, q
         )
+    if sink is not None:
+        sink = _check_sink(op, sink, a, q)
     if bias is not None:
         bias, key_bias = _check_bias(op, bias, key_bias, packed, q, k)
     return Score(
-        q, k, bias, key_bias, key_gain, row_temperature, bounds_q, bounds_k,
+        q, k, bias, key_bias, key_gain, row_temperature, sink, bounds_q, bounds_k,
         scale, softcap, causal, left, right, a, n, begin, end, max_q, max_k,
     )  # fmt: skip
 
@@ -225,6 +232,22 @@ def _check_bias(
     return None, same if key_bias is None else same + key_bias
 
 
+def _check_sink(op: str, sink: object, activation: int, q: Tensor) -> Tensor:
+    """The logit of a key without a value, [B, Hq], expanded."""
+    if activation != ACTIVATIONS["softmax"]:
+        fail(
+            ValueError,
+            op,
+            "sink",
+            f'given with activation="{list(ACTIVATIONS)[activation]}"',
+            "None: it is a term of the softmax's denominator",
+            'Use activation="softmax"; softmax1 is a sink of logit 0.',
+        )
+    if isinstance(sink, Tensor) and sink.shape == q.shape[2:3]:
+        sink = sink[None]
+    return broadcast(op, "sink", sink, "[Hq] or [B|1, Hq]", (q.shape[0], q.shape[2]), 0b01, q)
+
+
 def check_lse(op: str, lse: object, score: Score) -> Maybe:
     """A given lse, without gradient."""
     if lse is None:
@@ -268,6 +291,7 @@ def reference_options(op: str, score: Score) -> dict[str, Any]:
         "key_gain": score.key_gain,
         "gain_rows": (score.gain_begin, score.gain_end),
         "row_temperature": score.row_temperature,
+        "sink": score.sink,
         "activation": list(ACTIVATIONS)[score.activation],
         "normalizer": list(NORMALIZERS)[score.normalizer],
     }

@@ -96,6 +96,7 @@ def attention(
     key_gain: Tensor | None = None,
     gain_rows: Rows | None = None,
     row_temperature: Tensor | None = None,
+    sink: Tensor | None = None,
     activation: str = "softmax",
     normalizer: str | None = None,
     head_gate: Tensor | None = None,
@@ -115,7 +116,7 @@ def attention(
         o_i = g_i \, \big( (1 - u) \sum_j p_{ij} v_j + u \, v_i \big)
 
     over the keys j that row i sees. A row that sees none, or none with a finite score, gives 0
-    with L = -inf and zero gradients.
+    with L = -inf (with a sink L = z) and zero gradients.
 
     Args:
         q: [B, Sq, Hq, D]. float64, float32, bfloat16 or float16; any strides, zero too.
@@ -138,6 +139,8 @@ def attention(
         gain_rows: (start, stop), the rows of a sequence that key_gain is for, as in a slice:
             (-1, None) is the last one (negative numbers not with packed sequences).
         row_temperature: tau [B|1, Sq, H|1].
+        sink: z [Hq] or [B|1, Hq], the logit of a key more, whose value is 0 (the learned sinks of
+            gpt-oss): L = log(e^z + sum_j e^s). With activation="softmax" only.
         activation: "softmax"; "softmax1", with 1 added to the denominator (L = log(1 + ...)); or
             p = a(s) / n with a = "sigmoid", "relu" or "relu2" (its square).
         normalizer: n of the last three: None for 1, "length" for the number of keys that the row
@@ -154,9 +157,10 @@ def attention(
         o [B, Sq, Hq, Dv] in the dtype of the inputs, or (o, AuxResult).
 
     Gradients flow, once (the reference backend: any number of times), to q, k, v, bias, key_bias,
-    key_gain, row_temperature, head_gate, identity_mix, and from o and the lse; the other read-outs
-    have none. Under ``torch.autocast`` q, k, v and bias are cast to the autocast dtype. Dropout of
-    the weights is not offered: replaying them would need the state of the random numbers.
+    key_gain, row_temperature, sink, head_gate, identity_mix, and from o and the lse; the other
+    read-outs have none. Under ``torch.autocast`` q, k, v and bias are cast to the autocast dtype.
+    Dropout of the weights is not offered: replaying them would need the state of the random
+    numbers.
 
     Raises:
         ValueError: shapes that do not fit, a number out of range, options that contradict each
@@ -181,7 +185,7 @@ def attention(
     q, k, v = _checked(q, k, v)
     if (
         bias is None and key_bias is None and key_gain is None and gain_rows is None
-        and row_temperature is None and head_gate is None and identity_mix is None
+        and row_temperature is None and sink is None and head_gate is None and identity_mix is None
         and return_aux is None and normalizer is None and activation == "softmax"
         and cu_seqlens_q is None and cu_seqlens_k is None
         and max_seqlen_q is None and max_seqlen_k is None and not unknown
@@ -193,7 +197,7 @@ def attention(
         OP, q, k, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, bias=bias, key_bias=key_bias, key_gain=key_gain,
-        gain_rows=gain_rows, row_temperature=row_temperature, activation=activation,
+        gain_rows=gain_rows, row_temperature=row_temperature, sink=sink, activation=activation,
         normalizer=normalizer, **unknown,
     )  # fmt: skip
     gate = mix = mass_keys = None
