@@ -225,7 +225,6 @@ REFUSED = {
     "output_attentions": (
         None, {"output_attentions": True}, "output_attentions is True.*attention_probs",
     ),
-    "s_aux": (None, {"s_aux": torch.zeros(2)}, "s_aux is .*softmax1.*eager"),
     "indices": (None, {"indices": torch.zeros(2)}, "indices is .*does not know.*eager"),
     "block_table": (None, {"block_table": 3}, "block_table is 3.*does not know"),
     "corner": (None, {"is_causal": True, "rows": 2}, "None for 2 queries and 4 keys.*corner"),

@@ -55,11 +55,6 @@ _REFUSED = {
         "the weights are never all there at once",
         "Use headworks.attention_probs on the layer's q and k for chosen rows, " + _EAGER,
     ),
-    "s_aux": (
-        "attention sinks with a learned logit per head are not offered (activation softmax1 of "
-        "headworks.attention is a sink of logit 0)",
-        'Choose attn_implementation="eager"',
-    ),
 }
 
 
@@ -144,6 +139,7 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    s_aux: Tensor | None = None,
     *,
     backend: str = "auto",
     **options: Any,
@@ -154,7 +150,7 @@ def attention(
     A mask says all about which keys a row sees. Without one, causality is that of ``is_causal`` or
     the layer, and ``sliding_window`` w leaves a row its own key and w - 1 before it (and after it
     if not causal). Sequences packed into one row of the batch are told by ``cu_seq_lens``, by the
-    mask, or by ``position_ids`` that start at 0 again.
+    mask, or by ``position_ids`` that start at 0 again. ``s_aux`` [Hq]: learned sinks.
     """
     _refuse(dropout, options)
     if attention_mask is None:
@@ -177,6 +173,7 @@ def attention(
         scale=scaling,
         softcap=softcap or 0.0,
         bias=bias,
+        sink=s_aux,
         backend=backend,
         **seen,
     )
