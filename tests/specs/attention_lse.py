@@ -36,6 +36,8 @@ def operators(tensors, case):
 
 
 CASES = (
+    *(case(Sq=66, B=2, Hq=4, sink=z, causal=c) for z, c in (("h", True), ("bh", False))),
+    case(Sq=3, Sk=0, B=2, sink="bh"),
     *(
         case(Sq=sq, Sk=sk, causal=c)
         for sq, sk in ((65, 65), (130, 63), (1, 130), (0, 3), (3, 0))

@@ -52,6 +52,7 @@ def operators(tensors, case):
 
 
 CASES = (
+    *(case(66, 70, B=2, Hq=4, sink="bh", chosen=x) for x in CHOICES),
     *(
         case(sq, sk, causal=c, chosen=x)
         for sq, sk in ((65, 65), (130, 63), (40, 66), (0, 3), (3, 0))

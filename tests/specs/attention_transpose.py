@@ -53,6 +53,7 @@ def operators(tensors, case):
 
 
 CASES = (
+    *(case(66, 70, B=2, Hq=4, sink=z, lse=g) for z, g in (("bh", ""), ("h", "given"))),
     *(
         case(sq, sk, causal=c, Dv=20)
         for sq, sk in ((65, 65), (130, 63), (1, 130), (0, 3), (3, 0))

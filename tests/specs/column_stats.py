@@ -61,6 +61,7 @@ def operators(tensors, case):
 KINDS = ("sum", "mean", "max")
 
 CASES = (
+    *(case(66, 70, B=2, Hq=4, sink="h", kind=kind) for kind in KINDS),
     *(
         case(sq, sk, causal=c, kind=kind)
         for sq, sk in ((65, 65), (130, 63), (40, 66), (0, 3), (3, 0))

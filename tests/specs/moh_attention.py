@@ -88,12 +88,14 @@ CASES = (
     case(bias="11qk", hidden=0.4),
     case(B=2, Hq=4, key_bias="1hk", temperature="bqh", softcap=2.0, causal=True),
     *(case(scale=s) for s in (1.0, -0.7)),
+    *(case(Sq=66, B=2, Hq=4, sink=z, causal=c) for z, c in (("h", True), ("bh", False))),
     case(spread=20.0, causal=True),
 )
 
 EMULATOR_CASES = (
     case(Sq=90, H=1, Hq=2, D=16, Dv=16, causal=True, bias="1hqk", key_bias="bhk", softcap=3.0),
     case(Sq=40, Sk=130, H=2, D=16, Dv=8, causal=True),
+    case(Sq=40, H=2, D=16, Dv=8, causal=True, sink="h"),
     case(Sq=150, H=2, D=8, Dv=8, gate=0.9),
     *(case(Sq=s, H=2, D=8, Dv=8, causal=True) for s in (1, 63, 64, 65)),
     case(Sq=250, H=1, D=8, Dv=8, causal=True, window=(20, 0), gate=0.3),
@@ -158,7 +160,7 @@ SPEC = Spec(
     function=hw.moh_attention,
     make=make,
     run=run,
-    differentiable=("q", "k", "v", "gate", "bias", "key_bias", "row_temperature"),
+    differentiable=("q", "k", "v", "gate", "bias", "key_bias", "row_temperature", "sink"),
     cases=CASES,
     emulator_cases=EMULATOR_CASES,
     benchmark_cases=BENCHMARK_CASES,

@@ -29,6 +29,7 @@ def moh_attention(
     bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     row_temperature: Tensor | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Mixture of heads: softmax attention where the gate of token and head is not 0.
@@ -45,15 +46,15 @@ def moh_attention(
         k: [B, Sk, H, D], with Hq a multiple of H.
         v: [B, Sk, H, Dv], any Dv.
         gate: g [B, Sq, Hq], any floating dtype.
-        is_causal, window_size, scale, softcap, bias, key_bias, row_temperature: as in
+        is_causal, window_size, scale, softcap, bias, key_bias, row_temperature, sink: as in
             :func:`headworks.attention`.
         backend: "auto", "reference", or a compiled one by name.
 
     Returns:
         o [B, Sq, Hq, Dv] in the dtype of the inputs.
 
-    Gradients flow to q, k, v, gate, bias, key_bias and row_temperature. Under ``torch.autocast``
-    q, k, v and bias are cast to the autocast dtype.
+    Gradients flow to q, k, v, gate, bias, key_bias, row_temperature and sink. Under
+    ``torch.autocast`` q, k, v and bias are cast to the autocast dtype.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError: as hw.attention.
@@ -72,7 +73,7 @@ def moh_attention(
     """
     score, v, gate, backend = _checked(
         q, k, v, gate, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
-        bias=bias, key_bias=key_bias, row_temperature=row_temperature, backend=backend,
+        bias=bias, key_bias=key_bias, row_temperature=row_temperature, sink=sink, backend=backend,
     )  # fmt: skip
     if backend == "reference":
         options: dict[str, Any] = reference_options(OP, score)
