@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import headworks as hw
 from headworks import _library, cli
-from headworks._native import ACCUMULATION
+from headworks._native import ACCUMULATION, NATIVE_CALLS
 from headworks.cli.info import report
+from specs import SPECS
 
 BACKENDS = ["reference", "cpu", "sm90", "sm80", "simt", "emulate:sm80", "emulate:simt"]
 
@@ -42,7 +45,7 @@ def test_build_info_agrees_with_the_dispatcher():
             s = torch.zeros(1, 2, 1, dtype=getattr(torch, name))
             v = torch.zeros(1, 2, 1, 4, dtype=s.dtype)
             lse = torch.zeros(2, 1, 2, 1, dtype=ACCUMULATION[s.dtype])
-            tensors = [s, v, v, lse, None, None, None, None, None, None]
+            tensors = [s, v, None, None, v, lse, None, None, None]
             assert bool(_library.reasons(function, tensors)[backend]) == bool(reason), (
                 backend,
                 name,
@@ -96,3 +99,24 @@ def test_module_and_bad_command():
     assert bad.returncode == 2
     assert "invalid choice: 'fly'" in bad.stderr
     assert subprocess.run(run, capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.function in NATIVE_CALLS], ids=str)
+def test_explain_computes_nothing(spec, monkeypatch):
+    """Arguments are validated and backends asked; nothing native is called, not to route either."""
+
+    def refuse(*arguments):
+        raise AssertionError("native code was called")
+
+    answers = []
+
+    def explained(*arguments, **options):
+        answers.append(hw.explain(spec.function, *arguments, **options))
+
+    monkeypatch.setattr(_library, "call", refuse)
+    monkeypatch.setattr(hw, spec.function.__name__, explained)
+    case = spec.emulator_cases[0]
+    tensors = spec.make(case, torch.float32)
+    with contextlib.suppress(TypeError, AttributeError):  # where the spec looks into the result
+        spec.run(tensors, case, "auto")
+    assert len(answers) == 1 and answers[0].backend == "cpu"

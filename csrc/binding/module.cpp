@@ -14,6 +14,7 @@
 #include <pybind11/stl.h>
 
 #include "binding/libraries.h"
+#include "binding/repeat_key.h"
 #include "binding/tensor_reader.h"
 
 namespace py = pybind11;
@@ -307,6 +308,10 @@ std::pair<int64_t, int64_t> extremes(const py::object& object) {
   return {least, most};
 }
 
+py::object repeat_key_of(const py::tuple& tensors, const py::tuple& options) {
+  return py::reinterpret_steal<py::object>(repeat_key(tensors.ptr(), options.ptr()));
+}
+
 // What read_tensor sees: (data, sizes, strides, dtype, device, index), for the tests.
 py::tuple describe(const py::object& object) {
   const Tensor t = read_tensor(object.ptr(), 0);
@@ -358,6 +363,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("info", &hw::info);
   m.def("configure", &hw::configure);
   m.def("extremes", &hw::extremes);
+  m.def("repeat_key", &hw::repeat_key_of);
   m.def("describe", &hw::describe);
   m.def("use_exchange_api", &hw::use_exchange_api);
 }

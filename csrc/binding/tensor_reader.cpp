@@ -251,6 +251,8 @@ Tensor read_tensor(PyObject* object, Py_ssize_t position) {
   return result;
 }
 
+bool is_plain_tensor(PyObject* object) { return Py_TYPE(object) == torch().tensor; }
+
 void* current_stream(PyObject* tensor, int device_index) {
   void* stream = nullptr;
   if (const dlpack::ExchangeApi* api = exchange_for(tensor)) {

@@ -23,6 +23,9 @@ void prepare_reader();
 // None gives an absent tensor. `position` is for messages.
 Tensor read_tensor(PyObject* object, Py_ssize_t position);
 
+// Whether it is a torch.Tensor and not one of a subclass, a Parameter among them.
+bool is_plain_tensor(PyObject* object);
+
 // The current CUDA stream of torch on that device.
 void* current_stream(PyObject* tensor, int device_index);
 

@@ -11,11 +11,11 @@
 //   l' = l + e^{z - M}     L = M + log l'     w = (sum e^{s_j - M} v_j) / l'
 //   entropy = (l log l' - t) / l'     p_max = e^{M - L}     sum p^2 = q / l'^2     mass = m / l'
 //
-// M is then the larger of the scores' maximum and z. Rows whose scores are all -inf, and that have no
-// z, have L = -inf and w = 0.
+// M is then the larger of the scores' maximum and z. Rows whose scores are all -inf, and that have
+// no z, have L = -inf and w = 0.
 //
-// Scores may be kept in units of their own (Units): a kernel that multiplies them by a scale only in
-// the exponent. `V` is a number, or a CPU vector whose lanes are rows.
+// Scores may be kept in units of their own (Units): a kernel that multiplies them by a scale only
+// in the exponent. `V` is a number, or a CPU vector whose lanes are rows.
 #pragma once
 
 #include <limits>
@@ -63,7 +63,8 @@ struct RowSums {
     const V gap = none ? zero : max - to;
     const V moved = none ? zero : units.exp(gap);
     const V factor = max == to ? one : moved;
-    tilt = factor * (tilt + (max == to ? zero : gap) * sum);
+    const V moved_tilt = factor * (tilt + (max == to ? zero : gap) * sum);
+    tilt = factor == zero ? zero : moved_tilt;  // however far
     sum *= factor;
     squares *= factor * factor;
     mass *= factor;
@@ -90,7 +91,7 @@ HW_HOST_DEVICE HW_INLINE RowResult<A> finalize_softmax(RowSums<A> r, A extra,
   if (extra != -kInfinite) {
     const A z = units.kept(extra);
     moved = r.move_to(z > r.max ? z : r.max, units);
-    total = r.sum + units.exp(z - r.max);
+    total = r.sum + (z == r.max ? A(1) : units.exp(z - r.max));
   }
   const bool some = total != A(0);
   const A log_total = units.log(total), inverse = some ? A(1) / total : A(0);

@@ -61,13 +61,25 @@ class NativeFunction:
     def tensors(self, first: Sequence[Maybe] = (), /, **others: Maybe) -> tuple[Maybe, ...]:
         """Inputs in order: `first`, with which the list begins, the others by name; what is left
         out is absent."""
-        return _ordered(self, self._inputs, first, others)
+        names = self._inputs[len(first) :]
+        if len(others) != len(names):
+            others = self._filled(names, others)
+        return (*first, *map(others.__getitem__, names))
 
     def numbers(self, first: Sequence[Any] = (), /, **others: Any) -> tuple[Any, ...]:
         """Scalars in order: `first`, with which the list begins, the others by name."""
-        if len(first) + len(others) != len(self._scalars):
+        names = self._scalars[len(first) :]
+        if len(others) != len(names):
             raise TypeError(f"{self.name} takes {', '.join(self._scalars)}")
-        return _ordered(self, self._scalars, first, others)
+        return (*first, *map(others.__getitem__, names))
+
+    def _filled(self, names: Sequence[str], others: dict[str, Maybe]) -> dict[str, Maybe]:
+        """`others` and None for the names that are not among them."""
+        unknown = others.keys() - set(names)
+        if unknown:
+            known = ", ".join(self._inputs)
+            raise TypeError(f"{self.name} takes {known}; got {', '.join(unknown)} by name")
+        return dict.fromkeys(names) | others
 
     def begins_with(self, tensors: Sequence[str], numbers: Sequence[str]) -> None:
         """Raises ImportError unless the list begins with these: then a tuple of such fields is a
@@ -116,14 +128,3 @@ def record(name: str, fields: Sequence[str], default: object) -> Any:
 def _declared(a: Argument, position: int) -> str:
     written = f"({chr(ord('a') + position)}!)" if a.way == "inout" else ""
     return f"Tensor{written}{'?' if a.optional else ''} {a.name}"
-
-
-def _ordered(
-    function: NativeFunction, names: tuple[str, ...], first: Sequence[Any], others: dict[str, Any]
-) -> tuple[Any, ...]:
-    get = others.get
-    rest = [get(name) for name in names[len(first) :]]
-    if len(others) > len(rest) or not others.keys() <= set(names[len(first) :]):
-        got = ", ".join(others)
-        raise TypeError(f"{function.name} takes {', '.join(names)}; got {got} by name")
-    return (*first, *rest)

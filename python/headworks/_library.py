@@ -83,6 +83,12 @@ def workspace(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) ->
     return size
 
 
+def repeat_key(tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> bytes | None:
+    """What a call depends on but the elements of its tensors; None where that has no bytes."""
+    key: bytes | None = (_native or _load()).repeat_key(tensors, options)
+    return key
+
+
 def _workspace(size: int, like: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 

@@ -9,18 +9,17 @@ less, and it touches less of what has left the caches since the last one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from . import _native
+from . import _library, _native
+from ._functions import Maybe, NativeFunction
 from ._native import autocasts, route
 
-Key = tuple[Any, ...]
+Key = bytes
 Call = TypeVar("Call", bound=Callable[..., Any])
-
-_PLAIN = {int, float, bool, str, type(None)}
 
 
 class Repeated(Generic[Call]):
@@ -29,49 +28,75 @@ class Repeated(Generic[Call]):
     def __init__(self, op: str, most: int = 256) -> None:
         self._op, self._most = op, most
         self._calls: dict[Key, Call | None] = {}
+        self._once: set[Key] = set()
 
     def key(self, tensors: tuple[Tensor, ...], *options: Any) -> Key | None:
         """All that a call depends on but the elements of its tensors; None: it is not plain.
 
-        Options are numbers, flags, names, None, or tuples of integers. 1, 1.0 and True differ.
+        Options are numbers, flags, names, None, or tuples of them. 1, 1.0 and True differ.
         """
         for x in tensors:
             if type(x) is not Tensor:
                 return None
-        for y in options:
-            kind = type(y)
-            if kind is tuple:
-                for n in y:
-                    if type(n) is not int:
-                        return None
-            elif kind not in _PLAIN:
-                return None
         if route(self._op, tensors) != "direct" or autocasts(tensors[0]):
             return None
-        try:
-            shapes, strides = [x.shape for x in tensors], [x.stride() for x in tensors]
-        except RuntimeError:  # nested and sparse tensors have none: the checks will say so
-            return None
-        return (
-            *shapes,
-            *strides,
-            *[x.dtype for x in tensors],
-            *[x.device for x in tensors],
-            options,
-            *[type(y) for y in options],
-            _native.DEFAULT_BACKEND,
-        )
+        return _library.repeat_key(tensors, (*options, _native.DEFAULT_BACKEND))
 
     def get(self, key: Key | None) -> Call | None:
         """The call, if it is ready."""
         return None if key is None else self._calls.get(key)
 
-    def knows(self, key: Key) -> bool:
-        """Whether a call like that was kept, or that there is no shorter way for it."""
-        return key in self._calls
+    def comes_again(self, key: Key) -> bool:
+        """Whether a call like that was made before and is not kept: it should be. A shape that
+        comes once, as of a cache that grows, is not worth it."""
+        if key in self._calls:
+            return False
+        if key in self._once:
+            self._once.discard(key)
+            return True
+        if len(self._once) >= self._most:
+            self._once.clear()
+        self._once.add(key)
+        return False
 
     def keep(self, key: Key, call: Call | None) -> None:
         """Keeps a call whose checks have passed; None: that there is no shorter way."""
         if len(self._calls) >= self._most:
             self._calls.clear()
         self._calls[key] = call
+
+
+class Ready:
+    """A native call as a function of the tensors that it was made with: of others of the same
+    sizes, strides, dtypes and device it gives the first output."""
+
+    __slots__ = ("_at", "_backend", "_given", "_made", "_number", "_numbers")
+
+    def __init__(
+        self,
+        function: NativeFunction,
+        backend: str,
+        inputs: Sequence[Maybe],
+        outputs: Sequence[Maybe],
+        numbers: Sequence[Any],
+        tensors: Sequence[Tensor],
+    ) -> None:
+        self._given: list[Maybe] = [*inputs, *(None,) * len(outputs)]
+        self._at = []
+        for x in tensors:
+            place = next(i for i, y in enumerate(self._given) if y is x)
+            self._at.append(place)
+            self._given[place] = None  # the next one may be the same tensor
+        self._made = [
+            (len(inputs) + i, x.shape, x.dtype) for i, x in enumerate(outputs) if x is not None
+        ]
+        self._number, self._backend, self._numbers = function.number, backend, tuple(numbers)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        given = self._given.copy()
+        for i, x in zip(self._at, tensors, strict=True):
+            given[i] = x
+        for i, size, dtype in self._made:
+            given[i] = tensors[0].new_empty(size, dtype=dtype)
+        _library.call(self._number, self._backend, given, self._numbers)
+        return given[self._made[0][0]]  # type: ignore[return-value]

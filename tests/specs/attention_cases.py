@@ -232,7 +232,7 @@ REST = (
 CASES = (*MASKS, *SHAPES, *SCORES, *REST)
 
 SAMPLE_CASES = (
-    case(Sq=70, B=2, Hq=4, causal=True, window=(20, 0), sink="h", aux=("lse", "p_max")),
+    case(Sq=70, B=2, Hq=4, causal=True, window=(20, 0), sink="bh", aux=("lse", "p_max")),
     case(
         Sq=70,
         B=3,

@@ -57,13 +57,13 @@ def per_key_head(x: Tensor, heads: int) -> Tensor:
     return wide.sum(3, dtype=ACCUMULATION[x.dtype]).to(x.dtype)
 
 
-_OPTIONS = Score._fields[2:TENSORS]
+# Of each field of WantGrad its place among a Score's tensors; v has none.
+_PLACES = [Score._fields.index(x) if x in Score._fields else None for x in WantGrad._fields]
 
 
-def score_gradients(needs: Sequence[bool], **others: bool) -> Any:
+def score_gradients(needs: Sequence[bool], v: bool = False) -> Any:
     """What needs_input_grad of a function whose first arguments are a Score's tensors asks for."""
-    asked = zip(_OPTIONS, needs[2:TENSORS], strict=True)
-    return WantGrad(**{name: need for name, need in asked if name in WantGrad._fields}, **others)
+    return WantGrad(*[v if i is None else needs[i] for i in _PLACES])
 
 
 def returned(
@@ -71,14 +71,19 @@ def returned(
 ) -> tuple[Maybe, ...]:
     """Gradients for the tensors of a Score, from those that attention.backward made of it, or of a
     copy with a key head for each query head or in another dtype, given `row` and `delta`."""
-    grads: list[Maybe] = [made.d_q.to(own.q.dtype)]
-    grads.append(per_key_head(made.d_k, own.k.shape[2]).to(own.k.dtype))
-    for name, x, needed in zip(_OPTIONS, own.tensors[2:], needs[2:TENSORS], strict=True):
-        d_x = getattr(made, f"d_{name}", None)
-        if name == "sink" and x is not None and needed:
-            d_x = _of_sink(x, row, delta)
-        grads.append(None if x is None or d_x is None or not needed else d_x.to(x.dtype))
+    d_k = per_key_head(made.d_k, own.k.shape[2])
+    grads = [made.d_q.to(own.q.dtype), d_k.to(own.k.dtype), *_NO_OPTIONS]
+    for i in range(2, TENSORS):
+        x: Any = own[i]
+        if x is None or not needs[i]:
+            continue
+        name = own._fields[i]
+        d_x = _of_sink(x, row, delta) if name == "sink" else getattr(made, f"d_{name}")
+        grads[i] = d_x.to(x.dtype)
     return tuple(grads)
+
+
+_NO_OPTIONS = (None,) * (TENSORS - 2)
 
 
 def _of_sink(sink: Tensor, row: Maybe, delta: Maybe) -> Tensor:
@@ -138,7 +143,7 @@ class _Attention(torch.autograd.Function):
             delta = (a if d_w is d_o else row_dot(d_w, w)).transpose(1, 2)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
-        want = score_gradients(needs, v=needs[TENSORS])
+        want = score_gradients(needs, needs[TENSORS])
         grads = operators.backward(score, v, d_w, row, delta, want, ctx.backend)
         d_v = grads.d_v if want.v else None
         if d_v is not None and d_direct is not None:

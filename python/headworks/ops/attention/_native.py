@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..._functions import Maybe, NativeFunction, record
 from ..._native import ACCUMULATION, NativeCall, described
+from ..._repeated import Ready
 from ._bounds import longest_of
 from ._checks import SOFTMAXES, check_index_values
 from ._score import TENSORS, Score, check_values_of_bounds
@@ -136,17 +137,28 @@ def _forward_inputs(
     return inputs, made, FORWARD.numbers(score.numbers, skip_dead=want.skip_dead)
 
 
-def output(
-    q: Tensor, k: Tensor, v: Tensor, shape: tuple[float, float, bool, int, int], backend: str
-) -> Tensor:
-    """o alone, of a call without options: what `forward` does, in half its time.
+# scale, softcap, causal, left, right
+Shape = tuple[float, float, bool, int, int]
 
-    shape: scale, softcap, causal, left, right. There is a query, a key, a head and a value column.
-    """
-    batch, rows, heads, _ = q.shape
-    o = torch.empty((batch, rows, heads, v.shape[3]), dtype=q.dtype, device=q.device)
-    FORWARD.run(backend, (q, k, *_NO_OPTIONS, v, *_NO_REST), (o, *_NO_READ_OUTS), (*shape, *_PLAIN))
+
+def output(q: Tensor, k: Tensor, v: Tensor, shape: Shape, backend: str) -> Tensor:
+    """o alone, of a call without options: what `forward` does, in half its time. There is a query,
+    a key, a head and a value column."""
+    made = _output(q, v)
+    FORWARD.run(backend, (q, k, *_NO_OPTIONS, v, *_NO_REST), made, (*shape, *_PLAIN))
+    o: Tensor = made[0]
     return o
+
+
+def ready(q: Tensor, k: Tensor, v: Tensor, shape: Shape, backend: str) -> Ready:
+    """`output` of other tensors like these."""
+    inputs = (q, k, *_NO_OPTIONS, v, *_NO_REST)
+    return Ready(FORWARD, backend, inputs, _output(q, v), (*shape, *_PLAIN), (q, k, v))
+
+
+def _output(q: Tensor, v: Tensor) -> tuple[Any, ...]:
+    size = (*q.shape[:3], v.shape[3])
+    return torch.empty(size, dtype=q.dtype, device=q.device), *_NO_READ_OUTS
 
 
 _NO_OPTIONS = (None,) * (TENSORS - 2)
@@ -192,18 +204,19 @@ def gradients(score: Score, v: Tensor, want: Any) -> Any:
     """Outputs of BACKWARD, unfilled: those of q, k and v in their dtype, the others, each as large
     as what it is the gradient of, in the accumulation dtype."""
     q, k = score.q, score.k
-    dtype = ACCUMULATION[q.dtype]
-    options = {
-        f"d_{name}": torch.empty(x.shape, dtype=dtype, device=q.device)
-        for name, x in zip(score._fields[2:TENSORS], score.tensors[2:], strict=True)
-        if x is not None and getattr(want, name, False)
+    made = {
+        "d_q": torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        "d_k": torch.empty(k.shape, dtype=k.dtype, device=q.device),
     }
-    return BACKWARD.Outputs(
-        d_q=torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        d_k=torch.empty(k.shape, dtype=k.dtype, device=q.device),
-        d_v=torch.empty(v.shape, dtype=v.dtype, device=q.device) if want.v else None,
-        **options,
-    )
+    if want.v:
+        made["d_v"] = torch.empty(v.shape, dtype=v.dtype, device=q.device)
+    if any(want):
+        dtype = ACCUMULATION[q.dtype]
+        for name, wanted in zip(_GRADIENTS, want, strict=True):
+            x = getattr(score, name, None) if wanted else None
+            if x is not None:
+                made[f"d_{name}"] = torch.empty(x.shape, dtype=dtype, device=q.device)
+    return BACKWARD.Outputs(**made)
 
 
 def columns(

@@ -243,8 +243,9 @@ def _check_sink(op: str, sink: object, activation: int, q: Tensor) -> Tensor:
             "None: it is a term of the softmax's denominator",
             'Use activation="softmax"; softmax1 is a sink of logit 0.',
         )
-    if isinstance(sink, Tensor) and sink.shape == q.shape[2:3]:
-        sink = sink[None]
+    if isinstance(sink, Tensor):
+        require_dense(op, "sink", sink)
+        sink = sink[None] if sink.shape == q.shape[2:3] else sink
     return broadcast(op, "sink", sink, "[Hq] or [B|1, Hq]", (q.shape[0], q.shape[2]), 0b01, q)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._autograd import Saved, first_order
 from ..._functions import Maybe, NativeFunction
 from ..._native import ACCUMULATION, define, empties, fixed_arity
+from ..._repeated import Ready
 from .._checks import check_cu_seqlens_values
 from .._operands import check_operands, require, require_given
 from ._linear_attention_checks import FEATURE_MAPS, MAX_TAYLOR_DIM, OP, num_features
@@ -64,6 +65,13 @@ def forward(
     made = outputs(q, v, bounds, scalars[0], final_state, save_z)
     FORWARD.run(backend, (q, k, v, kv0, z0, bounds), made, scalars)
     return made
+
+
+def ready(inputs: tuple[Any, ...], scalars: Scalars, backend: str) -> Ready:
+    """`forward` for o alone, without states and bounds, as a function of q, k and v."""
+    q, _, v, *_, bounds = inputs
+    made = outputs(q, v, bounds, scalars[0], False, False)
+    return Ready(FORWARD, backend, inputs, made, scalars, inputs[:3])
 
 
 def known_sizes(op: str, q: Tensor, v: Tensor, bounds: Maybe, feature_map: int) -> dict[str, int]:

@@ -37,6 +37,7 @@ from ..._native import (
     route,
     widen,
 )
+from ..._repeated import Ready, Repeated
 from ..._trees import saved_by_name
 from ...reference import key_scan as reference
 from .._operands import check_operands, require, require_given
@@ -116,6 +117,11 @@ def key_scan(
         >>> o.shape, state.lse.shape
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4]))
     """
+    key = None
+    if initial_state is None and output_final_state is False:
+        key = _repeated.key((s, v), backend)
+        if (ready := _repeated.get(key)) is not None:
+            return ready(s, v)
     s, v, o0, lse0 = _checked(s, v, initial_state)
     if type(output_final_state) is not bool:
         require_flag(_OP, "output_final_state", output_final_state)  # type: ignore[unreachable]
@@ -128,6 +134,10 @@ def key_scan(
     o1: Any
     lse1: Any
     if way == "direct":
+        if key is not None:
+            _repeated.keep(
+                key, Ready(FORWARD, backend, inputs, _outputs(s, v, False, False), (), (s, v))
+            )
         o, _, o1, lse1, _ = _forward(*inputs, output_final_state, False, backend)
     elif way == "operator":
         o, _, o1, lse1, _ = torch.ops.headworks.key_scan_fwd(
@@ -136,6 +146,9 @@ def key_scan(
     else:
         o, o1, lse1 = _differentiable(*apart(*inputs, output_final_state, backend))
     return (o, KeyScanState(o1, lse1)) if output_final_state else o
+
+
+_repeated: Repeated[Ready] = Repeated(_OP)
 
 
 def _other_ways(

@@ -24,6 +24,7 @@ from ..._native import (
     route,
     widen,
 )
+from ..._repeated import Ready, Repeated
 from ..._trees import saved_by_name
 from ...reference import linear_attention as reference
 from .._checks import check_cu_seqlens, check_cu_seqlens_values, heads_match
@@ -142,6 +143,11 @@ def linear_attention(
         >>> o.shape, state.kv.shape
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 153, 64]))
     """
+    key = None
+    if initial_state is None and cu_seqlens is None and output_final_state is False:
+        key = _repeated.key((q, k, v), feature_map, is_causal, scale, normalize, eps, backend)
+        if (ready := _repeated.get(key)) is not None:
+            return ready(q, k, v)
     if callable(feature_map):
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
     q, k, v, kv0, z0, bounds, number, scale = _checked(
@@ -164,6 +170,8 @@ def linear_attention(
     kv1: Any
     z1: Any
     if way == "direct":
+        if key is not None and _repeated.comes_again(key):
+            _repeated.keep(key, native.ready(inputs, scalars, backend))
         o, _, kv1, z1 = native.forward(*inputs, scalars, output_final_state, False, backend)
     elif way == "operator":
         o, _, kv1, z1 = torch.ops.headworks.linear_attention_fwd(
@@ -172,6 +180,9 @@ def linear_attention(
     else:
         o, kv1, z1 = native.differentiable(*apart(*inputs, *scalars, output_final_state, backend))
     return (o, LinearState(kv1, z1)) if output_final_state else o
+
+
+_repeated: Repeated[Ready] = Repeated(OP)
 
 
 def _other_ways(

@@ -24,7 +24,7 @@ from ._routing_attention_native import (
     Routing,
     forward_call,
     image_cells,
-    prepared,
+    ready,
     sequence_cells,
 )
 
@@ -98,7 +98,7 @@ def bilevel_prepared(
     pairs = (q, score.q), (k, score.k), (v, values), (graph, routing.keys)
     if not all(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs):
         return None
-    call = prepared(score, values, routing, backend)
+    call = ready(score, values, routing, backend)
     of_q, of_k, of_v, of_graph = ((y.shape, y.stride()) for _, y in pairs)
     made = q.new_empty((*q.shape[:4], v.shape[4]))
     of_o = made.shape, made.stride()

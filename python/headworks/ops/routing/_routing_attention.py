@@ -122,7 +122,7 @@ class _RoutingAttention(torch.autograd.Function):
             delta = a.transpose(1, 2)
             if ctx.want_lse and d_lse is not None:
                 delta = delta - d_lse
-        want = score_gradients(needs, v=True)
+        want = score_gradients(needs, True)
         made = native.backward_operator(
             score, routing, want, ctx.backend, v=v, d_w=d_w, row=row, delta=delta, slots=slots,
             factor=factor if d_w is d_o else None,

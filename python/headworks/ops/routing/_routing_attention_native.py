@@ -9,7 +9,7 @@ and the torch operators routing_attention_fwd and routing_attention_bwd around t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..._functions import Maybe, NativeFunction
 from ..._native import ACCUMULATION, NativeCall, define, described, fixed_arity
+from ..._repeated import Ready
 from .._operands import check_operands, require, require_given
 from ..attention._native import Want, WantGrad, gradients
 from ..attention._operators import check_score
@@ -29,6 +30,8 @@ BACKWARD = NativeFunction("routing_attention.backward")
 # columns, height, width, rows of the image, columns of the image
 Cells = tuple[int, int, int, int, int]
 _CELL = ("columns", "height", "width", "image_height", "image_width")
+_FLAGS = ("by_slot", "pad_keys", "mask_self", "mean_eps")
+_NUMBERS = (*(f"row_{name}" for name in _CELL), *(f"key_{name}" for name in _CELL), *_FLAGS)
 
 
 class Routing(NamedTuple):
@@ -47,14 +50,8 @@ class Routing(NamedTuple):
     @property
     def numbers(self) -> dict[str, Any]:
         """Those of the native call, by name."""
-        return {
-            **{f"row_{name}": size for name, size in zip(_CELL, self.row_cells, strict=True)},
-            **{f"key_{name}": size for name, size in zip(_CELL, self.key_cells, strict=True)},
-            "by_slot": self.by_slot,
-            "pad_keys": self.pad_keys,
-            "mask_self": self.mask_self,
-            "mean_eps": self.mean_eps,
-        }
+        _, _, rows, keys, *flags, _covers = self
+        return dict(zip(_NUMBERS, (*rows, *keys, *flags), strict=True))
 
     @property
     def slots(self) -> int:
@@ -124,29 +121,15 @@ def _forward_numbers(score: Score, routing: Routing) -> tuple[Any, ...]:
     return FORWARD.numbers(score.numbers, skip_dead=False, **routing.numbers)
 
 
-def prepared(
-    score: Score, v: Tensor, routing: Routing, backend: str
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`forward` for o alone, as a function of other q, k, v and keys of the same shapes and dtype.
-
-    All else is made ready now; for calls that are not empty and whose lists cover the rows.
-    """
+def ready(score: Score, v: Tensor, routing: Routing, backend: str) -> Ready:
+    """`forward` for o alone, as a function of q, k, v and the lists of keys; of a call that is not
+    empty and whose lists cover the rows."""
     assert routing.covers and not routing.by_slot and not _empty(score, routing)
+    assert routing.keys is not None
+    made = Forward(o=score.q.new_empty((*score.q.shape[:3], v.shape[3])))
     given, numbers = _forward_inputs(score, v, None, routing), _forward_numbers(score, routing)
-    places = {id(x): i for i, x in enumerate(given) if x is not None}
-    at = [places[id(x)] for x in (score.q, score.k, v, routing.keys)]
-    size = (*score.q.shape[:3], v.shape[3])
-    blank = [x if i not in at else None for i, x in enumerate(given)]
-
-    def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-        o = q.new_empty(size)
-        tensors = blank.copy()
-        for i, x in zip(at, (q, k, v, keys), strict=True):
-            tensors[i] = x
-        FORWARD.run(backend, tensors, Forward(o=o), numbers)
-        return o
-
-    return call
+    tensors = (score.q, score.k, v, routing.keys)
+    return Ready(FORWARD, backend, given, made, numbers, tensors)
 
 
 def forward_call(
@@ -223,7 +206,7 @@ def _split(
     named = dict(zip((a.name for a in function.scalars), numbers, strict=True))
     row, key = (tuple(named[f"{side}_{name}"] for name in _CELL) for side in ("row", "key"))
     rows, keys, *others = inputs[TENSORS:]
-    flags = {name: named[name] for name in ("by_slot", "pad_keys", "mask_self", "mean_eps")}
+    flags = {name: named[name] for name in _FLAGS}
     routing = Routing(rows, keys, row, key, covers=covers, **flags)
     return score, routing, tuple(others), rest
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..._errors import describe, fail, require_flag, require_number
@@ -222,7 +223,7 @@ def bilevel_routing_attention(
         q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
         scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
     )  # fmt: skip
-    if key is not None and not _repeated.knows(key):
+    if key is not None and _repeated.comes_again(key):
         _repeated.keep(key, _ready(given, name))
     return _attend(given, read_outs, name, return_aux is None, (num_regions, kv_num_regions))
 
@@ -286,8 +287,10 @@ def _checked(
     mask_padding: bool = True,
     return_aux: Aux | None = None,
     backend: str = "auto",
+    routes: bool = True,
 ) -> tuple[Arguments, ReadOuts, str]:
-    """q k v graph, the grids of q and of k, scale, mask_padding; read-outs; the backend."""
+    """q k v graph, the grids of q and of k, scale, mask_padding; read-outs; the backend. The graph
+    is unfilled where there is none and the call is not to route."""
     q, k, v = cast(q, k, v)
     check_images(_ATTEND, q, k)
     check_image_values(_ATTEND, v, k)
@@ -303,7 +306,9 @@ def _checked(
     mask_padding = require_flag(_ATTEND, "mask_padding", mask_padding)
     aux = _check_aux(return_aux)
     backend = backend_for(_ATTEND, backend, q)
-    if graph is None:
+    if graph is None and not routes:
+        graph = q.new_empty((q.shape[0], 1, own.regions, topk), dtype=torch.int64)
+    elif graph is None:
         graph = bilevel_route(
             q, k, num_regions=num_regions, topk=topk, kv_num_regions=kv_num_regions,
             backend=without_products(backend),
@@ -313,7 +318,7 @@ def _checked(
 
 
 def _attend_call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> NativeCall:
-    given, read_outs, backend = _checked(q, k, v, **options)
+    given, read_outs, backend = _checked(q, k, v, routes=False, **options)
     return native.bilevel_call(*given, read_outs=read_outs, backend=backend)
 
 
