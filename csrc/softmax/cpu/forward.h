@@ -38,7 +38,12 @@ class Forward {
 
   void run() {
     if (spans_ == 1) {
-      parallel_tasks(tasks_, threads_, [&](int64_t task) { work(task); });
+      parallel_walks(tasks_, 1, threads_, [&](auto next) {
+        PackedKeys<T> packed;
+        if (packs_) packed.reserve(p_.max_k, p_.dim(), value_dim_);
+        for (int64_t task = next(); task >= 0; task = next())
+          work(task, packs_ ? &packed : nullptr);
+      });
       return;
     }
     partials_.reserve(tasks_ * spans_ * partial_bytes());
@@ -48,10 +53,11 @@ class Forward {
   }
 
   // A block that is not empty, and all its keys. `meanwhile`: see core/cpu/matmul.h.
-  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {}) {
+  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {},
+                             PackedKeys<T>* packed = nullptr) {
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
-    fill(block, kWhole, 0, state, scratch, meanwhile);
+    fill(block, kWhole, 0, state, scratch, meanwhile, packed);
     finish(block, state, scratch);
   }
 
@@ -69,7 +75,8 @@ class Forward {
         panels_(cuts && shared_scores() ? std::min(p_.batch(), kPanels) : 1),
         groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
         blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
-        tasks_(groups_ * heads_ * blocks_) {
+        tasks_(groups_ * heads_ * blocks_),
+        packs_(cuts && packs_keys()) {
     if (!cuts || tasks_ == 0 || tasks_ >= kFewTasks) return;
     for (int64_t n = 0; n < p_.sequences(); ++n)
       spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
@@ -101,6 +108,12 @@ class Forward {
     return !p_.packed() && p_.batch() > 1 && same(p_.q) && same(p_.k) && same(p_.bias) &&
            same(p_.key_bias) && same(p_.key_gain) && same(p_.row_temperature) &&
            same(p_.mass_keys) && !p_.skip_dead;
+  }
+
+  // Whether a thread keeps operands of keys: they are worth their making twice, and not too large.
+  bool packs_keys() const {
+    return !std::is_same_v<T, A> && panels_ == 1 && blocks_ * p_.group() >= kFewTasks &&
+           PackedKeys<T>::bytes(p_.max_k, p_.dim(), value_dim_) <= PackedKeys<T>::kMostBytes;
   }
 
   int64_t values_size() const { return panels_ * padded_values() * kRows; }
@@ -141,17 +154,18 @@ class Forward {
   }
 
   // A block whose spans are worked on one after another.
-  void work(int64_t task) {
+  void work(int64_t task, PackedKeys<T>* packed) {
     const Block block = block_of(task);
     if (block.rows.empty()) return;
+    if (packed != nullptr) packed->move_to(block, block.head / p_.group());
     const Cut cut = cut_of(block.at);
-    if (cut.spans == 1) return run_block(block);
+    if (cut.spans == 1) return run_block(block, {}, packed);
     Buffer memory;
     memory.reserve(2 * partial_bytes());
     State whole = state_in(memory.data()), part = state_in(memory.data() + partial_bytes());
-    fill(block, cut, 0, whole, reserve());
+    fill(block, cut, 0, whole, reserve(), {}, packed);
     for (int64_t span = 1; span < cut.spans; ++span) {
-      fill(block, cut, span, part, reserve());
+      fill(block, cut, span, part, reserve(), {}, packed);
       add(block, whole, part);
     }
     finish(block, whole, reserve());
@@ -167,12 +181,13 @@ class Forward {
 
   // The sums of a span of keys.
   HW_NOINLINE void fill(const Block& block, const Cut& cut, int64_t span, State& state,
-                        Scratch& scratch, const Requests& meanwhile = {}) {
+                        Scratch& scratch, const Requests& meanwhile = {},
+                        PackedKeys<T>* packed = nullptr) {
     state.rows->clear();
     const bool unseen = dead(block);
     state.along_keys = along_keys(block);
     if (unseen || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
-    if (!unseen) walk(block, cut, span, state, scratch, meanwhile);
+    if (!unseen) walk(block, cut, span, state, scratch, meanwhile, packed);
   }
 
   bool along_keys(const Block& block) const {
@@ -191,7 +206,7 @@ class Forward {
   }
 
   HW_NOINLINE void walk(const Block& block, const Cut& cut, int64_t span, State& state,
-                        Scratch& scratch, Requests meanwhile) {
+                        Scratch& scratch, Requests meanwhile, PackedKeys<T>* packed) {
     Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
     keys.end = std::min(keys.end, (span + 1) * cut.length);
@@ -199,6 +214,7 @@ class Forward {
       return AlongKeys<T>(p_, panels_).walk(block, keys, *state.rows, state.values, meanwhile);
     Tile<T> tile(p_);
     tile.meanwhile = meanwhile;
+    tile.packed = packed;
     A* s = scratch.take<A>(kTile);
     E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
     tile.load_queries(block);
@@ -293,7 +309,8 @@ class Forward {
     const int n = static_cast<int>(keys.count());
     const E* p = tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
-      const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      if (tile.packed != nullptr) tile.packed->find_v(keys, v);
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
                      kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
                      NoFactors{}, &tile.meanwhile);
@@ -446,6 +463,7 @@ class Forward {
   const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
   const int value_dim_, heads_;
   const int64_t panels_, groups_, blocks_, tasks_;
+  const bool packs_;
   int64_t spans_ = 1;  // tasks of a block: the most spans of any, or one for all of them
   Buffer partials_;
 };
