@@ -23,6 +23,11 @@ constexpr int64_t kFewTasks = 16;      // fewer than this, of a sequence: cut th
 constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
 constexpr int64_t kPanels = 8;         // batch entries that share scores
 
+// By how much scores may exceed the running shift before it moves to their maximum and all sums are
+// multiplied: weights stay below e^8, and the shift cancels when rows are divided by their sums.
+template <class A>
+constexpr A kSlack = 8;
+
 template <class T>
 class Forward {
  public:
@@ -223,32 +228,30 @@ class Forward {
       if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      const bool any = soft_ ? soften(block, some, tile.lanes(), s, state)
+      const bool any = soft_ ? soften(block, some, tile, s, state)
                              : activate(block, some, tile.lanes(), s, state);
       if (any && v_) add_values(block, some, tile, s, state, room);
     }
   }
 
-  // p relative to the running maximum, in place of s.
-  HW_NOINLINE bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s,
+  // p relative to the running shift: in place of s, and as pairs where pairs are multiplied.
+  HW_NOINLINE bool soften(const Block& block, const Range& keys, Tile<T>& tile, A* s,
                           State& state) {
     RowSums<A>& r = *state.rows;
+    const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());
+    const A slack = p_.p_max ? A(0) : kSlack<A>;
     alignas(64) A factor[kRows];
     V moved{};
     for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
-      V top = load(r.max + l);
+      const V before = load(r.max + l);
+      V top = before;
       for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
+      top = top <= before + slack ? before : top;
       store(factor + l, r.move(l, top, moved));
       const V base = top == -kInfinity<A> ? V{} : top;
-      V total{};
-      for (int j = 0; j < n; ++j) {
-        A* at = s + j * kRows + l;
-        const V e = exp_of(load(at) - base);
-        total += e;
-        if (p_.entropy) tilt(at, base, e, r.tilt + l);
-        store(at, e);
-      }
+      E* const pairs = kPaired<T> ? tile.pairs() + (l - lanes.begin) : nullptr;
+      const V total = weights(s + l, n, base, r.tilt + l, pairs);
       store(r.sum + l, load(r.sum + l) + total);
       if (p_.sq_norm) add_squares(s + l, n, r.squares + l);
       if (p_.mass) add_mass(block, keys, s + l, r.mass + l);
@@ -257,8 +260,33 @@ class Forward {
     return true;
   }
 
+  // e^(s - base) of n keys, whose sum is returned.
+  V weights(A* s, int n, V base, A* tilt, E* pairs) const {
+    V total{};
+    const auto weight = [&](int j) {
+      A* at = s + j * kRows;
+      const V e = exp_of(load(at) - base);
+      total += e;
+      if (p_.entropy) add_tilt(at, base, e, tilt);
+      return e;
+    };
+    if constexpr (kPaired<T>) {
+      const bool keeps = p_.sq_norm || p_.mass;
+      for (int j = 0; j < n; j += 2) {
+        const V first = weight(j), second = j + 1 < n ? weight(j + 1) : V{};
+        store(pairs + j / 2 * kRows, zip(first, second));
+        if (!keeps) continue;
+        store(s + j * kRows, first);
+        if (j + 1 < n) store(s + (j + 1) * kRows, second);
+      }
+    } else {
+      for (int j = 0; j < n; ++j) store(s + j * kRows, weight(j));
+    }
+    return total;
+  }
+
   // tilt += e (s - shift), 0 for e = 0
-  static void tilt(const A* s, V base, V e, A* sum) {
+  static void add_tilt(const A* s, V base, V e, A* sum) {
     const V d = load(s) - base;
     store(sum, load(sum) + e * (d < A(-1e4) ? V{} : d));
   }
@@ -307,7 +335,7 @@ class Forward {
   HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s,
                               State& state, E* room) {
     const int n = static_cast<int>(keys.count());
-    const E* p = tile.over_keys(s, n);
+    const E* p = kPaired<T> && soft_ ? tile.pairs() : tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
       Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
       if (tile.packed != nullptr) tile.packed->find_v(keys, v);

@@ -13,10 +13,10 @@ namespace hw::softmax {
 namespace {
 
 // Running sums of a block's rows, over the keys so far; `shift` is what the exponents are relative
-// to: the maximum, 0 before any finite score.
+// to: a maximum, 0 before any finite score.
 template <class A>
 struct RowSums {
-  alignas(64) A max[kRows];      // of s, -inf before any
+  alignas(64) A max[kRows];      // of s, or a little less (kSlack); -inf before any
   alignas(64) A sum[kRows];      // softmaxes: sum e^(s - shift); others: sum a(s)
   alignas(64) A tilt[kRows];     // sum e^(s - shift) (s - shift)
   alignas(64) A squares[kRows];  // sum e^(2 (s - shift))

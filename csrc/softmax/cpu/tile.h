@@ -160,6 +160,8 @@ class Tile {
   // on. Those made of a tile of n keys, p or dx, stay until the next is made.
   const E* q_over_rows() { return queries_.over_rows(); }  // all of the block's
   Panel<E> k_over_keys(const Range& keys) { return over_rows(key_rows(keys)); }
+  // Room for p as pairs, as over_keys() makes it.
+  E* pairs() { return tile_room_; }
   const E* over_keys(const A* tile, int n) {
     return pairs_over_keys<E>(tile + lanes_.begin, n, lanes_.count(), tile_room_);
   }
