@@ -245,8 +245,7 @@ class Forward {
     V moved{};
     for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       const V before = load(r.max + l);
-      V top = before;
-      for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
+      V top = top_of<A>(s + l, n, before);
       top = top <= before + slack ? before : top;
       store(factor + l, r.move(l, top, moved));
       const V base = top == -kInfinity<A> ? V{} : top;
@@ -265,7 +264,7 @@ class Forward {
     V total{};
     const auto weight = [&](int j) {
       A* at = s + j * kRows;
-      const V e = exp_of(load(at) - base);
+      const V e = weight_exp<T>(load(at) - base);
       total += e;
       if (p_.entropy) add_tilt(at, base, e, tilt);
       return e;
