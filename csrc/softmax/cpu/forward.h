@@ -240,13 +240,13 @@ class Forward {
     RowSums<A>& r = *state.rows;
     const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());
-    const A slack = p_.p_max ? A(0) : kSlack<A>;
     alignas(64) A factor[kRows];
     V moved{};
     for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
       const V before = load(r.max + l);
-      V top = top_of<A>(s + l, n, before);
-      top = top <= before + slack ? before : top;
+      V top = top_of<A>(s + l, n, load(r.top + l));
+      store(r.top + l, top);
+      top = top <= before + kSlack<A> ? before : top;
       store(factor + l, r.move(l, top, moved));
       const V base = top == -kInfinity<A> ? V{} : top;
       E* const pairs = kPaired<T> ? tile.pairs() + (l - lanes.begin) : nullptr;
@@ -364,6 +364,7 @@ class Forward {
       const A top = std::max(a.max[i], b.max[i]);
       of_whole[i] = a.move(i, top);
       of_part[i] = b.move(i, top);
+      a.top[i] = std::max(a.top[i], b.top[i]);
       a.sum[i] += b.sum[i];
       a.tilt[i] += b.tilt[i];
       a.squares[i] += b.squares[i];
@@ -448,8 +449,8 @@ class Forward {
   HW_NOINLINE A settle(const Block& block, int i, State& state) {
     RowSums<A>& r = *state.rows;
     const bool one_more = p_.activation == Activation::softmax1;
-    const A before = r.max[i];
-    const A moved = one_more ? r.move(i, std::max(before, A(0))) : A(1);
+    const A highest = std::max(r.max[i], r.top[i]);  // AlongKeys has no other than the first
+    const A moved = one_more ? r.move(i, std::max(r.max[i], A(0))) : A(1);
     const A top = r.max[i], weights = r.sum[i];
     const A total = one_more ? weights + std::exp(-top) : weights;
     const bool some = total != 0;
@@ -462,7 +463,7 @@ class Forward {
     put(p_.row, block, i, row);
     put(p_.rest, block, i, rest);
     put(p_.entropy, block, i, some ? (weights * log_total - r.tilt[i]) * inverse : A(0));
-    put(p_.p_max, block, i, some ? std::exp((before - row) - rest) : A(0));
+    put(p_.p_max, block, i, some ? std::exp((highest - row) - rest) : A(0));
     put(p_.sq_norm, block, i, r.squares[i] * inverse * inverse);
     put(p_.mass, block, i, r.mass[i] * inverse);
     return moved * inverse;

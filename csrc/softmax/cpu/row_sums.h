@@ -17,13 +17,14 @@ namespace {
 template <class A>
 struct RowSums {
   alignas(64) A max[kRows];      // of s, or a little less (kSlack); -inf before any
+  alignas(64) A top[kRows];      // of s where max may be less
   alignas(64) A sum[kRows];      // softmaxes: sum e^(s - shift); others: sum a(s)
   alignas(64) A tilt[kRows];     // sum e^(s - shift) (s - shift)
   alignas(64) A squares[kRows];  // sum e^(2 (s - shift))
   alignas(64) A mass[kRows];     // sum e^(s - shift) m
 
   HW_NOINLINE void clear() {
-    std::fill_n(max, kRows, -kInfinity<A>);
+    for (A* x : {max, top}) std::fill_n(x, kRows, -kInfinity<A>);
     for (A* x : {sum, tilt, squares, mass}) std::fill_n(x, kRows, A(0));
   }
 
