@@ -15,17 +15,10 @@ from types import ModuleType
 from typing import Any
 
 from bench import machine, peers, timing
+from headworks._operator_list import OPERATORS
 from headworks.cost import Cost
 
-SUITES = (
-    "linear_attention",
-    "attention",
-    "key_scan",
-    "select_topk",
-    "bilevel_routing",
-    "kmeans_routing",
-    "moh_attention",
-)
+SUITES = tuple(dict.fromkeys(operator.suite for operator in OPERATORS if operator.suite))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that keep the layers apart, checked on the text of csrc/.
+"""Rules that keep the layers apart, checked on the text of csrc/ and on the syntax of python/.
 
     torch       no torch, ATen or c10 header anywhere in csrc/
     python      Python and pybind11 headers only in csrc/binding/
@@ -12,13 +12,19 @@
 
 Comments and (but for assembly) string literals do not count.
 
-Usage: check_boundaries.py [CSRC_FOLDER]
+    reference   the oracle must not share code with what it judges. A module of ops/ imports the
+                reference of its operator whole, `from ...reference import X as reference`, and
+                calls it only where a backend equals "reference"; no other module imports any
+
+Usage: check_boundaries.py [CSRC_FOLDER [PYTHON_FOLDER]]
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +64,7 @@ RULES = (
     Rule(
         "hardware",
         re.compile(HARDWARE),
-        "use the names of core/gpu/device.h",
+        "use the names of core/gpu/device.cuh",
         allowed=("core/gpu/", "core/macros.h", "core/host/cpu_features.cpp", "emu/"),
     ),
     Rule(
@@ -73,7 +79,8 @@ RULES = (
         "atomics",
         re.compile(
             r"\batomic_?[Aa]dd(_block|_system)?\s*(<\s*(float|double|half|__half|__nv_bfloat16)\b"
-            r"|\(\s*(reinterpret_cast<|static_cast<|\()\s*(float|double|half|__half|__nv_bfloat16)\b"
+            r"|\(\s*(reinterpret_cast<|static_cast<|\()\s*"
+            r"(float|double|half|__half|__nv_bfloat16)\b"
             r"|\([^;]*\b\d+\.\d*f?\b)"
             r"|\batomic_?[Aa]dd\s*\(\s*(float|double|bf16|f16)\s*\*"
             r"|\bstd::atomic(_ref)?\s*<\s*(float|double)\b|\bred\.\w+(\.\w+)*\.(f16|f32|f64|bf16)"
@@ -118,14 +125,86 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def reference_violations(root: Path) -> list[str]:
+    """One line per breach of the rule of the reference in the package that lies in root/."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if "reference" in parts[:-1]:
+            continue
+        tree = ast.parse(path.read_text())
+        dispatches = "ops" in parts[:-1]
+        found += [
+            f"{root.name}/{path.relative_to(root).as_posix()}:{line}: reference: {what}"
+            for line, what in sorted(
+                [*_imports(tree, dispatches), *(_uses(tree) if dispatches else ())]
+            )
+        ]
+    return found
+
+
+def _imports(tree: ast.Module, dispatches: bool) -> Iterator[tuple[int, str]]:
+    """The imports of the reference that a module may not have."""
+    allowed = {id(node) for node in tree.body} if dispatches else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        if not any("reference" in module.split(".") for module in modules):
+            continue
+        as_one = (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[-1] == "reference"
+            and [alias.asname for alias in node.names] == ["reference"]
+        )
+        if not as_one or id(node) not in allowed:
+            yield (
+                node.lineno,
+                f"{ast.unparse(node)!r}: write production's own, or dispatch in ops/ by "
+                "'from ...reference import X as reference'",
+            )
+
+
+def _uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Uses of the name `reference` that are no call of `reference.f` for that backend."""
+    behind = {
+        id(call.func.value)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and _asks_for_reference(test.test)
+        for statement in test.body
+        for call in ast.walk(statement)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "reference" and id(node) not in behind:
+            yield node.lineno, "call it where 'backend == \"reference\"' holds, nowhere else"
+
+
+def _asks_for_reference(test: ast.expr) -> bool:
+    """Whether an expression is `name == "reference"`."""
+    return (
+        isinstance(test, ast.Compare)
+        and [type(operator) for operator in test.ops] == [ast.Eq]
+        and isinstance(test.comparators[0], ast.Constant)
+        and test.comparators[0].value == "reference"
+    )
+
+
 def main() -> int:
     """Prints the breaches; the exit status."""
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "csrc"
-    if not root.is_dir():
-        print(f"check_boundaries: {root} is no folder", file=sys.stderr)
-        return 2
-    found = violations(root)
-    print("\n".join(found) if found else f"boundaries: {len(RULES)} rules hold in {root.name}/")
+    home = Path(__file__).parents[1]
+    given = [Path(argument) for argument in sys.argv[1:]]
+    csrc, python = given + [home / "csrc", home / "python"][len(given) :]
+    for root in (csrc, python):
+        if not root.is_dir():
+            print(f"check_boundaries: {root} is no folder", file=sys.stderr)
+            return 2
+    found = violations(csrc) + reference_violations(python)
+    rules = f"{len(RULES)} rules hold in {csrc.name}/, 1 in {python.name}/"
+    print("\n".join(found) if found else f"boundaries: {rules}")
     return 1 if found else 0
 
 

@@ -37,8 +37,8 @@ BARRIER = re.compile(r"\b(sync_block|sync_warp|sync_group|copy_async_wait|copy_a
 # What kernels are made of. The rest of core, and the CPU's code, has tests of its own.
 CORE = (
     "math.h", "ref.h", "regions.h", "sort_key.h", "cpu/matmul.h", "cpu/panel.h",
-    "gpu/async_copy.h", "gpu/block_rank.h", "gpu/csr.cuh", "gpu/csr.h", "gpu/device.h", "gpu/mma.h",
-    "gpu/packed.h", "gpu/tile.h", "gpu/vector.h",
+    "gpu/async_copy.cuh", "gpu/block_rank.cuh", "gpu/csr.cuh", "gpu/csr.h", "gpu/device.cuh",
+    "gpu/mma.cuh", "gpu/packed.cuh", "gpu/tile.cuh", "gpu/vector.h",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@
     paths        `folder/name.ext` in back quotes, from the repository's root, exists; a path with
                  a placeholder (<op>, *, {a,b}) is left out, and so is what a build or a person adds
     docstrings   every public module and its public classes and functions in python/headworks
+    operators    README and the page of an operator (headworks/_operator_list.py) name it
 
 Usage: check_docs.py
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,6 +57,20 @@ def missing_docstrings(root: Path, modules: Sequence[Path]) -> list[str]:
     return found
 
 
+def unnamed_operators(root: Path) -> list[str]:
+    """Operators that README or their own page does not name."""
+    source = root / "python" / "headworks" / "_operator_list.py"
+    found = []
+    for operator in runpy.run_path(str(source))["OPERATORS"]:
+        name = re.compile(rf"\b{operator.name}\b")
+        for page in ("README.md", f"docs/ops/{operator.page}.md"):
+            if not (root / page).is_file():
+                found.append(f"{page}: no such page, that of {operator.name}")
+            elif not name.search((root / page).read_text()):
+                found.append(f"{page}: does not name {operator.name}")
+    return found
+
+
 def _lines_outside_code(text: str) -> Iterator[tuple[int, str]]:
     fenced = False
     for number, line in enumerate(text.splitlines(), 1):
@@ -90,7 +106,8 @@ def _mute(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
-def _tracked(root: Path, pattern: str) -> list[Path]:
+def tracked(root: Path, pattern: str) -> list[Path]:
+    """Files that git knows or could add."""
     command = ["git", "ls-files", "-co", "--exclude-standard", pattern]
     names = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     return [root / name for name in sorted(set(names.splitlines())) if (root / name).is_file()]
@@ -99,9 +116,10 @@ def _tracked(root: Path, pattern: str) -> list[Path]:
 def main() -> int:
     """Prints what is missing; the exit status."""
     root = Path(__file__).resolve().parents[1]
-    pages = _tracked(root, "*.md")
-    modules = [p for p in _tracked(root, "python/headworks/*.py") if not p.name.startswith("_")]
+    pages = tracked(root, "*.md")
+    modules = [p for p in tracked(root, "python/headworks/*.py") if not p.name.startswith("_")]
     found = dead_references(root, pages) + missing_docstrings(root, modules)
+    found += unnamed_operators(root)
     print("\n".join(found) if found else f"docs: {len(pages)} pages, {len(modules)} modules: sound")
     return 1 if found else 0
 

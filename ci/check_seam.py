@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the device side of the seam compiles to; needs nvcc, no GPU.
 
-Emulated tests run the other body of each primitive. Here every primitive of csrc/core/gpu/ (device.h,
-mma.h, async_copy.h) is compiled in a kernel of its own, and its PTX compared with
+Emulated tests run the other body of each primitive. Here every primitive of csrc/core/gpu/
+(device.cuh, mma.cuh, async_copy.cuh) is compiled in a kernel of its own, and its PTX compared with
 ci/seam_golden.py: instruction, operands, order. A primitive without a golden is a fault. Then the
-host side of csrc/core/gpu/launch.h runs against a CUDA runtime that writes down what it is asked for.
+host side of csrc/core/gpu/launch.h runs against a CUDA runtime that writes down what it is asked
+for.
 
 Usage: check_seam.py [--arch 75 80 90a] [--show NAME...]
        check_seam.py --self-test          faults planted into copies of the headers are found
@@ -27,7 +28,7 @@ from pathlib import Path
 from seam_golden import LAUNCHES, PROBES, Probe
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = ("device.h", "mma.h", "async_copy.h")
+HEADERS = ("device.cuh", "mma.cuh", "async_copy.cuh")
 FLAGS = ("-std=c++20", "--expt-relaxed-constexpr")
 
 # Instructions that get a line of their own; all others stand nested in the operands.
@@ -161,7 +162,7 @@ def lines_of(probe: Probe, body: str) -> list[str]:
 
 
 def source() -> str:
-    lines = ['#include "core/gpu/mma.h"', "using namespace hw;", "using namespace hw::dev;"]
+    lines = ['#include "core/gpu/mma.cuh"', "using namespace hw;", "using namespace hw::dev;"]
     for p in PROBES:
         arguments = ", ".join(filter(None, [p.arguments, "unsigned* out"]))
         lines.append(f'extern "C" __global__ void __launch_bounds__(1024) probe_{p.name}('
@@ -232,19 +233,19 @@ def check(csrc: Path, archs: list[str], show: list[str]) -> list[str]:
 
 # header, text, what stands there instead, the probe that must notice
 FAULTS = (
-    ("device.h", '"=r"(word) : "f"(hi), "f"(lo)', '"=r"(word) : "f"(lo), "f"(hi)', "pack_bf16"),
-    ("device.h", "__shfl_up_sync", "__shfl_down_sync", "shuffle_up"),
-    ("device.h", "return __any_sync", "return __all_sync", "any"),
-    ("device.h", "word[i] = move(word[i])", "word[i] = move(word[0])", "shuffle_words"),
-    ("device.h", '"r"(id), "r"(threads)', '"r"(threads), "r"(id)', "sync_group"),
-    ("device.h", "static_cast<int>(blockIdx.y)", "static_cast<int>(blockIdx.x)", "block_index_y"),
-    ("mma.h", ".x4.trans.shared", ".x4.shared", "load_matrix_x4_transposed"),
-    ("mma.h", ".f32.bf16.bf16.f32 \"", ".f32.f16.f16.f32 \"", "mma_bf16"),
-    ("mma.h", '"r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));\n#else\n  __trap();\n'
+    ("device.cuh", '"=r"(word) : "f"(hi), "f"(lo)', '"=r"(word) : "f"(lo), "f"(hi)', "pack_bf16"),
+    ("device.cuh", "__shfl_up_sync", "__shfl_down_sync", "shuffle_up"),
+    ("device.cuh", "return __any_sync", "return __all_sync", "any"),
+    ("device.cuh", "word[i] = move(word[i])", "word[i] = move(word[0])", "shuffle_words"),
+    ("device.cuh", '"r"(id), "r"(threads)', '"r"(threads), "r"(id)', "sync_group"),
+    ("device.cuh", "static_cast<int>(blockIdx.y)", "static_cast<int>(blockIdx.x)", "block_index_y"),
+    ("mma.cuh", ".x4.trans.shared", ".x4.shared", "load_matrix_x4_transposed"),
+    ("mma.cuh", ".f32.bf16.bf16.f32 \"", ".f32.f16.f16.f32 \"", "mma_bf16"),
+    ("mma.cuh", '"r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));\n#else\n  __trap();\n'
      "#endif\n}\n\n// The same", '"r"(a[2]), "r"(a[1]), "r"(a[3]), "r"(b[0]), "r"(b[1]));\n#else\n'
      "  __trap();\n#endif\n}\n\n// The same", "mma_f16"),
-    ("async_copy.h", '"n"(N)', '"n"(N + 1)', "copy_async_wait"),
-    ("async_copy.h", "[%1], 8, %2;", "[%1], 8;", "copy_async_8"),
+    ("async_copy.cuh", '"n"(N)', '"n"(N + 1)', "copy_async_wait"),
+    ("async_copy.cuh", "[%1], 8, %2;", "[%1], 8;", "copy_async_8"),
     ("launch.h", "shared_bytes > kPlainSharedBytes", "shared_bytes > kMaxSharedBytes", "launch"),
 )  # fmt: skip
 UNKNOWN = "HW_DEVICE HW_INLINE int new_primitive() { return 0; }\n"
@@ -261,7 +262,7 @@ def planted(folder: Path) -> tuple[Path, list[str]]:
             sys.exit(f"check_seam: {header} has no '{sound}' to plant a fault into")
         file.write_text(text.replace(sound, faulty, 1))
         names.append(name)
-    file = csrc / "core/gpu/async_copy.h"
+    file = csrc / "core/gpu/async_copy.cuh"
     file.write_text(file.read_text().replace("}  // namespace hw::dev", UNKNOWN + "}"))
     return csrc, [*names, "new_primitive"]
 

@@ -3,7 +3,7 @@
 // lines that both print are LAUNCHES in ci/seam_golden.py.
 #include <cstdio>
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace {
 

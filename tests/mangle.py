@@ -22,8 +22,8 @@ from specs import SPECS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
           torch.uint8)  # fmt: skip
-NUMBERS = (float("nan"), float("inf"), -1.0, 0.5, 1e300, -1e300, 2.0**31, 2.0**53, -(2.0**40), 0.0,
-           1.0, 7.0)  # fmt: skip
+NUMBERS = (float("nan"), float("inf"), -1.0, 0.5, 1e300, -1e300, 2**31, 2**53, -(2**40), 2**62,
+           -(2**63), 2**63, 0, 1, -1, 7)  # fmt: skip
 LARGEST = 1 << 20  # elements: of a tensor that a mutation may make
 
 
@@ -34,7 +34,7 @@ def recorded():
 
     def record(fn, backend, tensors, scalars=()):
         kept = [None if x is None else x.detach().clone() for x in tensors]
-        calls.append((fn, backend, kept, tuple(float(x) for x in scalars)))
+        calls.append((fn, backend, kept, tuple(scalars)))
         original(fn, backend, tensors, scalars)
 
     _library.call = record

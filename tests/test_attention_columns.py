@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import headworks as hw
+from headworks.reference import attention as reference
 from headworks.testing import compare
 from identities import randn
 from specs.attention_cases import WEIGHTS
@@ -305,6 +306,29 @@ def test_merged_parts_equal_the_whole(cuts):
     expected = torch.autograd.grad((whole, aux.lse), (q, k, v), (g, d_lse))
     for x, y in zip(merged, expected, strict=True):
         compare(x, y, F64)
+
+
+@pytest.mark.parametrize("dtype", (F64, F32, torch.bfloat16))
+def test_merge_equals_the_reference(dtype):
+    """Outputs and gradients, with parts without keys that are NaN."""
+    o, lse = randn(4, 2, 9, 3, 5), randn(4, 2, 3, 9, seed=1)
+    lse[1, :, :, 4:], lse[:, 1, 0], lse[2:, 0, 1] = -torch.inf, -torch.inf, -torch.inf
+    o[1, :, 5:] = torch.nan
+    o, lse = o.to(dtype), lse.to(F64 if dtype == F64 else F32)
+    leaves = [(o.requires_grad_(), lse.requires_grad_())]
+    leaves += [tuple(x.detach().double().requires_grad_() for x in leaves[0])]
+    if dtype == torch.bfloat16:
+        leaves += [tuple(x.detach().clone().requires_grad_() for x in leaves[0])]
+    functions = (hw.merge_attention, reference.merge_attention, reference.merge_attention)
+    made = []
+    for function, inputs in zip(functions, leaves, strict=False):
+        merged, total = function(*(list(x) for x in inputs))
+        finite = torch.where(total.isfinite(), total, 0)
+        loss = (merged * randn(2, 9, 3, 5, seed=2)).sum() + (finite * randn(2, 3, 9, seed=3)).sum()
+        made.append([merged, total, *torch.autograd.grad(loss, inputs)])
+    for n, (x, y) in enumerate(zip(*made[:2], strict=True)):
+        rough = made[2][n] if dtype == torch.bfloat16 else None
+        compare(x, y, dtype, reference=rough, floor=0.5)
 
 
 def test_merge_with_parts_that_see_nothing():

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 import headworks as hw
 from headworks import nn
+from headworks.ops.routing._checks import check_grid
+from headworks.reference import bilevel_routing as reference
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
 from routing_checks import cases_of, check_example, check_reference, on_both_backends
@@ -51,6 +53,16 @@ def region_numbers(height, width, regions):
         [[y // h * columns + x // w for x in range(width)] for y in range(height)]
     )
     return number, rows * columns, h * w
+
+
+@pytest.mark.no_comparison
+def test_grids_are_those_of_the_reference():
+    for height, rows in ((n, r) for n in range(1, 24) for r in range(1, n + 1)):
+        image = torch.zeros(1, height, 25 - height, 1, 1)
+        columns = 1 + (7 * rows) % (25 - height)
+        expected = reference.grid_of(image, (rows, columns))
+        made = check_grid("op", "num_regions", (rows, columns), image, "q")
+        assert (*made, made.regions) == (*expected, expected.regions)
 
 
 def by_tokens(q, k, v, graph, regions, kv_regions=None, mask_padding=True, scale=None):

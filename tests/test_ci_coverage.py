@@ -123,7 +123,7 @@ def test_kernels_that_are_never_launched():
 
 def test_files_that_count():
     assert [coverage.counts(f"csrc/{f}") for f in (
-        "core/gpu/tile.h", "core/gpu/csr.cuh", "ops/x/x.cpp", "ops/x/x_plan.h",
+        "core/gpu/tile.cuh", "core/gpu/csr.cuh", "ops/x/x.cpp", "ops/x/x_plan.h",
         "softmax/simt/loop.cuh", "core/host/registry.cpp", "core/host/call.h", "ops/x/x_cpu.cpp",
         "ops/x/x_cpu_rows.h", "softmax/cpu/tile.h", "emu/run.cpp",
     )] == 5 * [True] + 6 * [False]  # fmt: skip

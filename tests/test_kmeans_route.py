@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import headworks as hw
 from backends import targets
-from headworks._native import run
+from headworks import _library
 from headworks.ops.routing import _kmeans_route_native as native
 from headworks.reference import kmeans_routing as reference
 from headworks.testing import EVERY_DTYPE, assert_same_bits, compare, evaluate
@@ -197,7 +197,7 @@ def test_empty_calls_reach_no_kernel(prefix, monkeypatch):
     def refuse(*args):
         raise AssertionError("native code was called")
 
-    monkeypatch.setattr(native, "run", refuse)
+    monkeypatch.setattr(_library, "call", refuse)
     for b, s, h, k, w in ((0, 5, 2, 3, 2), (1, 5, 0, 3, 2), (1, 5, 2, 0, 2), (1, 5, 2, 3, 0)):
         x, mu = torch.ones(b, s, h, 4), torch.ones(h, k, 4)
         index = hw.kmeans_route(x, mu, window=w, is_causal_prefix=prefix)
@@ -229,7 +229,7 @@ WRONG = (
 @pytest.mark.parametrize("function, tensors, scalars, kind, words", WRONG)
 def test_native_code_refuses(function, tensors, scalars, kind, words):
     with pytest.raises(kind, match=words):
-        run(f"kmeans_route.{function}", "cpu", list(tensors), scalars)
+        _library.call(_library.function(f"kmeans_route.{function}"), "cpu", tensors, scalars)
 
 
 @pytest.mark.no_comparison
@@ -237,4 +237,5 @@ def test_there_is_one_prefix_kernel_for_32_bits():
     """Similarities of 16-bit tokens are fp32."""
     words = "no cpu kernel for kmeans_route.prefix"
     with pytest.raises(NotImplementedError, match=words):
-        run("kmeans_route.prefix", "cpu", [D[0, 0].bfloat16(), INDEX[:5]], (9,))
+        prefix = _library.function("kmeans_route.prefix")
+        _library.call(prefix, "cpu", [D[0, 0].bfloat16(), INDEX[:5]], (9,))

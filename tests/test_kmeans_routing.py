@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import headworks as hw
 from headworks import _library
+from headworks.reference import kmeans_routing as reference
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
 from routing_checks import (
@@ -233,6 +234,47 @@ def test_update_moves_to_the_normalised_mean():
     assert_same_bits(hw.kmeans_update(mu, x, decay=1.0), mu)
 
 
+@pytest.mark.parametrize("dtype", (F64, F32, torch.bfloat16))
+@pytest.mark.parametrize("with_index", (True, False))
+def test_update_equals_the_reference(with_index, dtype):
+    """With empty slots, a token that is in a cluster twice, ties, and tokens that do not count."""
+    x, mu, index = (t.clone() for t in routed(s=40, w=9, b=3))
+    x[0, 3], x[1, 5, 0, 2], mu[1, 2] = torch.nan, -torch.inf, mu[1, 0]
+    index[0, :, 1, 4:], index[:, 1, 2], index[2, 0, 0, :2] = -1, -1, 7
+    x, index = x.to(dtype), index if with_index else None
+    sums = reference.cluster_sums(x.double(), mu, index)
+    for decay in (0.0, 0.25, 1.0):
+        expected = reference.kmeans_update(mu, sums, decay)
+        moved = hw.kmeans_update(mu, x, index, decay=decay)
+        compare(moved, expected, F64 if dtype == F64 else F32)
+
+
+@pytest.mark.parametrize("with_index", (True, False))
+def test_update_by_a_sum_that_overflows(with_index):
+    """The sum is finite, its length in fp32 is not: the centroid stays; so it does beyond."""
+    x = torch.tensor([[3e38, 3e38], [0.0, -1.0]])[None, :, None]
+    mu = torch.tensor([[[0.6, 0.8], [0.0, -1.0]]])
+    index = torch.tensor([[[[0], [1]]]]) if with_index else None
+    for tokens in (x, torch.cat([x, x], 1)):
+        moved = hw.kmeans_update(mu, tokens, index, decay=0.5)
+        assert_same_bits(moved, mu)
+        sums = reference.cluster_sums(tokens, mu, index)
+        assert_same_bits(reference.kmeans_update(mu, sums, 0.5), mu)
+
+
+@pytest.mark.parametrize("with_index", (True, False))
+def test_update_by_tokens_that_do_not_count_alone(with_index):
+    """A cluster of nothing but such tokens is an empty one; another one moves without them."""
+    x = torch.tensor([[1.0, 0.0], [-1.0, torch.nan], [0.6, 0.8]])[None, :, None]
+    mu = torch.tensor([[[0.0, -1.0], [0.8, 0.6]]])
+    index = torch.tensor([[[[1, 1, -1], [0, 2, 1]]]]) if with_index else None
+    moved = hw.kmeans_update(mu, x, index, decay=0.5)
+    assert_same_bits(moved[:, 0], mu[:, 0])
+    compare(
+        moved[0, 1], 0.5 * mu[0, 1].double() + 0.5 * F.normalize(x[0, 0] + x[0, 2], dim=-1)[0], F32
+    )
+
+
 def test_update_of_empty_clusters():
     x = torch.tensor([[1.0, 0.0], [0.8, 0.6]])[None, :, None]
     mu = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]]])
@@ -418,7 +460,7 @@ def test_route_refuses(case, monkeypatch):
 @pytest.mark.no_comparison
 @pytest.mark.parametrize("case", ROUTE + UPDATE, ids=repr)
 def test_update_refuses(case, monkeypatch):
-    monkeypatch.setattr(hw.ops.kmeans_routing.reference, "cluster_sums", lambda *a: zeros(1))
+    monkeypatch.setattr(spec.module, "cluster_sums", lambda *a: (zeros(1), zeros(1)))
     arguments = {"x": zeros(1, 9, 2, 8), "centroids": zeros(2, 3, 8)}
     refuse(case, hw.kmeans_update, arguments, monkeypatch)
 

@@ -31,7 +31,7 @@ def _restore():
 
 
 def key_scan_tensors(dtype=torch.float32, batch=2, tokens=5, heads=3, dim=4):
-    """s v o lse o0 lse0 o1 lse1 wide workspace, and the expected o."""
+    """s v o0 lse0 o lse o1 lse1 o_wide, and the expected o."""
     s = torch.randn(batch, tokens, heads, dtype=dtype)
     v = torch.randn(batch, tokens, heads, dim, dtype=dtype)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
@@ -39,7 +39,10 @@ def key_scan_tensors(dtype=torch.float32, batch=2, tokens=5, heads=3, dim=4):
     lse = torch.full((batch, tokens, heads), float("nan"), dtype=statistics)
     weights = s.double().exp()[..., None]
     expected = (weights * v.double()).cumsum(1) / weights.cumsum(1)
-    return [s, v, o, lse, *[None] * 6], expected
+    return [s, v, None, None, o, lse, None, None, None], expected
+
+
+O = 4  # where o is
 
 
 # ---- reading tensors -----------------------------------------------------------------------------
@@ -114,14 +117,14 @@ def test_a_call_computes(exchange, container):
     tensors, expected = key_scan_tensors()
     native.use_exchange_api(exchange)
     _library.call(FORWARD, "auto", container(tensors))
-    torch.testing.assert_close(tensors[2].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tensors[O].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_calls_from_many_threads():
     def one(_):
         tensors, expected = key_scan_tensors(batch=1, tokens=64)
         _library.call(FORWARD, "cpu", tensors)
-        torch.testing.assert_close(tensors[2].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensors[O].double(), expected, rtol=1e-5, atol=1e-5)
         return True
 
     with ThreadPoolExecutor(4) as pool:
@@ -134,7 +137,7 @@ def test_tensors_without_data_are_refused(exchange):
     with FakeTensorMode():
         fake, _ = key_scan_tensors()
     with pytest.raises(
-        RuntimeError, match=r"key_scan.forward: tensor 0 .* is a fake or meta tensor"
+        RuntimeError, match=r"key_scan.forward: s has no data. It is a fake or meta tensor"
     ):
         _library.call(FORWARD, "cpu", fake)
     # Shapes alone are enough to choose.
@@ -157,14 +160,29 @@ def test_bad_calls():
             ValueError, match=f"backend is '{name}'; expected one of auto, reference"
         ):
             _library.call(FORWARD, name, tensors)
-    with pytest.raises(ValueError, match="at least its first tensor"):
-        _library.call(FORWARD, "cpu", [])
-    with pytest.raises(ValueError, match="at most 32 tensors"):
-        _library.call(FORWARD, "cpu", [tensors[0]] * 33)
+    for wrong in ([], [tensors[0]] * 33):
+        with pytest.raises(ValueError, match=f"got {len(wrong)} tensors, expected 9"):
+            _library.call(FORWARD, "cpu", wrong)
+    with pytest.raises(ValueError, match="s is missing"):
+        _library.call(FORWARD, "cpu", [None, *tensors[1:]])
     with pytest.raises(TypeError, match="tuple or a list"):
         _library.call(FORWARD, "cpu", 3)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="got 1 scalars, expected 0"):
         _library.call(FORWARD, "cpu", tensors, ("one",))
+
+
+def test_numbers_are_what_the_list_says():
+    select = _library.function("select_topk.forward")
+    tensors = [torch.randn(2, 5), torch.zeros(2, 3, dtype=torch.int64)]
+    with pytest.raises(TypeError, match="keep_order is a str, expected an integer"):
+        _library.call(select, "cpu", tensors, ("one",))
+    with pytest.raises(TypeError, match="keep_order is a float, expected an integer"):
+        _library.call(select, "cpu", tensors, (1.0,))
+    with pytest.raises(ValueError, match="keep_order is 7, expected 0 or 1"):
+        _library.call(select, "cpu", tensors, (7,))
+    with pytest.raises(ValueError, match="keep_order does not fit 64 bits"):
+        _library.call(select, "cpu", tensors, (2**70,))
+    _library.call(select, "cpu", tensors, (True,))
 
 
 # ---- backends and reasons ------------------------------------------------------------------------
@@ -205,9 +223,9 @@ def test_every_instruction_set_agrees():
     for isa in _library.info()["cpu"]["available"]:
         _library.set_cpu_isa(isa)
         assert _library.info()["cpu"]["isa"] == isa
-        tensors[2].fill_(float("nan"))
+        tensors[O].fill_(float("nan"))
         _library.call(FORWARD, "cpu", tensors)
-        results[isa] = tensors[2].clone()
+        results[isa] = tensors[O].clone()
     assert "baseline" in results or "neon" in results
     for result in results.values():
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
@@ -307,12 +325,7 @@ def test_the_environment_chooses_the_instruction_set():
 
 def load_message(folder: Path | str) -> str:
     """The message of the ImportError when the library is looked for in `folder`."""
-    code = (
-        "from headworks import _library\n"
-        "try: _library.info()\n"
-        "except ImportError as error: print(error)\n"
-        "else: print('loaded')"
-    )
+    code = "try: import headworks\nexcept ImportError as error: print(error)\nelse: print('loaded')"
     result = in_a_new_process(code, HEADWORKS_LIBRARY_DIR=str(folder))
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -335,11 +348,11 @@ def test_a_library_that_cannot_be_loaded_says_why(tmp_path):
     assert "pip install --force-reinstall" in text
 
 
-def test_import_alone_loads_nothing():
+def test_import_touches_no_gpu_and_loads_no_emulator():
     code = (
         "import sys, headworks, torch\n"
-        "from headworks import _library\n"
-        "assert _library._native is None and not torch.cuda.is_initialized()"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'headworks_emulator' not in open('/proc/self/maps').read()"
     )
     result = in_a_new_process(code)
     assert result.returncode == 0, result.stderr
@@ -355,7 +368,7 @@ def test_without_the_emulator_the_remedy_is_named(tmp_path):
         "from headworks import _library as L\n"
         "assert L.info()['emulator'] is None\n"
         "s, v = torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 4)\n"
-        "f, t = L.function('key_scan.forward'), [s, v, v, s] + [None] * 5\n"
+        "f, t = L.function('key_scan.forward'), [s, v, None, None, v, s] + [None] * 3\n"
         "print(L.reasons(f, t)['emulate:simt'])\n"
         "try: L.call(f, 'emulate:simt', t)\n"
         "except NotImplementedError as error: print(error)"
@@ -380,14 +393,12 @@ needs_emulator = pytest.mark.skipif(
 def test_the_emulator_runs_the_kernel():
     tensors, expected = key_scan_tensors(torch.float32)
     assert _library.choose(FORWARD, "emulate", tensors) == "emulate:simt"
-    size = _library.workspace(FORWARD, "emulate:simt", tensors)
-    tensors[9] = torch.zeros(size, dtype=torch.uint8) if size else None
     for order in ("forward", "reverse", "shuffled"):
         for copies in ("late", "early", "mixed"):
             _library.configure_emulator(seed=1, order=order, copies=copies)
-            tensors[2].fill_(float("nan"))
+            tensors[O].fill_(float("nan"))
             _library.call(FORWARD, "emulate:simt", tensors)
-            torch.testing.assert_close(tensors[2].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tensors[O].double(), expected, rtol=1e-5, atol=1e-5)
     _library.configure_emulator()
 
 
@@ -422,21 +433,36 @@ def test_plans_are_made_for_the_multiprocessors_that_were_set():
     """One query over many keys is split over the device: the partial results need workspace."""
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 4096, 1, 16)
     seen, asked = [], []
-    workspace = _library.workspace
 
-    def spy(*arguments):
-        asked.append(workspace(*arguments))
-        return asked[-1]
+    def spy(size, like):
+        asked.append(size)
+        return torch.empty(size, dtype=torch.uint8, device=like.device)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_library, "workspace", spy)
-        try:
-            for count in (1, 4, 132):
-                _library.configure_emulator(multiprocessors=count)
-                seen.append(hw.attention(q, k, k, backend="emulate:simt"))
-        finally:
-            _library.configure_emulator()
+    native.set_allocator(spy)
+    try:
+        for count in (1, 4, 132):
+            _library.configure_emulator(multiprocessors=count)
+            seen.append(hw.attention(q, k, k, backend="emulate:simt"))
+    finally:
+        _library.configure_emulator()
+        native.set_allocator(_library._workspace)
     assert len(asked) == 3 and asked[0] < asked[1] < asked[2]
     expected = hw.attention(q, k, k, backend="reference")
     for o in seen:
         torch.testing.assert_close(o, expected)
+
+
+@needs_emulator
+def test_what_the_allocator_raises_arrives():
+    """A call without memory for its workspace does not run, and says what Python said."""
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 4096, 1, 16)
+
+    def refuse(size, like):
+        raise MemoryError(f"{size} bytes")
+
+    native.set_allocator(refuse)
+    try:
+        with pytest.raises(MemoryError, match=r"\d+ bytes"):
+            hw.attention(q, k, k, backend="emulate:simt")
+    finally:
+        native.set_allocator(_library._workspace)

@@ -14,6 +14,7 @@ import torch
 
 from backends import native_info
 from headworks import _library
+from headworks._functions import NativeFunction
 from specs import SPECS
 
 TESTS = Path(__file__).parent
@@ -34,34 +35,69 @@ def test_mangled_calls_never_crash(seed):
     assert refused is not None and int(refused[1]) > MUTATIONS / 3
 
 
-def calls_of(function, **sizes):
-    """Tensors of a call of attention.forward."""
+def named(function, given, numbers):
+    """A call's tensors and scalars, from those given by name; the others are absent."""
+    f = NativeFunction(function)
+    tensors = [given.get(a.name) for a in (*f.inputs, *f.outputs)]
+    return f.number, tensors, [numbers[a.name] for a in f.scalars]
+
+
+def places(function):
+    """Where each argument of a call is, by name."""
+    f = NativeFunction(function)
+    tensors = {a.name: i for i, a in enumerate((*f.inputs, *f.outputs))}
+    return tensors, {a.name: i for i, a in enumerate(f.scalars)}
+
+
+NUMBERS = {
+    "scale": 1.0, "softcap": 0.0, "causal": 0, "left": -1, "right": -1, "activation": 0,
+    "normalizer": 0, "gain_begin": 0, "gain_end": 0, "max_q": 8, "max_k": 8, "skip_dead": 1,
+}  # fmt: skip
+
+
+def calls_of(function="attention.forward", more=None, **sizes):
+    """A call of attention.forward, or of one that has its arguments and more."""
     n = {"B": 2, "S": 3, "K": 4, "Q": 4, "H": 2, "D": 8, "V": 8} | sizes
     q = torch.zeros(n["B"], n["S"], n["Q"], n["D"])
     k = torch.zeros(n["B"], n["K"], n["H"], n["D"])
     v = torch.zeros(n["B"], n["K"], n["H"], n["V"])
-    tensors = [q, k, *[None] * 6, v, None, None, None, torch.empty((*q.shape[:3], n["V"])),
-               *[None] * 7]  # fmt: skip
-    scalars = [1.0, 0.0, 0, -1, -1, 0, 0, 0, n["S"], n["S"], n["K"], 1]
-    return _library.function(function), tensors, scalars
+    given = {"q": q, "k": k, "v": v, "o": torch.empty((*q.shape[:3], n["V"]))}
+    tensors, numbers = more or ({}, {})
+    return named(function, given | tensors, NUMBERS | numbers)
+
+
+TENSORS, SCALARS = places("attention.forward")
+
+
+def spoilt(name, value):
+    """A change of a call: an argument by name."""
+
+    def change(tensors, scalars):
+        if name in TENSORS:
+            x = tensors[TENSORS[name]]
+            tensors[TENSORS[name]] = value(x) if callable(value) else value
+        else:
+            scalars[SCALARS[name]] = value
+
+    return change
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (lambda t, s: (t.pop(), t.pop()), ValueError, "got 18 tensors, expected 19, or 20"),
+        (lambda t, s: t.pop(), ValueError, "got 18 tensors, expected 19"),
+        (lambda t, s: t.append(None), ValueError, "got 20 tensors, expected 19"),
         (lambda t, s: s.pop(), ValueError, "got 11 scalars, expected 12"),
-        (lambda t, s: t.__setitem__(0, None), ValueError, "at least its first tensor"),
-        (lambda t, s: t.__setitem__(1, None), ValueError, "k is missing"),
-        (lambda t, s: t.__setitem__(1, t[1].double()), TypeError, "k is of float64, expected"),
-        (lambda t, s: t.__setitem__(8, t[8][:, :3]), ValueError, r"v \[BKHV\] has size 3"),
-        (lambda t, s: t.__setitem__(8, t[8][0]), ValueError, "v has 3 dimensions, expected 4"),
-        (lambda t, s: t.__setitem__(12, None), ValueError, "v and o go together"),
-        (lambda t, s: s.__setitem__(9, 4), ValueError, "longest sequences"),
-        (lambda t, s: s.__setitem__(3, 0.5), ValueError, "expected an integer"),
-        (lambda t, s: s.__setitem__(3, float("nan")), ValueError, "expected an integer"),
-        (lambda t, s: s.__setitem__(2, 2), ValueError, "expected 0 or 1"),
-        (lambda t, s: s.__setitem__(5, 5), ValueError, "no activation 5"),
+        (spoilt("q", None), ValueError, "q is missing"),
+        (spoilt("k", None), ValueError, "k is missing"),
+        (spoilt("k", torch.Tensor.double), TypeError, "k is of float64, expected"),
+        (spoilt("v", lambda v: v[:, :3]), ValueError, r"v \[B Sk H Dv\] has size 3"),
+        (spoilt("v", lambda v: v[0]), ValueError, "v has 3 dimensions, expected 4"),
+        (spoilt("o", None), ValueError, "v and o go together"),
+        (spoilt("bias", torch.zeros(1, 3, 1, 4)), ValueError, r"bias .* has size 3 at dimension 1"),
+        (spoilt("left", 0.5), TypeError, "left is a float, expected an integer"),
+        (spoilt("causal", 2), ValueError, "causal is 2, expected 0 or 1"),
+        (spoilt("activation", 5), ValueError, "there is no activation 5"),
     ],
 )
 def test_what_is_said_of_a_wrong_call(change, error, message):
@@ -72,46 +108,54 @@ def test_what_is_said_of_a_wrong_call(change, error, message):
 
 
 def test_bounds_of_packed_sequences_are_looked_at():
-    fn, tensors, scalars = calls_of("attention.forward", B=1, S=6, K=6)
     good = torch.tensor([0, 2, 6])
     for wrong in ([0, 7, 6], [0, 4, 7], [-1, 2, 6], [0, -(2**62), 6], []):
-        tensors[6], tensors[7] = torch.tensor(wrong, dtype=torch.int64), good[: len(wrong)]
+        bounds = {"cu_seqlens_q": torch.tensor(wrong, dtype=torch.int64)}
+        bounds["cu_seqlens_k"] = good[: len(wrong)]
+        fn, tensors, scalars = calls_of(more=(bounds, {}), B=1, S=6, K=6)
         with pytest.raises(ValueError, match="cu_seqlens"):
             _library.call(fn, "cpu", tensors, scalars)
-    tensors[6] = tensors[7] = good
+    both = {"cu_seqlens_q": good, "cu_seqlens_k": good}
+    fn, tensors, scalars = calls_of(more=(both, {"max_q": -1}), B=1, S=6, K=6)
+    with pytest.raises(ValueError, match="longest sequences have -1 and 6 tokens"):
+        _library.call(fn, "cpu", tensors, scalars)
+    fn, tensors, scalars = calls_of(more=(both, {}), B=1, S=6, K=6)
     _library.call(fn, "cpu", tensors, scalars)
 
 
-def routing_call(rows, keys, **changes):
+def routing_call(rows, keys, tensors=(), **numbers):
     """routing_attention.forward of one head of 4 tokens, whose cells are tokens."""
-    _, tensors, scalars = calls_of("attention.forward", B=1, S=4, K=4, Q=1, H=1)
-    for i, x in changes.items():
-        tensors[int(i[1:])] = x
-    cells = [4, 1, 1, 1, 4]
-    fn = _library.function("routing_attention.forward")
-    return fn, [rows, keys, *tensors], [*cells, *cells, 0, 0, 0, 0.0, *scalars]
+    cell = {"columns": 4, "height": 1, "width": 1, "image_height": 1, "image_width": 4}
+    cells = {f"{side}_{name}": n for side in ("row", "key") for name, n in cell.items()}
+    flags = {"by_slot": 0, "pad_keys": 0, "mask_self": 0, "mean_eps": 0.0}
+    given = {"rows": rows, "keys": keys, **dict(tensors)}
+    return calls_of(
+        "routing_attention.forward", (given, cells | flags | numbers), B=1, S=4, K=4, Q=1, H=1
+    )
 
 
 def test_lists_that_go_with_nothing_else():
     rows = torch.arange(4)[None, None, None]  # [B, Hq, G, N]
-    fn, tensors, scalars = routing_call(rows, rows)
-    _library.call(fn, "cpu", tensors, scalars)
+    _library.call(*with_backend(routing_call(rows, rows)))
     for softcap in (0.5, 1.0, 2.0):
-        capped = list(scalars)
-        capped[15] = softcap
         with pytest.raises(ValueError, match="listed keys go with plain scores"):
-            _library.call(fn, "cpu", tensors, capped)
-    shapes = {"t2": (1, 1, 4, 4), "t3": (1, 1, 4), "t4": (1, 1, 4), "t5": (1, 4, 1)}
-    for i, shape in shapes.items():
-        fn, tensors, scalars = routing_call(rows, rows, **{i: torch.zeros(shape)})
+            _library.call(*with_backend(routing_call(rows, rows, softcap=softcap)))
+    shapes = {
+        "bias": (1, 1, 4, 4), "key_bias": (1, 1, 4), "key_gain": (1, 1, 4),
+        "row_temperature": (1, 4, 1),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        option = {name: torch.zeros(shape)}
         with pytest.raises(ValueError, match="listed keys go with plain scores"):
-            _library.call(fn, "cpu", tensors, scalars)
-        fn, tensors, scalars = routing_call(rows, None, **{i: torch.zeros(shape)})
-        _library.call(fn, "cpu", tensors, scalars)
-    two = rows.expand(1, 1, 2, 4)
-    fn, tensors, scalars = routing_call(two, None)
+            _library.call(*with_backend(routing_call(rows, rows, option)))
+        _library.call(*with_backend(routing_call(rows, None, option)))
     with pytest.raises(ValueError, match="all keys go with one list of rows"):
-        _library.call(fn, "cpu", tensors, scalars)
+        _library.call(*with_backend(routing_call(rows.expand(1, 1, 2, 4), None)))
+
+
+def with_backend(call, backend="cpu"):
+    fn, tensors, scalars = call
+    return fn, backend, tensors, scalars
 
 
 EMULATED = ["emulate:simt", "emulate:sm80"] if native_info().get("emulator") else []
@@ -120,14 +164,14 @@ EMULATED = ["emulate:simt", "emulate:sm80"] if native_info().get("emulator") els
 @pytest.mark.parametrize("backend", ["cpu", *EMULATED])
 def test_what_is_mixed_in_lies_where_the_row_does(backend):
     """On a GPU nobody looks at bounds: whatever they are, no value beyond the tensor is read."""
-    fn, tensors, scalars = calls_of("attention.forward", B=1, S=6, K=6, D=16, V=16)
     dtype = torch.bfloat16 if backend.endswith("sm80") else torch.float32
-    tensors[:2], v = (x.to(dtype) for x in tensors[:2]), torch.randn(1, 6, 2, 16).to(dtype)
-    tensors[6], tensors[7] = torch.tensor([0, 2, 6]), torch.tensor([0, 4, 6])
-    tensors[8], tensors[10] = v, torch.ones(1, 4)
-    tensors[12] = torch.empty(1, 6, 4, 16, dtype=dtype)
+    q, k, v = torch.zeros(1, 6, 4, 16), torch.zeros(1, 6, 2, 16), torch.randn(1, 6, 2, 16)
+    q, k, v, o = (x.to(dtype) for x in (q, k, v, torch.empty(1, 6, 4, 16)))
+    bounds = {"cu_seqlens_q": torch.tensor([0, 2, 6]), "cu_seqlens_k": torch.tensor([0, 4, 6])}
+    given = {"q": q, "k": k, "v": v, "o": o, "identity_mix": torch.ones(1, 4), **bounds}
+    fn, tensors, scalars = named("attention.forward", given, NUMBERS)
     _library.call(fn, backend, tensors, scalars)
-    assert torch.equal(tensors[12], v.repeat_interleave(2, 2))
+    assert torch.equal(o, v.repeat_interleave(2, 2))
 
 
 def test_means_of_regions_lie_together():
@@ -146,6 +190,6 @@ def test_every_spec_was_mangled():
     from mangle import recorded
 
     seen = {call[0] for call in recorded()}
-    numbers = {name: _library.function(name) for name in _library._numbers}
+    numbers = {name: _library.function(name) for name in _library._functions}
     missing = [name for name, n in numbers.items() if n not in seen]
     assert len(SPECS) > 10 and not missing, missing

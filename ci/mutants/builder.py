@@ -24,8 +24,8 @@ SUFFIXES = (".h", ".cpp", ".cuh")
 CORE = (
     "dtype.h", "math.h", "ref.h", "regions.h", "scalar_math.h", "sort_key.h", "cpu/bf16_dot.h",
     "cpu/matmul.h", "cpu/panel.h", "cpu/parallel.h", "cpu/simd.h", "cpu/simd_math.h",
-    "cpu/transpose.h", "gpu/block_rank.h", "gpu/csr.cuh", "gpu/csr.h", "gpu/packed.h", "gpu/tile.h",
-    "gpu/vector.h",
+    "cpu/transpose.h", "gpu/block_rank.cuh", "gpu/csr.cuh", "gpu/csr.h", "gpu/packed.cuh",
+    "gpu/tile.cuh", "gpu/vector.h",
 )  # fmt: skip
 # CPU instruction sets that are not built: of what is left the machine takes the best it has, pairs
 # of bf16 among it.

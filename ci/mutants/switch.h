@@ -2,8 +2,8 @@
 // The switches of ci/mutants.py: what a copy of the sources is rewritten to. Never part of a build
 // of headworks.
 //
-// An operator stands for itself and, while the mutant with number n is on, for another one. Only its
-// token is replaced, by infix notation that keeps the precedence of everything around it:
+// An operator stands for itself and, while the mutant with number n is on, for another one. Only
+// its token is replaced, by infix notation that keeps the precedence of everything around it:
 //
 //   i < end       i < hwm::Less{n} < end      = (i < Less{n}) < end, i <= end while n is on
 //   x += y        x += hwm::Plus{n} += y      = x += (Plus{n} += y)

@@ -2,7 +2,9 @@
 // _C: the C table of the native libraries as Python functions. See python/headworks/_library.py,
 // its only user, for what they mean.
 #include <algorithm>
+#include <exception>
 #include <limits>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -19,36 +21,116 @@ namespace py = pybind11;
 namespace hw {
 namespace {
 
-constexpr Py_ssize_t kMaxTensors = 32, kMaxScalars = 32;
+constexpr size_t kMaxTensors = 48, kMaxScalars = 48;
 constexpr size_t kMessageBytes = 8192;
 
-// A call's arguments in C. Beyond those given, tensors are absent and scalars are zero.
+// ---- functions and their lists ----
+
+struct NativeFunction {
+  std::string name;
+  std::span<const Argument> arguments;
+  std::vector<const Argument*> scalars;
+  size_t tensors = 0;
+};
+
+// Of the library and of the emulator alike: both have the same lists.
+const std::vector<NativeFunction>& native_functions() {
+  static const std::vector<NativeFunction> all = [] {
+    std::vector<NativeFunction> list;
+    HwFunction f;
+    for (int i = 0; native_api().function(i, &f); ++i) {
+      NativeFunction n{f.name, {f.arguments, static_cast<size_t>(f.num_arguments)}, {}, 0};
+      for (const Argument& a : n.arguments) {
+        if (a.is_tensor())
+          ++n.tensors;
+        else
+          n.scalars.push_back(&a);
+      }
+      list.push_back(std::move(n));
+    }
+    return list;
+  }();
+  return all;
+}
+
+const NativeFunction& native_function(int number) {
+  const std::vector<NativeFunction>& all = native_functions();
+  check(number >= 0 && static_cast<size_t>(number) < all.size(), ErrorKind::value,
+        "there is no function number ", number);
+  return all[static_cast<size_t>(number)];
+}
+
+// ---- arguments ----
+
+Scalar read_scalar(const NativeFunction& f, const Argument& a, PyObject* object) {
+  Scalar x;
+  if (a.kind == Kind::number) {
+    x.number = PyFloat_AsDouble(object);
+    if (x.number == -1.0 && PyErr_Occurred()) throw PythonError();
+    return x;
+  }
+  check(PyIndex_Check(object) != 0, ErrorKind::type, f.name, ": ", a.name, " is a ",
+        Py_TYPE(object)->tp_name, ", expected an integer");
+  int overflow = 0;
+  const py::object integer = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+  if (!integer) throw PythonError();
+  x.integer = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
+  check(overflow == 0, ErrorKind::value, f.name, ": ", a.name, " does not fit 64 bits");
+  return x;
+}
+
+// What allocates workspaces: a Python function of a number of bytes and a tensor that lies where
+// they are wanted; it returns a tensor.
+py::object& allocator() {
+  static py::gil_safe_call_once_and_store<py::object> storage;
+  return storage.call_once_and_store_result([] { return py::object(); }).get_stored();
+}
+
+// A call's arguments in C.
 class Arguments {
  public:
-  Arguments(const py::handle& tensors, const py::handle& scalars, int threads)
+  Arguments(int function, const py::handle& tensors, const py::handle& scalars, int threads)
       : tensors_kept_(sequence(tensors)), scalars_kept_(sequence(scalars)) {
-    PyObject** const t = PySequence_Fast_ITEMS(tensors_kept_.ptr());
-    PyObject** const s = PySequence_Fast_ITEMS(scalars_kept_.ptr());
-    const Py_ssize_t nt = PySequence_Fast_GET_SIZE(tensors_kept_.ptr());
-    const Py_ssize_t ns = PySequence_Fast_GET_SIZE(scalars_kept_.ptr());
-    check(nt <= kMaxTensors && ns <= kMaxScalars, ErrorKind::value, "a call has at most ",
-          kMaxTensors, " tensors and ", kMaxScalars, " scalars, got ", nt, " and ", ns);
-    for (Py_ssize_t i = 0; i < nt; ++i) tensors_[i] = read_tensor(t[i], i);
-    for (Py_ssize_t i = 0; i < ns; ++i) scalars_[i] = as_double(s[i]);
-    arguments_ = {tensors_, scalars_, static_cast<int32_t>(nt), static_cast<int32_t>(ns), {}};
+    const NativeFunction& f = native_function(function);
+    const std::span<PyObject*> t = items(tensors_kept_), s = items(scalars_kept_);
+    check(t.size() == f.tensors, ErrorKind::value, f.name, ": got ", t.size(),
+          " tensors, expected ", f.tensors);
+    check(s.size() == f.scalars.size(), ErrorKind::value, f.name, ": got ", s.size(),
+          " scalars, expected ", f.scalars.size());
+    check(t.size() <= kMaxTensors && s.size() <= kMaxScalars, ErrorKind::value,
+          "a call has at most ", kMaxTensors, " tensors and ", kMaxScalars, " scalars");
+    for (size_t i = 0; i < t.size(); ++i) tensors_[i] = read_tensor(t[i], i);
+    for (size_t i = 0; i < s.size(); ++i) scalars_[i] = read_scalar(f, *f.scalars[i], s[i]);
+    arguments_ = {
+        tensors_,  scalars_, static_cast<int32_t>(t.size()), static_cast<int32_t>(s.size()), {},
+        &allocate, this};
     arguments_.context.num_threads = threads;
-    if (nt > 0 && tensors_[0].device == Device::cuda) {
-      arguments_.context.device_index = tensors_[0].device_index;
-      arguments_.context.stream = current_stream(t[0], tensors_[0].device_index);
-    }
+    if (t.empty()) return;
+    first_ = t[0];
+    if (tensors_[0].device != Device::cuda) return;
+    arguments_.context.device_index = tensors_[0].device_index;
+    arguments_.context.stream = current_stream(first_, tensors_[0].device_index);
   }
   const HwArguments* get() const { return &arguments_; }
 
+  // What went wrong in Python while native code ran.
+  void rethrow() {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
  private:
-  static double as_double(PyObject* object) {
-    const double value = PyFloat_AsDouble(object);
-    if (value == -1.0 && PyErr_Occurred()) throw PythonError();
-    return value;
+  static void* allocate(void* self, int64_t bytes) {
+    return static_cast<Arguments*>(self)->allocate(bytes);
+  }
+  void* allocate(int64_t bytes) {
+    const py::gil_scoped_acquire acquired;
+    try {
+      workspace_ = allocator()(bytes, py::handle(first_));
+      return read_tensor(workspace_.ptr(), 0).data;
+    } catch (...) {
+      failure_ = std::current_exception();
+      return nullptr;
+    }
   }
 
   static py::object sequence(const py::handle& object) {
@@ -56,14 +138,20 @@ class Arguments {
     if (!fast) throw PythonError();
     return py::reinterpret_steal<py::object>(fast);
   }
+  static std::span<PyObject*> items(const py::object& fast) {
+    return {PySequence_Fast_ITEMS(fast.ptr()),
+            static_cast<size_t>(PySequence_Fast_GET_SIZE(fast.ptr()))};
+  }
 
-  py::object tensors_kept_, scalars_kept_;
+  py::object tensors_kept_, scalars_kept_, workspace_;
+  PyObject* first_ = nullptr;
+  std::exception_ptr failure_;
   Tensor tensors_[kMaxTensors];
-  double scalars_[kMaxScalars] = {};
+  Scalar scalars_[kMaxScalars];
   HwArguments arguments_;
 };
 
-// Room for the text that comes back from the library.
+// Space for the text that comes back from the library.
 struct Buffer {
   char text[kMessageBytes];
 
@@ -100,29 +188,56 @@ std::string full_name(const Target& t, int backend) {
 
 // ---- the functions of the module ----
 
-std::vector<std::string> functions() {
-  std::vector<std::string> names;
-  for (int i = 0; const char* name = native_api().function_name(i); ++i) names.emplace_back(name);
-  return names;
+const char* kind_name(Kind kind) {
+  switch (kind) {
+    case Kind::element: return "element";
+    case Kind::wide: return "wide";
+    case Kind::index: return "index";
+    case Kind::number: return "number";
+    case Kind::flag: return "flag";
+    case Kind::integer: return "integer";
+    case Kind::choice: return "choice";
+  }
+  return "unknown";
 }
+
+// (name, kind, sizes or None, way, optional, has a rest) of each argument, by name of the function.
+py::dict functions() {
+  static constexpr const char* kWays[] = {"in", "out", "inout"};
+  py::dict all;
+  for (const NativeFunction& f : native_functions()) {
+    py::list arguments;
+    for (const Argument& a : f.arguments) {
+      const py::object sizes = a.is_tensor() ? py::object(py::str(a.sizes)) : py::none();
+      arguments.append(py::make_tuple(a.name, kind_name(a.kind), sizes,
+                                      kWays[static_cast<int>(a.way)], a.is_optional != 0,
+                                      a.has_rest != 0));
+    }
+    all[py::str(f.name)] = py::tuple(arguments);
+  }
+  return all;
+}
+
+void set_allocator(const py::object& function) { allocator() = function; }
 
 void call(int function, const py::str& backend, const py::object& tensors,
           const py::object& scalars, int threads) {
   const Target t = target(view(backend));
-  const Arguments arguments(tensors, scalars, threads);
+  Arguments arguments(function, tensors, scalars, threads);
   Buffer buffer;
   int status;
   {
     const WithoutGil released;
     status = t.api->call(function, t.backend, arguments.get(), buffer.message());
   }
+  arguments.rethrow();
   require(status, buffer);
 }
 
 std::string choose(int function, const py::str& backend, const py::object& tensors,
                    const py::object& scalars) {
   const Target t = target(view(backend));
-  const Arguments arguments(tensors, scalars, 1);
+  const Arguments arguments(function, tensors, scalars, 1);
   Buffer buffer;
   int chosen = 0;
   require(t.api->choose(function, t.backend, arguments.get(), &chosen, buffer.message()), buffer);
@@ -137,7 +252,7 @@ std::string why_not(int function, const py::str& backend, const py::object& tens
   } catch (const EmulatorMissing& e) {
     return e.what();
   }
-  const Arguments arguments(tensors, scalars, 1);
+  const Arguments arguments(function, tensors, scalars, 1);
   Buffer buffer;
   require(t.api->why_not(function, t.backend, arguments.get(), buffer.message()), buffer);
   return buffer.text;
@@ -146,7 +261,7 @@ std::string why_not(int function, const py::str& backend, const py::object& tens
 std::string instance(int function, const py::str& backend, const py::object& tensors,
                      const py::object& scalars) {
   const Target t = target(view(backend));
-  const Arguments arguments(tensors, scalars, 1);
+  const Arguments arguments(function, tensors, scalars, 1);
   Buffer buffer;
   require(t.api->instance(function, t.backend, arguments.get(), buffer.message()), buffer);
   return buffer.text;
@@ -155,7 +270,7 @@ std::string instance(int function, const py::str& backend, const py::object& ten
 int64_t workspace(int function, const py::str& backend, const py::object& tensors,
                   const py::object& scalars, int threads) {
   const Target t = target(view(backend));
-  const Arguments arguments(tensors, scalars, threads);
+  const Arguments arguments(function, tensors, scalars, threads);
   Buffer buffer;
   int64_t bytes = 0;
   require(t.api->workspace(function, t.backend, arguments.get(), &bytes, buffer.message()), buffer);
@@ -234,6 +349,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }
   py::register_local_exception_translator(&hw::translate);
   m.def("functions", &hw::functions);
+  m.def("set_allocator", &hw::set_allocator);
   m.def("call", &hw::call);
   m.def("choose", &hw::choose);
   m.def("why_not", &hw::why_not);

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "core/host/arguments.h"
 #include "core/macros.h"
 #include "core/math.h"
 
@@ -60,13 +59,5 @@ struct Cells {
         f(y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1);
   }
 };
-
-// Scalars: columns height width rows_of_image columns_of_image.
-inline Cells read_cells(Arguments& a) {
-  Cells c;
-  c.columns = a.integer(), c.height = a.integer(), c.width = a.integer();
-  c.rows_of_image = a.integer(), c.columns_of_image = a.integer();
-  return c;
-}
 
 }  // namespace hw

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementary functions of one number, under the names that core/cpu/simd_math.h gives to vectors, so
-// that a functor serves kernels and CPU loops alike. NaN stays NaN.
+// Elementary functions of one number, under the names that core/cpu/simd_math.h gives to vectors,
+// so that a functor serves kernels and CPU loops alike. NaN stays NaN.
 #pragma once
 
 #include <cmath>

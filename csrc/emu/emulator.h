@@ -2,8 +2,8 @@
 // The emulator: executes kernel structs on the host. See docs/emulator.md.
 //
 // Each thread of a block is a fiber with a stack of its own; blocks run one after another, or
-// several at a time on `workers` host threads. This header is what core/gpu/device.h, mma.h and async_copy.h
-// call; tests use configure() and scoped configurations.
+// several at a time on `workers` host threads. This header is what core/gpu/device.cuh, mma.cuh and
+// async_copy.cuh call; tests use configure() and scoped configurations.
 #pragma once
 
 #include <bit>

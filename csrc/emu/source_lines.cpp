@@ -46,7 +46,7 @@ std::string hex(uintptr_t x) {
   return text.data();
 }
 
-// From the folder of the sources on: "core/gpu/tile.h:88", "tests/emu/races.cuh:12".
+// From the folder of the sources on: "core/gpu/tile.cuh:88", "tests/emu/races.cuh:12".
 std::string shorten(std::string line) {
   line.resize(line.find_first_of(" \n") == line.npos ? line.size() : line.find_first_of(" \n"));
   for (const char* folder : {"csrc/", "tests/"}) {

@@ -7,7 +7,7 @@
 
 namespace hw::emu {
 
-// "core/gpu/tile.h:88 in softmax/sm80/loop.cuh:120": the line of the call that returns
+// "core/gpu/tile.cuh:88 in softmax/sm80/loop.cuh:120": the line of the call that returns
 // to each address, and the lines that it was inlined into. Asks addr2line; without it the library
 // and the offset.
 std::vector<std::string> source_lines(const std::vector<const void*>& return_addresses);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a warp does as one: each operation as a plain loop over the lanes' arguments. Fragment
-// layouts are those at the top of core/gpu/mma.h.
+// layouts are those at the top of core/gpu/mma.cuh.
 #include <algorithm>
 #include <cstring>
 

@@ -51,12 +51,10 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
-#include "core/host/arguments.h"
-#include "core/host/call.h"
-#include "core/host/signature.h"
 #include "core/macros.h"
-#include "core/math.h"
+#include "core/ref.h"
 
 namespace hw::softmax {
 
@@ -84,7 +82,7 @@ struct ScoreParams {
   Activation activation;
   Normalizer normalizer;
   int64_t gain_begin, gain_end;  // rows (of a sequence) that key_gain is for
-  int64_t max_q, max_k;          // longest sequence; Sq and Sk when not packed
+  int64_t max_q, max_k;          // longest sequence, of packed ones a bound; else Sq and Sk
 
   HW_HOST_DEVICE bool packed() const { return cu_seqlens_q.data != nullptr; }
   HW_HOST_DEVICE int64_t batch() const { return q.size[0]; }
@@ -99,6 +97,20 @@ struct ScoreParams {
     return is_softmax(activation) || normalizer == Normalizer::sum;
   }
 };
+
+// Whether all batch entries have the same scores, and logits beside them.
+inline bool same_scores_in_batch(const ScoreParams& p) {
+  const auto same = [](const auto& x) { return !x || x.stride[0] == 0; };
+  return same(p.q) && same(p.k) && same(p.bias) && same(p.key_bias) && same(p.key_gain) &&
+         same(p.row_temperature);
+}
+
+// The logit beside the scores of a row of a softmax that takes weight and has no value: -inf, none.
+template <class A>
+HW_HOST_DEVICE HW_INLINE A extra_logit(const ScoreParams& p, int64_t batch, int head) {
+  static_cast<void>(batch), static_cast<void>(head);
+  return p.activation == Activation::softmax1 ? A(0) : -std::numeric_limits<A>::infinity();
+}
 
 // "attention.forward"
 struct ForwardParams : ScoreParams {
@@ -116,7 +128,7 @@ struct ForwardParams : ScoreParams {
 };
 
 // "attention.backward". The caller makes d_w and delta from what it saved, and adds the gradients of
-// gate and mix. `factor` is not among the tensors of this call.
+// gate and mix. `factor` is no argument of this call.
 struct BackwardParams : ScoreParams {
   Ref<const void, 4> v;        // [B, Sk, H, Dv]
   Ref<const void, 4> d_w;      // [B, Sq, Hq, Dv], times
@@ -163,127 +175,5 @@ struct ProbsParams : ScoreParams {
   Ref<const int64_t, 1> offsets;     // [n]
   Ref<void, 4> p;                    // out, acc
 };
-
-// Tensors and scalars of a call, in order:
-//   all       q k bias key_bias key_gain row_temperature cu_seqlens_q cu_seqlens_k, then
-//   forward   v head_gate identity_mix mass_keys o w row entropy p_max sq_norm mass workspace
-//   backward  v d_w row delta d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature workspace
-//   columns   x row row_weight y sum max workspace
-//   probs     row keys rows offsets p workspace
-//   row is [2, B, Hq, Sq], L and its rest, or [B, Hq, Sq], L alone
-//   scalars of all: scale softcap causal left right activation normalizer gain_begin gain_end
-//                   max_q max_k; forward: skip_dead
-ForwardParams forward_params(const Call& call);
-BackwardParams backward_params(const Call& call);
-void read_forward(Arguments& a, ForwardParams& p);  // from the next argument on
-void read_backward(Arguments& a, BackwardParams& p);
-ColumnsParams columns_params(const Call& call);
-ProbsParams probs_params(const Call& call);
-
-// The signatures of the same; letters as above, S and K for Sq and Sk, Q for Hq. Of the outputs of
-// rows, `w` and `row` may lie elsewhere.
-inline constexpr int kScoreScalars = 11;
-inline constexpr std::array<Argument, 8> kScoreTensors{
-    {{"q", "BSQD"},
-     {"k", "BKHD"},
-     {"bias", "BQSK", Kind::element, Need::optional},
-     {"key_bias", "BQK", Kind::wide, Need::optional},
-     {"key_gain", "BQK", Kind::wide, Need::optional},
-     {"row_temperature", "BSQ", Kind::wide, Need::optional},
-     {"cu_seqlens_q", "n", Kind::index, Need::optional},
-     {"cu_seqlens_k", "n", Kind::index, Need::optional}}};
-
-constexpr std::array<Argument, 11> forward_tensors(const char* w, const char* row) {
-  return {{{"v", "BKHV", Kind::element, Need::optional},
-           {"head_gate", "BSQ", Kind::wide, Need::optional},
-           {"identity_mix", "BQ", Kind::wide, Need::optional},
-           {"mass_keys", "BQK", Kind::wide, Need::optional},
-           {"o", "BSQV", Kind::element, Need::optional},
-           {"w", w, Kind::element, Need::optional},
-           {"row", row, Kind::wide, Need::optional},
-           {"entropy", "BQS", Kind::wide, Need::optional},
-           {"p_max", "BQS", Kind::wide, Need::optional},
-           {"sq_norm", "BQS", Kind::wide, Need::optional},
-           {"mass", "BQS", Kind::wide, Need::optional}}};
-}
-
-constexpr std::array<Argument, 11> backward_tensors(const char* row, Need delta) {
-  return {{{"v", "BKHV"},
-           {"d_w", "BSQV"},
-           {"row", row, Kind::wide, Need::optional},
-           {"delta", "BQS", Kind::wide, delta},
-           {"d_q", "BSQD"},
-           {"d_k", "BKHD"},
-           {"d_v", "BKHV", Kind::element, Need::optional},
-           {"d_bias", "BQSK", Kind::wide, Need::optional},
-           {"d_key_bias", "BQK", Kind::wide, Need::optional},
-           {"d_key_gain", "BQK", Kind::wide, Need::optional},
-           {"d_row_temperature", "BSQ", Kind::wide, Need::optional}}};
-}
-
-// What signatures do not say of the arguments from number `first`, that of q, on.
-void check_scores(const Call& call, int first);
-void check_forward(const Call& call, int first);
-void check_backward(const Call& call, int first, const ScoreParams& p);
-void check_statistic(const ScoreParams& p, const Tensor& row);
-
-// One sequence: rows [q_begin, q_begin + q_count) and keys [k_begin, k_begin + k_count) of `batch`.
-struct Sequence {
-  int64_t batch, q_begin, q_count, k_begin, k_count;
-};
-
-template <class Params>
-HW_HOST_DEVICE HW_INLINE Sequence sequence(const Params& p, int64_t n) {
-  if (!p.packed()) return {n, 0, p.q.size[1], 0, p.k.size[1]};
-  const int64_t q = p.cu_seqlens_q(n), k = p.cu_seqlens_k(n);
-  return {0, q, p.cu_seqlens_q(n + 1) - q, k, p.cu_seqlens_k(n + 1) - k};
-}
-
-// A half-open range of keys, or of rows.
-struct Range {
-  int64_t begin, end;
-  HW_HOST_DEVICE bool empty() const { return end <= begin; }
-  HW_HOST_DEVICE int64_t count() const { return empty() ? 0 : end - begin; }
-};
-
-// Which keys a row sees: an interval, whose ends never decrease from row to row.
-struct Mask {
-  int64_t rows = 0, keys = 0;     // of the sequence
-  int64_t left = -1, right = -1;  // around the diagonal; causal is right = 0
-
-  HW_HOST_DEVICE int64_t diagonal(int64_t row) const { return row + keys - rows; }
-
-  HW_HOST_DEVICE Range visible_keys(int64_t row) const {
-    const int64_t at = diagonal(row);
-    const int64_t begin = left < 0 ? 0 : max_of<int64_t>(at - left, 0);
-    const int64_t end = right < 0 ? keys : min_of<int64_t>(at + right + 1, keys);
-    return {begin, end < begin ? begin : end};
-  }
-
-  // Rows that see `key`.
-  HW_HOST_DEVICE Range seeing_rows(int64_t key) const {
-    const int64_t at = key - (keys - rows);  // the row whose diagonal is `key`
-    const int64_t begin = right < 0 ? 0 : max_of<int64_t>(at - right, 0);
-    const int64_t end = left < 0 ? rows : min_of<int64_t>(at + left + 1, rows);
-    return {begin, end < begin ? begin : end};
-  }
-
-  // Keys that any row of `rows`, rows that any key of `keys` may meet; all of them do in `whole`.
-  HW_HOST_DEVICE Range keys_of(const Range& some_rows) const {
-    return {visible_keys(some_rows.begin).begin, visible_keys(some_rows.end - 1).end};
-  }
-  HW_HOST_DEVICE Range rows_of(const Range& some_keys) const {
-    return {seeing_rows(some_keys.begin).begin, seeing_rows(some_keys.end - 1).end};
-  }
-  HW_HOST_DEVICE bool whole(const Range& some_rows, const Range& some_keys) const {
-    return visible_keys(some_rows.end - 1).begin <= some_keys.begin &&
-           visible_keys(some_rows.begin).end >= some_keys.end;
-  }
-};
-
-template <class Params>
-HW_HOST_DEVICE Mask mask_of(const Params& p, const Sequence& s) {
-  return {s.q_count, s.k_count, p.left, p.causal ? 0 : p.right};
-}
 
 }  // namespace hw::softmax

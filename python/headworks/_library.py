@@ -3,7 +3,7 @@
 
 `_C` (and libheadworks beside it) is loaded at the first use, from this package or from the folder
 named by HEADWORKS_LIBRARY_DIR. Nothing here touches CUDA. A call passes tensors and numbers in the
-order that the operator's header names (csrc/ops/<op>/<op>.h); None stands for an absent tensor.
+order of the function's list (`arguments`); None stands for an absent tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, get_num_threads
 
 # In the order of preference; of those that can take a call, "auto" is the first.
@@ -26,22 +27,35 @@ BACKENDS = ("cpu", "sm90", "sm80", "simt", "emulate:sm80", "emulate:simt")
 
 Tensors = Sequence[Tensor | None]
 Scalars = Sequence[float]
+# (name, kind, sizes, way, optional, has a rest): headworks._functions.Argument says what they mean
+Arguments = tuple[tuple[Any, ...], ...]
 
 _native: Any = None
-_numbers: dict[str, int] = {}
+_functions: dict[str, tuple[int, Arguments]] = {}
 
 
 def function(name: str) -> int:
     """The number of a function such as "linear_attention.forward"."""
-    if not _numbers:
-        _numbers.update({n: i for i, n in enumerate((_native or _load()).functions())})
-    if name not in _numbers:
-        raise ValueError(f"no native function '{name}'; this build has {', '.join(_numbers)}")
-    return _numbers[name]
+    return _function(name)[0]
+
+
+def arguments(name: str) -> Arguments:
+    """The arguments of a function, in the order of a call."""
+    return _function(name)[1]
+
+
+def _function(name: str) -> tuple[int, Arguments]:
+    if not _functions:
+        lists = (_native or _load()).functions()
+        _functions.update({n: (i, lists[n]) for i, n in enumerate(lists)})
+    if name not in _functions:
+        raise ValueError(f"no native function '{name}'; this build has {', '.join(_functions)}")
+    return _functions[name]
 
 
 def call(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> None:
-    """Run function number `fn`. CUDA work goes to torch's current stream of the tensors' device."""
+    """Run function number `fn`. CUDA work goes to torch's current stream of the tensors' device;
+    a workspace comes from torch's allocator."""
     (_native or _load()).call(fn, backend, tensors, scalars, get_num_threads())
 
 
@@ -67,6 +81,10 @@ def workspace(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) ->
     """Bytes of workspace that the call needs on this backend, from shapes alone."""
     size: int = (_native or _load()).workspace(fn, backend, tensors, scalars, get_num_threads())
     return size
+
+
+def _workspace(size: int, like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 def extremes(index: Tensor) -> tuple[int, int]:
@@ -141,6 +159,7 @@ def _load() -> ModuleType:
             f"headworks: {file} cannot be loaded ({error}). The usual cause is that it was built "
             "for another Python or machine. Reinstall headworks: pip install --force-reinstall ."
         ) from error
+    module.set_allocator(_workspace)
     _native = module
     return module
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a torch operator to native code: backend names, routes, workspace, registration."""
+"""From a torch operator to native code: backend names, routes, registration."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.fx import _symbolic_trace as symbolic_trace
 
 from . import _library
 from ._errors import fail
+from ._functions import Maybe as Maybe
+from ._functions import NativeFunction
 
 BACKENDS = ("auto", "reference", *_library.BACKENDS)
 
@@ -32,13 +34,9 @@ ACCUMULATION = {
 
 LIBRARY = torch.library.Library("headworks", "DEF")  # type: ignore[no-untyped-call]
 
-Maybe = Tensor | None
-
 # function, backend, tensors, scalars: for hw.explain, by public function, from its arguments.
 NativeCall = tuple[str, str, list[Maybe], tuple[float, ...]]
 NATIVE_CALLS: dict[Callable[..., Any], Callable[..., NativeCall]] = {}
-
-_numbers: dict[str, int] = {}
 
 
 def backend_for(op: str, backend: str, x: Tensor) -> str:
@@ -154,37 +152,6 @@ def _refuse_transforms(op: str, tensors: Sequence[Maybe]) -> None:
         )
 
 
-def run(
-    function: str,
-    backend: str,
-    tensors: list[Maybe],
-    scalars: Sequence[float],
-    workspace: bool = True,
-) -> None:
-    """Call native `function`. The workspace it may want is appended as the last tensor."""
-    number = _numbers[function] if function in _numbers else _number(function)
-    if workspace:
-        scratch = None
-        if backend != "cpu":
-            if backend == "auto":
-                backend = _library.choose(number, backend, [*tensors, None], scalars)
-            size = _library.workspace(number, backend, [*tensors, None], scalars)
-            if size:
-                scratch = torch.empty(size, dtype=torch.uint8, device=_device(tensors))
-        tensors.append(scratch)
-    _library.call(number, backend, tensors, scalars)
-
-
-def _device(tensors: Sequence[Maybe]) -> torch.device:
-    assert tensors[0] is not None
-    return tensors[0].device
-
-
-def _number(function: str) -> int:
-    _numbers[function] = _library.function(function)
-    return _numbers[function]
-
-
 def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register headworks::<schema> with its body for CPU and CUDA tensors and its shapes."""
     name = schema[: schema.index("(")]
@@ -201,6 +168,17 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> N
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, body, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"headworks::{name}", on_one_device, lib=LIBRARY)
+
+
+def described(
+    function: NativeFunction,
+    backend: str,
+    inputs: Sequence[Maybe],
+    outputs: Sequence[Maybe],
+    numbers: Sequence[float] = (),
+) -> NativeCall:
+    """A call that is not made, for hw.explain."""
+    return function.name, backend, [*inputs, *outputs], tuple(numbers)
 
 
 def empties(*tensors: Maybe) -> tuple[Maybe, ...]:

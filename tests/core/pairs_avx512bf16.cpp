@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of core/cpu/bf16_dot.h and of small products of pairs, called by test_pairs.cpp where the machine
-// can run them. Nothing here may run before that: no static objects with constructors.
+// Checks of core/cpu/bf16_dot.h and of small products of pairs, called by test_pairs.cpp where the
+// machine can run them. Nothing here may run before that: no static objects with constructors.
 #include <cmath>
 #include <limits>
 #include <random>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Order keys against the comparison of numbers: all 16-bit patterns, and corner cases of the others.
+// Order keys against the comparison of numbers: all 16-bit patterns, and corner cases of the
+// others.
 #include <cmath>
 #include <limits>
 #include <vector>

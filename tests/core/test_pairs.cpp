@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs of bf16 (core/cpu/bf16_dot.h), on machines that multiply them. The checks themselves are compiled
-// for the instruction set, in *_avx512bf16.cpp.
+// Pairs of bf16 (core/cpu/bf16_dot.h), on machines that multiply them. The checks themselves are
+// compiled for the instruction set, in *_avx512bf16.cpp.
 #include "native_test.h"
 
 #include "core/host/cpu_features.h"

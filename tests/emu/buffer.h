@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace hw::test {
 

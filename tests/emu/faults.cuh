@@ -2,7 +2,7 @@
 // Kernels with one fault each, which the emulator has to report.
 #pragma once
 
-#include "core/gpu/mma.h"
+#include "core/gpu/mma.cuh"
 #include "core/gpu/vector.h"
 
 namespace hw::test {

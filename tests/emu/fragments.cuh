@@ -2,7 +2,7 @@
 // One kernel for each form of matrix load and multiply: fragments in and out as they are.
 #pragma once
 
-#include "core/gpu/mma.h"
+#include "core/gpu/mma.cuh"
 
 namespace hw::test {
 

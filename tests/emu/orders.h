@@ -2,7 +2,9 @@
 // Repeating a test under every thread order and landing of copies; on a device it runs once.
 #pragma once
 
-#include "core/gpu/device.h"
+#include <vector>
+
+#include "core/gpu/device.cuh"
 
 namespace hw::test {
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One small kernel for each primitive of core/gpu/device.h and core/gpu/async_copy.h; every thread writes what it
-// saw to a row of its own.
+// One small kernel for each primitive of core/gpu/device.cuh and core/gpu/async_copy.cuh; every
+// thread writes what it saw to a row of its own.
 #pragma once
 
-#include "core/gpu/async_copy.h"
-#include "core/gpu/device.h"
+#include "core/gpu/async_copy.cuh"
+#include "core/gpu/device.cuh"
 
 namespace hw::test {
 

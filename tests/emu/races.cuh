@@ -2,7 +2,7 @@
 // Kernels with one race each, most of which no order of the threads shows, and their sound twins.
 #pragma once
 
-#include "core/gpu/mma.h"
+#include "core/gpu/mma.cuh"
 
 namespace hw::test {
 

@@ -33,20 +33,18 @@ void check_lists(const std::vector<List>& lists, int64_t heads, int64_t buckets,
   const Ref<const int64_t, 3> x{
       values.data(), {batches, heads, items}, {heads * items * step, items * step, step}};
 
-  Room measure;
+  Arena measure;
   csr_in(measure, batches, heads, buckets, items);
-  const Buffer<uint8_t> room(static_cast<size_t>(measure.bytes()), uint8_t{0xcd});
-  Tensor workspace;
-  workspace.data = room.data(), workspace.dtype = DType::u8, workspace.ndim = 1;
-  workspace.size[0] = measure.bytes();
-  Room given(workspace, "csr");
+  const Buffer<uint8_t> memory_of_csr(static_cast<size_t>(measure.bytes()), uint8_t{0xcd});
+  Arena given({memory_of_csr.data(), measure.bytes()}, "csr");
   const Csr csr = csr_in(given, batches, heads, buckets, items);
   make_csr(Values{x}, csr, context());
 
-  const std::vector<uint8_t> made = room.read();
+  const std::vector<uint8_t> made = memory_of_csr.read();
   const auto number = [&](const int32_t* at) {
     int32_t n;
-    std::memcpy(&n, made.data() + (reinterpret_cast<const uint8_t*>(at) - room.data()), sizeof n);
+    std::memcpy(&n, made.data() + (reinterpret_cast<const uint8_t*>(at) - memory_of_csr.data()),
+                sizeof n);
     return static_cast<int64_t>(n);
   };
   for (int64_t l = 0; l < csr.lists(); ++l) {
@@ -106,10 +104,10 @@ TEST(csr_values_outside) {
 }
 
 TEST(csr_workspace) {
-  Room room(Tensor{}, "some_operator");
+  Arena arena(Workspace{}, "some_operator");
   bool refused = false;
   try {
-    csr_in(room, 1, 1, 4, 4);
+    csr_in(arena, 1, 1, 4, 4);
   } catch (const Error& error) {
     refused =
         std::string(error.what()).find("some_operator: workspace has 0 bytes") != std::string::npos;

@@ -101,7 +101,7 @@ TEST(race_with_an_atomic) {
 }
 
 TEST(race_matrix_rows) {
-  check_found<MatrixRows<false>>({"of shared memory", "core/gpu/mma.h:"});
+  check_found<MatrixRows<false>>({"of shared memory", "core/gpu/mma.cuh:"});
   check_sound<MatrixRows<true>>();
 }
 
@@ -110,17 +110,18 @@ template <Plant kPlant>
 void check_gemm_found(const std::string& second) {
   const GemmCase<Format::bf16> c(64, 64, 160);
   for_all_orders([&] {
-    expect_error({"the copy of thread", "writes it at core/gpu/async_copy.h:", "gemm.cuh:", second},
-                 [&] { c.run<kPlant>(); });
+    expect_error(
+        {"the copy of thread", "writes it at core/gpu/async_copy.cuh:", "gemm.cuh:", second},
+        [&] { c.run<kPlant>(); });
   });
 }
 
 TEST(race_gemm_missing_wait) { check_gemm_found<Plant::no_wait>("before a wait for the copy"); }
-TEST(race_gemm_wait_one_short) { check_gemm_found<Plant::wait_one_short>("core/gpu/mma.h:"); }
+TEST(race_gemm_wait_one_short) { check_gemm_found<Plant::wait_one_short>("core/gpu/mma.cuh:"); }
 TEST(race_gemm_no_barrier_after_wait) {
-  check_gemm_found<Plant::no_barrier_arrived>("core/gpu/mma.h:");
+  check_gemm_found<Plant::no_barrier_arrived>("core/gpu/mma.cuh:");
 }
-TEST(race_gemm_stage_refilled) { check_gemm_found<Plant::no_barrier_free>("core/gpu/mma.h:"); }
+TEST(race_gemm_stage_refilled) { check_gemm_found<Plant::no_barrier_free>("core/gpu/mma.cuh:"); }
 
 TEST(no_race_between_neighbours) { check_sound<Neighbours>(); }
 

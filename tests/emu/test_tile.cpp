@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Swizzled tiles: every element has a place of its own, the 8 rows of a matrix load lie in different
-// banks, and detours lead to where their units are. Which rows take vectors and words, and what is
-// loaded and stored of those that do and do not.
+// Swizzled tiles: every element has a place of its own, the 8 rows of a matrix load lie in
+// different banks, and detours lead to where their units are. Which rows take vectors and words,
+// and what is loaded and stored of those that do and do not.
 #include <set>
 #include <vector>
 
@@ -103,7 +103,7 @@ TEST(rows_that_have_vectors) {
   }
 }
 
-// ---- What is loaded and stored -------------------------------------------------------------------
+// ---- What is loaded and stored ------------------------------------------------------------------
 
 Context context() {
   Context c;

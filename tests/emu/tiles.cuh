@@ -2,7 +2,7 @@
 // Kernels that load tiles and store rows of any width and layout, for test_tile.cpp.
 #pragma once
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::test {
 
@@ -27,8 +27,8 @@ struct LoadsTile {
   }
 };
 
-// Rows of `width` columns of element (row, column) = row 16 + column + 1, as the lanes of a fragment
-// [8, 16] hold them: lane l has columns 2 (l % 4) + {0, 1, 8, 9} of row l / 4.
+// Rows of `width` columns of element (row, column) = row 16 + column + 1, as the lanes of a
+// fragment [8, 16] hold them: lane l has columns 2 (l % 4) + {0, 1, 8, 9} of row l / 4.
 template <class Element, bool kPairByPair>
 struct StoresRows {
   static constexpr int kThreads = 32, kTiles = 2;

@@ -16,6 +16,7 @@ from .attention_cases import (
     CASES,
     EMULATOR_CASES,
     SAMPLE_CASES,
+    SCORE_GRADIENTS,
     SCORE_TENSORS,
     STATISTICS,
 )
@@ -118,16 +119,23 @@ def operators(tensors, case):
     q, k, v = (tensors[n] for n in ("q", "k", "v"))
     score = score_of("attention", q, k, **options)
     gate, mix, aux, mass = module._checked_rest(score, *named)
-    want = native.Want(True, score.has_row_statistic, aux.entropy, aux.p_max, aux.sq_norm, False)
+    want = True, score.has_row_statistic, aux.entropy, aux.p_max, aux.sq_norm
     forward = torch.ops.headworks.attention_fwd.default
-    given = (*score.tensors, v, gate, mix, mass, *score.numbers, *want, "auto")
-    _, w, row, *_ = forward(*given)
-    d_w = torch.randn_like(w)
+    inputs = native.FORWARD.tensors(
+        score.tensors, v=v, head_gate=gate, identity_mix=mix, mass_keys=mass
+    )
+    numbers = native.FORWARD.numbers(score.numbers, skip_dead=False)
+    given = (*inputs, *numbers, *want, "auto")
+    made = native.Forward(*forward(*given))
     delta = torch.randn(score.row_shape, dtype=native.ACCUMULATION[q.dtype])
-    grads = native.WantGrad(True, *(x is not None for x in score.tensors[2:6]))
-    row = row if score.has_row_statistic else None
+    options = {n: getattr(score, n, None) is not None for n in native.WantGrad._fields}
+    grads = native.WantGrad(**options | {"v": True})
+    row = made.row if score.has_row_statistic else None
     backward = torch.ops.headworks.attention_bwd.default
-    given_back = (*score.tensors, v, d_w, row, delta, *score.numbers, *grads, "auto")
+    inputs = native.BACKWARD.tensors(
+        score.tensors, v=v, d_w=torch.randn_like(made.w), row=row, delta=delta
+    )
+    given_back = (*inputs, *score.numbers, *grads, "auto")
     return [(forward, given), (backward, given_back)]
 
 
@@ -140,10 +148,7 @@ SPEC = Spec(
         "q",
         "k",
         "v",
-        "bias",
-        "key_bias",
-        "key_gain",
-        "row_temperature",
+        *SCORE_GRADIENTS,
         "head_gate",
         "identity_mix",
     ),

@@ -17,6 +17,9 @@ WEIGHTS = (
 STATISTICS = ("lse", "entropy", "p_max", "sq_norm", "mass")
 SCORE_TENSORS = ("bias", "key_bias", "key_gain", "row_temperature", "cu_seqlens_q", "cu_seqlens_k")
 
+# Those of them that have a gradient.
+SCORE_GRADIENTS = tuple(name for name in SCORE_TENSORS if not name.startswith("cu_seqlens"))
+
 
 def case(
     Sq=65, Sk=None, D=16, Dv=24, B=1, H=2, Hq=None, *, causal=False, window=None, scale=None,

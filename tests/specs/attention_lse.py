@@ -29,8 +29,9 @@ def run(tensors, case, backend):
 def operators(tensors, case):
     options = attention.score_options(tensors, case) | dict(case.options)
     score = score_of("attention_lse", tensors["q"], tensors["k"], **options)
-    want = native.Want(row=True, skip_dead=False)
-    given = (*score.tensors, None, None, None, None, *score.numbers, *want, "auto")
+    inputs = native.FORWARD.tensors(score.tensors)
+    numbers = native.FORWARD.numbers(score.numbers, skip_dead=False)
+    given = (*inputs, *numbers, *native.Want(row=True)[:-1], "auto")
     return [(torch.ops.headworks.attention_fwd.default, given)]
 
 
@@ -71,7 +72,7 @@ SPEC = Spec(
     function=hw.attention_lse,
     make=make,
     run=run,
-    differentiable=("q", "k", "bias", "key_bias", "key_gain", "row_temperature"),
+    differentiable=("q", "k", *attention.SCORE_GRADIENTS),
     cases=CASES,
     emulator_cases=(case(Sq=70, H=1, causal=True), case(Sq=20, Sk=40, H=1, bias="11qk")),
     benchmark_cases=(case(Sq=4096, H=8, D=64, Dv=64),),

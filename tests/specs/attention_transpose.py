@@ -106,7 +106,7 @@ SPEC = Spec(
     function=hw.attention_transpose,
     make=make,
     run=run,
-    differentiable=("q", "k", "x", "bias", "key_bias", "key_gain", "row_temperature"),
+    differentiable=("q", "k", "x", *attention.SCORE_GRADIENTS),
     cases=CASES,
     emulator_cases=(
         case(70, H=1, Dv=16, causal=True),

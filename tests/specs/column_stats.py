@@ -125,7 +125,7 @@ SPEC = Spec(
     function=hw.column_stats,
     make=make,
     run=run,
-    differentiable=("q", "k", "row_weight", "bias", "key_bias", "key_gain", "row_temperature"),
+    differentiable=("q", "k", "row_weight", *attention.SCORE_GRADIENTS),
     cases=CASES,
     emulator_cases=(
         case(70, H=1, causal=True),

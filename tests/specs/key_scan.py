@@ -72,8 +72,8 @@ def operators(tensors, case):
     arguments = (s, v, o0, lse0, True, True, "auto")
     o, lse, o1, lse1, wide = forward(*arguments)
     grads = [torch.randn_like(x) for x in (o, o1, lse1)]
-    saved = (s, v, o if o.dtype == lse.dtype else wide, lse, o0, lse0, o1, o0 is not None, "auto")
-    return [(forward, arguments), (backward, (*grads, *saved))]
+    saved = (s, v, o if o.dtype == lse.dtype else wide, lse, o0, lse0, o1)
+    return [(forward, arguments), (backward, (*saved, *grads, o0 is not None, "auto"))]
 
 
 CASES = (

@@ -109,7 +109,10 @@ def operators(tensors, case):
     grads = [torch.randn_like(x) for x in (y, kv1, z1)]
     return [
         (forward, arguments),
-        (backward, (*grads, q, k, v, y, z, kv0, z0, bounds, *options, kv0 is not None, "auto")),
+        (
+            backward,
+            (q, k, v, kv0, z0, bounds, y, z, *grads, *options, kv0 is not None, "auto"),
+        ),
     ]
 
 

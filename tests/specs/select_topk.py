@@ -65,7 +65,7 @@ def run(tensors, case, backend):
 def operators(tensors, case):
     """The torch operators with the arguments this case gives them, for opcheck."""
     rows = tensors["score"].flatten(0, -2) if tensors["score"].dim() > 1 else tensors["score"][None]
-    arguments = (rows, case.options["k"], case.options["keep_order"], "auto")
+    arguments = (rows, case.options["keep_order"], case.options["k"], "auto")
     return [(torch.ops.headworks.select_topk.default, arguments)]
 
 

@@ -81,7 +81,8 @@ struct Requests {
   }
 };
 
-// C (+)= A B of one register tile, k > 0: a loop that may be left at once would keep sums in memory.
+// C (+)= A B of one register tile, k > 0: a loop that may be left at once would keep sums in
+// memory.
 template <int kRows, int kVectors, class E, class B, class T, class Factors>
 HW_INLINE void tile(bool accumulate, int k, Operand<E> a, B b, T* __restrict c, int64_t ldc,
                     Factors factors) {
@@ -113,8 +114,8 @@ HW_INLINE void tile(bool accumulate, int k, Operand<E> a, B b, T* __restrict c, 
 }
 
 // All rows of a column panel of kVectors vectors, the last rows by a smaller tile. Never inlined:
-// amid other code the compiler would keep some of the sums in memory. Whether sums start from C, and
-// whether memory is asked for, is known at run time only: each size of a tile is compiled once.
+// amid other code the compiler would keep some of the sums in memory. Whether sums start from C,
+// and whether memory is asked for, is known at run time only: each size of a tile is compiled once.
 template <int kVectors, int kRows = kTileRows, class E, class B, class T, class Factors>
 HW_NOINLINE void panel(bool accumulate, int m, int k, Operand<E> a, B b, T* c, int64_t ldc,
                        Factors factors, Requests* meanwhile) {
@@ -147,7 +148,8 @@ HW_NOINLINE void panels(bool accumulate, int m, int n, int k, Operand<E> a, B b,
     if (n > 0) panels<kVectors - 1>(accumulate, m, n, k, a, b, c, ldc, factors, meanwhile);
 }
 
-// B: rows as core/cpu/panel.h knows them. `meanwhile`: a step of it after each register tile, or null.
+// B: rows as core/cpu/panel.h knows them. `meanwhile`: a step of it after each register tile, or
+// null.
 template <bool kAccumulate, class E, class B, class T, class Factors = NoFactors>
 HW_INLINE void multiply(int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
                         Factors factors = {}, Requests* meanwhile = nullptr) {

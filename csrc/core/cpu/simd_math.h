@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elementary functions of CPU vectors. NaN stays NaN.
 //
-//   exp_of      e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial of degree 6 (float,
-//               relative error 2e-7 with the rounding of its steps) or 11 (double, 4e-16); below the
-//               normal numbers 0 (AVX-512: rounded to a subnormal one), above the largest infinity
-//   exp_coarse  e^x to a relative error of 3e-6 + 6e-8 |x|: for what is rounded to bf16; AVX-512 alone
+//   exp_of      e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial of degree 6
+//               (float, relative error 2e-7 with the rounding of its steps) or 11 (double, 4e-16);
+//               below the normal numbers 0 (AVX-512: rounded to a subnormal one), above the largest
+//               infinity
+//   exp_coarse  e^x to a relative error of 3e-6 + 6e-8 |x|, for what is rounded to bf16: AVX-512
+//               alone
 //   tanh_of     1 - 2 / (e^2x + 1): absolute error of one rounding of 1
 //   sigmoid_of, abs_of, sign_of, positive_of (max(x, 0)), step_of (its derivative)
 #pragma once
@@ -49,8 +51,8 @@ struct ExpConstants<double> {
                                  2.7635216581073184e-07, 2.5191718816419513e-08};
 };
 
-// larger: a > b ? a : b, smaller: a < b ? a : b; with a NaN both are b. One instruction of x86, which
-// compilers do not find by themselves.
+// larger: a > b ? a : b, smaller: a < b ? a : b; with a NaN both are b. One instruction of x86,
+// which compilers do not find by themselves.
 #if defined(__AVX512F__)
 #define HW_BY_VECTOR(maximum, type, mask) _mm512_maskz_##maximum##_##type(mask, a, b)
 #elif defined(__AVX2__)

@@ -16,7 +16,7 @@
 #include <cstdint>
 
 #include "core/gpu/csr.h"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/math.h"
 
@@ -67,8 +67,8 @@ struct CsrKernel {
     int32_t sums[kWarps];
   };
 
-  // What a block sorts, and the piece of it that the warp has: [first, end), `first` + a multiple of
-  // 32 for all lanes.
+  // What a block sorts, and the piece of it that the warp has: [first, end), `first` + a multiple
+  // of 32 for all lanes.
   struct List {
     const Params& p;
     int64_t b, head;

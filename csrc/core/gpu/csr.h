@@ -34,13 +34,13 @@ struct Csr {
 };
 
 // Memory for a Csr; `make_csr` (core/gpu/csr.cuh) fills it.
-inline Csr csr_in(Room& room, int64_t batches, int64_t heads, int64_t buckets, int64_t items) {
+inline Csr csr_in(Arena& arena, int64_t batches, int64_t heads, int64_t buckets, int64_t items) {
   check(buckets < INT32_MAX && items < INT32_MAX, ErrorKind::value, "lists of ", items,
         " items of ", buckets, " values: at most 2^31 - 2 can be sorted");
   Csr c{nullptr, nullptr, nullptr, batches, heads, buckets, items};
-  c.begin = room.take<int32_t>(c.lists() * (buckets + 1));
-  c.item = room.take<int32_t>(c.lists() * items);
-  c.counts = room.take<int32_t>(c.lists() * buckets * kCsrWarps);
+  c.begin = arena.take<int32_t>(c.lists() * (buckets + 1));
+  c.item = arena.take<int32_t>(c.lists() * items);
+  c.counts = arena.take<int32_t>(c.lists() * buckets * kCsrWarps);
   return c;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launching a kernel struct (see core/gpu/device.h) on a CUDA stream, or in the emulator.
+// Launching a kernel struct (see core/gpu/device.cuh) on a CUDA stream, or in the emulator.
 //
 //   launch<Kernel>(Grid{x, y, z}, shared_bytes, context, params)
 //

@@ -51,7 +51,9 @@ int guarded(HwMessage message, const F& f) noexcept {
 Call as_call(const HwArguments& a) {
   return {{a.tensors, static_cast<size_t>(a.num_tensors)},
           {a.scalars, static_cast<size_t>(a.num_scalars)},
-          a.context};
+          a.context,
+          DType::f32,
+          {}};
 }
 
 std::optional<Backend> wanted(int backend) {
@@ -67,18 +69,19 @@ Backend named(int backend) {
   return *b;
 }
 
-const char* function_name(int number) {
-  static const std::vector<std::string> names = [] {
-    std::vector<std::string> list;
-    for (int i = 0; i < num_functions(); ++i) list.push_back(function_by_number(i).name());
-    return list;
-  }();
-  if (number < 0 || number >= num_functions()) return nullptr;
-  return names[static_cast<size_t>(number)].c_str();
+bool describe_function(int number, HwFunction* f) {
+  if (number < 0 || number >= num_functions()) return false;
+  const FunctionId id = function_by_number(number);
+  write({f->name, sizeof f->name}, id.name());
+  f->arguments = id.function().list.data();
+  f->num_arguments = static_cast<int32_t>(id.function().list.size());
+  return true;
 }
 
 int call(int function, int backend, const HwArguments* a, HwMessage message) {
-  return guarded(message, [&] { run(function_by_number(function), wanted(backend), as_call(*a)); });
+  return guarded(message, [&] {
+    run(function_by_number(function), wanted(backend), as_call(*a), {a->allocate, a->self});
+  });
 }
 
 int choose_backend(int function, int backend, const HwArguments* a, int* chosen,
@@ -177,8 +180,8 @@ int configure(const char* key, const char* value, HwMessage message) {
   return guarded(message, [&] { set(key, value); });
 }
 
-constexpr HwApi kApi = {HW_API_VERSION, &function_name,   &call, &choose_backend, &explain,
-                        &name_instance, &workspace_bytes, &info, &configure};
+constexpr HwApi kApi = {HW_API_VERSION, &describe_function, &call, &choose_backend, &explain,
+                        &name_instance, &workspace_bytes,   &info, &configure};
 
 }  // namespace
 }  // namespace hw

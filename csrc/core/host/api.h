@@ -2,7 +2,8 @@
 // The C boundary of the native libraries: one exported function, which returns a table.
 //
 // libheadworks and libheadworks_emulator export the same table; the second runs the CUDA kernels on
-// the host. A front end needs this header alone. Tensors and contexts are plain data (core/host/call.h).
+// the host. A front end needs this header alone. Tensors and contexts are plain data
+// (core/host/call.h).
 //
 // Every function that can fail returns an ErrorKind (0: success) and, on failure, writes a
 // zero-terminated message of at most `size` bytes. No exception crosses this boundary.
@@ -13,16 +14,27 @@
 #include <type_traits>
 
 #include "core/host/call.h"
+#include "core/host/call_list.h"
 
-#define HW_API_VERSION 2
+#define HW_API_VERSION 3
 
 // A call without its function: see hw::Call.
 struct HwArguments {
   const hw::Tensor* tensors;
-  const double* scalars;
+  const hw::Scalar* scalars;
   int32_t num_tensors;
   int32_t num_scalars;
   hw::Context context;
+  // Of a call that runs: memory for its workspace, which the caller keeps until the work is done.
+  void* (*allocate)(void* self, int64_t bytes);
+  void* self;
+};
+
+// A function: the arguments of its calls in their order, tensors and scalars among each other.
+struct HwFunction {
+  char name[64];  // "linear_attention.forward"
+  const hw::Argument* arguments;
+  int32_t num_arguments;
 };
 
 struct HwMessage {
@@ -35,8 +47,8 @@ inline constexpr int kHwAutomatic = -1;
 
 struct HwApi {
   int version;
-  // Functions are numbered from 0; "linear_attention.forward". Null beyond the last.
-  const char* (*function_name)(int function);
+  // Functions are numbered from 0; false beyond the last.
+  bool (*function)(int number, HwFunction*);
   // Runs the call.
   int (*call)(int function, int backend, const HwArguments*, HwMessage);
   // The backend that `call` would use; the arguments may be without data.
@@ -57,4 +69,5 @@ struct HwApi {
 // Null if the library does not speak this version.
 extern "C" __attribute__((visibility("default"))) const HwApi* hw_api(int version);
 
-static_assert(std::is_standard_layout_v<hw::Tensor> && std::is_standard_layout_v<hw::Context>);
+static_assert(std::is_standard_layout_v<hw::Tensor> && std::is_standard_layout_v<hw::Context> &&
+              std::is_standard_layout_v<hw::Argument>);

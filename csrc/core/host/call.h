@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What crosses the boundary into native code: one call = a function, a list of tensors, a list of
-// scalars and a context. Plain C data, so that any front end can make one.
+// What crosses the boundary into native code: one call = a function, its tensors, its scalars and a
+// context. Plain C data, so that any front end can make one.
 //
-//   tensors   in the order that the operator's header names; an absent optional has ndim = -1
-//   scalars   in the order that the operator's header names; integers and flags are exact doubles
+//   tensors   in the order of the function's list (core/host/call_list.h); absent: ndim = -1
+//   scalars   in the order of the same list: a double, or an int64 (flags are 0 or 1)
 //   context   where and how to run
 //
 // A call may be described without data (null pointers): why_not() and workspace() look only at
 // shapes, dtypes and devices. Running one with a null pointer and elements is an error.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -22,7 +21,6 @@
 namespace hw {
 
 inline constexpr int kMaxDims = 6;
-inline constexpr double kMaxInteger = 9007199254740992.0;  // 2^53: doubles up to here are exact
 
 enum class Device : int32_t { cpu = 0, cuda = 1, other = 2 };
 
@@ -55,19 +53,12 @@ struct Tensor {
     return n;
   }
 
-  // The tensor as an N-dimensional reference; absent tensors give an absent Ref.
-  template <int N>
-  Ref<void, N> ref() const {
-    Ref<void, N> r;
-    if (!present()) return r;
-    check(ndim == N, ErrorKind::value, "expected ", N, " dimensions, got ", ndim);
-    r.data = data;
-    for (int d = 0; d < N; ++d) {
-      r.size[d] = size[d];
-      r.stride[d] = stride[d];
-    }
-    return r;
-  }
+  int64_t bytes() const { return present() ? numel() * dtype_size(dtype) : 0; }
+};
+
+union Scalar {
+  double number;
+  int64_t integer;
 };
 
 struct Context {
@@ -77,37 +68,19 @@ struct Context {
   int32_t multiprocessors = 0;  // of the CUDA device, real or emulated
 };
 
+// Memory that a function works in: as much as its `workspace` asked for.
+struct Workspace {
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
 struct Call {
   std::span<const Tensor> tensors;
-  std::span<const double> scalars;
+  std::span<const Scalar> scalars;
   Context context;
-
-  const Tensor& tensor(int i) const {
-    check(static_cast<size_t>(i) < tensors.size(), ErrorKind::value, "a call has no tensor ", i);
-    return tensors[static_cast<size_t>(i)];
-  }
-  double scalar(int i) const {
-    check(static_cast<size_t>(i) < scalars.size(), ErrorKind::value, "a call has no scalar ", i);
-    return scalars[static_cast<size_t>(i)];
-  }
-  bool flag(int i) const {
-    const double x = scalar(i);
-    check(x == 0.0 || x == 1.0, ErrorKind::value, "scalar ", i, " of a call is ", x,
-          ", expected 0 or 1");
-    return x != 0.0;
-  }
-  int64_t integer(int i) const {
-    const double x = scalar(i);
-    check(x >= -kMaxInteger && x <= kMaxInteger && x == std::trunc(x), ErrorKind::value, "scalar ",
-          i, " of a call is ", x, ", expected an integer of at most 53 bits");
-    return static_cast<int64_t>(x);
-  }
-  // An integer whose size does not matter beyond 53 bits: a bound of lengths or of distances.
-  int64_t bound(int i) const {
-    const double x = scalar(i);
-    const bool large = x < -kMaxInteger || x > kMaxInteger;
-    return large ? static_cast<int64_t>(std::copysign(kMaxInteger, x)) : integer(i);
-  }
+  // Made by the dispatcher:
+  DType element = DType::f32;  // of the function's first tensor of elements
+  Workspace workspace;
 };
 
 }  // namespace hw

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the dispatcher must know of a CUDA device. Asked from the runtime at the first call on that
-// device and remembered: later calls, also those under graph capture, ask nothing. In builds without
-// CUDA there is no device; in the emulator every device is the one of its configuration.
+// device and remembered: later calls, also those under graph capture, ask nothing. In builds
+// without CUDA there is no device; in the emulator every device is the one of its configuration.
 #pragma once
 
 #include <cstdint>

@@ -52,27 +52,43 @@ std::span<const Instance> instances_of(const Operator* op) {
 
 bool serves(const Instance& i, Backend b, DType t) { return i.backend == b && i.dtype == t; }
 
-// Of the first tensor of numbers that are not integers: lists of indices may come before it.
-DType element_type(const Call& call) {
-  for (const Tensor& t : call.tensors)
-    if (t.present() && t.dtype <= DType::f16) return t.dtype;
-  return call.tensor(0).dtype;
-}
+// A call that has been read: what everybody below looks at.
+struct Reading {
+  FunctionId id;
+  Call call;
+  alignas(16) std::byte params[kMaxParams];
+
+  // Throws unless the call is as its function's list and checks say.
+  Reading(FunctionId f, const Call& given) : id(f), call(given) {
+    const Function& function = f.function();
+    Sizes sizes;
+    check_arguments(f.op->name, function.name, function.list, call, sizes);
+    call.element = element_of(function.list, call);
+    function.read(call, sizes, params);
+    function.check(params, call);
+  }
+
+  int dim(Backend b) const { return id.function().dim(params, call, b); }
+  const Tensor& first() const { return call.tensors[0]; }
+};
 
 // On the CPU the strongest instruction set up to the one in use; on a GPU the smallest dim that
 // holds the call's.
-const Instance* find_instance(FunctionId f, Backend b, const Call& call) {
-  const DType dtype = element_type(call);
+const Instance* find_instance(const Reading& r, Backend b) {
   const Isa isa = b == Backend::cpu ? cpu_isa() : Isa::none;
-  const int dim = b == Backend::cpu ? 0 : f.op->dim(f.index, b, call);
+  const int dim = b == Backend::cpu ? 0 : r.dim(b);
   const Instance* best = nullptr;
-  for (const Instance& i : instances_of(f.op)) {
-    if (!serves(i, b, dtype) || i.isa > isa) continue;
+  for (const Instance& i : instances_of(r.id.op)) {
+    if (!serves(i, b, r.call.element) || i.isa > isa) continue;
     if (i.dim != 0 && i.dim < dim) continue;
     const bool better = !best || i.isa > best->isa || (i.dim != 0 && i.dim < best->dim);
     if (better) best = &i;
   }
   return best;
+}
+
+const EntryPoint& entry_of(const Instance& i, FunctionId f) {
+  return i.table->entries[static_cast<size_t>(f.index)];
 }
 
 std::string built_dtypes(FunctionId f, Backend b) {
@@ -115,8 +131,7 @@ int least_capability(Backend b) {
 
 // ---- reasons ----
 
-std::string refuse_device(Backend b, const Call& call) {
-  const Device device = call.tensor(0).device;
+std::string refuse_device(Backend b, Device device) {
   if (b == Backend::cpu && device == Device::cuda) return "the tensors are on a CUDA device";
   if (device == Device::other) return "the tensors are neither on the CPU nor on a CUDA device";
   if (b == Backend::cpu || kEmulated)
@@ -129,26 +144,27 @@ std::string refuse_device(Backend b, const Call& call) {
 }
 
 // Why find_instance found none.
-std::string explain_absence(FunctionId f, Backend b, const Call& call) {
-  const std::string dtypes = built_dtypes(f, b);
-  const DType dtype = element_type(call);
-  if (dtypes.empty()) return concat("this build has no ", public_name(b), " code for ", f.op->name);
-  const std::string dims = built_dims(f, b, dtype);
-  if (dims.empty()) return concat("no ", dtype_name(dtype), " (this build has ", dtypes, ")");
-  return concat("no dim ", f.op->dim(f.index, b, call), " (this build has ", dims, ")");
+std::string explain_absence(const Reading& r, Backend b) {
+  const std::string dtypes = built_dtypes(r.id, b);
+  if (dtypes.empty())
+    return concat("this build has no ", public_name(b), " code for ", r.id.op->name);
+  const std::string dims = built_dims(r.id, b, r.call.element);
+  if (dims.empty())
+    return concat("no ", dtype_name(r.call.element), " (this build has ", dtypes, ")");
+  return concat("no dim ", r.dim(b), " (this build has ", dims, ")");
 }
 
-std::string refuse_build(FunctionId f, Backend b, const Call& call) {
-  const Instance* instance = find_instance(f, b, call);
-  if (!instance) return explain_absence(f, b, call);
-  if (!instance->table->run[f.index])
-    return concat("there is no ", public_name(b), " kernel for ", f.name());
+std::string refuse_build(const Reading& r, Backend b) {
+  const Instance* instance = find_instance(r, b);
+  if (!instance) return explain_absence(r, b);
+  if (!entry_of(*instance, r.id).run)
+    return concat("there is no ", public_name(b), " kernel for ", r.id.name());
   return {};
 }
 
-std::string refuse_capability(Backend b, const Call& call) {
+std::string refuse_capability(Backend b, int device_index) {
   if (b == Backend::cpu) return {};
-  const int capability = cuda_device(call.tensor(0).device_index).capability;
+  const int capability = cuda_device(device_index).capability;
   if (kEmulated) {
     const int least = least_capability(b);
     if (capability >= least) return {};
@@ -158,57 +174,73 @@ std::string refuse_capability(Backend b, const Call& call) {
   return concat("the device is sm_", capability, ", and the code was built for ", built_archs(b));
 }
 
-std::string refuse(FunctionId f, Backend b, const Call& call) {
-  std::string reason = refuse_device(b, call);
-  if (reason.empty()) reason = refuse_build(f, b, call);
-  if (reason.empty()) reason = refuse_capability(b, call);
-  if (reason.empty()) reason = f.op->why_not(f.index, b, call);
+std::string refuse(const Reading& r, Backend b) {
+  std::string reason = refuse_device(b, r.first().device);
+  if (reason.empty()) reason = refuse_build(r, b);
+  if (reason.empty()) reason = refuse_capability(b, r.first().device_index);
+  if (reason.empty()) reason = r.id.function().why_not(r.params, r.call, b);
   return reason;
 }
 
-// ---- checks of every call ----
+std::string list_reasons(const Reading& r, std::span<const Backend> candidates) {
+  std::string text = r.id.name() + ": no backend can take this call";
+  for (Backend b : candidates) text += concat("\n  ", public_name(b), ": ", refuse(r, b));
+  return text;
+}
 
-// The call's tensors in one place; the operators' own checks name the arguments.
-void check_devices(FunctionId f, const Call& call) {
-  const Tensor& first = call.tensor(0);
-  for (size_t i = 1; i < call.tensors.size(); ++i) {
-    const Tensor& t = call.tensors[i];
-    if (!t.present() || (t.device == first.device && t.device_index == first.device_index))
-      continue;
-    throw Error(ErrorKind::runtime, concat(f.name(), ": tensor ", i,
-                                           " of the call is on another device than tensor 0"));
+Backend choose(const Reading& r, std::optional<Backend> wanted) {
+  if (wanted) {
+    const std::string reason = refuse(r, *wanted);
+    if (reason.empty()) [[likely]]
+      return *wanted;
+    throw Error(ErrorKind::not_implemented, concat(r.id.name(), ": backend '", public_name(*wanted),
+                                                   "' cannot take this call: ", reason));
   }
+  const bool gpu = kEmulated || r.first().device == Device::cuda;
+  const std::span<const Backend> candidates =
+      gpu ? std::span<const Backend>(kGpuBackends) : std::span<const Backend>(kCpuBackends);
+  for (Backend b : candidates)
+    if (refuse(r, b).empty()) return b;
+  throw Error(ErrorKind::not_implemented, list_reasons(r, candidates));
 }
 
-void check_call(FunctionId f, const Call& call) {
-  if (call.tensors.empty() || !call.tensor(0).present()) [[unlikely]]
-    throw Error(ErrorKind::value, f.name() + ": a call needs at least its first tensor");
-  check_devices(f, call);
-  check_signature(f.op->name, f.op->functions[static_cast<size_t>(f.index)],
-                  f.op->signatures[static_cast<size_t>(f.index)], call);
-  f.op->check(f.index, call);
-}
+// ---- running ----
 
-void check_data(FunctionId f, const Call& call) {
-  for (size_t i = 0; i < call.tensors.size(); ++i) {
-    const Tensor& t = call.tensors[i];
+void check_data(const Reading& r) {
+  size_t tensor = 0;
+  for (const Argument& a : r.id.function().list) {
+    if (!a.is_tensor()) continue;
+    const Tensor& t = r.call.tensors[tensor++];
     if (!t.present() || t.data != nullptr || t.numel() == 0) continue;
     throw Error(ErrorKind::runtime,
-                concat(f.name(), ": tensor ", i, " of the call has no data. It is a fake or meta ",
-                       "tensor; run the function on real tensors, or under torch.compile, which ",
-                       "uses shapes alone"));
+                concat(r.id.name(), ": ", a.name, " has no data. It is a fake or meta tensor; run ",
+                       "the function on real tensors, or under torch.compile, which uses shapes ",
+                       "alone"));
   }
 }
 
-std::string list_reasons(FunctionId f, std::span<const Backend> candidates, const Call& call) {
-  std::string text = f.name() + ": no backend can take this call";
-  for (Backend b : candidates) text += concat("\n  ", public_name(b), ": ", refuse(f, b, call));
-  return text;
+// The device of a call to a CUDA backend.
+void describe_device(Call& call) {
+  call.context.device_index = call.tensors[0].device_index;
+  call.context.multiprocessors = cuda_device(call.context.device_index).multiprocessors;
+}
+
+int64_t workspace_bytes(const Reading& r, Backend b) {
+  return b == Backend::cpu ? 0 : r.id.function().workspace(r.params, r.call, b);
+}
+
+void take_workspace(Reading& r, Backend b, const Allocator& allocator) {
+  const int64_t bytes = workspace_bytes(r, b);
+  if (bytes == 0) return;
+  void* const data = allocator.allocate ? allocator.allocate(allocator.self, bytes) : nullptr;
+  check(data != nullptr, ErrorKind::runtime, r.id.name(), ": no memory for a workspace of ", bytes,
+        " bytes");
+  r.call.workspace = {data, bytes};
 }
 
 }  // namespace
 
-std::string FunctionId::name() const { return concat(op->name, ".", op->functions[index]); }
+std::string FunctionId::name() const { return concat(op->name, ".", function().name); }
 
 int num_functions() { return static_cast<int>(functions().size()); }
 
@@ -219,50 +251,39 @@ FunctionId function_by_number(int number) {
 }
 
 std::string why_not(FunctionId f, Backend b, const Call& call) {
-  check_call(f, call);
-  return refuse(f, b, call);
+  return refuse(Reading(f, call), b);
 }
 
 Backend choose(FunctionId f, std::optional<Backend> wanted, const Call& call) {
-  check_call(f, call);
-  if (wanted) {
-    const std::string reason = refuse(f, *wanted, call);
-    if (reason.empty()) [[likely]]
-      return *wanted;
-    throw Error(ErrorKind::not_implemented, concat(f.name(), ": backend '", public_name(*wanted),
-                                                   "' cannot take this call: ", reason));
-  }
-  const bool gpu = kEmulated || call.tensor(0).device == Device::cuda;
-  const std::span<const Backend> candidates =
-      gpu ? std::span<const Backend>(kGpuBackends) : std::span<const Backend>(kCpuBackends);
-  for (Backend b : candidates)
-    if (refuse(f, b, call).empty()) return b;
-  throw Error(ErrorKind::not_implemented, list_reasons(f, candidates, call));
+  return choose(Reading(f, call), wanted);
 }
 
-void run(FunctionId f, std::optional<Backend> wanted, Call call) {
-  const Backend backend = choose(f, wanted, call);
-  check_data(f, call);
+void run(FunctionId f, std::optional<Backend> wanted, Call call, const Allocator& allocator) {
+  Reading r(f, call);
+  const Backend backend = choose(r, wanted);
+  check_data(r);
   if (backend != Backend::cpu) {
-    call.context.device_index = call.tensor(0).device_index;
-    call.context.multiprocessors = cuda_device(call.context.device_index).multiprocessors;
+    describe_device(r.call);
+    take_workspace(r, backend, allocator);
   }
-  find_instance(f, backend, call)->table->run[f.index](call);
+  const EntryPoint& entry = entry_of(*find_instance(r, backend), f);
+  check(entry.tag == f.function().tag, ErrorKind::runtime, f.name(),
+        ": an instance takes other parameters than the list fills");
+  entry.run(r.params, r.call);
 }
 
 int64_t workspace(FunctionId f, Backend b, const Call& call) {
-  check_call(f, call);
-  if (b == Backend::cpu) return 0;
-  Call described = call;
-  described.context.multiprocessors = cuda_device(call.tensor(0).device_index).multiprocessors;
-  return f.op->workspace(f.index, b, described);
+  Reading r(f, call);
+  if (b != Backend::cpu) describe_device(r.call);
+  return workspace_bytes(r, b);
 }
 
 std::string instance_name(FunctionId f, Backend b, const Call& call) {
-  const std::string reason = why_not(f, b, call);
+  const Reading r(f, call);
+  const std::string reason = refuse(r, b);
   check(reason.empty(), ErrorKind::not_implemented, f.name(), ": ", public_name(b),
         " has no instance for this call: ", reason);
-  const Instance& i = *find_instance(f, b, call);
+  const Instance& i = *find_instance(r, b);
   std::string text = dtype_name(i.dtype);
   if (i.isa != Isa::none) text += concat(", ", isa_name(i.isa));
   if (i.dim != 0) text += concat(", dim ", i.dim);
@@ -292,7 +313,7 @@ std::string json_list(const List& list, Format format) {
 std::string json_instance(const Instance& i, const Operator* op) {
   std::vector<std::string> present;
   for (size_t f = 0; f < op->functions.size(); ++f)
-    if (i.table->run[f]) present.emplace_back(op->functions[f]);
+    if (i.table->entries[f].run) present.emplace_back(op->functions[f].name);
   return concat("{\"backend\": ", quoted(backend_name(i.backend)),
                 ", \"dtype\": ", quoted(dtype_name(i.dtype)), ", \"dim\": ", i.dim,
                 ", \"isa\": ", quoted(isa_name(i.isa)),
@@ -300,9 +321,9 @@ std::string json_instance(const Instance& i, const Operator* op) {
 }
 
 std::string json_operator(const Operator* op) {
-  const std::vector<std::string> names(op->functions.begin(), op->functions.end());
+  const auto name = [](const Function& f) { return quoted(f.name); };
   return concat(
-      "{\"name\": ", quoted(op->name), ", \"functions\": ", json_list(names, quoted),
+      "{\"name\": ", quoted(op->name), ", \"functions\": ", json_list(op->functions, name),
       ", \"instances\": ",
       json_list(instances_of(op), [&](const Instance& i) { return json_instance(i, op); }), "}");
 }

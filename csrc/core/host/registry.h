@@ -4,48 +4,130 @@
 // An operator is described by hand in ops/<op>/<op>.cpp (an `Operator`); what was built of it is
 // listed by the build in a generated table of `Instance`s, from the operator's one CMake line.
 //
-//   why_not(...)   the reason in words why a backend cannot take a call; empty if it can
-//   run(...)       checks, picks the backend (Request::automatic: the first that can) and runs it
+// A function is described by its list of arguments and by what is asked about its parameters P:
+//
+//   inline constexpr auto kForwardList = call_list<ForwardParams>(...);
+//   constexpr Questions<ForwardParams> kForward{.check = &check_forward};
+//   constexpr Function kFunctions[] = {function<kForwardList, kForward>("forward")};
+//
+// A call is read and checked once; from then on everybody gets `const P&`, the instance that runs
+// it too:
+//
+//   template <class Element> void forward(const ForwardParams& p, const Call& call);
 #pragma once
 
-#include <optional>
 #include <span>
 #include <string>
 
 #include "core/host/call.h"
-#include "core/host/signature.h"
+#include "core/host/call_list.h"
 
 namespace hw {
 
 inline constexpr int kMaxFunctions = 4;
+inline constexpr size_t kMaxParams = 2048;  // bytes of the parameters of a function
 
 // CPU instruction sets, weakest first. CUDA instances carry Isa::none.
 enum class Isa : int32_t { none = -1, baseline, avx2, avx512, avx512bf16, neon };
 
-// The entry points of one instance, in the order of the operator's functions.
-struct FunctionTable {
-  void (*run[kMaxFunctions])(const Call&) = {};
+// The address says which parameters a pointer without type points to.
+template <class P>
+inline char kParamsTag = 0;
+
+// What may be asked about a call beyond what its list says; all from shapes, dtypes and the device.
+template <class P>
+struct Questions {
+  // Fills in what follows from other arguments.
+  void (*complete)(P&, const Call&) = nullptr;
+  // What the list cannot say, common to all backends; throws Error.
+  void (*check)(const P&, const Call&) = nullptr;
+  // Limits of a backend beyond dtype, dim and device; empty when it can.
+  std::string (*why_not)(const P&, const Call&, Backend) = nullptr;
+  // The number compared with the DIMS of the CMake line (smallest DIM >= this is taken).
+  int (*dim)(const P&, const Call&, Backend) = nullptr;
+  // Bytes of workspace on a CUDA backend.
+  int64_t (*workspace)(const P&, const Call&, Backend) = nullptr;
 };
 
+// A function without the type of its parameters.
+struct Function {
+  const char* name;  // "forward"
+  std::span<const Argument> list;
+  const char* tag;
+  void (*read)(const Call&, const Sizes&, void* params);  // `params`: kMaxParams bytes
+  void (*check)(const void* params, const Call&);
+  std::string (*why_not)(const void* params, const Call&, Backend);
+  int (*dim)(const void* params, const Call&, Backend);
+  int64_t (*workspace)(const void* params, const Call&, Backend);
+};
+
+template <const auto& kList, const auto& kQuestions>
+consteval Function function(const char* name) {
+  using P = typename std::remove_cvref_t<decltype(kList)>::Params;
+  static_assert(sizeof(P) <= kMaxParams && std::is_trivially_destructible_v<P>);
+  Function f{};
+  f.name = name, f.list = kList.arguments, f.tag = &kParamsTag<P>;
+  f.read = [](const Call& call, const Sizes& sizes, void* params) {
+    P& p = *new (params) P;
+    kList.read(call, sizes, p);
+    if constexpr (kQuestions.complete != nullptr) kQuestions.complete(p, call);
+  };
+  f.check = [](const void* p, const Call& call) {
+    if constexpr (kQuestions.check != nullptr) kQuestions.check(*static_cast<const P*>(p), call);
+  };
+  f.why_not = [](const void* p, const Call& call, Backend b) -> std::string {
+    if constexpr (kQuestions.why_not != nullptr)
+      return kQuestions.why_not(*static_cast<const P*>(p), call, b);
+    return {};
+  };
+  f.dim = [](const void* p, const Call& call, Backend b) -> int {
+    if constexpr (kQuestions.dim != nullptr)
+      return kQuestions.dim(*static_cast<const P*>(p), call, b);
+    return 0;
+  };
+  f.workspace = [](const void* p, const Call& call, Backend b) -> int64_t {
+    if constexpr (kQuestions.workspace != nullptr)
+      return kQuestions.workspace(*static_cast<const P*>(p), call, b);
+    return 0;
+  };
+  return f;
+}
+
 struct Operator {
-  const char* name;                        // "linear_attention"
-  std::span<const char* const> functions;  // {"forward", "backward", "step"}
-  std::span<const Signature> signatures;   // of these
-  // What the signatures cannot say, common to all backends; throws Error.
-  void (*check)(int function, const Call&);
-  // Limits of a backend beyond dtype, dim and device; empty when it can.
-  std::string (*why_not)(int function, Backend, const Call&);
-  // The number compared with the DIMS of the CMake line (smallest DIM >= this is taken).
-  int (*dim)(int function, Backend, const Call&);
-  // Bytes of device workspace the call needs, from shapes only; 0 on the CPU.
-  int64_t (*workspace)(int function, Backend, const Call&);
+  const char* name;  // "linear_attention"
+  std::span<const Function> functions;
+};
+
+// The entry points of one instance, in the order of the operator's functions.
+struct EntryPoint {
+  void (*run)(const void* params, const Call&) = nullptr;
+  const char* tag = nullptr;
+};
+
+template <class P, void (*kRun)(const P&, const Call&)>
+constexpr EntryPoint entry_point() {
+  return {[](const void* params, const Call& call) { kRun(*static_cast<const P*>(params), call); },
+          &kParamsTag<P>};
+}
+template <auto kRun>
+struct EntryOf;
+template <class P, void (*kRun)(const P&, const Call&)>
+struct EntryOf<kRun> {
+  static constexpr EntryPoint value = entry_point<P, kRun>();
+};
+// Of a function void(const P&, const Call&).
+template <auto kRun>
+inline constexpr EntryPoint entry = EntryOf<kRun>::value;
+
+struct FunctionTable {
+  EntryPoint entries[kMaxFunctions];
 };
 
 // One built instance: generated, never written by hand.
 struct Instance {
   const Operator* op;
   Backend backend;
-  DType dtype;  // of the first tensor of elements
+  DType dtype;  // of the call's elements
   int dim;      // 0: any
   Isa isa;
   const FunctionTable* table;

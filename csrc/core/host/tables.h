@@ -22,6 +22,7 @@ struct FunctionId {
   const Operator* op = nullptr;
   int index = 0;  // in op->functions
 
+  const Function& function() const { return op->functions[static_cast<size_t>(index)]; }
   std::string name() const;  // "linear_attention.forward"
 };
 
@@ -34,9 +35,16 @@ std::string why_not(FunctionId, Backend, const Call&);
 // The backend asked for (nullopt: the first that can), or an Error with the reasons.
 Backend choose(FunctionId, std::optional<Backend>, const Call&);
 
-// Chooses and runs. The call's tensors must have data.
-void run(FunctionId, std::optional<Backend>, Call);
+// Where the memory that a call works in comes from; null for bytes that there are not.
+struct Allocator {
+  void* (*allocate)(void* self, int64_t bytes) = nullptr;
+  void* self = nullptr;
+};
 
+// Chooses, takes the workspace from `allocator` and runs. The call's tensors must have data.
+void run(FunctionId, std::optional<Backend>, Call, const Allocator& allocator);
+
+// Bytes that run() would take from the allocator.
 int64_t workspace(FunctionId, Backend, const Call&);
 // The instance that run() would take of this backend, which can take the call: "bfloat16, dim 64",
 // "float32, avx2".

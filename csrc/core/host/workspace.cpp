@@ -5,7 +5,7 @@
 
 namespace hw {
 
-void refuse_room(const char* operation, int64_t bytes, int64_t expected) {
+void refuse_workspace(const char* operation, int64_t bytes, int64_t expected) {
   throw Error(ErrorKind::value,
               concat(operation, ": workspace has ", bytes, " bytes, expected at least ", expected));
 }

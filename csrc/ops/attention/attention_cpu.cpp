@@ -19,25 +19,24 @@ namespace {
 using namespace softmax;
 
 template <class T>
-void forward(const Call& call) {
-  Forward<T>(call).run();
+void forward(const ForwardParams& p, const Call& call) {
+  Forward<T>(p, call.context.num_threads).run();
 }
 
 template <class T>
-void backward(const Call& call) {
-  const BackwardParams p = backward_params(call);
+void backward(const BackwardParams& p, const Call& call) {
   Backward<T>(p, call.context.num_threads).run();
   if (shares_bias(p)) SharedBias<T>(p, call.context.num_threads).run();
 }
 
 template <class T>
-void columns(const Call& call) {
-  Columns<T>(call).run();
+void columns(const ColumnsParams& p, const Call& call) {
+  Columns<T>(p, call.context.num_threads).run();
 }
 
 template <class T>
-void probs(const Call& call) {
-  Probs<T>(call).run();
+void probs(const ProbsParams& p, const Call& call) {
+  Probs<T>(p, call.context.num_threads).run();
 }
 
 }  // namespace
@@ -47,8 +46,8 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&attention::forward<T>, &attention::backward<T>,
-                                   &attention::columns<T>, &attention::probs<T>}};
+constexpr FunctionTable kTable = {{entry<&attention::forward<T>>, entry<&attention::backward<T>>,
+                                   entry<&attention::columns<T>>, entry<&attention::probs<T>>}};
 
 }  // namespace
 }  // namespace hw

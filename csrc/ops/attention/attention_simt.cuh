@@ -10,8 +10,8 @@
 //   columns.cuh    loop C: sums, maxima, P^T x; single pairs
 //
 // Compile-time choices: the dtype; whether rows or keys are owned, which decides what all indices
-// mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k and
-// d_v, since both together cost 64 registers. That is nine kernels. All options are run-time
+// mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k
+// and d_v, since both together cost 64 registers. That is nine kernels. All options are run-time
 // flags, the same for all threads, looked at per score and not in the products, which are D times
 // as long.
 #pragma once
@@ -26,10 +26,18 @@ namespace hw::attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { softmax::simt::forward<Element>(call); }
-  static void backward(const Call& call) { softmax::simt::backward<Element>(call); }
-  static void columns(const Call& call) { softmax::simt::columns<Element>(call); }
-  static void probs(const Call& call) { softmax::simt::probs<Element>(call); }
+  static void forward(const softmax::ForwardParams& p, const Call& call) {
+    softmax::simt::forward<Element>(p, call);
+  }
+  static void backward(const softmax::BackwardParams& p, const Call& call) {
+    softmax::simt::backward<Element>(p, call);
+  }
+  static void columns(const softmax::ColumnsParams& p, const Call& call) {
+    softmax::simt::columns<Element>(p, call);
+  }
+  static void probs(const softmax::ProbsParams& p, const Call& call) {
+    softmax::simt::probs<Element>(p, call);
+  }
 };
 
 }  // namespace hw::attention

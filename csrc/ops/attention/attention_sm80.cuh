@@ -20,6 +20,7 @@
 #include "softmax/sm80/forward.cuh"
 
 #include "core/gpu/launch.h"
+#include "core/host/workspace.h"
 
 namespace hw::softmax::sm80 {
 
@@ -41,37 +42,28 @@ inline Units units_of(bool plain, const ScoreParams& p) {
   return {scale * kLog2e, scale, 1.0f / scale};
 }
 
-// The workspace of a call; checked to be large enough.
-inline char* workspace_of(const Call& call, int tensor, int64_t needed) {
-  const Tensor& given = call.tensor(tensor);
-  const int64_t bytes = given.present() ? given.numel() * dtype_size(given.dtype) : 0;
-  check(bytes >= needed, ErrorKind::value, "attention: workspace has ", bytes,
-        " bytes, expected at least ", needed);
-  return static_cast<char*>(given.data);
-}
-
 template <class Element, int kDim, bool kPlain>
-void forward(const Call& call, const ForwardParams& f) {
+void forward(const ForwardParams& f, const Context& context, const hw::Workspace& memory) {
   using Kernel = ForwardKernel<Element, kDim, kPlain>;
   const Plan plan = plan_of(f, Kernel::kRows);
-  const Workspace at = make_workspace(f, plan);
-  float* floats = reinterpret_cast<float*>(workspace_of(call, 19, at.bytes));
+  Arena arena(memory, "attention.forward");
+  const Workspace at = lay_out(arena, f, plan);
   const Units units = units_of(kPlain, f);
-  const Partials partials{floats, floats + at.sums, at.rows, at.values};
+  const Partials partials{at.w, at.sums, at.rows, at.values};
   const Output<Element> o = output_of<Element>(f.o), w = output_of<Element>(f.w);
   const typename Kernel::Params params{
       {}, f, ScoreInputs<Element>(f), input_of<Element>(f.v), o, w, units, plan, partials};
-  launch<Kernel>({plan.tasks, plan.spans, 1}, sizeof(typename Kernel::Smem), call.context, params);
+  launch<Kernel>({plan.tasks, plan.spans, 1}, sizeof(typename Kernel::Smem), context, params);
   if (plan.spans == 1) return;
   using Merge = MergeKernel<Element, kPlain>;
   const typename Merge::Params merge{f, o, w, partials, plan.spans, units};
-  launch<Merge>({ceil_div<int64_t>(at.rows, Merge::kWarps), 1, 1}, 0, call.context, merge);
+  launch<Merge>({ceil_div<int64_t>(at.rows, Merge::kWarps), 1, 1}, 0, context, merge);
 }
 
 template <class Element, int kDim>
-void forward(const Call& call) {
-  const ForwardParams f = forward_params(call);
-  is_plain(f) ? forward<Element, kDim, true>(call, f) : forward<Element, kDim, false>(call, f);
+void forward(const ForwardParams& f, const Call& call) {
+  is_plain(f) ? forward<Element, kDim, true>(f, call.context, call.workspace)
+              : forward<Element, kDim, false>(f, call.context, call.workspace);
 }
 
 // ---- Passes that know the row statistics --------------------------------------------------------
@@ -105,7 +97,7 @@ void launch_bias(GradientParams<Element> p, const Context& context) {
 }
 
 template <class Element, int kDim, bool kPlain>
-void backward(const Call& call, const BackwardParams& b) {
+void backward(const BackwardParams& b, const Context& context) {
   const GradientParams<Element> p{
       {},
       b,
@@ -115,7 +107,6 @@ void backward(const Call& call, const BackwardParams& b) {
       output_of<Element>(b.d_v),
       adds_up_bias(b),
       0};
-  const Context& context = call.context;
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, kPlain>>(queries, p, b.max_q, context);
   if constexpr (kDim <= 128) {
@@ -131,14 +122,13 @@ void backward(const Call& call, const BackwardParams& b) {
 }
 
 template <class Element, int kDim>
-void backward(const Call& call) {
-  const BackwardParams b = backward_params(call);
-  has_plain_scores(b) ? backward<Element, kDim, true>(call, b)
-                      : backward<Element, kDim, false>(call, b);
+void backward(const BackwardParams& b, const Call& call) {
+  has_plain_scores(b) ? backward<Element, kDim, true>(b, call.context)
+                      : backward<Element, kDim, false>(b, call.context);
 }
 
 template <class Element, int kDim, bool kPlain>
-void columns(const Call& call, const ColumnsParams& c) {
+void columns(const ColumnsParams& c, const Context& context) {
   using Kernel = ColumnsKernel<Element, kDim, kPlain>;
   const typename Kernel::Params p{
       {},
@@ -146,14 +136,13 @@ void columns(const Call& call, const ColumnsParams& c) {
       loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.rest, c.row_weight),
       output_of<Element>(c.y),
       0};
-  launch_blocks<Kernel>(c.sequences() * c.query_heads(), p, c.max_k, call.context);
+  launch_blocks<Kernel>(c.sequences() * c.query_heads(), p, c.max_k, context);
 }
 
 template <class Element, int kDim>
-void columns(const Call& call) {
-  const ColumnsParams c = columns_params(call);
-  has_plain_scores(c) ? columns<Element, kDim, true>(call, c)
-                      : columns<Element, kDim, false>(call, c);
+void columns(const ColumnsParams& c, const Call& call) {
+  has_plain_scores(c) ? columns<Element, kDim, true>(c, call.context)
+                      : columns<Element, kDim, false>(c, call.context);
 }
 
 }  // namespace hw::softmax::sm80
@@ -163,9 +152,15 @@ namespace hw::attention {
 // kDim: the width that D and Dv are padded to.
 template <class Element, int kDim>
 struct Sm80 {
-  static void forward(const Call& call) { softmax::sm80::forward<Element, kDim>(call); }
-  static void backward(const Call& call) { softmax::sm80::backward<Element, kDim>(call); }
-  static void columns(const Call& call) { softmax::sm80::columns<Element, kDim>(call); }
+  static void forward(const softmax::ForwardParams& p, const Call& call) {
+    softmax::sm80::forward<Element, kDim>(p, call);
+  }
+  static void backward(const softmax::BackwardParams& p, const Call& call) {
+    softmax::sm80::backward<Element, kDim>(p, call);
+  }
+  static void columns(const softmax::ColumnsParams& p, const Call& call) {
+    softmax::sm80::columns<Element, kDim>(p, call);
+  }
 };
 
 }  // namespace hw::attention

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routing between regions: means of regions, and how well they suit each other.
 //
-//   means    m_brhd  = (1 / n_r) sum_{tokens t of region r} x_bthd      n_r tokens of the image in r
-//   scores   A_brs   = sum_hd mq_brhd mk_bs(h/G)d                       one graph for all heads
-//            A_bhrs  = sum_d  mq_brhd mk_bs(h/G)d                       one for each
+//   means    m_brhd  = (1 / n_r) sum_{tokens t of region r} x_bthd     n_r tokens of the image in r
+//   scores   A_brs   = sum_hd mq_brhd mk_bs(h/G)d                      one graph for all heads
+//            A_bhrs  = sum_d  mq_brhd mk_bs(h/G)d                      one for each
 //
-//   B batch, R and Rk regions (cells of core/regions.h) of q and k, Hq heads of q, H of k, G = Hq / H
+//   B batch, R and Rk regions (cells of core/regions.h) of q and k, Hq heads of q, H of k,
+//   G = Hq / H
 //
 // Sums are of the accumulation type and have one order: tokens of a region row by row, then h, d.
 // Which regions are chosen is select_topk's to say.
@@ -53,10 +54,5 @@ struct ScoresParams {
     return per_head() ? graph + 1 : q.size[2];
   }
 };
-
-// Tensors: x m. Scalars: cells.
-MeansParams means_params(const Call& call);
-// Tensors: q k a.
-ScoresParams scores_params(const Call& call);
 
 }  // namespace hw::bilevel_route

@@ -3,8 +3,8 @@
 //
 //   means    a task: a row of regions; the channels of a token are summed as one row, and an image
 //            is read from front to back
-//   scores   a task: the graph of a batch entry (and head); A = mq mk^T, a small matrix product with
-//            mk transposed beforehand
+//   scores   a task: the graph of a batch entry (and head); A = mq mk^T, a small matrix product
+//            with mk transposed beforehand
 #include "ops/bilevel_route/bilevel_route.h"
 
 #include <algorithm>
@@ -22,10 +22,10 @@ class Means {
  public:
   using A = Accum<T>;
 
-  explicit Means(const Call& call)
-      : p_(means_params(call)),
+  Means(const MeansParams& p, int threads)
+      : p_(p),
         x_(p_.x.as<const T>()),
-        threads_(call.context.num_threads),
+        threads_(threads),
         heads_(p_.m.size[2]),
         width_(p_.m.size[3]),
         joined_(x_.stride[4] == 1 && (heads_ == 1 || x_.stride[3] == width_)) {}
@@ -89,7 +89,7 @@ class Means {
 template <class A>
 class Scores {
  public:
-  explicit Scores(const Call& call) : p_(scores_params(call)), threads_(call.context.num_threads) {}
+  Scores(const ScoresParams& p, int threads) : p_(p), threads_(threads) {}
 
   void run() const {
     const int64_t graphs = p_.a.size[1];
@@ -125,14 +125,14 @@ class Scores {
 };
 
 template <class T>
-void means(const Call& call) {
-  Means<T>(call).run();
+void means(const MeansParams& p, const Call& call) {
+  Means<T>(p, call.context.num_threads).run();
 }
 
 // Means are of the accumulation type: half-precision instances never see them.
 template <class T>
-void scores(const Call& call) {
-  Scores<Accum<T>>(call).run();
+void scores(const ScoresParams& p, const Call& call) {
+  Scores<Accum<T>>(p, call.context.num_threads).run();
 }
 
 }  // namespace
@@ -142,7 +142,8 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&bilevel_route::means<T>, &bilevel_route::scores<T>}};
+constexpr FunctionTable kTable = {
+    {entry<&bilevel_route::means<T>>, entry<&bilevel_route::scores<T>>}};
 
 }  // namespace
 }  // namespace hw

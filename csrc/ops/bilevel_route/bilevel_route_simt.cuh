@@ -9,7 +9,7 @@
 
 #include "ops/bilevel_route/bilevel_route.h"
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 
 namespace hw::bilevel_route::simt {
@@ -94,18 +94,16 @@ struct ScoresKernel {
 };
 
 template <class Element>
-void means(const Call& call) {
+void means(const MeansParams& f, const Call& call) {
   using Kernel = MeansKernel<Element>;
-  const MeansParams f = means_params(call);
   const int64_t slices = ceil_div<int64_t>(f.channels(), Kernel::kThreads);
   launch<Kernel>({f.m.size[0] * f.m.size[1] * slices, 1, 1}, 0, call.context, {f, slices});
 }
 
 // Means are of the accumulation type: half-precision instances never see them.
 template <class Element>
-void scores(const Call& call) {
+void scores(const ScoresParams& f, const Call& call) {
   using Kernel = ScoresKernel<Accum<Element>>;
-  const ScoresParams f = scores_params(call);
   const int64_t rows = ceil_div<int64_t>(f.a.size[2], Kernel::kSide);
   const int64_t columns = ceil_div<int64_t>(f.a.size[3], Kernel::kSide);
   launch<Kernel>({f.a.size[0] * f.a.size[1] * rows * columns, 1, 1}, sizeof(typename Kernel::Smem),
@@ -120,8 +118,8 @@ namespace hw::bilevel_route {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void means(const Call& call) { simt::means<Element>(call); }
-  static void scores(const Call& call) { simt::scores<Element>(call); }
+  static void means(const MeansParams& p, const Call& call) { simt::means<Element>(p, call); }
+  static void scores(const ScoresParams& p, const Call& call) { simt::scores<Element>(p, call); }
 };
 
 }  // namespace hw::bilevel_route

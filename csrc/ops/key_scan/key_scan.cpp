@@ -1,95 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
-// Key scan, host side: arguments of a call, and what each backend can take.
+// Key scan, host side: the lists of its functions, checks, and what each backend can take.
 #include "ops/key_scan/key_scan.h"
 
 #include "ops/key_scan/key_scan_simt_layout.h"
 
-#include "core/host/arguments.h"
 #include "core/host/registry.h"
 
 namespace hw::key_scan {
 namespace {
 
 constexpr const char* kName = "key_scan";
-constexpr const char* kFunctions[] = {"forward", "backward"};
 
-constexpr Argument kForwardTensors[] = {{"s", "BSH"},
-                                        {"v", "BSHV"},
-                                        {"o", "BSHV"},
-                                        {"lse", "+BSH", Kind::wide},
-                                        {"o0", "BHV", Kind::wide, Need::optional},
-                                        {"lse0", "BH", Kind::wide, Need::optional},
-                                        {"o1", "BHV", Kind::wide, Need::optional},
-                                        {"lse1", "BH", Kind::wide, Need::optional},
-                                        {"wide", "BSHV", Kind::wide, Need::optional}};
-constexpr Argument kBackwardTensors[] = {{"s", "BSH"},
-                                         {"v", "BSHV"},
-                                         {"wide", "BSHV", Kind::wide},
-                                         {"lse", "+BSH", Kind::wide},
-                                         {"o0", "BHV", Kind::wide, Need::optional},
-                                         {"lse0", "BH", Kind::wide, Need::optional},
-                                         {"o1", "BHV", Kind::wide, Need::optional},
-                                         {"d_o", "BSHV"},
-                                         {"d_o1", "BHV", Kind::wide, Need::optional},
-                                         {"d_lse1", "BH", Kind::wide, Need::optional},
-                                         {"d_s", "BSH"},
-                                         {"d_v", "BSHV"},
-                                         {"d_o0", "BHV", Kind::wide, Need::optional},
-                                         {"d_lse0", "BH", Kind::wide, Need::optional}};
-constexpr Signature kSignatures[] = {{kForwardTensors, 0}, {kBackwardTensors, 0}};
+constexpr auto kForwardList = call_list<ForwardParams>(
+    in("s", &ForwardParams::s, "B S H"), in("v", &ForwardParams::v, "B S H Dv"),
+    in("o0", &ForwardParams::o0, "B H Dv").wide().optional(),
+    in("lse0", &ForwardParams::lse0, "B H").wide().optional(),
+    out("o", &ForwardParams::o, "B S H Dv"),
+    out("lse", &ForwardParams::lse, "B S H").wide().with(&ForwardParams::rest),
+    out("o1", &ForwardParams::o1, "B H Dv").wide().optional(),
+    out("lse1", &ForwardParams::lse1, "B H").wide().optional(),
+    out("o_wide", &ForwardParams::wide, "B S H Dv").wide().optional());
 
-void check_call(int function, const Call& call) {
-  check_together(kName, call, 4, 5, "o0 and lse0");
-  if (function == 0) return check_together(kName, call, 6, 7, "o1 and lse1");
-  check_together(kName, call, 12, 13, "d_o0 and d_lse0");
-  check(call.tensor(4).present() || !call.tensor(12).present(), ErrorKind::value,
+constexpr auto kBackwardList = call_list<BackwardParams>(
+    in("s", &BackwardParams::s, "B S H"), in("v", &BackwardParams::v, "B S H Dv"),
+    in("o", &BackwardParams::wide, "B S H Dv").wide(),
+    in("lse", &BackwardParams::lse, "B S H").wide().with(&BackwardParams::rest),
+    in("o0", &BackwardParams::o0, "B H Dv").wide().optional(),
+    in("lse0", &BackwardParams::lse0, "B H").wide().optional(),
+    in("o1", &BackwardParams::o1, "B H Dv").wide().optional(),
+    in("d_o", &BackwardParams::d_o, "B S H Dv"),
+    in("d_o1", &BackwardParams::d_o1, "B H Dv").wide().optional(),
+    in("d_lse1", &BackwardParams::d_lse1, "B H").wide().optional(),
+    out("d_s", &BackwardParams::d_s, "B S H"), out("d_v", &BackwardParams::d_v, "B S H Dv"),
+    out("d_o0", &BackwardParams::d_o0, "B H Dv").wide().optional(),
+    out("d_lse0", &BackwardParams::d_lse0, "B H").wide().optional());
+
+void check_forward(const ForwardParams& p, const Call&) {
+  check_together(kName, "o0 and lse0", bool(p.o0), bool(p.lse0));
+  check_together(kName, "o1 and lse1", bool(p.o1), bool(p.lse1));
+}
+
+void check_backward(const BackwardParams& p, const Call&) {
+  check_together(kName, "o0 and lse0", bool(p.o0), bool(p.lse0));
+  check_together(kName, "d_o0 and d_lse0", bool(p.d_o0), bool(p.d_lse0));
+  check_together(kName, "d_o1 and d_lse1", bool(p.d_o1), bool(p.d_lse1));
+  check(p.o0 || !p.d_o0, ErrorKind::value,
         "key_scan: a gradient of the initial state needs the initial state");
-  check(call.tensor(6).present() || !call.tensor(8).present(), ErrorKind::value,
+  check(p.o1 || !p.d_o1, ErrorKind::value,
         "key_scan: a gradient of the final state needs o1, the final state itself");
 }
 
-std::string why_not(int, Backend backend, const Call&) {
+template <class P>
+std::string why_not(const P&, const Call&, Backend backend) {
   if (backend == Backend::sm80 || backend == Backend::sm90)
     return "key_scan has no matrix product; simt is its CUDA backend";
   return {};
 }
 
-int any_dim(int, Backend, const Call&) { return 0; }
-
-int64_t workspace(int function, Backend backend, const Call& call) {
-  return backend == Backend::simt ? simt::workspace_bytes(static_cast<simt::Pass>(function), call)
-                                  : 0;
+int64_t forward_workspace(const ForwardParams& p, const Call& call, Backend) {
+  return simt::workspace_bytes(p, call, false);
 }
+int64_t backward_workspace(const BackwardParams& p, const Call& call, Backend) {
+  return simt::workspace_bytes(p, call, true);
+}
+
+constexpr Questions<ForwardParams> kForward{
+    .check = &check_forward, .why_not = &why_not<ForwardParams>, .workspace = &forward_workspace};
+constexpr Questions<BackwardParams> kBackward{.check = &check_backward,
+                                              .why_not = &why_not<BackwardParams>,
+                                              .workspace = &backward_workspace};
+
+constexpr Function kFunctions[] = {function<kForwardList, kForward>("forward"),
+                                   function<kBackwardList, kBackward>("backward")};
 
 }  // namespace
 
-ForwardParams forward_params(const Call& call) {
-  Arguments a(call);
-  ForwardParams p;
-  p.s = a.input<3>(), p.v = a.input<4>();
-  p.o = a.output<4>(), a.with_rest(p.lse, p.rest);
-  p.o0 = a.input<3>(), p.lse0 = a.input<2>();
-  p.o1 = a.output<3>(), p.lse1 = a.output<2>();
-  p.wide = a.output<4>();
-  return p;
-}
-
-BackwardParams backward_params(const Call& call) {
-  Arguments a(call);
-  BackwardParams p;
-  p.s = a.input<3>(), p.v = a.input<4>();
-  p.wide = a.output<4>(), a.with_rest(p.lse, p.rest);
-  p.o0 = a.input<3>(), p.lse0 = a.input<2>();
-  p.o1 = a.output<3>();
-  p.d_o = a.input<4>();
-  p.d_o1 = a.input<3>(), p.d_lse1 = a.input<2>();
-  p.d_s = a.output<3>(), p.d_v = a.output<4>();
-  p.d_o0 = a.output<3>(), p.d_lse0 = a.output<2>();
-  return p;
-}
-
 extern const Operator kOperator;
-const Operator kOperator = {kName,    kFunctions, kSignatures, &check_call,
-                            &why_not, &any_dim,   &workspace};
+const Operator kOperator = {kName, kFunctions};
 
 }  // namespace hw::key_scan

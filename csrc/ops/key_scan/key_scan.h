@@ -46,13 +46,7 @@ struct BackwardParams : ForwardParams {
   Ref<void, 2> d_lse0;        // [B, H]        out, or absent
 };
 
-// Tensors of a call, in order (there are no scalars):
-//   forward   s v o lse o0 lse0 o1 lse1 wide workspace
-//   backward  s v wide lse o0 lse0 o1 d_o d_o1 d_lse1 d_s d_v d_o0 d_lse0 workspace
-//   lse is [2, B, S, H], L and its rest, or [B, S, H], L alone
-// In backward wide and o1 are the forward's: T sums products with o over all later rows, and in that
-// sum roundings of o would add up.
-ForwardParams forward_params(const Call& call);
-BackwardParams backward_params(const Call& call);
+// In backward wide and o1 are the forward's: T sums products with o over all later rows, and in
+// that sum roundings of o would add up.
 
 }  // namespace hw::key_scan

@@ -96,9 +96,9 @@ template <class T>
 class Forward {
  public:
   using A = Accum<T>;
-  explicit Forward(const Call& call)
-      : p_(forward_params(call)),
-        threads_(call.context.num_threads),
+  Forward(const ForwardParams& p, int threads)
+      : p_(p),
+        threads_(threads),
         heads_(p_.v.size[2]),
         width_(p_.v.size[3]),
         pairs_(p_.v.size[0] * heads_),
@@ -212,9 +212,9 @@ template <class T>
 class Backward {
  public:
   using A = Accum<T>;
-  explicit Backward(const Call& call)
-      : p_(backward_params(call)),
-        threads_(call.context.num_threads),
+  Backward(const BackwardParams& p, int threads)
+      : p_(p),
+        threads_(threads),
         heads_(p_.v.size[2]),
         width_(p_.v.size[3]),
         pairs_(p_.v.size[0] * heads_),
@@ -370,13 +370,13 @@ class Backward {
 };
 
 template <class T>
-void forward(const Call& call) {
-  Forward<T>(call).run();
+void forward(const ForwardParams& p, const Call& call) {
+  Forward<T>(p, call.context.num_threads).run();
 }
 
 template <class T>
-void backward(const Call& call) {
-  Backward<T>(call).run();
+void backward(const BackwardParams& p, const Call& call) {
+  Backward<T>(p, call.context.num_threads).run();
 }
 
 }  // namespace
@@ -386,7 +386,7 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&key_scan::forward<T>, &key_scan::backward<T>}};
+constexpr FunctionTable kTable = {{entry<&key_scan::forward<T>>, entry<&key_scan::backward<T>>}};
 
 }  // namespace
 }  // namespace hw

@@ -15,8 +15,10 @@ namespace hw::key_scan {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
-  static void backward(const Call& call) { simt::backward<Element>(call); }
+  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
+  static void backward(const BackwardParams& p, const Call& call) {
+    simt::backward<Element>(p, call);
+  }
 };
 
 }  // namespace hw::key_scan

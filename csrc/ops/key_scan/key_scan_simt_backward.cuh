@@ -278,13 +278,12 @@ void run_backward(const GradParams<Element>& p, const Context& context) {
 }
 
 template <class Element>
-void backward(const Call& call) {
+void backward(const BackwardParams& b, const Call& call) {
   using Acc = Accum<Element>;
-  const BackwardParams b = backward_params(call);
   GradParams<Element> p{};
-  p.geometry = make_geometry<Element>(call);
+  p.geometry = make_geometry<Element>(b.v, call.context);
   const Workspace w = make_workspace(p.geometry, true);
-  Acc* workspace = workspace_of<Acc>(call, 14, w);
+  Acc* workspace = Arena(call.workspace, "key_scan.backward").take<Acc>(w.size);
   p.s = b.s.template as<const Element>();
   p.v = b.v.template as<const Element>();
   p.o = b.wide.template as<const Acc>();

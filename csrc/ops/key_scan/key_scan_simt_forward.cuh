@@ -216,25 +216,13 @@ void run_forward(const ScanParams<Element>& p, const Context& context) {
   launch<ScanKernel<Element, kVectors, true>>({g.blocks(), 1, 1}, 0, context, p);
 }
 
-// The call's workspace; it must hold what workspace_bytes asked for.
-template <class Acc>
-Acc* workspace_of(const Call& call, int index, const Workspace& w) {
-  const Tensor& t = call.tensor(index);
-  const int64_t bytes = w.size * static_cast<int64_t>(sizeof(Acc));
-  check(bytes == 0 || (t.present() && t.numel() * dtype_size(t.dtype) >= bytes), ErrorKind::value,
-        "key_scan: workspace has ", t.present() ? t.numel() * dtype_size(t.dtype) : 0,
-        " bytes, expected at least ", bytes);
-  return static_cast<Acc*>(t.data);
-}
-
 template <class Element>
-void forward(const Call& call) {
+void forward(const ForwardParams& f, const Call& call) {
   using Acc = Accum<Element>;
-  const ForwardParams f = forward_params(call);
   ScanParams<Element> p{};
-  p.geometry = make_geometry<Element>(call);
+  p.geometry = make_geometry<Element>(f.v, call.context);
   const Workspace w = make_workspace(p.geometry, false);
-  Acc* workspace = workspace_of<Acc>(call, 9, w);
+  Acc* workspace = Arena(call.workspace, "key_scan.forward").take<Acc>(w.size);
   p.s = f.s.template as<const Element>();
   p.v = f.v.template as<const Element>();
   p.o = f.o.template as<Element>();

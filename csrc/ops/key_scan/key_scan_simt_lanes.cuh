@@ -7,7 +7,7 @@
 #include "ops/key_scan/key_scan_sum.h"
 
 #include "core/dtype.h"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/vector.h"
 
 namespace hw::key_scan::simt {

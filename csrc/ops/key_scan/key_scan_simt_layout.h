@@ -11,7 +11,9 @@
 
 #include <cstdint>
 
-#include "core/host/call.h"
+#include "ops/key_scan/key_scan.h"
+
+#include "core/host/workspace.h"
 #include "core/math.h"
 
 namespace hw::key_scan::simt {
@@ -38,14 +40,13 @@ struct Geometry {
 };
 
 template <class Element>
-Geometry make_geometry(const Call& call) {
-  const Tensor& v = call.tensor(1);
+Geometry make_geometry(const Ref<const void, 4>& v, const Context& context) {
   Geometry g;
   g.batch = v.size[0], g.tokens = v.size[1], g.heads = v.size[2], g.value_dim = v.size[3];
   const int64_t needed = ceil_div<int64_t>(g.value_dim, kOwn<Element>);
   g.lanes = needed <= 8 ? 8 : needed <= 16 ? 16 : 32;
   g.slices = static_cast<int>(max_of<int64_t>(ceil_div<int64_t>(needed, g.lanes), 1));
-  const int64_t wanted = kThreadsWanted * max_of<int64_t>(call.context.multiprocessors, 1);
+  const int64_t wanted = kThreadsWanted * max_of<int64_t>(context.multiprocessors, 1);
   const int64_t have = max_of<int64_t>(g.pairs() * g.slices * g.lanes, 1);
   const int64_t length = ceil_div(max_of<int64_t>(g.tokens, 1), ceil_div(wanted, have));
   g.segment_tokens = round_up<int64_t>(length, kSegmentStep);
@@ -79,16 +80,20 @@ inline Workspace make_workspace(const Geometry& g, bool gradients) {
   return w;
 }
 
-enum class Pass : int { forward = 0, backward = 1 };
-
-// Bytes of workspace of a forward or backward call.
-inline int64_t workspace_bytes(Pass pass, const Call& call) {
-  const bool gradients = pass == Pass::backward;
-  switch (call.tensor(1).dtype) {
-    case DType::f64: return make_workspace(make_geometry<double>(call), gradients).size * 8;
-    case DType::f32: return make_workspace(make_geometry<float>(call), gradients).size * 4;
-    default: return make_workspace(make_geometry<bf16>(call), gradients).size * 4;
+// Bytes of workspace of a call, forward or with gradients.
+inline int64_t workspace_bytes(const ForwardParams& p, const Call& call, bool gradients) {
+  const auto accumulators = [&](const Geometry& g) { return make_workspace(g, gradients).size; };
+  Arena arena;
+  switch (call.element) {
+    case DType::f64:
+      arena.take<double>(accumulators(make_geometry<double>(p.v, call.context)));
+      break;
+    case DType::f32:
+      arena.take<float>(accumulators(make_geometry<float>(p.v, call.context)));
+      break;
+    default: arena.take<float>(accumulators(make_geometry<bf16>(p.v, call.context)));
   }
+  return arena.bytes();
 }
 
 }  // namespace hw::key_scan::simt

@@ -8,8 +8,8 @@
 //
 //   B batch, S tokens, H heads, D channels, K clusters, W members, L length of the whole sequence
 //
-// Who joins is decided by keys of core/sort_key.h: equal similarities rank by position, so an earlier
-// equal outranks; NaN ranks last. The W best of the whole sequence are select_topk's on d.
+// Who joins is decided by keys of core/sort_key.h: equal similarities rank by position, so an
+// earlier equal outranks; NaN ranks last. The W best of the whole sequence are select_topk's on d.
 //
 // Invariant: the bits of d_bhct follow from x_bth and mu_hc alone. All tokens take the same
 // additions in the same order, whatever B, S and the number of threads: equal tokens tie, and the
@@ -47,10 +47,5 @@ struct PrefixParams {
   // ceil((t + 1) W / L); grows by at most one a token, as W <= L. W must not be 0.
   HW_HOST_DEVICE int64_t quota(int64_t t) const { return ((t + 1) * window() - 1) / length + 1; }
 };
-
-// Tensors: x centroids d.
-SimilarityParams similarity_params(const Call& call);
-// Tensors: d index. Scalars: length.
-PrefixParams prefix_params(const Call& call);
 
 }  // namespace hw::kmeans_route

@@ -32,12 +32,12 @@ class Similarity {
  public:
   using A = Accum<T>;
 
-  explicit Similarity(const Call& call)
-      : p_(similarity_params(call)),
+  Similarity(const SimilarityParams& p, int threads)
+      : p_(p),
         x_(p_.x.as<const T>()),
         centroids_(p_.centroids.as<const A>()),
         d_(p_.d.as<A>()),
-        threads_(call.context.num_threads),
+        threads_(threads),
         channels_(static_cast<int>(p_.channels())),
         width_(round_up(static_cast<int>(p_.clusters()), kLanes<A>)) {}
 
@@ -98,8 +98,7 @@ class Prefix {
  public:
   using Key = OrderKey<T>;
 
-  explicit Prefix(const Call& call)
-      : p_(prefix_params(call)), d_(p_.d.as<const T>()), threads_(call.context.num_threads) {}
+  Prefix(const PrefixParams& p, int threads) : p_(p), d_(p_.d.as<const T>()), threads_(threads) {}
 
   void run() {
     if (p_.window() == 0) return;
@@ -172,17 +171,22 @@ class Prefix {
 };
 
 template <class T>
-void similarity(const Call& call) {
-  Similarity<T>(call).run();
+void similarity(const SimilarityParams& p, const Call& call) {
+  Similarity<T>(p, call.context.num_threads).run();
+}
+
+template <class T>
+void prefix(const PrefixParams& p, const Call& call) {
+  Prefix<T>(p, call.context.num_threads).run();
 }
 
 // d has the accumulation type: for 16-bit elements there is nothing to build.
 template <class T>
-constexpr auto prefix_of() -> void (*)(const Call&) {
+constexpr EntryPoint prefix_of() {
   if constexpr (std::is_same_v<T, Accum<T>>)
-    return [](const Call& call) { Prefix<T>(call).run(); };
+    return entry<&prefix<T>>;
   else
-    return nullptr;
+    return {};
 }
 
 }  // namespace
@@ -192,7 +196,8 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&kmeans_route::similarity<T>, kmeans_route::prefix_of<T>()}};
+constexpr FunctionTable kTable = {
+    {entry<&kmeans_route::similarity<T>>, kmeans_route::prefix_of<T>()}};
 
 }  // namespace
 }  // namespace hw

@@ -22,8 +22,8 @@
 
 #include "ops/kmeans_route/kmeans_route.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/gpu/vector.h"
 #include "core/math.h"
@@ -236,10 +236,9 @@ struct PrefixKernel {
 };
 
 template <class Element>
-void similarity(const Call& call) {
+void similarity(const SimilarityParams& f, const Call& call) {
   using Kernel = SimilarityKernel<Element>;
   using A = Accum<Element>;
-  const SimilarityParams f = similarity_params(call);
   const typename Kernel::Params p{f, has_vectors(f.x.as<const Element>()),
                                   has_vectors(f.centroids.as<const A>()),
                                   ceil_div<int64_t>(f.tokens(), Kernel::kTokens),
@@ -249,9 +248,8 @@ void similarity(const Call& call) {
 }
 
 template <class Element>
-void prefix(const Call& call) {
+void prefix(const PrefixParams& p, const Call& call) {
   using Kernel = PrefixKernel<Element>;
-  const PrefixParams p = prefix_params(call);
   if (p.window() == 0) return;
   launch<Kernel>({p.rows(), 1, 1}, sizeof(typename Kernel::Smem), call.context, p);
 }
@@ -266,14 +264,16 @@ struct SimtPrefix {};
 template <class Element>
   requires std::is_same_v<Element, Accum<Element>>
 struct SimtPrefix<Element> {
-  static void prefix(const Call& call) { simt::prefix<Element>(call); }
+  static void prefix(const PrefixParams& p, const Call& call) { simt::prefix<Element>(p, call); }
 };
 
 // kDim is 0: one instance takes every size.
 template <class Element, int kDim>
 struct Simt : SimtPrefix<Element> {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void similarity(const Call& call) { simt::similarity<Element>(call); }
+  static void similarity(const SimilarityParams& p, const Call& call) {
+    simt::similarity<Element>(p, call);
+  }
 };
 
 }  // namespace hw::kmeans_route

@@ -115,15 +115,6 @@ struct StepParams {
   HW_HOST_DEVICE int features() const { return num_features(map, dim()); }
 };
 
-// Tensors and scalars of a call, in order:
-//   forward   q k v o z kv0 z0 kv1 z1 cu_seqlens workspace
-//   backward  q k v o z kv0 z0 cu_seqlens d_o d_kv1 d_z1 d_q d_k d_v d_kv0 d_z0 workspace
-//             scalars of both: map causal normalize scale eps
-//   step      q k v kv z o            scalars: map normalize scale eps
-ForwardParams forward_params(const Call& call);
-BackwardParams backward_params(const Call& call);
-StepParams step_params(const Call& call);
-
 // The rows [begin, end) of sequence n, and the batch index they are found at.
 struct Sequence {
   int64_t batch, begin, end;

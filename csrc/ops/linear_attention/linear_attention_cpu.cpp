@@ -260,10 +260,10 @@ class Sweep {
 // ---- entry points ----
 
 template <class T>
-void forward(const Call& call) {
+void forward(const ForwardParams& f, const Call& call) {
   using A = Accum<T>;
   BackwardParams p;
-  static_cast<ForwardParams&>(p) = forward_params(call);
+  static_cast<ForwardParams&>(p) = f;
   const int threads = call.context.num_threads;
   const Plan plan = make_plan(p, p.kv0 || p.kv1, threads);
   const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
@@ -272,9 +272,8 @@ void forward(const Call& call) {
 }
 
 template <class T>
-void backward(const Call& call) {
+void backward(const BackwardParams& p, const Call& call) {
   using A = Accum<T>;
-  const BackwardParams p = backward_params(call);
   const int threads = call.context.num_threads;
   const Plan plan = make_plan(p, p.kv0 || p.d_kv1 || p.d_kv0, threads);
   const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
@@ -292,8 +291,9 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {
-    {&linear_attention::forward<T>, &linear_attention::backward<T>, &linear_attention::step<T>}};
+constexpr FunctionTable kTable = {{entry<&linear_attention::forward<T>>,
+                                   entry<&linear_attention::backward<T>>,
+                                   entry<&linear_attention::step<T>>}};
 
 }  // namespace
 }  // namespace hw

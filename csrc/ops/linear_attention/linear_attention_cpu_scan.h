@@ -81,8 +81,8 @@ class Scan {
     row_ = scratch.take<A>(s_.dvp);
   }
 
-  // Rows [begin, end). Reads the state prefix + local; afterwards local() is the segment's own total
-  // if `want_local`.
+  // Rows [begin, end). Reads the state prefix + local; afterwards local() is the segment's own
+  // total if `want_local`.
   HW_NOINLINE void run(int64_t begin, int64_t end, const State<A>& prefix, Visible visible,
                        bool within_chunk, bool want_local) {
     local_.zero = true;

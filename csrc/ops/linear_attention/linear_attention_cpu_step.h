@@ -123,8 +123,7 @@ void step_head(const StepParams& p, const Shape<Accum<T>>& s, int64_t b, int h) 
 }
 
 template <class T>
-void step(const Call& call) {
-  const StepParams p = step_params(call);
+void step(const StepParams& p, const Call& call) {
   const Shape<Accum<T>> shape(p.map, p.dim(), p.value_dim(), kLanes<Accum<T>>, p.scale);
   const int heads = p.key_heads();
   parallel_tasks(p.batch() * heads, call.context.num_threads, [&](int64_t task) {

@@ -15,14 +15,13 @@
 // A call that is not causal and not direct runs (a) and (b) too: each row applies the total.
 //
 // Packed sequences: where sequence n starts is known on the device only, so segments have slots:
-//   segment k of sequence n has slot  floor(cu[n] / L) + n + k       (unpacked: n * per_sequence + k)
+//   segment k of sequence n has slot  floor(cu[n] / L) + n + k     (unpacked: n * per_sequence + k)
 // Slots of one sequence never reach those of the next, because
 //   floor((c + len) / L) - floor(c / L) + 1 >= ceil(len / L).
 // There are floor(S / L) + N of them, some stay empty, and a slot's sequence is found by bisection.
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "ops/linear_attention/linear_attention.h"
 
@@ -37,7 +36,7 @@ inline constexpr int64_t kDirectTokens = 512;  // longest sequence for the direc
 
 enum class Schedule : int { direct = 0, single = 1, split = 2 };
 
-// The shapes that decide, taken from a call that may have no data yet.
+// The shapes that decide.
 struct Shape {
   int64_t batch = 0, tokens = 0, sequences = 0;
   int query_heads = 0, key_heads = 0, dim = 0, value_dim = 0, features = 0;
@@ -71,28 +70,31 @@ struct Segment {
   bool used = false;                             // false: an empty slot, nothing to do
 };
 
-// `cu`: position of cu_seqlens among the tensors; `states`: of kv of all states, in and out.
-inline Shape shape_of(const Call& call, int cu, std::initializer_list<int> states) {
-  const Tensor &q = call.tensor(0), &k = call.tensor(1), &v = call.tensor(2);
+// `any_state`: whether a state is passed in or out.
+inline Shape shape_of(const ForwardParams& p, bool any_state, const Context& context) {
   Shape s;
-  s.batch = q.size[0];
-  s.tokens = q.size[1];
-  s.packed = call.tensor(cu).present();
-  s.sequences = s.packed ? call.tensor(cu).size[0] - 1 : q.size[0];
-  s.query_heads = static_cast<int>(q.size[2]);
-  s.key_heads = static_cast<int>(k.size[2]);
-  s.dim = static_cast<int>(q.size[3]);
-  s.value_dim = static_cast<int>(v.size[3]);
-  s.features = num_features(static_cast<FeatureMap>(call.integer(0)), s.dim);
-  s.causal = call.flag(1);
-  s.normalize = call.flag(2);
-  for (const int state : states) s.any_state |= call.tensor(state).present();
-  s.multiprocessors = max_of<int>(call.context.multiprocessors, 1);
+  s.batch = p.q.size[0];
+  s.tokens = p.tokens();
+  s.packed = bool(p.cu_seqlens);
+  s.sequences = p.sequences();
+  s.query_heads = p.query_heads();
+  s.key_heads = p.key_heads();
+  s.dim = p.dim();
+  s.value_dim = p.value_dim();
+  s.features = p.features();
+  s.causal = p.causal;
+  s.normalize = p.normalize;
+  s.any_state = any_state;
+  s.multiprocessors = max_of<int>(context.multiprocessors, 1);
   return s;
 }
 
-inline Shape forward_shape(const Call& call) { return shape_of(call, 9, {5, 7}); }
-inline Shape backward_shape(const Call& call) { return shape_of(call, 7, {5, 9, 14}); }
+inline Shape forward_shape(const ForwardParams& p, const Context& context) {
+  return shape_of(p, p.kv0 || p.kv1, context);
+}
+inline Shape backward_shape(const BackwardParams& p, const Context& context) {
+  return shape_of(p, p.kv0 || p.d_kv1 || p.d_kv0, context);
+}
 
 // Longest sequence for which tiles cost less than states: (D + Dv) S / 2 < 2 F Dv (causal).
 HW_HOST_DEVICE inline int64_t direct_limit(const Shape& s) {
@@ -187,15 +189,5 @@ struct StateLayout {
 inline StateLayout state_layout(const Shape& s, const Plan& p) {
   return {p.num_slots, s.key_heads, s.features, s.value_dim};
 }
-
-// Pieces of a workspace, each at a multiple of 256 bytes.
-struct Carver {
-  int64_t bytes = 0;
-  int64_t take(int64_t count, int64_t element_size) {
-    const int64_t at = bytes;
-    bytes += round_up<int64_t>(count * element_size, 256);
-    return at;
-  }
-};
 
 }  // namespace hw::linear_attention

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear attention in plain CUDA: every dtype, every D and Dv, sm_75 and later.
 //
-//   _simt_layout.cuh    tile sizes, shared memory, workspace
+//   _simt_layout.h      tile sizes, shared memory, workspace
 //   _simt_tiles.cuh     the pieces: loading, scores, products with tiles and states
 //   _simt_state.cuh     parameters, the work of a block, the state it carries
 //   _simt_walk.cuh      the walk over chunks: o, dq, dk, dv
@@ -19,9 +19,11 @@ namespace hw::linear_attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
-  static void backward(const Call& call) { simt::backward<Element>(call); }
-  static void step(const Call& call) { simt::step<Element>(call); }
+  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
+  static void backward(const BackwardParams& p, const Call& call) {
+    simt::backward<Element>(p, call);
+  }
+  static void step(const StepParams& p, const Call& call) { simt::step<Element>(p, call); }
 };
 
 }  // namespace hw::linear_attention

@@ -63,21 +63,19 @@ void run_backward(const WalkParams<Element>& queries, const WalkParams<Element>&
 }
 
 template <class Element>
-void backward(const Call& call) {
+void backward(const BackwardParams& b, const Call& call) {
   using Acc = Accum<Element>;
-  const BackwardParams b = backward_params(call);
-  const Shape s = backward_shape(call);
+  const Shape s = backward_shape(b, call.context);
   const Geometry g = make_geometry<Acc>(s, b.map, true);
-  const Workspace w = make_workspace<Acc>(s, g, true);
-  char* workspace = workspace_of(call, 16, w.bytes);
-  const auto place = [&](int64_t at) { return reinterpret_cast<Acc*>(workspace + at); };
+  Arena arena(call.workspace, "linear_attention.backward");
+  const Workspace<Acc> w = lay_out<Acc>(arena, s, g, true);
 
   Side<Element> query = make_side<Element>(b.q, b.d_o, true);
   const Side<Element> key = make_side<Element>(b.k, b.v, false);
   if (b.normalize) {
     query.z = b.z.template as<const Acc>();
-    query.d_z = place(w.d_z);
-    find_row_gradients<Element>(b, s, place(w.d_z), call.context);
+    query.d_z = w.d_z;
+    find_row_gradients<Element>(b, s, w.d_z, call.context);
   }
 
   WalkParams<Element> queries = walk_params<Element>(b, s, g);
@@ -86,9 +84,9 @@ void backward(const Call& call) {
   queries.split_heads = g.plan.schedule == Schedule::direct;
   queries.start_kv = b.kv0.template as<const Acc>();
   queries.start_z = b.z0.template as<const Acc>();
-  queries.states = place(w.states);
+  queries.states = w.states;
   queries.graded = b.d_q.template as<Element>();
-  queries.sums = g.keeps_sums ? place(w.d_q) : nullptr;
+  queries.sums = g.keeps_sums ? w.d_q : nullptr;
 
   WalkParams<Element> keys = walk_params<Element>(b, s, g);
   keys.outer = key;
@@ -97,11 +95,11 @@ void backward(const Call& call) {
   keys.start_z = b.d_z1.template as<const Acc>();
   keys.final_kv = b.d_kv0.template as<Acc>();
   keys.final_z = b.d_z0.template as<Acc>();
-  keys.states = place(w.states);
+  keys.states = w.states;
   keys.applied = b.d_v.template as<Element>();
   keys.applied_vectors = has_vectors(keys.applied);
   keys.graded = b.d_k.template as<Element>();
-  keys.sums = g.keeps_sums ? place(w.d_k) : nullptr;
+  keys.sums = g.keeps_sums ? w.d_k : nullptr;
 
   if (g.columns == kWide<Acc>)
     run_backward<Element, kWide<Acc>>(queries, keys, call.context);

@@ -30,15 +30,6 @@ WalkParams<Element> walk_params(const ForwardParams& f, const Shape& s, const Ge
   return p;
 }
 
-// The call's workspace; it must hold what workspace_bytes asked for.
-inline char* workspace_of(const Call& call, int index, int64_t bytes) {
-  const Tensor& t = call.tensor(index);
-  check(bytes == 0 || (t.present() && t.numel() * dtype_size(t.dtype) >= bytes), ErrorKind::value,
-        "linear_attention: workspace has ", t.present() ? t.numel() * dtype_size(t.dtype) : 0,
-        " bytes, expected at least ", bytes);
-  return static_cast<char*>(t.data);
-}
-
 template <class Element, int kColumns>
 void run_forward(const WalkParams<Element>& p, const Context& context) {
   make_states<Element, kColumns, false>(p, context);
@@ -48,13 +39,12 @@ void run_forward(const WalkParams<Element>& p, const Context& context) {
 }
 
 template <class Element>
-void forward(const Call& call) {
+void forward(const ForwardParams& f, const Call& call) {
   using Acc = Accum<Element>;
-  const ForwardParams f = forward_params(call);
-  const Shape s = forward_shape(call);
+  const Shape s = forward_shape(f, call.context);
   const Geometry g = make_geometry<Acc>(s, f.map, false);
-  const Workspace w = make_workspace<Acc>(s, g, false);
-  char* workspace = workspace_of(call, 10, w.bytes);
+  Arena arena(call.workspace, "linear_attention.forward");
+  const Workspace<Acc> w = lay_out<Acc>(arena, s, g, false);
 
   WalkParams<Element> p = walk_params<Element>(f, s, g);
   p.outer = make_side<Element>(f.q, {}, true);
@@ -64,7 +54,7 @@ void forward(const Call& call) {
   p.start_z = f.z0.template as<const Acc>();
   p.final_kv = f.kv1.template as<Acc>();
   p.final_z = f.z1.template as<Acc>();
-  p.states = reinterpret_cast<Acc*>(workspace + w.states);
+  p.states = w.states;
   p.applied = f.o.template as<Element>();
   p.applied_vectors = has_vectors(p.applied);
   p.z = f.z.template as<Acc>();

@@ -14,6 +14,8 @@
 
 #include "ops/linear_attention/linear_attention_plan.h"
 
+#include "core/host/workspace.h"
+
 namespace hw::linear_attention::simt {
 
 inline constexpr int kRows = 32;  // rows of a chunk
@@ -126,44 +128,36 @@ Geometry make_geometry(const Shape& s, FeatureMap map, bool gradients) {
   return g;
 }
 
-// Byte offsets in the workspace; forward has only `states`.
+// Parts of the workspace; forward has only `states`.
+template <class Acc>
 struct Workspace {
   // kv [slots, H, F, slices * columns], z [slots, H, F]: over keys; then, backward, over queries
-  int64_t states = 0;
-  int64_t d_z = 0;  // [B, S, Hq]     dz_i = -<do_i, o_i> / z_i
-  int64_t d_q = 0;  // [B, S, Hq, D]
-  int64_t d_k = 0;  // [B, S, H, D]
-  int64_t bytes = 0;
+  Acc* states = nullptr;
+  Acc* d_z = nullptr;  // [B, S, Hq]     dz_i = -<do_i, o_i> / z_i
+  Acc* d_q = nullptr;  // [B, S, Hq, D]
+  Acc* d_k = nullptr;  // [B, S, H, D]
 };
 
 template <class Acc>
-Workspace make_workspace(const Shape& s, const Geometry& g, bool gradients) {
-  Carver carver;
-  Workspace w;
+Workspace<Acc> lay_out(Arena& arena, const Shape& s, const Geometry& g, bool gradients) {
+  Workspace<Acc> w;
   const int64_t rows = s.batch * s.tokens;
   const int64_t sums = g.keeps_sums ? rows * s.dim : 0;
-  w.states = carver.take(g.state_size(), sizeof(Acc));
-  w.d_z = carver.take(gradients && s.normalize ? rows * s.query_heads : 0, sizeof(Acc));
-  w.d_q = carver.take(sums * s.query_heads, sizeof(Acc));
-  w.d_k = carver.take(sums * s.key_heads, sizeof(Acc));
-  w.bytes = carver.bytes;
+  w.states = arena.take<Acc>(g.state_size());
+  w.d_z = arena.take<Acc>(gradients && s.normalize ? rows * s.query_heads : 0);
+  w.d_q = arena.take<Acc>(sums * s.query_heads);
+  w.d_k = arena.take<Acc>(sums * s.key_heads);
   return w;
 }
 
-enum class Pass : int { forward = 0, backward = 1 };
-
-template <class Acc>
-int64_t workspace_bytes_in(Pass pass, const Call& call) {
-  const bool gradients = pass == Pass::backward;
-  const Shape s = gradients ? backward_shape(call) : forward_shape(call);
-  const Geometry g = make_geometry<Acc>(s, static_cast<FeatureMap>(call.integer(0)), gradients);
-  return make_workspace<Acc>(s, g, gradients).bytes;
-}
-
-// Bytes of workspace of a forward or backward call; `step` needs none.
-inline int64_t workspace_bytes(Pass pass, const Call& call) {
-  return call.tensor(0).dtype == DType::f64 ? workspace_bytes_in<double>(pass, call)
-                                            : workspace_bytes_in<float>(pass, call);
+// Bytes of workspace of a call, forward or with gradients; `step` needs none.
+inline int64_t workspace_bytes(const Shape& s, FeatureMap map, DType element, bool gradients) {
+  Arena arena;
+  if (element == DType::f64)
+    lay_out<double>(arena, s, make_geometry<double>(s, map, gradients), gradients);
+  else
+    lay_out<float>(arena, s, make_geometry<float>(s, map, gradients), gradients);
+  return arena.bytes();
 }
 
 }  // namespace hw::linear_attention::simt

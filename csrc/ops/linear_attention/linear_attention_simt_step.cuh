@@ -244,9 +244,8 @@ struct StepZKernel {
 };
 
 template <class Element>
-void step(const Call& call) {
+void step(const StepParams& s, const Call& call) {
   using Acc = Accum<Element>;
-  const StepParams s = step_params(call);
   typename StepKernel<Element>::Params p{};
   p.q = s.q.template as<const Element>();
   p.k = s.k.template as<const Element>();

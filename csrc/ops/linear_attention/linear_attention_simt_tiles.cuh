@@ -15,7 +15,7 @@
 #include "ops/linear_attention/linear_attention_simt_layout.h"
 
 #include "core/dtype.h"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/vector.h"
 #include "core/math.h"
 #include "core/ref.h"

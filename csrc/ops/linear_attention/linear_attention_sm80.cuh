@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16, taylor2 with D <= 16, any
-// strides, any Dv.
+// Linear attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16, taylor2 with D <= 16,
+// any strides, any Dv.
 //
-//   _sm80_layout.cuh     what it takes, plan and workspace
+//   _sm80_layout.h       what it takes, plan and workspace
 //   _sm80_tile.cuh       tiles, fragments, features in slots
 //   _sm80_state.cuh      the state in registers
 //   _sm80_loop.cuh       roles of the tensors, the walk of a block
 //   _sm80_forward.cuh    the loop that applies weights: o, dv; totals of segments
 //   _sm80_backward.cuh   the loop that differentiates scores: dq, dk
 //
-// Phases: (a) totals of the segments, (b) their prefix (shared with the simt backend), (c) the loop.
-// (a) and (b) only where the plan cuts sequences, or where every row sees the whole sequence.
+// Phases: (a) totals of the segments, (b) their prefix (shared with the simt backend), (c) the
+// loop. (a) and (b) only where the plan cuts sequences, or where every row sees the whole sequence.
 #pragma once
 
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
@@ -29,26 +29,24 @@ struct Work {
   Shape shape;
   Plan plan;
   Workspace at;
-  char* workspace;
   const Context& context;
 
   int64_t slices(int tile) const { return max_of(ceil_div(shape.value_dim, tile), 1); }
-  float* floats(int64_t offset) const { return reinterpret_cast<float*>(workspace + offset); }
 
   // One number per query, [B, S, Hq].
-  Ref<const float, 3> per_query(int64_t offset) const {
+  Ref<const float, 3> per_query(const float* data) const {
     const int64_t heads = shape.query_heads;
-    return {floats(offset), {shape.batch, shape.tokens, heads}, {shape.tokens * heads, heads, 1}};
+    return {data, {shape.batch, shape.tokens, heads}, {shape.tokens * heads, heads, 1}};
   }
 
   // States of the segments.
   StatePlace slots() const {
     const StateLayout& l = at.states;
     StatePlace place;
-    place.kv = {floats(at.slots) + l.kv(0, 0, 0),
+    place.kv = {at.slots + l.kv(0, 0, 0),
                 {l.slots, l.heads, l.features, l.value_dim},
                 {l.kv(1, 0, 0), l.kv(0, 1, 0), l.kv(0, 0, 1), 1}};
-    place.z = {floats(at.slots) + l.z(0, 0),
+    place.z = {at.slots + l.z(0, 0),
                {l.slots, l.heads, l.features},
                {l.heads * l.features, l.features, 1}};
     return place;
@@ -104,7 +102,7 @@ void make_states(LoopParams<Element>& p, const Work<Params>& w) {
   walk.start_z = start.z.template as<const float>();
   walk.final_kv = final.kv;
   walk.final_z = final.z;
-  walk.states = w.floats(w.at.slots);
+  walk.states = w.at.slots;
   using Prefix = simt::PrefixKernel<Element>;
   const typename Prefix::Params prefix{walk, kQueries};
   launch<Prefix>({prefix.blocks(), 1, 1}, 0, w.context, prefix);
@@ -129,21 +127,17 @@ void set_output(LoopParams<Element>& p, const Ref<void, 4>& y) {
 }
 
 template <class Params>
-Work<Params> work_of(Pass pass, const Call& call, const Params& params, int tile, int tensor) {
-  const Shape shape = shape_of_pass(pass, call);
+Work<Params> work_of(const Params& params, const Shape& shape, bool gradients, const Call& call,
+                     int tile) {
   const Plan plan = plan_of(shape, tile);
-  const Workspace at = make_workspace(pass, shape, plan, tile);
-  const Tensor& given = call.tensor(tensor);
-  const int64_t bytes = given.present() ? given.numel() * dtype_size(given.dtype) : 0;
-  check(bytes >= at.bytes, ErrorKind::value, "linear_attention: workspace has ", bytes,
-        " bytes, expected at least ", at.bytes);
-  return {params, shape, plan, at, static_cast<char*>(given.data), call.context};
+  Arena arena(call.workspace, "linear_attention");
+  return {params, shape, plan, lay_out(arena, gradients, shape, plan, tile), call.context};
 }
 
 template <class Element, int kDim>
-void forward(const Call& call) {
-  const ForwardParams f = forward_params(call);
-  const Work<ForwardParams> w = work_of(Pass::forward, call, f, kDim, 10);
+void forward(const ForwardParams& f, const Call& call) {
+  const Work<ForwardParams> w =
+      work_of(f, forward_shape(f, call.context), /*gradients=*/false, call, kDim);
   LoopParams<Element> p = loop_params<Element>(w);
   p.a = input_of<Element>(f.q);
   p.b = input_of<Element>(f.k);
@@ -166,8 +160,8 @@ void find_row_scalars(LoopParams<Element>& p, const Work<BackwardParams>& w) {
   const typename Kernel::Params rows_params{input_of<Element>(b.o.template as<const void>()),
                                             input_of<Element>(b.d_o),
                                             b.z.template as<const float>(),
-                                            w.floats(w.at.factor),
-                                            w.floats(w.at.delta),
+                                            w.at.factor,
+                                            w.at.delta,
                                             rows};
   launch<Kernel>({ceil_div<int64_t>(rows, Kernel::kRowsOfBlock), 1, 1}, 0, w.context, rows_params);
   p.factor = w.per_query(w.at.factor);
@@ -180,7 +174,7 @@ void gradient(LoopParams<Element>& p, const Work<BackwardParams>& w) {
   using Kernel = GradientKernel<Element, kDim, kQueries>;
   const int64_t heads = kQueries ? w.shape.key_heads : w.shape.query_heads;
   if (w.slices(kDim) > 1) {
-    p.sum = {w.floats(w.at.sum),
+    p.sum = {w.at.sum,
              {w.shape.batch, w.shape.tokens, heads, kPadded},
              {w.shape.tokens * heads * kPadded, heads * kPadded, kPadded, 1}};
   }
@@ -191,9 +185,9 @@ void gradient(LoopParams<Element>& p, const Work<BackwardParams>& w) {
 }
 
 template <class Element, int kDim>
-void backward(const Call& call) {
-  const BackwardParams b = backward_params(call);
-  const Work<BackwardParams> w = work_of(Pass::backward, call, b, kDim, 16);
+void backward(const BackwardParams& b, const Call& call) {
+  const Work<BackwardParams> w =
+      work_of(b, backward_shape(b, call.context), /*gradients=*/true, call, kDim);
   LoopParams<Element> keys = loop_params<Element>(w);
   find_row_scalars(keys, w);
   LoopParams<Element> queries = keys;
@@ -224,8 +218,12 @@ namespace hw::linear_attention {
 // kDim: the tile of value columns, 64 or 128.
 template <class Element, int kDim>
 struct Sm80 {
-  static void forward(const Call& call) { sm80::forward<Element, kDim>(call); }
-  static void backward(const Call& call) { sm80::backward<Element, kDim>(call); }
+  static void forward(const ForwardParams& p, const Call& call) {
+    sm80::forward<Element, kDim>(p, call);
+  }
+  static void backward(const BackwardParams& p, const Call& call) {
+    sm80::backward<Element, kDim>(p, call);
+  }
 };
 
 }  // namespace hw::linear_attention

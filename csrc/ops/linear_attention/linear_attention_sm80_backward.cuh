@@ -22,8 +22,8 @@
 //   sum over warps   [64, 16] each, through shared memory, in the order of the warps
 //
 // The factor 2 of the squares' derivative is in their coefficient. More than kDim columns are done
-// in slices, one launch after another, that add to sums in the workspace. Traffic per token and head:
-// 2 (3 16 + 2 Dv) bytes each for dq and dk, 2 (2 16 + 2 Dv) for dv.
+// in slices, one launch after another, that add to sums in the workspace. Traffic per token and
+// head: 2 (3 16 + 2 Dv) bytes each for dq and dk, 2 (2 16 + 2 Dv) for dv.
 #pragma once
 
 #include "ops/linear_attention/linear_attention_sm80_loop.cuh"
@@ -291,8 +291,8 @@ struct GradientKernel {
       }
     }
 
-    // ds[h]: rows of the strip x keys 8 h .. 8 h + 7 of strip `keys`. Row i sees the keys <= seen + i.
-    // (Keys beyond the sequence are zeros: they add nothing.)
+    // ds[h]: rows of the strip x keys 8 h .. 8 h + 7 of strip `keys`. Row i sees the keys
+    // <= seen + i. (Keys beyond the sequence are zeros: they add nothing.)
     template <class S>
     HW_DEVICE HW_INLINE void score_gradients(float ds[2][4], const S& s, const uint32_t a[4],
                                              int keys, int seen) {

@@ -7,18 +7,18 @@
 // kDim / 16 warps owns kDim columns of one segment and head; each warp 16 columns of all 64 tokens
 // of a chunk, so that a warp's state stays in its registers and never meets shared memory:
 //
-//   earlier chunks   Phi(a) [64, 160]  S [160, 16]            A from a tile by ldmatrix and products,
-//                                                             B = the accumulators of S^T, rounded
-//   this chunk       w(a b^T) [64, 64] x [64, 16]             scores as in flash attention
+//   earlier chunks   Phi(a) [64, 160]  S [160, 16]          A from a tile by ldmatrix and products,
+//                                                           B = the accumulators of S^T, rounded
+//   this chunk       w(a b^T) [64, 64] x [64, 16]           scores as in flash attention
 //   state            S^T [16, 160] += x^T [16, 64] Phi(b) [64, 160]
 //   denominator      n in its accumulators; B of  Phi(a) n  is n split into three parts, so z has
-//                    fp32 accuracy with respect to n, and the rounding of Phi(a) and of w cancels in
-//                    the quotient: where v is constant, o is that constant
+//                    fp32 accuracy with respect to n, and the rounding of Phi(a) and of w cancels
+//                    in the quotient: where v is constant, o is that constant
 //
-// Rounding: S is rounded once per chunk for the read (never what is accumulated), Phi(a), Phi(b) and
-// w once per element. One rounding of S costs what one rounding of o costs, because the 153 terms
-// err independently; only the constant feature, which grows with the number of keys, is read in two
-// parts (tile.cuh).
+// Rounding: S is rounded once per chunk for the read (never what is accumulated), Phi(a), Phi(b)
+// and w once per element. One rounding of S costs what one rounding of o costs, because the 153
+// terms err independently; only the constant feature, which grows with the number of keys, is read
+// in two parts (tile.cuh).
 //
 // Per block: 2 stages of tiles by cp.async, three barriers a chunk. Traffic per token and head:
 // 2 (16 + 16 + Dv + Dv) bytes in this loop and 2 (16 + Dv) in the totals, of which there are none

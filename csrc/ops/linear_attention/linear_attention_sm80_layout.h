@@ -10,6 +10,7 @@
 #include "ops/linear_attention/linear_attention_plan.h"
 
 #include "core/host/cuda_device.h"
+#include "core/host/workspace.h"
 
 namespace hw::linear_attention::sm80 {
 
@@ -21,43 +22,36 @@ inline constexpr int kLeastTile = 64;
 // which the gradients of the largest tile need.
 inline constexpr int kSharedLimit = 99 * 1024, kWideSharedLimit = 160 * 1024;
 
-enum class Pass : int { forward = 0, backward = 1 };
-
-inline Shape shape_of_pass(Pass pass, const Call& call) {
-  return pass == Pass::backward ? backward_shape(call) : forward_shape(call);
-}
-
 // The largest value tile that a pass has on the device of the call.
-inline int max_tile(Pass pass, const Call& call) {
-  if (pass == Pass::forward) return kMaxValueTile;
-  const int bytes = cuda_device(call.tensor(0).device_index).shared_bytes_per_block;
+inline int max_tile(bool gradients, const Call& call) {
+  if (!gradients) return kMaxValueTile;
+  const int bytes = cuda_device(call.tensors[0].device_index).shared_bytes_per_block;
   return bytes < kWideSharedLimit ? kLeastTile : kMaxValueTile;
 }
 
 // The value tile wanted: dv columns; of more than the largest tile, slices of it.
-inline int dim(Pass pass, const Call& call) {
-  return static_cast<int>(min_of<int64_t>(call.tensor(2).size[3], max_tile(pass, call)));
+inline int dim(const ForwardParams& p, bool gradients, const Call& call) {
+  return min_of(p.value_dim(), max_tile(gradients, call));
 }
 
 // The tile of the instance that a call runs with.
-inline int tile_of(Pass pass, const Call& call) {
-  return dim(pass, call) <= kLeastTile ? kLeastTile : kMaxValueTile;
+inline int tile_of(const ForwardParams& p, bool gradients, const Call& call) {
+  return dim(p, gradients, call) <= kLeastTile ? kLeastTile : kMaxValueTile;
 }
 
-// Why a forward or backward call cannot run here; empty if it can.
-inline std::string why_not(Pass pass, const Call& call) {
-  const Shape s = shape_of_pass(pass, call);
-  const int first = static_cast<int>(call.scalars.size()) - 5;
-  const auto map = static_cast<FeatureMap>(call.integer(first));
-  const double scale = std::abs(call.scalar(first + 3));
-  if (map != FeatureMap::taylor2) return "the tensor-core kernels have feature_map='taylor2' only";
-  if (s.dim > kMaxDim) return concat("D = ", s.dim, " is above ", kMaxDim);
-  // States over queries are kept without their coefficients: see state.cuh.
-  const bool given =
-      pass == Pass::backward && (call.tensor(9).present() || call.tensor(10).present());
-  if (pass == Pass::backward && !(scale >= 1e-6 && scale <= 1e6) && (scale != 0 || given))
-    return concat("|scale| = ", scale, " is not in 1e-6 .. 1e6 in the backward pass");
+// Why a call cannot run here; empty if it can.
+inline std::string why_not(const ForwardParams& p) {
+  if (p.map != FeatureMap::taylor2)
+    return "the tensor-core kernels have feature_map='taylor2' only";
+  if (p.dim() > kMaxDim) return concat("D = ", p.dim(), " is above ", kMaxDim);
   return {};
+}
+inline std::string why_not_backward(const BackwardParams& p) {
+  // States over queries are kept without their coefficients: see state.cuh.
+  const double scale = std::abs(p.scale);
+  if (!(scale >= 1e-6 && scale <= 1e6) && (scale != 0 || p.d_kv1))
+    return concat("|scale| = ", scale, " is not in 1e-6 .. 1e6 in the backward pass");
+  return why_not(p);
 }
 
 // Tokens up to which tiles alone are always faster than states: a chunk meets an earlier one in 64
@@ -72,35 +66,31 @@ inline Plan plan_of(Shape s, int tile) {
   return make_plan(s, slices, kChunk);
 }
 
-// Byte offsets in the workspace; forward has only `slots`.
+// Parts of the workspace; forward has only `slots`.
 struct Workspace {
   StateLayout states;
-  int64_t slots = 0;   // states over keys, fp32; then, backward, over queries
-  int64_t factor = 0;  // [B, S, Hq] 1 / z_i, 0 where z_i is
-  int64_t delta = 0;   // [B, S, Hq] -<do_i, o_i>
-  int64_t sum = 0;     // [B, S, Hq, kMaxDim] dq, then dk, while slices of v are added up
-  int64_t bytes = 0;
+  float* slots = nullptr;   // states over keys; then, backward, over queries
+  float* factor = nullptr;  // [B, S, Hq] 1 / z_i, 0 where z_i is
+  float* delta = nullptr;   // [B, S, Hq] -<do_i, o_i>
+  float* sum = nullptr;     // [B, S, Hq, kMaxDim] dq, then dk, while slices of v are added up
 };
 
-inline Workspace make_workspace(Pass pass, const Shape& s, const Plan& plan, int tile) {
-  const bool backward = pass == Pass::backward;
-  Carver carver;
+inline Workspace lay_out(Arena& arena, bool gradients, const Shape& s, const Plan& plan, int tile) {
   Workspace w;
   w.states = state_layout(s, plan);
-  const int64_t queries = backward ? s.batch * s.tokens * s.query_heads : 0;
+  const int64_t queries = gradients ? s.batch * s.tokens * s.query_heads : 0;
   const int64_t rows = s.normalize ? queries : 0;
-  w.slots = carver.take(plan.has_totals() ? w.states.size() : 0, sizeof(float));
-  w.factor = carver.take(rows, sizeof(float));
-  w.delta = carver.take(rows, sizeof(float));
-  w.sum = carver.take(s.value_dim > tile ? queries * kMaxDim : 0, sizeof(float));
-  w.bytes = carver.bytes;
+  w.slots = arena.take<float>(plan.has_totals() ? w.states.size() : 0);
+  w.factor = arena.take<float>(rows);
+  w.delta = arena.take<float>(rows);
+  w.sum = arena.take<float>(s.value_dim > tile ? queries * kMaxDim : 0);
   return w;
 }
 
-inline int64_t workspace_bytes(Pass pass, const Call& call) {
-  const Shape s = shape_of_pass(pass, call);
-  const int tile = tile_of(pass, call);
-  return make_workspace(pass, s, plan_of(s, tile), tile).bytes;
+inline int64_t workspace_bytes(bool gradients, const Shape& s, int tile) {
+  Arena arena;
+  lay_out(arena, gradients, s, plan_of(s, tile), tile);
+  return arena.bytes();
 }
 
 }  // namespace hw::linear_attention::sm80

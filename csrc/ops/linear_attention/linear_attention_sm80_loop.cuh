@@ -4,11 +4,11 @@
 //
 // A loop computes a row for every token i of tensor a from the tokens j of tensor b that it sees:
 //
-//   over keys       a = q, b = k, x = v:    j <= i          y per query head
-//   over queries    a = k, b = q, x = do:   i <= j          y per key head, summed over its G heads;
+//   over keys       a = q, b = k, x = v:    j <= i         y per query head
+//   over queries    a = k, b = q, x = do:   i <= j         y per key head, summed over its G heads;
 //                   x_j counts as g_j = factor_j do_j, factor = 1 / z
-// The second is the first with the tokens of a segment numbered from its end: chunks are loaded with
-// negative row strides, and nothing else changes.
+// The second is the first with the tokens of a segment numbered from its end: chunks are loaded
+// with negative row strides, and nothing else changes.
 #pragma once
 
 #include "ops/linear_attention/linear_attention_sm80_layout.h"
@@ -49,8 +49,9 @@ struct Item {
   int stage = 0;            // of the two stages of tiles
 };
 
-// The chunks that a block visits. The rows of a are those of the item's chunk, whose earlier ones the
-// state stands for; in the direct schedule they are chunk `own` for all items, and there is no state.
+// The chunks that a block visits. The rows of a are those of the item's chunk, whose earlier ones
+// the state stands for; in the direct schedule they are chunk `own` for all items, and there is no
+// state.
 struct Walk {
   Segment segment;
   int64_t begin = 0, end = 0;  // tokens that chunks are counted in: segment, direct: sequence
@@ -96,9 +97,10 @@ HW_DEVICE HW_INLINE int64_t state_index(const LoopParams<Element>& p, const Segm
   return p.causal ? slot : slot - s.index;
 }
 
-// The walk of this block into shared memory; false if its slot is empty. `group`: heads of a per head
-// of b, over queries the reverse. Whole block. It stays in shared memory and is read again for every
-// chunk: the compiler would keep it, and the addresses it leads to, in registers that the state needs.
+// The walk of this block into shared memory; false if its slot is empty. `group`: heads of a per
+// head of b, over queries the reverse. Whole block. It stays in shared memory and is read again for
+// every chunk: the compiler would keep it, and the addresses it leads to, in registers that the
+// state needs.
 template <bool kQueries, class Element>
 HW_DEVICE HW_INLINE bool find_walk(Walk& shared, const LoopParams<Element>& p, int group) {
   if (dev::thread_index() == 0) {

@@ -6,10 +6,10 @@
 //                                                = warp belong to a warp
 //
 // Two orientations, because what is summed next must lie along k of an mma operand:
-//   ByColumn   S^T: s[r][h][.] = rows: columns of the warp; columns: slots 8 h .. 8 h + 7 of block r.
-//              Two neighbours are slots: S is B of  Phi(a) S
-//   BySlot     S:   s[r][j][.] = rows: slots of block r; columns: columns 8 j .. 8 j + 7 of the warp.
-//              Two neighbours are columns: S^T is B of  U S^T
+//   ByColumn S^T: s[r][h][.] = rows: columns of the warp; columns: slots 8 h .. 8 h + 7 of block r.
+//            Two neighbours are slots: S is B of  Phi(a) S
+//   BySlot   S:   s[r][j][.] = rows: slots of block r; columns: columns 8 j .. 8 j + 7 of the warp.
+//            Two neighbours are columns: S^T is B of  U S^T
 // In memory states are [F, Dv] in the order of linear_attention.h. A state over queries is there
 // multiplied by the coefficients c of its features, which these kernels apply when they read: it is
 // divided by c on its way in and multiplied on its way out.

@@ -13,8 +13,8 @@
 // of block 8 hold the same sum over keys; reading takes the rounded sum from the first and what
 // rounding lost from the second, because this sum grows like the number of keys.
 //
-// The rotated fragments are matrix loads: tiles are kept transposed ([column, token], columns 0 .. 6
-// repeated behind 15), so that a rotation is a different first row:
+// The rotated fragments are matrix loads: tiles are kept transposed ([column, token], columns
+// 0 .. 6 repeated behind 15), so that a rotation is a different first row:
 //   as A of  Phi(x) S      (token g, slots 2t, 2t+1, ...)   ldmatrix transposed
 //   as B of  V^T Phi(x)    (tokens 2t, 2t+1, ...; slot g)   ldmatrix plain; in the order
 //                          a[0 .. 3] of an A whose rows are slots: b of slots 0 .. 7 is a[0], a[2],
@@ -25,11 +25,11 @@
 
 #include "ops/linear_attention/linear_attention_plan.h"
 
-#include "core/gpu/async_copy.h"
-#include "core/gpu/device.h"
-#include "core/gpu/mma.h"
-#include "core/gpu/packed.h"
-#include "core/gpu/tile.h"
+#include "core/gpu/async_copy.cuh"
+#include "core/gpu/device.cuh"
+#include "core/gpu/mma.cuh"
+#include "core/gpu/packed.cuh"
+#include "core/gpu/tile.cuh"
 
 namespace hw::linear_attention::sm80 {
 

@@ -12,7 +12,7 @@
 
 namespace hw::moh_route {
 
-// "moh_route.forward". Tensors: gate rows.
+// "moh_route.forward"
 struct ForwardParams {
   Ref<const void, 3> gate;  // [B, S, H]     g, in the accumulation type
   Ref<int64_t, 3> rows;     // [B, H, S]     out
@@ -21,7 +21,5 @@ struct ForwardParams {
   HW_HOST_DEVICE int64_t heads() const { return rows.size[1]; }
   HW_HOST_DEVICE int64_t tokens() const { return rows.size[2]; }
 };
-
-ForwardParams forward_params(const Call& call);
 
 }  // namespace hw::moh_route

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of mixture-of-heads attention on the CPU. A task has 8 heads of a batch entry, whose gates lie
-// side by side, and walks the tokens: each is written as the next row of every head, and stays where
-// the head was chosen.
+// Rows of mixture-of-heads attention on the CPU. A task has 8 heads of a batch entry, whose gates
+// lie side by side, and walks the tokens: each is written as the next row of every head, and stays
+// where the head was chosen.
 #include "ops/moh_route/moh_route.h"
 
 #include <algorithm>
@@ -35,8 +35,7 @@ void list_rows(const ForwardParams& p, int64_t batch, int64_t first) {
 }
 
 template <class T>
-void forward(const Call& call) {
-  const ForwardParams p = forward_params(call);
+void forward(const ForwardParams& p, const Call& call) {
   const int64_t tasks = ceil_div(p.heads(), kHeads);
   if (p.tokens() == 0) return;
   parallel_tasks(p.batch() * tasks, call.context.num_threads,
@@ -50,7 +49,7 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&moh_route::forward<T>}};
+constexpr FunctionTable kTable = {{entry<&moh_route::forward<T>>}};
 
 }  // namespace
 }  // namespace hw

@@ -5,8 +5,8 @@
 
 #include "ops/moh_route/moh_route.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 
 namespace hw::moh_route::simt {
@@ -39,9 +39,8 @@ struct RowsKernel {
 };
 
 template <class Element>
-void forward(const Call& call) {
+void forward(const ForwardParams& p, const Call& call) {
   using Kernel = RowsKernel<Element>;
-  const ForwardParams p = forward_params(call);
   if (p.batch() * p.heads() == 0) return;
   launch<Kernel>({p.batch() * p.heads(), 1, 1}, sizeof(typename Kernel::Smem), call.context, p);
 }
@@ -54,7 +53,7 @@ namespace hw::moh_route {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
+  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
 };
 
 }  // namespace hw::moh_route

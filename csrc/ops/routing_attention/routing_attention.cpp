@@ -1,50 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys, host side: arguments of a call, checks, and what each
-// backend can take.
+// Attention of listed queries to listed keys, host side: the lists of its functions, checks, and
+// what each backend can take.
 #include "ops/routing_attention/routing_attention.h"
 
 #include "ops/routing_attention/routing_attention_simt_layout.h"
 #include "ops/routing_attention/routing_attention_sm80_layout.h"
+#include "softmax/arguments.h"
 
-#include "core/host/arguments.h"
 #include "core/host/registry.h"
 
 namespace hw::routing_attention {
 namespace {
 
-enum Function { kForward = 0, kBackward = 1 };
-constexpr const char* kFunctions[] = {"forward", "backward"};
+constexpr const char* kName = "routing_attention";
 
-// R: where w and row statistics are, slots or tokens.
-constexpr std::array<Argument, 2> kLists{
-    {{"row_blocks", "BQGi", Kind::index}, {"key_blocks", "BQGj", Kind::index, Need::optional}}};
-constexpr std::array<Argument, 2> kBackwardLists{{{"slots", "BRQV", Kind::element, Need::optional},
-                                                  {"factor", "BSQ", Kind::wide, Need::optional}}};
-constexpr int kRoutingScalars = 14;
-constexpr auto kForwardTensors =
-    joined(kLists, joined(softmax::kScoreTensors, softmax::forward_tensors("BRQV", "+BQR")));
-constexpr auto kBackwardTensors =
-    joined(joined(kLists, kBackwardLists),
-           joined(softmax::kScoreTensors, softmax::backward_tensors("+BQR", Need::optional)));
-constexpr Signature kSignatures[] = {
-    {kForwardTensors, kRoutingScalars + softmax::kScoreScalars + 1},
-    {kBackwardTensors, kRoutingScalars + softmax::kScoreScalars}};
-
-void read_lists(Arguments& a, Routing& r) {
-  r.rows.blocks = a.output<4>().as<const int64_t>();
-  r.keys.blocks = a.output<4>().as<const int64_t>();
+// The cells of rows or of keys.
+template <Lists Routing::* lists>
+consteval auto cells(const char* columns, const char* height, const char* width, const char* rows,
+                     const char* image) {
+  return arguments(
+      integer(columns, [](Routing& r) -> auto& { return (r.*lists).cells.columns; }),
+      integer(height, [](Routing& r) -> auto& { return (r.*lists).cells.height; }),
+      integer(width, [](Routing& r) -> auto& { return (r.*lists).cells.width; }),
+      integer(rows, [](Routing& r) -> auto& { return (r.*lists).cells.rows_of_image; }),
+      integer(image, [](Routing& r) -> auto& { return (r.*lists).cells.columns_of_image; }));
 }
 
-void read_routing(Arguments& a, Routing& r) {
-  r.rows.cells = read_cells(a);
-  r.keys.cells = read_cells(a);
-  r.by_slot = a.flag(), r.pad_keys = a.flag(), r.mask_self = a.flag();
-  r.mean_eps = a.scalar();
-}
+// Results: where w and row statistics are, slots or tokens.
+constexpr auto kListArguments = arguments(
+    in(
+        "rows", [](Routing& r) -> auto& { return r.rows.blocks; }, "B Hq G Nq")
+        .index(),
+    in("keys", [](Routing& r) -> auto& { return r.keys.blocks; }, "B Hq G Nk").index().optional());
+constexpr auto kRoutingScalars = std::tuple_cat(
+    cells<&Routing::rows>("row_columns", "row_height", "row_width", "row_image_height",
+                          "row_image_width"),
+    cells<&Routing::keys>("key_columns", "key_height", "key_width", "key_image_height",
+                          "key_image_width"),
+    arguments(flag("by_slot", &Routing::by_slot), flag("pad_keys", &Routing::pad_keys),
+              flag("mask_self", &Routing::mask_self), number("mean_eps", &Routing::mean_eps)));
+
+constexpr auto kForwardList = call_list<ForwardParams>(
+    softmax::kScoreArguments, kListArguments,
+    softmax::forward_arguments("B Results Hq Dv", "B Hq Results"), kRoutingScalars);
+
+constexpr auto kBackwardList = call_list<BackwardParams>(
+    softmax::kScoreArguments, kListArguments, softmax::backward_inputs("B Hq Results"),
+    in("slots", &BackwardParams::slots, "B Results Hq Dv").optional(),
+    in("factor", &BackwardParams::factor, "B Sq Hq").wide().optional(), softmax::kGradients,
+    kRoutingScalars);
+
+// ---- Checks -------------------------------------------------------------------------------------
 
 // The engine's sequences are groups.
-template <class Params>
-void set_lengths(Params& p) {
+template <class P>
+void complete(P& p, const Call&) {
+  softmax::complete_scores(p);
   p.max_q = p.rows.slots();
   p.max_k = p.keys ? p.keys.slots() : p.k.size[1];
 }
@@ -56,109 +67,105 @@ void check_lists(const char* which, const Lists& l, int64_t tokens) {
         " does not fit the ", tokens, " tokens of the ", which);
 }
 
-template <class Params>
-void check_params(const Params& p, const Call& call, int q) {
-  softmax::check_scores(call, q);
-  check(!call.tensor(q + 6).present() && p.activation == softmax::Activation::softmax,
-        ErrorKind::value, "routing_attention: sequences are not packed, the activation is softmax");
-  check(call.tensor(q + 8).present(), ErrorKind::value, "routing_attention: v is missing");
-  const bool listed = call.tensor(1).present();
+template <class P>
+void check_routing(const P& p, const Call& call) {
+  softmax::check_scores(kName, p, call);
+  check(!p.packed() && p.activation == softmax::Activation::softmax, ErrorKind::value,
+        "routing_attention: sequences are not packed, the activation is softmax");
+  check(bool(p.v), ErrorKind::value, "routing_attention: v is missing");
+  const bool listed = bool(p.keys);
   check_lists("rows", p.rows, p.q.size[1]);
   if (listed) check_lists("keys", p.keys, p.k.size[1]);
-  check(listed || (p.rows.blocks.size[2] == 1 && !p.by_slot), ErrorKind::value,
+  check(listed || (p.groups() == 1 && !p.by_slot), ErrorKind::value,
         "routing_attention: all keys go with one list of rows");
-  bool plain = !(p.softcap > 0);
-  for (int i = 2; i < 6; ++i) plain = plain && !call.tensor(q + i).present();
+  const bool plain =
+      !(p.softcap > 0) && !p.bias && !p.key_bias && !p.key_gain && !p.row_temperature;
   check(!listed || plain, ErrorKind::value, "routing_attention: listed keys go with plain scores");
 }
 
-// Results of rows, tensor `i`, where they are there: at slots or at tokens, which are dimension `d`.
-template <class Params>
-void check_places(const Params& p, const Tensor& t, int d) {
-  if (!t.present()) return;
-  const int64_t places = p.by_slot ? p.rows.blocks.size[2] * p.rows.slots() : p.q.size[1];
-  check(t.size[d] == places, ErrorKind::value, "routing_attention: results of ", t.size[d],
-        " rows, expected ", places);
+// Results of rows, `size` of them, where they are there: at slots or at tokens.
+template <class P>
+void check_results(const P& p, bool present, int64_t size) {
+  if (!present) return;
+  const int64_t results = p.by_slot ? p.groups() * p.rows.slots() : p.q.size[1];
+  check(size == results, ErrorKind::value, "routing_attention: results of ", size,
+        " rows, expected ", results);
 }
 
-void check_backward(const Call& call) {
-  const BackwardParams p = backward_params(call);
-  check_params(p, call, kBackwardQ);
-  softmax::check_backward(call, kBackwardQ, p);
-  const Tensor &slots = call.tensor(2), &factor = call.tensor(kFactor),
-               &q = call.tensor(kBackwardQ);
-  const Tensor &row = call.tensor(kBackwardQ + 10), &delta = call.tensor(kBackwardQ + 11);
-  check_places(p, row, row.ndim - 1);
-  check(slots.present() == p.by_slot && delta.present() != p.by_slot, ErrorKind::value,
-        "routing_attention: by slot comes slots, otherwise delta");
-  check(!factor.present() || factor.dtype == q.dtype, ErrorKind::type,
-        "routing_attention: a factor of d_w is ", dtype_name(factor.dtype), " beside elements of ",
-        dtype_name(q.dtype), ", expected float32 or float64 for both");
-}
-
-void check_forward(const Call& call) {
-  const ForwardParams p = forward_params(call);
-  check_params(p, call, kForwardQ);
-  softmax::check_forward(call, kForwardQ);
-  const Tensor &w = call.tensor(kForwardQ + 13), &row = call.tensor(kForwardQ + 14);
-  check_places(p, w, 1);
-  check_places(p, row, row.ndim - 1);
-  check(!p.by_slot || (w.present() && row.present()), ErrorKind::value,
+void check_forward(const ForwardParams& p, const Call& call) {
+  check_routing(p, call);
+  softmax::check_forward(kName, p);
+  check(!p.identity_mix && !p.mass_keys, ErrorKind::value,
+        "routing_attention: rows of lists have no identity_mix and no mass");
+  check_results(p, bool(p.w), p.w.size[1]);
+  check_results(p, bool(p.row), p.row.size[2]);
+  check(!p.by_slot || (p.w && p.row), ErrorKind::value,
         "routing_attention: by slot w and row are made");
 }
 
-void check_call(int function, const Call& call) {
-  function == kForward ? check_forward(call) : check_backward(call);
+void check_backward(const BackwardParams& p, const Call& call) {
+  check_routing(p, call);
+  check_narrow(kName, "the number of columns of v", p.v.size[3]);
+  softmax::check_statistic(kName, p, p.row);
+  check_results(p, bool(p.row), p.row.size[2]);
+  check(bool(p.slots) == p.by_slot && bool(p.delta) != p.by_slot, ErrorKind::value,
+        "routing_attention: by slot comes slots, otherwise delta");
+  check(!p.factor || call.element == DType::f32 || call.element == DType::f64, ErrorKind::type,
+        "routing_attention: a factor of d_w comes beside elements of ", dtype_name(call.element),
+        ", expected float32 or float64");
 }
 
-std::string why_not(int function, Backend backend, const Call& call) {
-  if (backend == Backend::cpu) return {};
-  const Shape s = function == kForward ? forward_shape(call) : backward_shape(call);
+// ---- Backends -----------------------------------------------------------------------------------
+
+// Numbers of tokens and slots have 32 bits on CUDA.
+template <class P>
+std::string why_not_many(const P& p) {
+  const Shape s = shape_of(p);
   const int64_t slots = max_of(s.row_slots, s.key_slots);
   const int64_t most = max_of(max_of(s.rows, s.keys), s.groups * slots);
   if (most >= INT32_MAX || s.key_regions >= INT32_MAX)
     return concat("there are ", most, " tokens or slots, and their numbers have 32 bits");
-  if (function == kBackward && call.tensor(kFactor).present())
-    return "routing_attention multiplies d_w by a factor on the CPU alone";
   return {};
 }
 
-// Compared with the widths of the tensor-core instances; the other backends take any.
-int width(int function, Backend backend, const Call& call) {
-  return backend == Backend::sm80 ? sm80::dim(function, call) : 0;
+std::string why_not_forward(const ForwardParams& p, const Call&, Backend b) {
+  return b == Backend::cpu ? std::string() : why_not_many(p);
 }
 
-int64_t workspace(int function, Backend backend, const Call& call) {
-  return backend == Backend::cpu ? 0 : workspace_bytes(function == kBackward, call);
+std::string why_not_backward(const BackwardParams& p, const Call&, Backend b) {
+  if (b == Backend::cpu) return {};
+  if (p.factor) return "routing_attention multiplies d_w by a factor on the CPU alone";
+  return why_not_many(p);
 }
+
+// Compared with the widths of the tensor-core instances; the other backends take any.
+template <class P>
+int width(const P& p, const Call&, Backend b) {
+  return b == Backend::sm80 ? static_cast<int>(max_of(p.q.size[3], p.v.size[3])) : 0;
+}
+
+int64_t forward_bytes(const ForwardParams& p, const Call&, Backend) { return workspace_bytes(p); }
+int64_t backward_bytes(const BackwardParams& p, const Call& call, Backend) {
+  return workspace_bytes(p, call.element);
+}
+
+constexpr Questions<ForwardParams> kForward{.complete = &complete<ForwardParams>,
+                                            .check = &check_forward,
+                                            .why_not = &why_not_forward,
+                                            .dim = &width<ForwardParams>,
+                                            .workspace = &forward_bytes};
+constexpr Questions<BackwardParams> kBackward{.complete = &complete<BackwardParams>,
+                                              .check = &check_backward,
+                                              .why_not = &why_not_backward,
+                                              .dim = &width<BackwardParams>,
+                                              .workspace = &backward_bytes};
+
+constexpr Function kFunctions[] = {function<kForwardList, kForward>("forward"),
+                                   function<kBackwardList, kBackward>("backward")};
 
 }  // namespace
 
-ForwardParams forward_params(const Call& call) {
-  Arguments a(call);
-  ForwardParams p;
-  read_lists(a, p);
-  read_routing(a, p);
-  softmax::read_forward(a, p);
-  set_lengths(p);
-  return p;
-}
-
-BackwardParams backward_params(const Call& call) {
-  Arguments a(call);
-  BackwardParams p;
-  read_lists(a, p);
-  p.slots = a.input<4>();
-  const Ref<const void, 3> factor = a.input<3>();
-  read_routing(a, p);
-  softmax::read_backward(a, p);
-  p.factor = factor;
-  set_lengths(p);
-  return p;
-}
-
 extern const Operator kOperator;
-const Operator kOperator = {
-    "routing_attention", kFunctions, kSignatures, &check_call, &why_not, &width, &workspace};
+const Operator kOperator = {kName, kFunctions};
 
 }  // namespace hw::routing_attention

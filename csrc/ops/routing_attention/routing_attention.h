@@ -6,23 +6,23 @@
 //
 //   token(slot) = cell(block[slot / n], slot % n)        n = height width tokens of a cell
 //
-// A cell is a rectangle of an image, cells are counted row by row from the upper left, and tokens of
-// an image likewise. Sequences are images of one row with cells of one token: then a block is a
+// A cell is a rectangle of an image, cells are counted row by row from the upper left, and tokens
+// of an image likewise. Sequences are images of one row with cells of one token: then a block is a
 // token. A slot beyond the image, or in a block that does not exist, has no token.
 //
 //   bi-level routing   groups are regions: rows = the region itself, keys = those the graph lists
 //   k-means routing    groups are clusters: rows and keys are lists of tokens
 //   mixture of heads   one group: rows = those with a gate, keys absent: all of them
 //
-// Scores, weights and results of a row are those of softmax/params.h; i and j are positions of tokens in
-// the sequence there, in masks and biases too. Besides
+// Scores, weights and results of a row are those of softmax/params.h; i and j are positions of
+// tokens in the sequence there, in masks and biases too. Besides
 //
 //   pad_keys     a slot without token is a key 0 with the value 0 that is seen (score 0); without
 //                it such a slot is not there. Rows without token never are.
 //   mask_self    s_ij = kSelfScore where j = i + Sk - Sq, with d s_ij = 0
 //
-// A token may stand in several lists, and several times in one. Where rows may (by_slot), every slot
-// has a result w of its own, and
+// A token may stand in several lists, and several times in one. Where rows may (by_slot), every
+// slot has a result w of its own, and
 //
 //   o_i = sum_{slots of i} w_slot / (n_i + eps)           n_i slots that hold token i; n_i = 0: 0
 //   d_w = d_o_i / (n_i + eps)                             made by the caller, or d_o and a factor
@@ -32,10 +32,11 @@
 // token is. Rows of tokens in no list are left alone; but where all keys go with one list, cpu
 // clears them (w = 0, row +inf).
 //
-// Symbols beside those of softmax/params.h: G groups, N blocks of a list, n tokens of a block, Wq, Wk
-// slots of a list (N n; without lists Sq, Sk).
+// Symbols beside those of softmax/params.h: G groups, N blocks of a list, n tokens of a block, Wq,
+// Wk slots of a list (N n; without lists Sq, Sk).
 #pragma once
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
 #include "core/regions.h"
@@ -83,15 +84,5 @@ struct ForwardParams : softmax::ForwardParams, Routing {};
 struct BackwardParams : softmax::BackwardParams, Routing {
   Ref<const void, 4> slots;  // [B, G Wq, Hq, Dv]
 };
-
-// Tensors of a call, in order:
-//   forward    row_blocks key_blocks, then those of attention.forward (workspace last)
-//   backward   row_blocks key_blocks slots factor, then those of attention.backward (workspace last)
-// Scalars: cells of the rows (columns height width rows_of_image columns_of_image), cells of the
-// keys, by_slot pad_keys mask_self mean_eps, then those of the attention call. max_q and max_k are
-// not read: they become the slots of a list.
-inline constexpr int kForwardWorkspace = 2 + 19, kBackwardWorkspace = 4 + 19;
-ForwardParams forward_params(const Call& call);
-BackwardParams backward_params(const Call& call);
 
 }  // namespace hw::routing_attention

@@ -13,16 +13,14 @@ namespace hw::routing_attention {
 namespace {
 
 template <class T>
-void forward(const Call& call) {
-  const ForwardParams p = forward_params(call);
+void forward(const ForwardParams& p, const Call& call) {
   if (!p.keys) return RowsForward<T>(p, call.context.num_threads).run();
   GroupsForward<T>(p, call.context.num_threads).run();
   if (p.by_slot) Mean<T>(p, call.context.num_threads).run();
 }
 
 template <class T>
-void backward(const Call& call) {
-  const BackwardParams p = backward_params(call);
+void backward(const BackwardParams& p, const Call& call) {
   if (!p.keys) {
     RowsBackward<T>(p, call.context.num_threads).run();
     if (!softmax::shares_bias(p)) return;
@@ -43,7 +41,7 @@ namespace {
 
 template <class T>
 constexpr FunctionTable kTable = {
-    {&routing_attention::forward<T>, &routing_attention::backward<T>}};
+    {entry<&routing_attention::forward<T>>, entry<&routing_attention::backward<T>>}};
 
 }  // namespace
 }  // namespace hw

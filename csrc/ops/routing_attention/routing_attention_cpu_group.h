@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A group of listed rows and keys on the CPU, as a small sequence that the engine's blocks can take.
+// A group of listed rows and keys on the CPU, as a small sequence that the engine's blocks can
+// take.
 //
 //   rows     tokens of q, read where they lie; slots without token are left out
 //   keys     gathered side by side into memory of the task, [Wk, D] and [Wk, Dv], which stays in L2
@@ -53,11 +54,11 @@ class Group {
     const softmax::Sequence at = sequence(p, 0);
     by_position_ = mask_of(p, at);
     ordered_ = by_position_.left >= 0 || by_position_.right >= 0 || p.mask_self;
-    Room sizes;
+    Arena sizes;
     lay_out(sizes);
     memory_.reserve(sizes.bytes());
-    Room room(memory_.data(), sizes.bytes(), "routing_attention");
-    lay_out(room);
+    Arena arena({memory_.data(), sizes.bytes()}, "routing_attention");
+    lay_out(arena);
   }
 
   // The tensors that a pass over the group reads its keys from: any batch entry, its heads.
@@ -136,7 +137,7 @@ class Group {
   }
 
  private:
-  HW_NOINLINE void lay_out(Room& l) {
+  HW_NOINLINE void lay_out(Arena& l) {
     for (Members* members : {&now_, &next_}) {
       members->rows = {l.take<int64_t>(most_rows_), l.take<int64_t>(most_rows_), 0};
       members->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};

@@ -4,10 +4,10 @@
 //   GroupsForward     a task: a group of some query heads, each thread knowing its next one;
 //                     results go where they belong, no two tasks write the same
 //   Mean              by slot: o of tokens from w of slots, a task per query head, slots in order
-//   GroupsBackward    a task: a key head, all its groups in their order; d_q, d_k and d_v of a group
-//                     are added to those of its tokens. Where a batch entry has few heads the groups
-//                     are cut into parts with sums of their own, which are added up in order, and
-//                     are tasks of their own if there are few in all
+//   GroupsBackward    a task: a key head, all its groups in their order; d_q, d_k and d_v of a
+//                     group are added to those of its tokens. Where a batch entry has few heads the
+//                     groups are cut into parts with sums of their own, which are added up in
+//                     order, and are tasks of their own if there are few in all
 //
 // No atomics: every sum has one owner and one order.
 #pragma once
@@ -177,8 +177,8 @@ class Mean {
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-// A head of a gradient [B, S, heads, width] that a task adds to: rows of whole vectors in `room`, or
-// where they lie if that will do.
+// A head of a gradient [B, S, heads, width] that a task adds to: rows of whole vectors in `room`,
+// or where they lie if that will do.
 template <class T>
 class TokenSums {
  public:

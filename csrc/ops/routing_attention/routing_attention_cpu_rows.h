@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed rows to all keys on the CPU: blocks of the engine whose rows come from a list.
+// Attention of listed rows to all keys on the CPU: blocks of the engine whose rows come from a
+// list.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed queries to listed keys in plain CUDA: every dtype, every D and Dv, sm_75 and
-// later. The mathematics is in routing_attention.h; the loops are those of ops/attention, over lists.
+// later. The mathematics is in routing_attention.h; the loops are those of ops/attention, over
+// lists.
 //
 //   _simt_lists.cuh    where rows and keys lie            _simt_layout.cuh   workspace
 //   _slots.cuh         indices of slots and regions, sums over them
@@ -37,10 +38,9 @@ softmax::simt::ForwardPlan plan_of(const ForwardParams& f) {
 }
 
 template <class Element>
-void forward(const Call& call) {
-  const ForwardParams f = forward_params(call);
-  Room room(call.tensor(kForwardWorkspace), kName);
-  const ForwardRoom memory = forward_room(room, forward_shape(call));
+void forward(const ForwardParams& f, const Call& call) {
+  Arena arena(call.workspace, kName);
+  const ForwardWorkspace memory = forward_workspace(arena, shape_of(f));
 
   RowsParams<Element, Listed> p{};
   p.f = f;
@@ -60,8 +60,8 @@ void forward(const Call& call) {
 
 // Gradients of slots, then of tokens.
 template <class Element>
-void backward_by_slot(GradParams<Element, Listed>& p, const BackwardRoom<Accum<Element>>& memory,
-                      const Context& context) {
+void backward_by_slot(GradParams<Element, Listed>& p,
+                      const BackwardWorkspace<Accum<Element>>& memory, const Context& context) {
   const BackwardParams b = p.b;
   const int64_t batch = b.batch(), heads = b.query_heads();
   const int64_t slots = b.groups() * b.rows.slots(), key_slots = b.groups() * b.keys.slots();
@@ -87,8 +87,8 @@ void backward_by_slot(GradParams<Element, Listed>& p, const BackwardRoom<Accum<E
 
 // d_q per token; d_k and d_v of spans, then of tokens.
 template <class Element>
-void backward_by_region(GradParams<Element, Listed>& p, const BackwardRoom<Accum<Element>>& memory,
-                        const Context& context) {
+void backward_by_region(GradParams<Element, Listed>& p,
+                        const BackwardWorkspace<Accum<Element>>& memory, const Context& context) {
   const BackwardParams b = p.b;
   const int64_t batch = b.batch(), heads = b.query_heads(), cell = b.keys.cells.size();
   const Regions regions = index_regions(b.keys, memory.regions, context);
@@ -123,11 +123,11 @@ void backward_all_keys(GradParams<Element, Listed>& p, const Context& context) {
 }
 
 template <class Element>
-void backward(const Call& call) {
+void backward(const BackwardParams& b, const Call& call) {
   GradParams<Element, Listed> p{};
-  static_cast<BackwardParams&>(p.b) = backward_params(call);
-  Room room(call.tensor(kBackwardWorkspace), kName);
-  const auto memory = backward_room<Accum<Element>>(room, backward_shape(call));
+  static_cast<BackwardParams&>(p.b) = b;
+  Arena arena(call.workspace, kName);
+  const auto memory = backward_workspace<Accum<Element>>(arena, shape_of(b));
   if (p.b.by_slot)
     backward_by_slot(p, memory, call.context);
   else if (p.b.keys)
@@ -144,8 +144,10 @@ namespace hw::routing_attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
-  static void backward(const Call& call) { simt::backward<Element>(call); }
+  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
+  static void backward(const BackwardParams& p, const Call& call) {
+    simt::backward<Element>(p, call);
+  }
 };
 
 }  // namespace hw::routing_attention

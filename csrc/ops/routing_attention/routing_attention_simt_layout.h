@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on CUDA: shapes of a call and its workspace. From shapes
-// only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
+// Attention of listed queries to listed keys on CUDA: shapes of a call and its workspace. From
+// shapes only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
 //
 //   forward    by slot                  slots of every token (Csr), in the order of the lists
 //   backward   by slot                  slots of every token, of rows and of keys; D; gradients of
@@ -24,8 +24,7 @@
 
 namespace hw::routing_attention {
 
-// Sizes of a call. Optional tensors are judged by their presence, since a call may be described
-// without data.
+// Sizes of a call.
 struct Shape {
   int64_t batch, heads, rows, keys, dim, value_dim;  // rows, keys: tokens
   int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
@@ -33,37 +32,26 @@ struct Shape {
   bool keys_listed, by_slot;
 };
 
-// Positions in a call's tensors and scalars (routing_attention.h).
-inline constexpr int kRowBlocks = 0, kKeyBlocks = 1, kFactor = 3, kForwardQ = 2, kBackwardQ = 4,
-                     kVAfterQ = 8;
-inline constexpr int kBySlot = 10;
-
-inline Shape shape_of(const Call& call, int first) {  // first: position of q
-  const Tensor &rows = call.tensor(kRowBlocks), &keys = call.tensor(kKeyBlocks);
-  const Tensor &q = call.tensor(first), &k = call.tensor(first + 1);
-  const Tensor& v = call.tensor(first + kVAfterQ);
-  Arguments a(call);
-  const Cells row_cells = read_cells(a), key_cells = read_cells(a);
+template <class Params>
+Shape shape_of(const Params& p) {
   Shape s{};
-  s.batch = q.size[0], s.rows = q.size[1], s.heads = q.size[2], s.dim = q.size[3];
-  s.keys = k.size[1], s.value_dim = v.size[3];
-  s.keys_listed = keys.present(), s.by_slot = call.flag(kBySlot);
-  s.groups = rows.size[2];
-  s.row_slots = rows.size[3] * row_cells.size();
-  s.key_blocks = s.keys_listed ? keys.size[3] : 0;
-  s.key_cell = key_cells.size();
+  s.batch = p.q.size[0], s.rows = p.q.size[1], s.heads = p.q.size[2], s.dim = p.q.size[3];
+  s.keys = p.k.size[1], s.value_dim = p.v.size[3];
+  s.keys_listed = bool(p.keys), s.by_slot = p.by_slot;
+  s.groups = p.groups();
+  s.row_slots = p.rows.slots();
+  s.key_blocks = s.keys_listed ? p.keys.blocks.size[3] : 0;
+  s.key_cell = p.keys.cells.size();
   s.key_slots = s.keys_listed ? s.key_blocks * s.key_cell : s.keys;
-  s.key_regions = s.keys_listed ? key_cells.count() : 0;
+  s.key_regions = s.keys_listed ? p.keys.cells.count() : 0;
   return s;
 }
-inline Shape forward_shape(const Call& call) { return shape_of(call, kForwardQ); }
-inline Shape backward_shape(const Call& call) { return shape_of(call, kBackwardQ); }
 
 // ---- Key regions and who lists them -------------------------------------------------------------
 
-// Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr is
-// block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of region
-// r = region[t], as far as it has any.
+// Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr
+// is block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of
+// region r = region[t], as far as it has any.
 struct Regions {
   Csr listed;                 // buckets are regions
   int32_t* first = nullptr;   // [lists, regions + 1]  first span of a region
@@ -86,31 +74,31 @@ struct Regions {
   }
 };
 
-inline Regions regions_in(Room& room, const Shape& s) {
+inline Regions regions_in(Arena& arena, const Shape& s) {
   Regions r;
   const int64_t items = s.groups * s.key_blocks, regions = s.key_regions;
-  r.listed = csr_in(room, s.batch, s.heads, regions, items);
+  r.listed = csr_in(arena, s.batch, s.heads, regions, items);
   r.most = max_of<int64_t>(ceil_div<int64_t>(2 * items, max_of<int64_t>(regions, 1)), 1);
   r.spans = regions + items / r.most;
-  r.first = room.take<int32_t>(r.listed.lists() * (regions + 1));
-  r.region = room.take<int32_t>(r.listed.lists() * r.spans);
+  r.first = arena.take<int32_t>(r.listed.lists() * (regions + 1));
+  r.region = arena.take<int32_t>(r.listed.lists() * r.spans);
   return r;
 }
 
 // ---- Workspace ----------------------------------------------------------------------------------
 
-struct ForwardRoom {
+struct ForwardWorkspace {
   Csr rows;  // slots of tokens, by slot only
 };
 
-inline ForwardRoom forward_room(Room& room, const Shape& s) {
-  ForwardRoom w;
-  if (s.by_slot) w.rows = csr_in(room, s.batch, s.heads, s.rows, s.groups * s.row_slots);
+inline ForwardWorkspace forward_workspace(Arena& arena, const Shape& s) {
+  ForwardWorkspace w;
+  if (s.by_slot) w.rows = csr_in(arena, s.batch, s.heads, s.rows, s.groups * s.row_slots);
   return w;
 }
 
 template <class A>
-struct BackwardRoom {
+struct BackwardWorkspace {
   Csr rows, keys;      // by slot: slots of tokens
   Regions regions;     // by token, keys listed
   A* delta = nullptr;  // [B, Hq, G Wq]  by slot: D
@@ -120,34 +108,38 @@ struct BackwardRoom {
 };
 
 template <class A>
-BackwardRoom<A> backward_room(Room& room, const Shape& s) {
-  BackwardRoom<A> w;
+BackwardWorkspace<A> backward_workspace(Arena& arena, const Shape& s) {
+  BackwardWorkspace<A> w;
   int64_t places = 0;  // of d_k and d_v
   if (s.by_slot) {
     const int64_t slots = s.groups * s.row_slots;
     places = s.groups * s.key_slots;
-    w.rows = csr_in(room, s.batch, s.heads, s.rows, slots);
-    w.keys = csr_in(room, s.batch, s.heads, s.keys, places);
-    w.delta = room.take<A>(s.batch * s.heads * slots);
-    w.d_q = room.take<A>(s.batch * slots * s.heads * s.dim);
+    w.rows = csr_in(arena, s.batch, s.heads, s.rows, slots);
+    w.keys = csr_in(arena, s.batch, s.heads, s.keys, places);
+    w.delta = arena.take<A>(s.batch * s.heads * slots);
+    w.d_q = arena.take<A>(s.batch * slots * s.heads * s.dim);
   } else if (s.keys_listed) {
-    w.regions = regions_in(room, s);
+    w.regions = regions_in(arena, s);
     places = w.regions.spans * s.key_cell;
   }
-  w.d_k = room.take<A>(s.batch * places * s.heads * s.dim);
-  w.d_v = room.take<A>(s.batch * places * s.heads * s.value_dim);
+  w.d_k = arena.take<A>(s.batch * places * s.heads * s.dim);
+  w.d_v = arena.take<A>(s.batch * places * s.heads * s.value_dim);
   return w;
 }
 
-inline int64_t workspace_bytes(bool backward, const Call& call) {
-  Room room;
-  if (!backward)
-    static_cast<void>(forward_room(room, forward_shape(call)));
-  else if (call.tensor(kBackwardQ).dtype == DType::f64)
-    static_cast<void>(backward_room<double>(room, backward_shape(call)));
+inline int64_t workspace_bytes(const ForwardParams& p) {
+  Arena arena;
+  static_cast<void>(forward_workspace(arena, shape_of(p)));
+  return arena.bytes();
+}
+
+inline int64_t workspace_bytes(const BackwardParams& p, DType element) {
+  Arena arena;
+  if (element == DType::f64)
+    static_cast<void>(backward_workspace<double>(arena, shape_of(p)));
   else
-    static_cast<void>(backward_room<float>(room, backward_shape(call)));
-  return room.bytes();
+    static_cast<void>(backward_workspace<float>(arena, shape_of(p)));
+  return arena.bytes();
 }
 
 }  // namespace hw::routing_attention

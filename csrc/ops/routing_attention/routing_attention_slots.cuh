@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on CUDA: what is not attention. Both CUDA backends call
-// these; the attention itself works on slots (of rows, of keys, or of the spans of a key region).
+// Attention of listed queries to listed keys on CUDA: what is not attention. Both CUDA backends
+// call these; the attention itself works on slots (of rows, of keys, or of the spans of a key
+// region).
 //
 //   index_tokens    of every token the slots that hold it, index_keys likewise  (Csr)
 //   index_regions   of every key region the groups that list it, and its spans  (Regions)
@@ -9,8 +10,8 @@
 //   sum_slots       d_x_i = sum over the query heads of a head, over the slots of i
 //   sum_spans       d_x_j = sum over the query heads of a head, over the spans of j's region
 //
-// Sums run in order of head, then slot or span: the same bits at every call. A warp has a row of the
-// result, lanes are columns, so that rows of slots are read whole. Each slot is read once.
+// Sums run in order of head, then slot or span: the same bits at every call. A warp has a row of
+// the result, lanes are columns, so that rows of slots are read whole. Each slot is read once.
 //
 // Symbols are those of routing_attention.h; T spans, n tokens of a cell of keys.
 #pragma once
@@ -21,7 +22,7 @@
 #include "ops/routing_attention/routing_attention_simt_layout.h"
 
 #include "core/gpu/csr.cuh"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 
 namespace hw::routing_attention {
@@ -74,8 +75,8 @@ inline Csr index_keys(const Routing& r, const Csr& rows, const Csr& memory,
   return same_lists(r.rows, r.keys) ? rows : index_tokens(r.keys, memory, context);
 }
 
-// first[r] = sum_{r' < r} max(ceil(listings of r' / P), 1), and the region of every span. A block per
-// list.
+// first[r] = sum_{r' < r} max(ceil(listings of r' / P), 1), and the region of every span. A block
+// per list.
 struct SpansKernel {
   using Params = Regions;
   static constexpr int kThreads = kSlotThreads;

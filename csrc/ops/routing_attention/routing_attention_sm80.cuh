@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and f16.
+// Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and
+// f16.
 //
 //   _sm80_layout.cuh    what it takes, how it is cut
 //   _sm80_feed.cuh      tasks, tokens of slots, places of results
@@ -39,7 +40,7 @@ inline bool is_plain(const softmax::ForwardParams& f) {
 }
 
 template <class Element, int kDim, bool kPlain, int kOwn>
-void forward(const Call& call, const ForwardParams& p, const softmax::ForwardParams& f) {
+void forward(const Context& context, const ForwardParams& p, const softmax::ForwardParams& f) {
   using Kernel = softmax::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
   softmax::sm80::Plan plan;
   plan.blocks = ceil_div<int64_t>(p.max_q, Kernel::kRows);
@@ -53,26 +54,26 @@ void forward(const Call& call, const ForwardParams& p, const softmax::ForwardPar
                                        softmax::sm80::units_of(kPlain, f),
                                        plan,
                                        {}};
-  launch<Kernel>({plan.tasks, 1, 1}, sizeof(typename Kernel::Smem), call.context, params);
+  launch<Kernel>({plan.tasks, 1, 1}, sizeof(typename Kernel::Smem), context, params);
 }
 
 template <class Element, int kDim>
-void forward(const Call& call) {
-  const ForwardParams p = forward_params(call);
+void forward(const ForwardParams& p, const Call& call) {
+  const Context& context = call.context;
   softmax::ForwardParams f = p;
   if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
   if (!is_plain(f))
-    forward<Element, kDim, false, kMedium>(call, p, f);
+    forward<Element, kDim, false, kMedium>(context, p, f);
   else if (p.max_q <= kNarrow)
-    forward<Element, kDim, true, kNarrow>(call, p, f);
+    forward<Element, kDim, true, kNarrow>(context, p, f);
   else if (p.max_q <= kMedium)
-    forward<Element, kDim, true, kMedium>(call, p, f);
+    forward<Element, kDim, true, kMedium>(context, p, f);
   else
-    forward<Element, kDim, true, kWide>(call, p, f);
+    forward<Element, kDim, true, kWide>(context, p, f);
   if (!p.by_slot) return;
-  Room room(call.tensor(kForwardWorkspace), "routing_attention.forward");
-  const ForwardRoom at = forward_room(room, forward_shape(call));
-  mean_slots<Element>(p, index_tokens(p.rows, at.rows, call.context), call.context);
+  Arena arena(call.workspace, "routing_attention.forward");
+  const ForwardWorkspace at = forward_workspace(arena, shape_of(p));
+  mean_slots<Element>(p, index_tokens(p.rows, at.rows, context), context);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -89,10 +90,11 @@ inline Output<float> sums_of(float* data, const Shape& s, int64_t places, int64_
 // Everything that the kernels of the gradients have in common.
 template <class Element>
 struct Backward {
-  const Call& call;
+  const Context& context;
   const BackwardParams& b;
   const Shape& s;
-  const BackwardRoom<float>& at;  // by slot or span: where sums that are still to be made begin
+  const BackwardWorkspace<float>&
+      at;  // by slot or span: where sums that are still to be made begin
   softmax::sm80::LoopInputs<Element> inputs;
   bool shared_bias;
 
@@ -119,7 +121,7 @@ void query_gradients(const Backward<Element>& x) {
   Listed<kOwn> feed = listed<kOwn>(x.b);
   feed.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
   softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(feed), s.row_slots,
-                                       x.call.context);
+                                       x.context);
 }
 
 template <class Element, int kDim, bool kPlain, int kOwn>
@@ -139,8 +141,7 @@ void key_gradients(const Backward<Element>& x) {
     feed.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
   }
   const int64_t owners = s.keys_listed ? s.heads : x.b.key_heads();
-  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots,
-                                       x.call.context);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots, x.context);
 }
 
 template <class Element, int kDim>
@@ -153,8 +154,7 @@ void gradients(const Backward<Element>& x) {
     // Rows that are not listed weigh nothing: their statistic is +inf.
     softmax::BackwardParams all = x.b;
     all.max_q = x.s.rows, all.max_k = x.s.keys;
-    softmax::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0},
-                                              x.call.context);
+    softmax::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0}, x.context);
     return;
   }
   x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, true, kNarrow>(x)
@@ -165,12 +165,11 @@ void gradients(const Backward<Element>& x) {
 }
 
 template <class Element, int kDim>
-void backward(const Call& call) {
-  const BackwardParams b = backward_params(call);
-  const Shape s = backward_shape(call);
+void backward(const BackwardParams& b, const Call& call) {
+  const Shape s = shape_of(b);
   const Context& context = call.context;
-  Room room(call.tensor(kBackwardWorkspace), "routing_attention.backward");
-  BackwardRoom<float> at = backward_room<float>(room, s);
+  Arena arena(call.workspace, "routing_attention.backward");
+  BackwardWorkspace<float> at = backward_workspace<float>(arena, s);
   if (s.by_slot) {
     at.rows = index_tokens(b.rows, at.rows, context);
     at.keys = index_keys(b, at.rows, at.keys, context);
@@ -182,7 +181,7 @@ void backward(const Call& call) {
   const auto inputs =
       softmax::sm80::loop_inputs<Element>(b, softmax::sm80::has_plain_scores(b), b.d_w, b.v, b.row,
                                           b.rest, s.by_slot ? row_numbers(at.delta, s) : b.delta);
-  gradients<Element, kDim>({call, b, s, at, inputs, softmax::adds_up_bias(b)});
+  gradients<Element, kDim>({context, b, s, at, inputs, softmax::adds_up_bias(b)});
 
   const auto places = [&](float* data, int64_t count, int64_t width) {
     return place_array(data, s.batch, count, s.heads, width);
@@ -208,8 +207,12 @@ namespace hw::routing_attention {
 // kDim: the width that D and Dv are padded to.
 template <class Element, int kDim>
 struct Sm80 {
-  static void forward(const Call& call) { sm80::forward<Element, kDim>(call); }
-  static void backward(const Call& call) { sm80::backward<Element, kDim>(call); }
+  static void forward(const ForwardParams& p, const Call& call) {
+    sm80::forward<Element, kDim>(p, call);
+  }
+  static void backward(const BackwardParams& p, const Call& call) {
+    sm80::backward<Element, kDim>(p, call);
+  }
 };
 
 }  // namespace hw::routing_attention

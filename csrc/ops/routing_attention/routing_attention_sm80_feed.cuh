@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on tensor cores: what the engine of ops/attention is fed
-// with (attention_sm80_lists.cuh says what it asks for).
+// Attention of listed queries to listed keys on tensor cores: what the engine of ops/attention is
+// fed with (attention_sm80_lists.cuh says what it asks for).
 //
 //   Listed      task n = b G + g: the rows of group g and its keys            forward, d_q
-//   ListedKeys  task n as above, or, by token and with listed keys, n = b T + t: span t of those who
-//               list a key region meets the region's tokens                   d_k, d_v
+//   ListedKeys  task n as above, or, by token and with listed keys, n = b T + t: span t of those
+//               who list a key region meets the region's tokens               d_k, d_v
 //
 // Slots of a span: listing l of it, row slot i of the group that lists  ->  l Wq + i.
 //
@@ -14,7 +14,7 @@
 #include "ops/routing_attention/routing_attention_sm80_layout.h"
 #include "softmax/sm80/score.cuh"
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace hw::routing_attention::sm80 {
 
@@ -87,7 +87,8 @@ struct Listed {
     return w;
   }
 
-  // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: cells that there are.
+  // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: cells that there
+  // are.
   HW_DEVICE HW_INLINE static int64_t block(const Lists& l, const Place& w, int group, int slot) {
     const Ref<const int64_t, 4>& blocks = l.blocks;
     const int size = static_cast<int>(l.cells.size());

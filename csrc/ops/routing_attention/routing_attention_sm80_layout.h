@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on tensor cores: what it takes and how it is cut. No
-// device code here: the host side asks `sm80::dim`.
+// Attention of listed queries to listed keys on tensor cores: how it is cut. No device code here.
 #pragma once
 
 #include "ops/routing_attention/routing_attention_simt_layout.h"
@@ -8,17 +7,10 @@
 
 namespace hw::routing_attention::sm80 {
 
-// The compiled width that serves a call: q, k and v are padded to it with zeros on their way to
-// shared memory. function: 0 forward, 1 backward.
-inline int dim(int function, const Call& call) {
-  const Shape s = function == 0 ? forward_shape(call) : backward_shape(call);
-  return static_cast<int>(max_of(s.dim, s.value_dim));
-}
-
 // A block owns kOwn slots of a list, a strip or two of 16 for each warp:
 //
-//   kNarrow     a warp of its own, where all lists are this short (small regions of an image): little
-//               shared memory, so that many lists load side by side
+//   kNarrow     a warp of its own, where all lists are this short (small regions of an image):
+//               little shared memory, so that many lists load side by side
 //   kMedium     of the shorter lists, warps without tokens only help to load
 //   kWide       two strips read a tile of keys half as often as one: forward, plain scores
 //
@@ -26,7 +18,7 @@ inline int dim(int function, const Call& call) {
 //
 //   width           32    64   128
 //   narrow          14     8     7   forward, of a warp        13, 7, 6   gradients
-//   medium           4     3     3   forward, of 4 warps        3, 3, 2   d_q       2, 2, 2   d_k, d_v
+//   medium           4     3     3   forward, of 4 warps        3, 3, 2   d_q    2, 2, 2   d_k, d_v
 //   wide             2     2     2   forward, of 4 warps, two strips each
 inline constexpr int kNarrow = 16, kMedium = 64, kWide = 128;
 

@@ -1,51 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selection of the k largest, host side: arguments of a call, checks, workspace.
+// Selection of the k largest, host side: the list, checks, workspace.
 #include "ops/select_topk/select_topk.h"
 
-#include "core/host/arguments.h"
 #include "core/host/registry.h"
+#include "core/host/workspace.h"
 
 namespace hw::select_topk {
 namespace {
 
-constexpr const char* kFunctions[] = {"forward"};
-constexpr Argument kTensors[] = {{"score", "RN"}, {"index", "Rk", Kind::index}};
-constexpr Signature kSignatures[] = {{kTensors, 1}};
+constexpr auto kForwardList = call_list<ForwardParams>(
+    in("score", &ForwardParams::score, "R N"), out("index", &ForwardParams::index, "R k").index(),
+    flag("keep_order", &ForwardParams::keep_order));
 
-void check_call(int, const Call& call) {
-  const ForwardParams p = forward_params(call);
+void check_forward(const ForwardParams& p, const Call&) {
   check(p.k() <= p.count(), ErrorKind::value, "select_topk: k is ", p.k(), ", a row has ",
         p.count(), " scores");
 }
 
-std::string why_not(int, Backend backend, const Call&) {
+std::string why_not(const ForwardParams&, const Call&, Backend backend) {
   if (backend == Backend::sm80 || backend == Backend::sm90)
     return "select_topk has no matrix product; simt is its CUDA backend";
   return {};
 }
 
-int any_dim(int, Backend, const Call&) { return 0; }
-
 // The selected in the order of the row, before they are ranked.
-int64_t workspace(int, Backend backend, const Call& call) {
-  const ForwardParams p = forward_params(call);
-  if (backend != Backend::simt || p.keep_order) return 0;
-  return p.rows() * p.k() * static_cast<int64_t>(sizeof(int64_t));
+int64_t workspace(const ForwardParams& p, const Call&, Backend) {
+  Arena arena;
+  if (!p.keep_order) arena.take<int64_t>(p.rows() * p.k());
+  return arena.bytes();
 }
+
+constexpr Questions<ForwardParams> kForward{
+    .check = &check_forward, .why_not = &why_not, .workspace = &workspace};
+
+constexpr Function kFunctions[] = {function<kForwardList, kForward>("forward")};
 
 }  // namespace
 
-ForwardParams forward_params(const Call& call) {
-  Arguments a(call);
-  ForwardParams p;
-  p.score = a.input<2>();
-  p.index = a.output<2>().as<int64_t>();
-  p.keep_order = a.flag();
-  return p;
-}
-
 extern const Operator kOperator;
-const Operator kOperator = {"select_topk", kFunctions, kSignatures, &check_call,
-                            &why_not,      &any_dim,   &workspace};
+const Operator kOperator = {"select_topk", kFunctions};
 
 }  // namespace hw::select_topk

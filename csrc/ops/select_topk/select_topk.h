@@ -3,11 +3,11 @@
 //
 //   I = the first k of 0 .. N - 1 ordered by (-s_i, i)
 //
-// Equal scores rank by their index, -0 equals 0, NaN ranks last: keys of core/sort_key.h. The order is
-// complete, so every backend selects the same, and how it does is free.
+// Equal scores rank by their index, -0 equals 0, NaN ranks last: keys of core/sort_key.h. The order
+// is complete, so every backend selects the same, and how it does is free.
 //
-// Selection, not sorting: the key t of the k-th largest is found digit by digit from histograms, then
-// one pass in the order of the row takes every key above t and the first `ties` that equal it.
+// Selection, not sorting: the key t of the k-th largest is found digit by digit from histograms,
+// then one pass in the order of the row takes every key above t and the first `ties` that equal it.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,6 @@ struct ForwardParams {
   HW_HOST_DEVICE int64_t count() const { return score.size[1]; }
   HW_HOST_DEVICE int64_t k() const { return index.size[1]; }
 };
-
-// Tensors: score index workspace. Scalars: keep_order.
-ForwardParams forward_params(const Call& call);
 
 // What is selected of a row: keys above `key`, and the first `ties` equal to it.
 template <class Key>

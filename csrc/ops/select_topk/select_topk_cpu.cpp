@@ -2,8 +2,8 @@
 // Selection of the k largest on the CPU: a row is a task.
 //
 //   1  keys of the row
-//   2  the key t of the k-th largest, bit by bit from the top: a bit stays set if at least k keys are
-//      not below; ends early where exactly k are
+//   2  the key t of the k-th largest, bit by bit from the top: a bit stays set if at least k keys
+//      are not below; ends early where exactly k are
 //   3  the row once more, in order
 //
 // Every pass is a loop without branches over keys in cache, sixteen at a time with AVX-512.
@@ -24,10 +24,8 @@ class Select {
   using Key = OrderKey<T>;
   static constexpr int kBits = 8 * static_cast<int>(sizeof(Key));
 
-  explicit Select(const Call& call)
-      : p_(forward_params(call)),
-        score_(p_.score.as<const T>()),
-        threads_(call.context.num_threads) {}
+  Select(const ForwardParams& p, int threads)
+      : p_(p), score_(p_.score.as<const T>()), threads_(threads) {}
 
   void run() {
     if (p_.k() == 0) return;
@@ -60,8 +58,8 @@ class Select {
     return {t, p_.k() - count(keys, [t](Key key) { return key > t; })};
   }
 
-  // How many keys of the row `accepts`. Counters of the keys' own size fill vectors best; a piece of
-  // the row cannot overflow them.
+  // How many keys of the row `accepts`. Counters of the keys' own size fill vectors best; a piece
+  // of the row cannot overflow them.
   template <class Accepts>
   int64_t count(const Key* keys, const Accepts& accepts) const {
     constexpr int64_t kPiece = 32768;
@@ -106,8 +104,8 @@ class Select {
 };
 
 template <class T>
-void forward(const Call& call) {
-  Select<T>(call).run();
+void forward(const ForwardParams& p, const Call& call) {
+  Select<T>(p, call.context.num_threads).run();
 }
 
 }  // namespace
@@ -117,7 +115,7 @@ namespace hw {
 namespace {
 
 template <class T>
-constexpr FunctionTable kTable = {{&select_topk::forward<T>}};
+constexpr FunctionTable kTable = {{entry<&select_topk::forward<T>>}};
 
 }  // namespace
 }  // namespace hw

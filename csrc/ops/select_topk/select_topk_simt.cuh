@@ -7,15 +7,16 @@
 //                                   score its place
 //   rank (if asked for)             place = number of selected that come before
 //
-// Counters are integers, so atomic additions in any order give the same bins. Scores are read again in
-// every pass: rows of routing scores stay in L2.
+// Counters are integers, so atomic additions in any order give the same bins. Scores are read again
+// in every pass: rows of routing scores stay in L2.
 #pragma once
 
 #include "ops/select_topk/select_topk.h"
 
-#include "core/gpu/block_rank.h"
-#include "core/gpu/device.h"
+#include "core/gpu/block_rank.cuh"
+#include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
+#include "core/host/workspace.h"
 #include "core/sort_key.h"
 
 namespace hw::select_topk::simt {
@@ -72,8 +73,8 @@ struct SelectKernel {
       return shift + kDigitBits >= kBits ? Key{0} : static_cast<Key>(x >> (shift + kDigitBits));
     }
 
-    // Appends the digit of the k-th largest to the prefix. One warp, a lane has 8 bins, the first lane
-    // the uppermost ones.
+    // Appends the digit of the k-th largest to the prefix. One warp, a lane has 8 bins, the first
+    // lane the uppermost ones.
     HW_DEVICE HW_INLINE void find_bin() const {
       constexpr int kOwn = kBins / dev::kWarp;
       const int first = kBins - 1 - dev::lane() * kOwn;
@@ -138,17 +139,10 @@ struct SelectKernel {
 };
 
 template <class Element>
-void forward(const Call& call) {
-  const ForwardParams f = forward_params(call);
+void forward(const ForwardParams& f, const Call& call) {
   if (f.k() == 0) return;
-  int64_t* selected = nullptr;
-  if (!f.keep_order) {
-    const Tensor& room = call.tensor(2);
-    const int64_t bytes = room.present() ? room.numel() * dtype_size(room.dtype) : 0;
-    check(bytes >= f.rows() * f.k() * 8, ErrorKind::value, "select_topk: workspace has ", bytes,
-          " bytes, expected at least ", f.rows() * f.k() * 8);
-    selected = static_cast<int64_t*>(room.data);
-  }
+  Arena arena(call.workspace, "select_topk");
+  int64_t* selected = f.keep_order ? nullptr : arena.take<int64_t>(f.rows() * f.k());
   using Kernel = SelectKernel<Element>;
   launch<Kernel>({f.rows(), 1, 1}, sizeof(typename Kernel::Smem), call.context, {f, selected});
 }
@@ -161,7 +155,7 @@ namespace hw::select_topk {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const Call& call) { simt::forward<Element>(call); }
+  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
 };
 
 }  // namespace hw::select_topk

@@ -2,13 +2,13 @@
 // Forward pass of attention on the CPU with the keys along the lanes: loop R for a few queries
 // (decoding), or for a few keys, wherever those lie.
 //
-//   x [rows, keys] = q [rows, D] k^T [D, keys]     a tile of keys is transposed, once for all rows;
-//                                                  for a single row sums across lanes take its place
+//   x [rows, keys] = q [rows, D] k^T [D, keys]    a tile of keys is transposed, once for all rows;
+//                                                 for a single row sums across lanes take its place
 //   w [rows, Dv]  += p [rows, keys] v [keys, Dv]
 //
-// With the queries along the lanes few of them would leave lanes idle, or make one vector, too few to
-// hide the latency of an addition. And where all keys are one tile, neither v nor w is transposed
-// here, and keys are read where they lie.
+// With the queries along the lanes few of them would leave lanes idle, or make one vector, too few
+// to hide the latency of an addition. And where all keys are one tile, neither v nor w is
+// transposed here, and keys are read where they lie.
 //
 // Sums of a row, masks and scores are those of cpu/forward.h.
 #pragma once
@@ -73,7 +73,7 @@ class AlongKeys {
 
   // Adds the keys to the sums of the block's rows, and makes w of them, [values, kRows, padded Dv].
   // To be called once: w is empty before.
-  HW_NOINLINE void walk(const Block& block, const Range& keys, RowSums<A>& sums, A* w,
+  HW_NOINLINE void walk(const Block& block, const Range& keys, BlockSums<A>& sums, A* w,
                         Requests& meanwhile) {
     w_ = w;
     load_queries(block);
@@ -90,9 +90,9 @@ class AlongKeys {
     for (int64_t n = 0; n < values_; ++n) std::fill_n(w_of(n, 0), rows * padded_values_, A(0));
   }
 
-  // q times scale tau, padded with zeros. Where a Tile multiplies pairs, x takes the factor after the
-  // product, as there: weights that a Tile makes again must be those of here (scores near 1e7 are
-  // apart by whole numbers).
+  // q times scale tau, padded with zeros. Where a Tile multiplies pairs, x takes the factor after
+  // the product, as there: weights that a Tile makes again must be those of here (scores near 1e7
+  // are apart by whole numbers).
   HW_NOINLINE void load_queries(const Block& block) {
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
     const Ref<const T, 2> q = rows_of_head(q_, block.at.batch, block.head);
@@ -117,7 +117,7 @@ class AlongKeys {
     }
   }
 
-  void tile(const Block& block, const Range& keys, RowSums<A>& sums, Requests& meanwhile) {
+  void tile(const Block& block, const Range& keys, BlockSums<A>& sums, Requests& meanwhile) {
     const int n = static_cast<int>(keys.count()), key_head = block.head / p_.group();
     with_rows(k_, block, block.at.batch, keys, key_head, k_room_,
               [&](const auto& k) { products(k, block.count(), n, meanwhile); });
@@ -230,7 +230,7 @@ class AlongKeys {
 
   // e^(s - shift) in place of s, of a vector of rows from i on; their sums and w move to the new
   // maximum. What is summed across lanes is so for all of them at once.
-  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, RowSums<A>& sums) {
+  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, BlockSums<A>& sums) {
     const int rows = std::min(kSide, block.count() - i);
     const int wide = round_up(static_cast<int>(keys.count()), kSide);
     V most[kSide];
@@ -298,7 +298,7 @@ class AlongKeys {
   }
 
   // a(s) in place of s; false if all of it is zero.
-  HW_NOINLINE bool activate(int i, RowSums<A>& sums) {
+  HW_NOINLINE bool activate(int i, BlockSums<A>& sums) {
     V total{};
     for (int l = 0; l < kKeys; l += kSide) {
       A* s = p_of(i) + l;

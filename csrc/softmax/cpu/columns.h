@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Columns of the attention map on the CPU, given the row statistics: loop C, and single weights.
 //
-// A task of Columns owns 256 keys of one head and walks the blocks of queries that see them, so that
-// queries are packed once per task and sums have one owner: no atomics, one order of additions.
+// A task of Columns owns 256 keys of one head and walks the blocks of queries that see them, so
+// that queries are packed once per task and sums have one owner: no atomics, one order of
+// additions.
 #pragma once
 
 #include "softmax/cpu/tile.h"
@@ -19,9 +20,9 @@ class Columns {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Columns(const Call& call)
-      : p_(columns_params(call)),
-        threads_(call.context.num_threads),
+  Columns(const ColumnsParams& p, int threads)
+      : p_(p),
+        threads_(threads),
         x_(p_.x.as<const T>()),
         width_(x_ ? static_cast<int>(x_.size[3]) : 0),
         padded_(round_up(width_, kLanes<A>)),
@@ -144,9 +145,9 @@ class Probs {
   using A = Accum<T>;
   using Statistic = typename Replay<T>::Statistic;
 
-  explicit Probs(const Call& call)
-      : p_(probs_params(call)),
-        threads_(call.context.num_threads),
+  Probs(const ProbsParams& p, int threads)
+      : p_(p),
+        threads_(threads),
         q_(p_.q.as<const T>()),
         k_(p_.k.as<const T>()),
         shape_(p_.softcap) {}

@@ -35,8 +35,7 @@ class Forward {
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  explicit Forward(const Call& call)
-      : Forward(forward_params(call), call.context.num_threads, true) {}
+  Forward(const ForwardParams& p, int threads) : Forward(p, threads, true) {}
 
   // For run_block() alone.
   explicit Forward(const ForwardParams& p) : Forward(p, 1, false) {}
@@ -103,16 +102,14 @@ class Forward {
 
   // What a task keeps: sums of its rows, and w before the division.
   struct State {
-    RowSums<A>* rows;
+    BlockSums<A>* rows;
     A* values;  // w^T [panels, Dv, kRows], or `along_keys` w [panels, kRows, padded Dv]
     bool along_keys = false;
   };
 
   bool shared_scores() const {
-    const auto same = [](const auto& x) { return !x || x.stride[0] == 0; };
-    return !p_.packed() && p_.batch() > 1 && same(p_.q) && same(p_.k) && same(p_.bias) &&
-           same(p_.key_bias) && same(p_.key_gain) && same(p_.row_temperature) &&
-           same(p_.mass_keys) && !p_.skip_dead;
+    const bool same_mass = !p_.mass_keys || p_.mass_keys.stride[0] == 0;
+    return !p_.packed() && p_.batch() > 1 && same_scores_in_batch(p_) && same_mass && !p_.skip_dead;
   }
 
   // Whether a thread keeps operands of keys: they are worth their making twice, and not too large.
@@ -123,7 +120,7 @@ class Forward {
 
   int64_t values_size() const { return panels_ * padded_values() * kRows; }
   HW_NOINLINE int64_t partial_bytes() const {
-    return round_up<int64_t>(sizeof(RowSums<A>), 64) + Scratch::bytes_of<A>(values_size());
+    return round_up<int64_t>(sizeof(BlockSums<A>), 64) + Scratch::bytes_of<A>(values_size());
   }
 
   // Blocks of a head lie together, the last one, which sees most keys, first.
@@ -154,8 +151,8 @@ class Forward {
   int padded_values() const { return round_up(std::max(value_dim_, 1), kLanes<A>); }
 
   static State state_in(char* memory) {
-    return {reinterpret_cast<RowSums<A>*>(memory),
-            reinterpret_cast<A*>(memory + round_up<int64_t>(sizeof(RowSums<A>), 64))};
+    return {reinterpret_cast<BlockSums<A>*>(memory),
+            reinterpret_cast<A*>(memory + round_up<int64_t>(sizeof(BlockSums<A>), 64))};
   }
 
   // A block whose spans are worked on one after another.
@@ -237,7 +234,7 @@ class Forward {
   // p relative to the running shift: in place of s, and as pairs where pairs are multiplied.
   HW_NOINLINE bool soften(const Block& block, const Range& keys, Tile<T>& tile, A* s,
                           State& state) {
-    RowSums<A>& r = *state.rows;
+    BlockSums<A>& r = *state.rows;
     const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());
     alignas(64) A factor[kRows];
@@ -360,7 +357,7 @@ class Forward {
     const int width = round_up(block.count(), kLanes<A>);
     alignas(64) A of_whole[kRows], of_part[kRows];
     for (int i = 0; i < width; ++i) {
-      RowSums<A>&a = *whole.rows, &b = *part.rows;
+      BlockSums<A>&a = *whole.rows, &b = *part.rows;
       const A top = std::max(a.max[i], b.max[i]);
       of_whole[i] = a.move(i, top);
       of_part[i] = b.move(i, top);
@@ -433,7 +430,8 @@ class Forward {
 
   // What the values of each row are multiplied by.
   HW_NOINLINE void find_factors(const Block& block, State& state, A* factor) {
-    if (p_.activation == Activation::softmax && !reads_out_) {
+    const A extra = extra_logit<A>(p_, block.at.batch, block.head);
+    if (soft_ && extra == -kInfinity<A> && !reads_out_) {
       for (int l = 0; l < block.count(); l += kLanes<A>) {
         const V total = load(state.rows->sum + l);
         store(factor + l, total == A(0) ? V{} : A(1) / total);
@@ -442,31 +440,22 @@ class Forward {
     }
     std::fill_n(factor, kRows, A(0));
     for (int i = 0; i < block.count(); ++i)
-      factor[i] = soft_ ? settle(block, i, state) : normalize(block, i, state);
+      factor[i] = soft_ ? finalize(block, i, state) : normalize(block, i, state);
   }
 
   // Row statistic and read-outs of a softmax row; returns the factor of its values.
-  HW_NOINLINE A settle(const Block& block, int i, State& state) {
-    RowSums<A>& r = *state.rows;
-    const bool one_more = p_.activation == Activation::softmax1;
-    const A highest = std::max(r.max[i], r.top[i]);  // AlongKeys has no other than the first
-    const A moved = one_more ? r.move(i, std::max(r.max[i], A(0))) : A(1);
-    const A top = r.max[i], weights = r.sum[i];
-    const A total = one_more ? weights + std::exp(-top) : weights;
-    const bool some = total != 0;
-    const A inverse = some ? 1 / total : A(0);
-    if (!reads_out_) return moved * inverse;
-    const A log_total = std::log(total);
-    // A score of +inf is L, though p is NaN there.
-    const A row = top == kInfinity<A> ? top : some ? top + log_total : -kInfinity<A>;
-    const A rest = std::isfinite(row) ? (top - row) + log_total : A(0);
-    put(p_.row, block, i, row);
-    put(p_.rest, block, i, rest);
-    put(p_.entropy, block, i, some ? (weights * log_total - r.tilt[i]) * inverse : A(0));
-    put(p_.p_max, block, i, some ? std::exp((highest - row) - rest) : A(0));
-    put(p_.sq_norm, block, i, r.squares[i] * inverse * inverse);
-    put(p_.mass, block, i, r.mass[i] * inverse);
-    return moved * inverse;
+  HW_NOINLINE A finalize(const Block& block, int i, const State& state) {
+    const RowResult<A> x =
+        finalize_softmax(state.rows->row(i), extra_logit<A>(p_, block.at.batch, block.head));
+    put(p_.row, block, i, x.row);
+    put(p_.rest, block, i, x.rest);
+    put(p_.entropy, block, i, x.entropy);
+    // Where max stayed behind p_max does not.
+    const A top = state.rows->top[i], max = state.rows->max[i];
+    put(p_.p_max, block, i, top > max ? std::exp((top - x.row) - x.rest) : x.p_max);
+    put(p_.sq_norm, block, i, x.sq_norm);
+    put(p_.mass, block, i, x.mass);
+    return x.factor;
   }
 
   HW_NOINLINE A normalize(const Block& block, int i, const State& state) {

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
 #include "core/cpu/matmul.h"

@@ -5,56 +5,50 @@
 #include <algorithm>
 #include <cmath>
 
-#include "softmax/cpu/operands.h"
-
-#include "core/cpu/simd_math.h"
+#include "softmax/cpu/tile.h"
+#include "softmax/online.h"
 
 namespace hw::softmax {
 namespace {
 
-// Running sums of a block's rows, over the keys so far; `shift` is what the exponents are relative
-// to: a maximum, 0 before any finite score.
+// The sums of a block's rows, side by side.
 template <class A>
-struct RowSums {
-  alignas(64) A max[kRows];      // of s, or a little less (kSlack); -inf before any
-  alignas(64) A top[kRows];      // of s where max may be less
-  alignas(64) A sum[kRows];      // softmaxes: sum e^(s - shift); others: sum a(s)
-  alignas(64) A tilt[kRows];     // sum e^(s - shift) (s - shift)
-  alignas(64) A squares[kRows];  // sum e^(2 (s - shift))
-  alignas(64) A mass[kRows];     // sum e^(s - shift) m
+struct BlockSums {
+  alignas(64) A max[kRows];  // of s, or a little less (kSlack): what the exponents are relative to
+  alignas(64) A top[kRows];  // of s where max may be less
+  alignas(64) A sum[kRows];
+  alignas(64) A tilt[kRows];
+  alignas(64) A squares[kRows];
+  alignas(64) A mass[kRows];
 
   HW_NOINLINE void clear() {
     for (A* x : {max, top}) std::fill_n(x, kRows, -kInfinity<A>);
     for (A* x : {sum, tilt, squares, mass}) std::fill_n(x, kRows, A(0));
   }
 
+  RowSums<A> row(int i) const { return {max[i], sum[i], tilt[i], squares[i], mass[i]}; }
+
   // Moves row i to a new maximum; returns the factor of everything that was summed.
   HW_NOINLINE A move(int i, A to) {
-    const A from = max[i];
-    max[i] = to;
-    if (from == to || to == -kInfinity<A>) return 1;
-    if (from == -kInfinity<A>) return 0;  // nothing was summed
-    const A factor = std::exp(from - to);
-    tilt[i] = factor * (tilt[i] + (from - to) * sum[i]);
-    sum[i] *= factor;
-    squares[i] *= factor * factor;
-    mass[i] *= factor;
+    RowSums<A> r = row(i);
+    const A factor = r.move_to(to);
+    max[i] = r.max, sum[i] = r.sum, tilt[i] = r.tilt, squares[i] = r.squares, mass[i] = r.mass;
     return factor;
   }
 
   // The same for a vector of lanes. `counts`: lanes of which anything was summed become 1.
   Vec<A> move(int l, Vec<A> to, Vec<A>& counts) {
     using V = Vec<A>;
-    const V from = load(max + l), one = splat(A(1));
-    const V down = from == -kInfinity<A> ? V{} : from - to;
-    V factor = from == -kInfinity<A> ? V{} : exp_of(down);
-    factor = from == to ? one : factor;
-    store(max + l, to);
-    store(tilt + l, factor * (load(tilt + l) + (from == to ? V{} : down) * load(sum + l)));
-    store(sum + l, factor * load(sum + l));
-    store(squares + l, factor * factor * load(squares + l));
-    store(mass + l, factor * load(mass + l));
-    counts = (from == to ? V{} : from == -kInfinity<A> ? V{} : one) + counts;
+    RowSums<V, A> r{load(max + l), load(sum + l), load(tilt + l), load(squares + l),
+                    load(mass + l)};
+    const V from = r.max;
+    const V factor = r.move_to(to);
+    store(max + l, r.max);
+    store(sum + l, r.sum);
+    store(tilt + l, r.tilt);
+    store(squares + l, r.squares);
+    store(mass + l, r.mass);
+    counts = (from == to ? V{} : from == -kInfinity<A> ? V{} : splat(A(1))) + counts;
     return factor;
   }
 };

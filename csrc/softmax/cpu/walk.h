@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward pass of attention on the CPU, one block of queries: gradients of a tile, and the walk
-// over the keys that the block sees.
+// The backward pass of attention on the CPU, one block of queries: gradients of a tile, and the
+// walk over the keys that the block sees.
 //
 // For each tile of keys p is replayed once; d_q of the block grows in scratch memory, d_k and d_v
 // where the caller keeps them (KeySums). Five products per tile, one order of additions.

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention without tensor cores, backward: the row statistics are given, p is replayed.
 //
-//   QueryGradKernel   loop R2; a block: 64 rows of a query head         d_q, d_row_temperature, d_bias
+//   QueryGradKernel   loop R2; a block: 64 rows of a query head      d_q, d_row_temperature, d_bias
 //   KeyGradKernel     loop C; a block: 64 keys of a key head, which walks the rows of all query
 //                     heads that share it          d_k, d_v, d_key_bias, d_key_gain
 //   BiasGradKernel    where the bias is broadcast: a block owns a tile of what was handed over and
 //                     walks all that share it
-// Every result has one owner: no atomics, one order of additions. Rows with d_w = 0 and D = dL, such
-// as those of a closed gate, cost one product.
+// Every result has one owner: no atomics, one order of additions. Rows with d_w = 0 and D = dL,
+// such as those of a closed gate, cost one product.
 #pragma once
 
 #include "softmax/simt/gradient.cuh"
@@ -37,8 +37,8 @@ HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, b
   }
 }
 
-// The same of a kernel: as elements, or where they are added up later, as numbers of the accumulation
-// type.
+// The same of a kernel: as elements, or where they are added up later, as numbers of the
+// accumulation type.
 template <class Element, bool kWide, class T, class A, int kCount, int kOwn>
 HW_DEVICE HW_INLINE void store_gradient_as(bool wide, const T& tile, const Ref<void, 4>& to,
                                            bool vectors, int first, int head,
@@ -182,8 +182,9 @@ struct KeyGradKernel {
   }
 };
 
-// The gradient of a bias that is broadcast over batch, heads or keys. What is broadcast is summed, in
-// order, by the block that owns the tile. A bias has rows of its own (without, it is a key_bias).
+// The gradient of a bias that is broadcast over batch, heads or keys. What is broadcast is summed,
+// in order, by the block that owns the tile. A bias has rows of its own (without, it is a
+// key_bias).
 template <class Element, class Source>
 struct BiasGradKernel {
   using Params = GradParams<Element, Source>;
@@ -324,9 +325,9 @@ void describe_tensors(GradParams<Element, Source>& p) {
 }
 
 template <class Element>
-void backward(const Call& call) {
+void backward(const BackwardParams& b, const Call& call) {
   GradParams<Element, MaskedSequence> p{};
-  p.b = backward_params(call);
+  p.b = b;
   describe_tensors(p);
   run_query_grad(p, p.b.sequences(), call.context);
   run_key_grad(p, p.b.sequences(), p.b.key_heads(), call.context);

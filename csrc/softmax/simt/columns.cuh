@@ -92,10 +92,10 @@ struct ColumnsKernel {
 };
 
 template <class Element>
-void columns(const Call& call) {
+void columns(const ColumnsParams& c, const Call& call) {
   using A = Accum<Element>;
   ColumnsKernelParams<Element> p{};
-  p.c = columns_params(call);
+  p.c = c;
   p.q = make_side<Element>(p.c.q);
   p.k = make_side<Element>(p.c.k);
   p.x = make_side<Element>(p.c.x);
@@ -175,10 +175,10 @@ struct ProbsKernel {
 };
 
 template <class Element>
-void probs(const Call& call) {
+void probs(const ProbsParams& f, const Call& call) {
   using Kernel = ProbsKernel<Element, MaskedSequence>;
   typename Kernel::Params p{};
-  p.f = probs_params(call);
+  p.f = f;
   p.rows = p.f.rows ? p.f.rows.size[1] : p.f.max_q;
   p.chunks = ceil_div<int64_t>(p.f.rows ? p.f.max_k : p.f.p.size[3], dev::kWarp);
   const int64_t warps = p.f.sequences() * p.f.query_heads() * p.rows * p.chunks;

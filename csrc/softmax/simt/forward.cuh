@@ -12,6 +12,8 @@
 
 #include "softmax/simt/rows.cuh"
 
+#include "core/host/workspace.h"
+
 namespace hw::softmax::simt {
 
 template <class Element, class Source>
@@ -111,11 +113,11 @@ class Rows {
 
   // p relative to the running maximum, in place of s; returns the factor of what was summed before.
   HW_DEVICE HW_INLINE A soften(int r, A (&s)[kV]) {
-    RowSums<A>& sum = sums[0];
+    LaneSums<A>& sum = sums[0];
     A top = sum.max;
     HW_UNROLL
     for (int u = 0; u < kV; ++u) top = dev::larger(top, s[u]);
-    const A factor = sum.move(dev::warp_max<kLanes>(top));
+    const A factor = sum.move_to(dev::warp_max<kLanes>(top));
     const A shift = sum.max == -infinity<A>() ? A(0) : sum.max;
     HW_UNROLL
     for (int u = 0; u < kV; ++u) {
@@ -170,7 +172,7 @@ class Rows {
       const bool writes = task.part == 0 && other_lane() == 0;
       const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r),
                                         tile.own_token(r));
-      const A factor = end.settle(sums[0], writes);
+      const A factor = end.finalize(sums[0], writes);
       if (!p.v.x) return;
       HW_UNROLL
       for (int n = 0; n < kSlices; ++n) {
@@ -189,7 +191,7 @@ class Rows {
   const RowsTask task;
   Tile<Element, Source, kOwn, true> tile;
   const bool soft;
-  RowSums<A> sums[kOwn];        // max: of the row; the others: this lane's share
+  LaneSums<A> sums[kOwn];       // max: of the row; the others: this lane's share
   A values[kSlices][kOwn][kV];  // w before the division
 };
 
@@ -218,13 +220,13 @@ struct MergeKernel {
     const Source source = Source::of(p.f, task.sequence);
     if (place >= source.rows()) return;
 
-    RowSums<A> whole;
+    LaneSums<A> whole;
     whole.clear();
     for (int64_t span = 0; span < p.plan.spans; ++span)
-      whole.add(RowSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
+      whole.add(LaneSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
     const A top = whole.max;
     const RowEnd<Element, Source> end(p.f, source, task.head, place, source.row(place));
-    const A factor = end.settle(whole, task.part == 0 && dev::lane() == 0);
+    const A factor = end.finalize(whole, task.part == 0 && dev::lane() == 0);
     if (!p.v.x) return;
 
     const int first = task.part * kSlices * kSide<A>;
@@ -259,28 +261,18 @@ void run_rows(const RowsParams<Element, Source>& p, const Context& context) {
   }
 }
 
-// The call's workspace; it must hold what workspace_bytes asked for.
-inline void* workspace_of(const Call& call, int index, int64_t bytes) {
-  const Tensor& t = call.tensor(index);
-  const int64_t got = t.present() ? t.numel() * dtype_size(t.dtype) : 0;
-  check(got >= bytes, ErrorKind::value, "attention: workspace has ", got,
-        " bytes, expected at least ", bytes);
-  return t.data;
-}
-
 template <class Element>
-void forward(const Call& call) {
+void forward(const ForwardParams& f, const Call& call) {
   using A = Accum<Element>;
   RowsParams<Element, MaskedSequence> p{};
-  p.f = forward_params(call);
-  p.plan = forward_plan<A>(call);
-  p.q = make_side<Element>(p.f.q);
-  p.k = make_side<Element>(p.f.k);
-  p.v = make_side<Element>(p.f.v);
-  p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
-  p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
-  const int64_t bytes = p.plan.workspace() * static_cast<int64_t>(sizeof(A));
-  p.partials = static_cast<A*>(workspace_of(call, kForwardWorkspace, bytes));
+  p.f = f;
+  p.plan = forward_plan<A>(f, call);
+  p.q = make_side<Element>(f.q);
+  p.k = make_side<Element>(f.k);
+  p.v = make_side<Element>(f.v);
+  p.o_vectors = f.o && has_vectors(f.o.template as<Element>());
+  p.w_vectors = f.w && has_vectors(f.w.template as<Element>());
+  p.partials = Arena(call.workspace, "attention.forward").take<A>(p.plan.workspace());
   run_rows(p, call.context);
 }
 

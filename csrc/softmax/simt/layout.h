@@ -17,7 +17,10 @@
 
 #include <cstdint>
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
+
+#include "core/host/workspace.h"
 
 namespace hw::softmax::simt {
 
@@ -37,8 +40,8 @@ inline constexpr int kSide = kLanes * kVector<A>;
 template <class A>
 inline constexpr int kStride = kSide<A> + kVector<A>;
 
-// Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the rooms,
-// the terms.
+// Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the
+// rooms, the terms.
 inline constexpr int kWorkBytes = 128;
 inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>
@@ -99,24 +102,20 @@ ForwardPlan forward_plan(int64_t sequences, int64_t heads, int64_t max_q, int64_
   return p;
 }
 
-// Positions in a call's tensors and scalars (softmax/params.h).
-inline constexpr int kQ = 0, kBounds = 6, kV = 8, kForwardWorkspace = 19;
-inline constexpr int kMaxQ = 9, kMaxK = 10;
-
 template <class A>
-ForwardPlan forward_plan(const Call& call) {
-  const Tensor &q = call.tensor(kQ), &bounds = call.tensor(kBounds), &v = call.tensor(kV);
-  const int64_t sequences = bounds.present() ? bounds.size[0] - 1 : q.size[0];
-  const int64_t max_q = min_of(call.bound(kMaxQ), q.size[1]);
-  const int64_t max_k = min_of(call.bound(kMaxK), call.tensor(kQ + 1).size[1]);
-  return forward_plan<A>(sequences, q.size[2], max_q, max_k, v.present() ? v.size[3] : 0,
+ForwardPlan forward_plan(const ForwardParams& f, const Call& call) {
+  return forward_plan<A>(f.sequences(), f.query_heads(), f.max_q, f.max_k, f.value_dim(),
                          call.context.multiprocessors);
 }
 
 // Bytes of workspace of a forward call; the other functions need none.
-inline int64_t workspace_bytes(const Call& call) {
-  if (call.tensor(kQ).dtype == DType::f64) return forward_plan<double>(call).workspace() * 8;
-  return forward_plan<float>(call).workspace() * 4;
+inline int64_t workspace_bytes(const ForwardParams& f, const Call& call) {
+  Arena arena;
+  if (call.element == DType::f64)
+    arena.take<double>(forward_plan<double>(f, call).workspace());
+  else
+    arena.take<float>(forward_plan<float>(f, call).workspace());
+  return arena.bytes();
 }
 
 }  // namespace hw::softmax::simt

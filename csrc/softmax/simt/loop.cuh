@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention without tensor cores: the one loop under all kernels.
 //
-// A block owns a tile of rows and walks over the keys they see (kOwnRows: loops R and R2), or owns a
-// tile of keys and walks over the rows that see them (loop C). What a kernel does at a tile is its
-// own few lines; what a tile is, is here: terms of its rows and keys in shared memory, products of
-// both sides, scores and back, weights times the other side.
+// A block owns a tile of rows and walks over the keys they see (kOwnRows: loops R and R2), or owns
+// a tile of keys and walks over the rows that see them (loop C). What a kernel does at a tile is
+// its own few lines; what a tile is, is here: terms of its rows and keys in shared memory, products
+// of both sides, scores and back, weights times the other side.
 //
 // Order of a tile: the walk waits until all are done with the last one, and loads terms; `multiply`
 // and `apply` load what they read between two barriers. Listed rows and keys may meet or not in any
@@ -28,8 +28,8 @@ HW_DEVICE HW_INLINE A infinity() {
 template <class A, class Source, int kOwn>
 inline constexpr int kBytes = Source::kListed ? kListedBytes<A, kOwn> : kSharedBytes<A, kOwn>;
 
-// What replaying row i, which is `token` in the tensors, needs of its statistic: softmaxes L, with +inf
-// for rows without weight; others 1 / n.
+// What replaying row i, which is `token` in the tensors, needs of its statistic: softmaxes L, with
+// +inf for rows without weight; others 1 / n.
 template <class A, class Source>
 HW_DEVICE HW_INLINE A replayed(const ScoreParams& p, const Source& source, int64_t i, int64_t token,
                                A row) {
@@ -310,7 +310,8 @@ class Tile {
   };
   static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable_v<Source>);
 
-  // Shared memory: work, votes, rooms, weights, terms; if listed tokens, and votes about the own ones.
+  // Shared memory: work, votes, rooms, weights, terms; if listed tokens, and votes about the own
+  // ones.
   HW_DEVICE HW_INLINE static Work& work() { return *dev::shared<Work>(); }
   HW_DEVICE HW_INLINE static int* flags() {
     return reinterpret_cast<int*>(dev::shared<char>() + kWorkBytes);

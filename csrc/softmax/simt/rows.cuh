@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention without tensor cores: what is summed along a row, and what becomes of it at the end.
-//
-// Exponents are relative to the running maximum M, 0 before any finite score. With a new maximum M'
-// everything is multiplied by e^{M - M'}, the tilt t = sum e^{s-M} (s - M) becomes
-// e^{M - M'} (t + (M - M') l), l the sum (softmax/params.h).
 #pragma once
 
 #include <cmath>
 
+#include "softmax/online.h"
 #include "softmax/simt/loop.cuh"
 
 namespace hw::softmax::simt {
@@ -18,35 +15,16 @@ HW_DEVICE HW_INLINE A decay(A from, A to) {
   return from == -infinity<A>() ? A(0) : exp_of(from - to);
 }
 
+// The sums of a row in a block: the maximum is that of the row, the others are a lane's share.
 template <class A>
-struct RowSums {
-  A max;      // of s, -inf before any
-  A sum;      // softmaxes: sum e^(s - M); others: sum a(s)
-  A tilt;     // sum e^(s - M) (s - M)
-  A squares;  // sum e^(2 (s - M))
-  A mass;     // sum e^(s - M) m
+struct LaneSums : RowSums<A> {
+  using RowSums<A>::max, RowSums<A>::sum, RowSums<A>::tilt, RowSums<A>::squares, RowSums<A>::mass;
+  using RowSums<A>::move_to;
 
-  HW_DEVICE HW_INLINE void clear() {
-    max = -infinity<A>();
-    sum = tilt = squares = mass = A(0);
-  }
-
-  // To a maximum that is not smaller; returns the factor of everything that was summed.
-  HW_DEVICE HW_INLINE A move(A to) {
-    if (max == to) return A(1);
-    const A factor = decay(max, to);
-    tilt = factor == A(0) ? A(0) : factor * (tilt + (max - to) * sum);
-    sum *= factor;
-    squares *= factor * factor;
-    mass *= factor;
-    max = to;
-    return factor;
-  }
-
-  HW_DEVICE HW_INLINE void add(RowSums part) {
+  HW_DEVICE HW_INLINE void add(LaneSums part) {
     const A top = dev::larger(max, part.max);
-    move(top);
-    part.move(top);
+    move_to(top);
+    part.move_to(top);
     sum += part.sum;
     tilt += part.tilt;
     squares += part.squares;
@@ -64,8 +42,8 @@ struct RowSums {
   HW_DEVICE HW_INLINE void store(A* to) const {
     to[0] = max, to[1] = sum, to[2] = tilt, to[3] = squares, to[4] = mass;
   }
-  HW_DEVICE HW_INLINE static RowSums loaded(const A* from) {
-    return {from[0], from[1], from[2], from[3], from[4]};
+  HW_DEVICE HW_INLINE static LaneSums loaded(const A* from) {
+    return {{from[0], from[1], from[2], from[3], from[4]}};
   }
 };
 
@@ -78,8 +56,8 @@ HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, int64_t batch, int head
   return f.head_gate && f.head_gate.template as<const A>()(batch, row, head) == A(0);
 }
 
-// The end of row i, which is `row` in the tensors: statistics, division, mix and gate. Where it lies
-// is found once: in lists that takes divisions.
+// The end of row i, which is `row` in the tensors: statistics, division, mix and gate. Where it
+// lies is found once: in lists that takes divisions.
 template <class Element, class Source>
 class RowEnd {
  public:
@@ -90,8 +68,8 @@ class RowEnd {
       : f(params), source(s), head(h), i(place), row(row_), at(s.row_result(place, row_)) {}
 
   // Writes statistics if asked to; returns the factor of the row's values.
-  HW_DEVICE HW_INLINE A settle(RowSums<A> r, bool writes) const {
-    return is_softmax(f.activation) ? settle_softmax(r, writes) : normalize(r, writes);
+  HW_DEVICE HW_INLINE A finalize(const RowSums<A>& r, bool writes) const {
+    return is_softmax(f.activation) ? finalize_row(r, writes) : normalize(r, writes);
   }
 
   // o = g ((1 - u) w + u v) for kCount columns of w.
@@ -122,26 +100,17 @@ class RowEnd {
   }
 
  private:
-  HW_DEVICE HW_INLINE A settle_softmax(RowSums<A>& r, bool writes) const {
-    const bool one_more = f.activation == Activation::softmax1;
-    const A largest = r.max;  // of the scores
-    const A moved = one_more ? r.move(dev::larger(r.max, A(0))) : A(1);
-    const A total = one_more ? r.sum + exp_of(-r.max) : r.sum;
-    const bool some = total != A(0);
-    const A log_total = std::log(total), inverse = some ? A(1) / total : A(0);
+  HW_DEVICE HW_INLINE A finalize_row(const RowSums<A>& r, bool writes) const {
+    const RowResult<A> x = finalize_softmax(r, extra_logit<A>(f, source.batch(), head));
     if (writes) {
-      // A score of +inf is L, though p is NaN there.
-      const A row = r.max == infinity<A>() ? r.max : some ? r.max + log_total : -infinity<A>();
-      const bool finite = row - row == A(0);
-      const A rest = finite ? (r.max - row) + log_total : A(0);
-      put(f.row, row);
-      put(f.rest, rest);
-      put(f.entropy, some ? (r.sum * log_total - r.tilt) * inverse : A(0));
-      put(f.p_max, some ? exp_of((largest - row) - rest) : A(0));
-      put(f.sq_norm, r.squares * inverse * inverse);
-      put(f.mass, r.mass * inverse);
+      put(f.row, x.row);
+      put(f.rest, x.rest);
+      put(f.entropy, x.entropy);
+      put(f.p_max, x.p_max);
+      put(f.sq_norm, x.sq_norm);
+      put(f.mass, x.mass);
     }
-    return inverse * moved;
+    return x.factor;
   }
 
   HW_DEVICE HW_INLINE A normalize(const RowSums<A>& r, bool writes) const {

@@ -14,7 +14,7 @@
 #include "softmax/simt/layout.h"
 
 #include "core/dtype.h"
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 #include "core/gpu/vector.h"
 
 namespace hw::softmax::simt {
@@ -86,8 +86,8 @@ Side<Element> make_side(const Ref<const void, 4>& x) {
 }
 
 // room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on
-// and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything but
-// zeros.
+// and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything
+// but zeros.
 template <int kRows, bool kVote, bool kGaps, class Element, class RowOf>
 HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
                                     int head, int column, int count, const RowOf& row_of) {
@@ -230,8 +230,9 @@ HW_DEVICE HW_INLINE void turn(A (&x)[N][M]) {
   }
 }
 
-// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop that
-// is not unrolled: what happens to a score is a hundred instructions, and registers are scarce.
+// visit(r) for the kOwn rows of a thread, whose elements of `arrays` are then at index 0. A loop
+// that is not unrolled: what happens to a score is a hundred instructions, and registers are
+// scarce.
 template <int kOwn, class Visit, class... Arrays>
 HW_DEVICE HW_INLINE void each_row(const Visit& visit, Arrays&... arrays) {
   HW_UNROLL_BY(1)

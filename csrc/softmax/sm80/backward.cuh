@@ -14,7 +14,7 @@
 
 #include "softmax/sm80/loop.cuh"
 
-#include "core/gpu/packed.h"
+#include "core/gpu/packed.cuh"
 
 namespace hw::softmax::sm80 {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores: what becomes of a row's sums, in the forward kernel and, where keys are
-// cut into spans, in the kernel that merges their partial results,
+// Attention on tensor cores: what becomes of a row's sums, in the forward kernel and, where keys
+// are cut into spans, in the kernel that merges their partial results,
 //
 //   o = g ((1 - u) w + u v)       w = sum_j e^(s_j - M) v_j / l
 //
@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "softmax/online.h"
 #include "softmax/sm80/layout.h"
 #include "softmax/sm80/score.cuh"
 
@@ -17,7 +18,18 @@ namespace hw::softmax::sm80 {
 // Exponents are unit (score - max), to base 2; natural = unit ln 2 (plain: scale, otherwise 1), and
 // `inverse` is 1 / natural.
 struct Units {
-  float unit = kLog2e, natural = 1, inverse = 1;
+  float unit = kLog2e, natural_ = 1, inverse = 1;
+
+  HW_DEVICE HW_INLINE float exp(float difference) const {
+    return dev::exp2_fast(difference * unit);
+  }
+  HW_DEVICE HW_INLINE float log(float x) const { return std::log2(x) * kLn2; }
+  HW_DEVICE HW_INLINE float natural(float score) const { return score * natural_; }
+  HW_DEVICE HW_INLINE float kept(float natural) const { return natural * inverse; }
+  // As replays see it (ScoreTile::distance).
+  HW_DEVICE HW_INLINE float distance(float score, float natural) const {
+    return fmaf(-natural, inverse, score) * natural_;
+  }
 };
 
 // Running sums of a row over the keys so far. Not softmaxes: sum = sum a(s), the others stay.
@@ -70,35 +82,23 @@ struct Finish {
   const Place& place;
   Units units;
 
-  // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true); returns
-  // the factor of its values.
-  HW_DEVICE HW_INLINE float settle(int64_t row, RowSums r, bool writes) const {
+  // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true);
+  // returns the factor of its values.
+  HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums& r, bool writes) const {
     if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
-    const bool one_more = f.activation == Activation::softmax1;
-    const float before = r.max;
-    const float moved = one_more ? r.move(dev::larger(before, 0.0f), units.unit) : 1.0f;
-    const float weights = r.sum;
-    const float total = one_more ? weights + dev::exp2_fast(-r.max * units.unit) : weights;
-    const bool some = total != 0.0f;
-    const float log_total = std::log2(total) * kLn2;
-    // A score of +inf is L, though p is NaN there.
-    const float statistic = r.max == kInfinity ? r.max
-                            : some             ? r.max * units.natural + log_total
-                                               : -kInfinity;
-    // Of the distance that replays see (ScoreTile::distance).
-    const float above = fmaf(-statistic, units.inverse, r.max) * units.natural;
-    const float rest = statistic - statistic == 0.0f ? above + log_total : 0.0f;
-    const float inverse = some ? 1.0f / total : 0.0f;
-    if (writes) put(f.row, row, statistic), put(f.rest, row, rest);
+    const RowResult<float> x =
+        finalize_softmax<float>({r.max, r.sum, r.tilt, r.squares, r.mass},
+                                extra_logit<float>(f, place.at.batch, place.head), units);
+    if (writes) put(f.row, row, x.row), put(f.rest, row, x.rest);
     if constexpr (!kPlain) {
       if (writes) {
-        put(f.entropy, row, some ? (weights * log_total - r.tilt) * inverse : 0.0f);
-        put(f.p_max, row, some ? dev::exp2_fast(((before - statistic) - rest) * kLog2e) : 0.0f);
-        put(f.sq_norm, row, r.squares * inverse * inverse);
-        put(f.mass, row, r.mass * inverse);
+        put(f.entropy, row, x.entropy);
+        put(f.p_max, row, x.p_max);
+        put(f.sq_norm, row, x.sq_norm);
+        put(f.mass, row, x.mass);
       }
     }
-    return moved * inverse;
+    return x.factor;
   }
 
   // x[j][i]: columns first + 8 j + i of w (before gate and mix).
@@ -118,8 +118,8 @@ struct Finish {
   }
 
  private:
-  // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at once
-  // need more registers than there are.
+  // (1 - u) w + u v, kTogether pairs at a time, which then take their turn at the front: all at
+  // once need more registers than there are.
   template <int kTiles>
   HW_DEVICE HW_INLINE void mix(int64_t token, int first, float (&x)[kTiles][2]) const {
     const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);
@@ -195,7 +195,7 @@ struct MergeKernel {
       whole.add(part);
     }
     const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
-    const float factor = finish.settle(row, whole, dev::lane() == 0);
+    const float factor = finish.finalize(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
       float x[1][2] = {};

@@ -299,7 +299,7 @@ struct ForwardKernel {
           if (!Feed::kListed && p.plan.spans > 1) {
             keep(strip, half, index() + line, r);
           } else {
-            const float factor = finish.settle(row, r, dev::lane() % 4 == 0);
+            const float factor = finish.finalize(row, r, dev::lane() % 4 == 0);
             if (!kPlain && !p.f.v) continue;
             float x[Values::kTiles][2];
             w.copy_row(x, strip, half, factor);

@@ -1,19 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and scalars
-// only. No device code here: the host side asks `sm80::dim` and `workspace_bytes`.
+// only. No device code here: the host side asks `workspace_bytes`.
 #pragma once
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
-namespace hw::softmax::sm80 {
+#include "core/host/workspace.h"
 
-// The compiled width that serves a call: both q and k, and v (or x of columns), are padded to it with
-// zeros on their way to shared memory.
-inline int dim(const Call& call) {
-  const Tensor &q = call.tensor(0), &v = call.tensor(8);
-  const int64_t values = v.ndim == 4 ? v.size[3] : 0;
-  return static_cast<int>(max_of(q.size[3], values));
-}
+namespace hw::softmax::sm80 {
 
 // Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of keys
 // half as often as one; scores that are not plain need the registers of the second.
@@ -58,29 +53,30 @@ inline Plan plan_of(const ForwardParams& f, int rows) {
   return p;
 }
 
-// fp32, per span: w before its division [rows, Dv], then RowSums [rows], rows = [N, Hq, max_q].
-struct Workspace {
-  int64_t rows = 0, values = 0;  // values: Dv
-  int64_t sums = 0;              // offset of the sums, in floats
-  int64_t bytes = 0;
-};
-
 inline constexpr int kSumsOfRow = 5;  // members of RowSums
 
-inline Workspace make_workspace(const ForwardParams& f, const Plan& plan) {
-  Workspace w;
-  if (plan.spans == 1) return w;
-  w.rows = f.sequences() * f.query_heads() * f.max_q;
-  w.values = f.value_dim();
-  w.sums = plan.spans * w.rows * w.values;
-  w.bytes = (w.sums + plan.spans * w.rows * kSumsOfRow) * static_cast<int64_t>(sizeof(float));
-  return w;
+// Partial results, per span: w before its division [rows, Dv], RowSums [rows]; rows = [N, Hq, max_q].
+// Null where there is one span.
+struct Workspace {
+  int64_t rows = 0, values = 0;  // values: Dv
+  float *w = nullptr, *sums = nullptr;
+};
+
+inline Workspace lay_out(Arena& arena, const ForwardParams& f, const Plan& plan) {
+  Workspace at;
+  if (plan.spans == 1) return at;
+  at.rows = f.sequences() * f.query_heads() * f.max_q;
+  at.values = f.value_dim();
+  at.w = arena.take<float>(plan.spans * at.rows * at.values);
+  at.sums = arena.take<float>(plan.spans * at.rows * kSumsOfRow);
+  return at;
 }
 
-inline int64_t workspace_bytes(const Call& call) {
-  const ForwardParams f = forward_params(call);
-  const int rows = dim(call) <= 128 ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows;
-  return make_workspace(f, plan_of(f, rows)).bytes;
+inline int64_t workspace_bytes(const ForwardParams& f) {
+  const bool narrow = max_of(f.dim(), f.value_dim()) <= 128;
+  Arena arena;
+  lay_out(arena, f, plan_of(f, narrow ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows));
+  return arena.bytes();
 }
 
 }  // namespace hw::softmax::sm80

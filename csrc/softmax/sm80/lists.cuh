@@ -31,9 +31,10 @@
 
 #include <climits>
 
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::softmax::sm80 {
 

@@ -5,12 +5,12 @@
 //   queries down    rows are queries, columns keys     (forward, d_q, d_bias)
 //   keys down       rows are keys, columns queries     (d_k and d_v, columns)
 // so that what is multiplied next finds p or ds as its A operand in the registers where it is made.
-// All steps go through ScoreTile, which knows query and key of every element; the formulas are those
-// of attention_score.h, with fast functions by the type Fast.
+// All steps go through ScoreTile, which knows query and key of every element; the formulas are
+// those of attention_score.h, with fast functions by the type Fast.
 //
-// "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight into
-// the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is kept, and the
-// unit is log2 e.
+// "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight
+// into the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is kept,
+// and the unit is log2 e.
 #pragma once
 
 #include <limits>
@@ -19,7 +19,7 @@
 #include "softmax/sm80/layout.h"
 #include "softmax/sm80/lists.cuh"
 
-#include "core/gpu/tile.h"
+#include "core/gpu/tile.cuh"
 
 namespace hw::softmax::sm80 {
 
@@ -69,7 +69,8 @@ struct Dense {
   HW_DEVICE HW_INLINE static int heads_of_owner(const ScoreParams& p) { return p.group(); }
 };
 
-// Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` (> 0) of them.
+// Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` (> 0) of
+// them.
 template <class Element>
 HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequence& at, int head,
                                              int64_t first, int64_t count) {
@@ -136,8 +137,9 @@ struct ScoreInputs {
         inverse_scale(1.0f / static_cast<float>(p.scale)) {}
 };
 
-// First query and key of a fragment, in the sequence, and numbers in shared memory from these on, of
-// which those are read that the call has. Listed: tokens and their extents in place of the first.
+// First query and key of a fragment, in the sequence, and numbers in shared memory from these on,
+// of which those are read that the call has. Listed: tokens and their extents in place of the
+// first.
 struct Spot {
   int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .._errors import require_flags
 from .._native import without_products
 from ..ops.attention.attention import attention
+from ..ops.routing._clusters import similarity
 from ..ops.routing.kmeans_routing import kmeans_route, kmeans_routing_attention
-from ..reference.kmeans_routing import similarity
 from ._centroids import Centroids
 from ._checks import check_batch, check_sequence, check_token
 from ._recompute import may_repeat, recomputing

@@ -9,64 +9,51 @@ tensors, by hand. Native code reads memory by shapes: here they are found to bel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from .._errors import describe, fail, require_same_device
-from .._native import ACCUMULATION, Maybe
+from .._functions import Argument, Maybe
+from .._native import ACCUMULATION
 from ._checks import heads_match
 
 _REMEDY = "Call the function of headworks, which makes such a call from any arguments."
 
 
-class Operand(NamedTuple):
-    """A tensor of an operator.
-
-    axes  its sizes by symbol, equal where the symbol is: the first that comes says which. One
-          that ends in ? may be 1, too; a number is the size itself. After a + a dimension of
-          size 2 may stand before the others: a statistic and its rest.
-    kind  "input": the dtype of the first; "statistic": the accumulation dtype of that; "index"
-    """
-
-    name: str
-    axes: tuple[str, ...]
-    kind: str
-
-
-def operands(**layouts: str) -> tuple[Operand, ...]:
-    """From name="kind axis axis ..."."""
+def operands(**layouts: str) -> tuple[Argument, ...]:
+    """Tensors of an operator that is not one native function, from name="kind axis axis ..."; of
+    others `NativeFunction.inputs` says the same."""
     made = []
     for name, layout in layouts.items():
         kind, *axes = layout.split()
-        made.append(Operand(name, tuple(axes), kind))
+        made.append(Argument(name, kind, tuple(axes), "in", True, False))
     return tuple(made)
 
 
 def check_operands(
-    op: str, expected: Sequence[Operand], tensors: Sequence[Maybe], **sizes: int
+    op: str, expected: Sequence[Argument], tensors: Sequence[Maybe], **sizes: int
 ) -> dict[str, int]:
     """All sizes by symbol, of tensors that fit; `sizes` are those known before."""
     first = tensors[0]
     assert first is not None
     if first.dtype not in ACCUMULATION:
         _refuse(op, TypeError, expected[0].name, first, "a floating-point dtype that is supported")
-    statistic = ACCUMULATION[first.dtype]
-    dtypes = {"input": first.dtype, "statistic": statistic, "index": torch.int64}
-    for (name, axes, kind), x in zip(expected, tensors, strict=True):
+    dtypes = {"element": first.dtype, "wide": ACCUMULATION[first.dtype], "index": torch.int64}
+    for operand, x in zip(expected, tensors, strict=True):
         if x is None:
+            require(op, operand.name, "None", operand.optional, "a tensor")
             continue
-        if x.dtype != dtypes[kind]:
-            _refuse(op, TypeError, name, x, str(dtypes[kind]))
+        name, axes = operand.name, operand.axes
+        assert axes is not None
+        if x.dtype != dtypes[operand.kind]:
+            _refuse(op, TypeError, name, x, str(dtypes[operand.kind]))
         require_same_device(op, expected[0].name, first, **{name: x})
         shape, fits = x.shape, True
-        if axes[0] == "+":
-            axes = axes[1:]
-            if len(shape) == len(axes) + 1:
-                fits, shape = shape[0] == 2, shape[1:]
+        if operand.has_rest and len(shape) == len(axes) + 1:
+            fits, shape = shape[0] == 2, shape[1:]
         fits = fits and len(shape) == len(axes)
         for axis, size in zip(axes, shape, strict=False):
-            known = int(axis) if axis.isdigit() else sizes.setdefault(axis.rstrip("?"), size)
+            known = sizes.setdefault(axis.rstrip("?"), size)
             fits = fits and (size == known or (size == 1 and axis[-1] == "?"))
         if not fits:
             _refuse(op, ValueError, name, x, f"[{', '.join(axes)}] with {_in_words(sizes)}")

@@ -150,23 +150,15 @@ def attention_probs(
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """o = sum_n e^{L_n - L} o_n with L = log sum_n e^{L_n}: [B, S, H, D] and [B, H, S].
 
-    Parts are added one after another, element by element: no order of sums is left to torch, which
-    would choose it by the number of threads. A part without keys is not looked at: it may be NaN.
+    A part without keys is not looked at: it may be NaN. Where all are, o = 0 and L = -inf.
     """
-    lse = torch.stack(list(lses))  # [N, B, H, S]
-    top = lse.detach().amax(0)
-    empty = top == -torch.inf
-    weight = (lse - torch.where(empty, 0, top)).exp()
-    whole = weight[0]
-    for x in weight[1:]:
-        whole = whole + x
-    whole = torch.where(empty, 1, whole)
-    o = torch.zeros((), dtype=lse.dtype, device=lse.device)
-    for x, part, has_keys in zip(outs, weight / whole, lse != -torch.inf, strict=True):
-        x = torch.where(has_keys.transpose(1, 2)[..., None], x, 0)
-        o = o + part.transpose(1, 2)[..., None] * x.to(lse.dtype)
-    total = torch.where(top.isinf(), top, top + whole.log())
-    return o.to(outs[0].dtype), total
+    parts, lse = torch.stack(list(outs)).to(lses[0].dtype), torch.stack(list(lses))
+    seen = lse != -torch.inf  # [N, B, H, S]
+    total = torch.where(seen.any(0), lse, 0).logsumexp(0)
+    p = torch.where(seen, (lse - total).exp(), 0)
+    parts = torch.where(seen.transpose(2, 3)[..., None], parts, 0)
+    o = (p.transpose(2, 3)[..., None] * parts).sum(0)
+    return o.to(outs[0].dtype), torch.where(seen.any(0), total, -torch.inf)
 
 
 def weights(
@@ -204,12 +196,14 @@ def weights(
     s = torch.where(seen, s, -torch.inf)
     if activation in ACTIVATIONS:
         return _normalized(ACTIVATIONS[activation](s), normalizer, seen), None
-    return _softmax(s, activation == "softmax1", lse)
+    return _softmax(s, s.new_zeros(1, 1) if activation == "softmax1" else None, lse)
 
 
-def _softmax(s: Tensor, one_more: bool, lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    if one_more:
-        s = torch.nn.functional.pad(s, (0, 1))  # a key of score 0 without a value
+def _softmax(s: Tensor, extra: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`extra` [B|1, Hq|1]: the score of one key more, which has no value."""
+    keys = s.shape[-1]
+    if extra is not None:
+        s = torch.cat((s, extra[..., None, None].expand(*s.shape[:-1], 1)), -1)
     empty = (s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(empty, 0, s)
     own = s.logsumexp(-1, keepdim=True)
@@ -224,7 +218,7 @@ def _softmax(s: Tensor, one_more: bool, lse: Tensor | None) -> tuple[Tensor, Ten
         slope = torch.where(own.isfinite(), own - own.detach(), 0)
         p = (s - (lse.detach()[..., None] + slope)).exp()
     p = torch.where(empty, 0, p)
-    return p[..., : s.shape[-1] - one_more], torch.where(empty, -torch.inf, own)[..., 0]
+    return p[..., :keys], torch.where(empty, -torch.inf, own)[..., 0]
 
 
 def _normalized(a: Tensor, normalizer: str | None, seen: Tensor) -> Tensor:

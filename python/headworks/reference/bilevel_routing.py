@@ -49,12 +49,14 @@ def grid_of(x: Tensor, num_regions: tuple[int, int]) -> Grid:
 def bilevel_route(
     q: Tensor,  # [B, Y, X, Hq, D]
     k: Tensor,  # [B, Yk, Xk, H, D]
-    own: Grid,
-    other: Grid,
+    *,
+    num_regions: tuple[int, int],
+    kv_num_regions: tuple[int, int] | None = None,
     topk: int,
     per_head: bool = False,
 ) -> Tensor:
     """The graph, int64 [B, R, topk] or [B, Hq, R, topk]: the best region first."""
+    own, other = grid_of(q, num_regions), grid_of(k, kv_num_regions or num_regions)
     return select_topk(region_scores(q, k, own, other, per_head), topk, keep_order=False)
 
 
@@ -70,35 +72,19 @@ def bilevel_routing_attention(
     q: Tensor,  # [B, Y, X, Hq, D]
     k: Tensor,  # [B, Yk, Xk, H, D]
     v: Tensor,  # [B, Yk, Xk, H, Dv]
-    graph: Tensor,  # [B, R, topk] or [B, Hq, R, topk]
+    graph: Tensor,  # [B, R, topk], [B, 1, R, topk] or [B, Hq, R, topk]
     *,
     num_regions: tuple[int, int],
-    kv_num_regions: tuple[int, int],
+    kv_num_regions: tuple[int, int] | None = None,
     scale: float | None = None,
     mask_padding: bool = True,
 ) -> tuple[Tensor, Statistics]:
     """The output [B, Y, X, Hq, Dv], and the statistics of its rows [B, Hq, Y, X]."""
-    heads = q.shape[3]
-    if graph.dim() == 3:
-        graph = graph[:, None].expand(-1, heads, -1, -1)
-    scale = (heads * q.shape[-1]) ** -0.5 if scale is None else scale
-    own, other = grid_of(q, num_regions), grid_of(k, kv_num_regions)
-    return attend_regions(q, k, v, graph, own, other, scale, mask_padding)
-
-
-def attend_regions(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    graph: Tensor,  # [B, Hq, R, topk]
-    own: Grid,
-    other: Grid,
-    scale: float,
-    mask_padding: bool,
-) -> tuple[Tensor, Statistics]:
-    """The same, of resolved arguments."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads = q.shape[0], q.shape[3]
+    graph = (graph if graph.dim() == 4 else graph[:, None]).expand(-1, heads, -1, -1)
+    scale = (heads * q.shape[-1]) ** -0.5 if scale is None else scale
+    own, other = grid_of(q, num_regions), grid_of(k, kv_num_regions or num_regions)
     real = to_regions(k.new_ones(1, *k.shape[1:3], 1, 1), other)[0, 0, :, :, 0] > 0  # [Rk, n]
 
     # Of every query region the tokens of its key regions, one after the other: j = 1 .. topk n.
@@ -111,7 +97,7 @@ def attend_regions(
     s = s * scale
     if mask_padding:
         s = torch.where(real[graph].flatten(3)[..., None, :], s, -torch.inf)
-    p, lse = _softmax(s, False, None)
+    p, lse = _softmax(s, None, None)
     o = torch.einsum("bhrij,bhrje->bhrie", p.to(v.dtype), v)
 
     statistics = [

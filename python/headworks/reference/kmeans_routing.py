@@ -113,9 +113,8 @@ def kmeans_update(centroids: Tensor, sums: Tensor, decay: float) -> Tensor:
     whose sum has no finite length."""
     total, count = sums[..., :-1], sums[..., -1:]
     mu = centroids.detach().to(sums.dtype)
-    direction = torch.nn.functional.normalize(total, dim=-1)
-    moved = decay * mu + (1 - decay) * direction
-    moves = (count > 0) & direction.isfinite().all(-1, keepdim=True)
+    moved = decay * mu + (1 - decay) * torch.nn.functional.normalize(total, dim=-1)
+    moves = (count > 0) & total.norm(dim=-1, keepdim=True).isfinite()
     return torch.where(moves, moved, mu).to(centroids.dtype)
 
 

@@ -11,7 +11,7 @@ go into attention.backward. Of the epilogue, with a_i = <d_o_i, w_i> and b_i = <
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,20 +55,26 @@ def per_key_head(x: Tensor, heads: int) -> Tensor:
     return wide.sum(3, dtype=ACCUMULATION[x.dtype]).to(x.dtype)
 
 
-def score_gradients(needs: tuple[bool, ...]) -> WantGrad:
+_OPTIONS = Score._fields[2:TENSORS]
+
+
+def score_gradients(needs: Sequence[bool], **others: bool) -> Any:
     """What needs_input_grad of a function whose first arguments are a Score's tensors asks for."""
-    return WantGrad(False, *needs[2:6])
+    asked = zip(_OPTIONS, needs[2:TENSORS], strict=True)
+    return WantGrad(**{name: need for name, need in asked if name in WantGrad._fields}, **others)
 
 
-def returned(score: Score, grads: tuple[Maybe, ...], want: WantGrad) -> tuple[Maybe, ...]:
-    """Gradients for the tensors of a Score, from those of attention.backward."""
-    d_q, d_k, _, d_bias, *others = grads
-    if score.bias is None or not want.bias or d_bias is None:
-        d_bias = None
-    else:
-        d_bias = d_bias.to(score.bias.dtype)
-    chosen = [x if wanted else None for x, wanted in zip(others, want[2:], strict=True)]
-    return d_q, d_k, d_bias, *chosen, None, None
+def returned(
+    own: Score, made: Any, needs: Sequence[bool], row: Maybe, delta: Maybe
+) -> tuple[Maybe, ...]:
+    """Gradients for the tensors of a Score, from those that attention.backward made of it, or of a
+    copy with a key head for each query head or in another dtype, given `row` and `delta`."""
+    grads: list[Maybe] = [made.d_q.to(own.q.dtype)]
+    grads.append(per_key_head(made.d_k, own.k.shape[2]).to(own.k.dtype))
+    for name, x, needed in zip(_OPTIONS, own.tensors[2:], needs[2:TENSORS], strict=True):
+        d_x = getattr(made, f"d_{name}", None)
+        grads.append(None if x is None or d_x is None or not needed else d_x.to(x.dtype))
+    return tuple(grads)
 
 
 class _Attention(torch.autograd.Function):
@@ -95,7 +101,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Once: a second call replaces the first.
         ctx.mark_non_differentiable(*made[3:], *(() if want_lse else (lse,)))
-        return made.o, lse, *made[3:]  # type: ignore[return-value]
+        return made.o, lse, *made[3:]
 
     @staticmethod
     @first_order(OP)
@@ -118,15 +124,15 @@ class _Attention(torch.autograd.Function):
             delta = (a if d_w is d_o else row_dot(d_w, w)).transpose(1, 2)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
-        want = score_gradients(needs)._replace(v=needs[TENSORS])
+        want = score_gradients(needs, v=needs[TENSORS])
         grads = operators.backward(score, v, d_w, row, delta, want, ctx.backend)
-        d_v = grads[2] if want.v else None
+        d_v = grads.d_v if want.v else None
         if d_v is not None and d_direct is not None:
             direct = per_key_head(d_direct, v.shape[2])
             d_v = (d_v.to(direct.dtype) + direct).to(v.dtype)
         d_gate, d_mix = _of_epilogue(a, b, gate, mix, epilogue)
         none = (None,) * (len(needs) - TENSORS - 3)
-        return *returned(score, grads, want), d_v, d_gate, d_mix, *none
+        return *returned(score, grads, needs, row, delta), d_v, d_gate, d_mix, *none
 
 
 def _through_epilogue(d_o: Tensor, gate: Maybe, mix: Maybe) -> tuple[Tensor, Maybe]:

@@ -32,7 +32,8 @@ def check_bounds(
             "Packed sequences need cu_seqlens_q and cu_seqlens_k, and both max_seqlen if those "
             "are tensors on a GPU.",
         )
-    if longest is not None and (isinstance(longest, (bool, float, Tensor)) or longest < 0):  # type: ignore[operator]
+    is_number = not isinstance(longest, (bool, float, Tensor))
+    if longest is not None and not (is_number and longest >= 0):  # type: ignore[operator]
         fail(
             TypeError if isinstance(longest, (bool, float, Tensor)) else ValueError,
             op,

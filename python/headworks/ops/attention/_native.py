@@ -6,7 +6,7 @@
     columns     P^T x, column sums and maxima
     probs       weights of chosen pairs
 
-Order of tensors and numbers: csrc/softmax/params.h. Without a query, a key or a head
+Without a query, a key or a head
 nothing native is called: the results are those of rows that see no key. Each has beside it the
 call itself, for hw.explain, and its unfilled outputs, for the fake kernels.
 """
@@ -18,27 +18,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._native import ACCUMULATION, Maybe, NativeCall, run
+from ..._functions import Maybe, NativeFunction, record
+from ..._native import ACCUMULATION, NativeCall, described
 from ._bounds import longest_of
-from ._checks import ACTIVATIONS, LAST_ROW, check_index_values
+from ._checks import SOFTMAXES, check_index_values
 from ._score import TENSORS, Score, check_values_of_bounds
 
 OP = "attention"
 
 
-class Forward(NamedTuple):
-    """Results of a forward call; None for what is not wanted.
+FORWARD = NativeFunction("attention.forward")
+BACKWARD = NativeFunction("attention.backward")
+COLUMNS = NativeFunction("attention.columns")
+PROBS = NativeFunction("attention.probs")
+for _function in (FORWARD, BACKWARD, COLUMNS, PROBS):
+    _function.begins_with(Score._fields[:TENSORS], Score._fields[TENSORS:])
 
-    row [2, B, Hq, Sq]: the row statistic, and what rounding took from it.
-    """
-
-    o: Maybe
-    w: Maybe = None
-    row: Maybe = None
-    entropy: Maybe = None
-    p_max: Maybe = None
-    sq_norm: Maybe = None
-    mass: Maybe = None
+# Results of a forward call; None for what is not wanted. row [2, B, Hq, Sq]: the row statistic, and
+# what rounding took from it.
+Forward = FORWARD.Outputs
 
 
 class Want(NamedTuple):
@@ -56,37 +54,18 @@ class Want(NamedTuple):
     skip_dead: bool = True
 
 
-class WantGrad(NamedTuple):
-    """Which gradients a backward call is to make besides d_q and d_k."""
-
-    v: bool = True
-    bias: bool = False
-    key_bias: bool = False
-    key_gain: bool = False
-    row_temperature: bool = False
+# Which gradients a backward call is to make besides d_q and d_k: v, and options of the score.
+_GRADIENTS = [a.name.removeprefix("d_") for a in BACKWARD.outputs if a.optional]
+WantGrad = record("WantGrad", _GRADIENTS, False)
 
 
-def resolved(score: Score) -> tuple[list[Maybe], list[Any]]:
-    """The tensors and numbers of a native call: nothing is relative to a length any more."""
-    tensors, numbers = list(score.tensors), list(score.numbers)
-    rows, keys = score.q.shape[1], score.k.shape[1]
-    if score.bias is not None:
-        tensors[2] = score.bias.expand(*score.row_shape, keys)
-    if score.cu_seqlens_q is None:
-        numbers[9:] = rows, keys
-    else:
-        for i, bounds in ((9, score.cu_seqlens_q), (10, score.cu_seqlens_k)):
-            if numbers[i] < 0:
-                assert bounds is not None
-                numbers[i] = longest_of(bounds)
-    begin, end = score.gain_begin, score.gain_end
-    if begin == 0 and end == LAST_ROW:
-        numbers[8] = rows
-    elif score.cu_seqlens_q is None:
-        numbers[7:9] = slice(begin, end).indices(rows)[:2]
-    else:
-        numbers[8] = min(end, rows)
-    return tensors, numbers
+def resolved(score: Score) -> Score:
+    """The score of a native call: with bounds of the lengths of packed sequences."""
+    if score.cu_seqlens_q is None or score.cu_seqlens_k is None:
+        return score
+    max_q = longest_of(score.cu_seqlens_q) if score.max_q < 0 else score.max_q
+    max_k = longest_of(score.cu_seqlens_k) if score.max_k < 0 else score.max_k
+    return score._replace(max_q=max_q, max_k=max_k)
 
 
 def _empty(score: Score) -> bool:
@@ -99,7 +78,7 @@ def _zero(tensors: tuple[Maybe, ...]) -> None:
             x.zero_()
 
 
-def outputs(score: Score, v: Maybe, mass_keys: Maybe, want: Want) -> Forward:
+def outputs(score: Score, v: Maybe, mass_keys: Maybe, want: Want) -> Any:
     """Unfilled."""
     q = score.q
     device = q.device
@@ -110,7 +89,7 @@ def outputs(score: Score, v: Maybe, mass_keys: Maybe, want: Want) -> Forward:
         if want.w:
             w = torch.empty(wide, dtype=q.dtype, device=device)
     if mass_keys is None and not any(want[1:5]):
-        return Forward(o, w)
+        return Forward(o=o, w=w)
     shape, dtype = score.row_shape, ACCUMULATION[q.dtype]
     if want.row:
         row = torch.empty((2, *shape), dtype=dtype, device=device)
@@ -122,7 +101,7 @@ def outputs(score: Score, v: Maybe, mass_keys: Maybe, want: Want) -> Forward:
         sq_norm = torch.empty(shape, dtype=dtype, device=device)
     if mass_keys is not None:
         mass = torch.empty(shape, dtype=dtype, device=device)
-    return Forward(o, w, row, entropy, p_max, sq_norm, mass)
+    return Forward(o=o, w=w, row=row, entropy=entropy, p_max=p_max, sq_norm=sq_norm, mass=mass)
 
 
 def forward(
@@ -133,20 +112,28 @@ def forward(
     mass_keys: Maybe,
     want: Want,
     backend: str,
-) -> Forward:
-    """attention.forward; without v the row statistics only."""
+) -> Any:
+    """attention.forward, as Forward; without v the row statistics only."""
     if score.cu_seqlens_q is not None:
         check_values_of_bounds(OP, score)
     made = outputs(score, v, mass_keys, want)
     if _empty(score):
         _zero(made)
-        if made.row is not None and score.activation == ACTIVATIONS["softmax"]:
-            made.row[0].fill_(-torch.inf)
+        if made.row is not None and score.activation in SOFTMAXES:
+            made.row[0] = score.lse_without_keys
         return made
-    tensors, numbers = resolved(score)
-    tensors += (v, head_gate, identity_mix, mass_keys, *made)
-    run("attention.forward", backend, tensors, (*numbers, want.skip_dead))
+    FORWARD.run(backend, *_forward_inputs(score, v, head_gate, identity_mix, mass_keys, made, want))
     return made
+
+
+def _forward_inputs(
+    score: Score, v: Maybe, gate: Maybe, mix: Maybe, mass_keys: Maybe, made: Any, want: Want
+) -> tuple[tuple[Maybe, ...], Any, tuple[Any, ...]]:
+    score = resolved(score)
+    inputs = FORWARD.tensors(
+        score.tensors, v=v, head_gate=gate, identity_mix=mix, mass_keys=mass_keys
+    )
+    return inputs, made, FORWARD.numbers(score.numbers, skip_dead=want.skip_dead)
 
 
 def output(
@@ -158,14 +145,14 @@ def output(
     """
     batch, rows, heads, _ = q.shape
     o = torch.empty((batch, rows, heads, v.shape[3]), dtype=q.dtype, device=q.device)
-    tensors: list[Maybe] = [q, k, *_NO_SCORE, v, *_NO_REST, o, *_NO_READ_OUTS]
-    run("attention.forward", backend, tensors, (*shape, 0, 0, 0, rows, rows, k.shape[1], 1))
+    FORWARD.run(backend, (q, k, *_NO_OPTIONS, v, *_NO_REST), (o, *_NO_READ_OUTS), (*shape, *_PLAIN))
     return o
 
 
-_NO_SCORE = (None,) * (TENSORS - 2)
-_NO_REST = (None,) * 3  # head_gate identity_mix mass_keys
-_NO_READ_OUTS = (None,) * 6
+_NO_OPTIONS = (None,) * (TENSORS - 2)
+_NO_REST = (None,) * (len(FORWARD.inputs) - TENSORS - 1)
+_NO_READ_OUTS = (None,) * (len(FORWARD.outputs) - 1)
+_PLAIN = (*list(Score._field_defaults.values())[len(_NO_OPTIONS) + 5 :], True)  # skip_dead
 
 
 def forward_call(
@@ -178,89 +165,88 @@ def forward_call(
     backend: str,
 ) -> NativeCall:
     """The call that `forward` makes, for hw.explain."""
-    tensors, numbers = resolved(score)
     made = outputs(score, v, mass_keys, want)
-    tensors += (v, head_gate, identity_mix, mass_keys, *made, None)
-    return "attention.forward", backend, tensors, (*numbers, want.skip_dead)
+    given = _forward_inputs(score, v, head_gate, identity_mix, mass_keys, made, want)
+    return described(FORWARD, backend, *given)
 
 
 def backward(
-    score: Score, v: Tensor, d_w: Tensor, row: Maybe, delta: Tensor, want: WantGrad, backend: str
-) -> tuple[Maybe, ...]:
-    """attention.backward: d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature."""
+    score: Score, v: Tensor, d_w: Tensor, row: Maybe, delta: Tensor, want: Any, backend: str
+) -> Any:
+    """attention.backward, as outputs of BACKWARD."""
     if score.cu_seqlens_q is not None:
         check_values_of_bounds(OP, score)
     made = gradients(score, v, want)
     if _empty(score):
         _zero(made)
         return made
-    tensors, numbers = resolved(score)
-    d_bias = made[3]
-    if d_bias is not None:  # of bias's own shape: the kernel adds into it, whatever is broadcast
-        d_bias = d_bias.zero_().expand(*score.row_shape, score.k.shape[1])
-    tensors += (v, d_w, row, delta, *made[:3], d_bias, *made[4:])
-    run("attention.backward", backend, tensors, numbers)
+    if made.d_bias is not None:  # of bias's own shape: the kernel adds into it
+        made.d_bias.zero_()
+    score = resolved(score)
+    inputs = BACKWARD.tensors(score.tensors, v=v, d_w=d_w, row=row, delta=delta)
+    BACKWARD.run(backend, inputs, made, BACKWARD.numbers(score.numbers))
     return made
 
 
-def gradients(score: Score, v: Tensor, want: WantGrad) -> tuple[Maybe, ...]:
-    """Unfilled: those of q, k and v in their dtype, the others in the accumulation dtype."""
+def gradients(score: Score, v: Tensor, want: Any) -> Any:
+    """Outputs of BACKWARD, unfilled: those of q, k and v in their dtype, the others, each as large
+    as what it is the gradient of, in the accumulation dtype."""
     q, k = score.q, score.k
     dtype = ACCUMULATION[q.dtype]
-    bias = score.bias
-    per_key, per_row = score.key_shape, tuple(q.shape[:3])
-    shapes = (
-        bias.shape if want.bias and bias is not None else None,
-        per_key if want.key_bias else None,
-        per_key if want.key_gain else None,
-        per_row if want.row_temperature else None,
-    )
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=q.device),
-        torch.empty(v.shape, dtype=v.dtype, device=q.device) if want.v else None,
-        *(None if s is None else torch.empty(s, dtype=dtype, device=q.device) for s in shapes),
+    options = {
+        f"d_{name}": torch.empty(x.shape, dtype=dtype, device=q.device)
+        for name, x in zip(score._fields[2:TENSORS], score.tensors[2:], strict=True)
+        if x is not None and getattr(want, name, False)
+    }
+    return BACKWARD.Outputs(
+        d_q=torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        d_k=torch.empty(k.shape, dtype=k.dtype, device=q.device),
+        d_v=torch.empty(v.shape, dtype=v.dtype, device=q.device) if want.v else None,
+        **options,
     )
 
 
 def columns(
     score: Score, x: Maybe, row: Maybe, row_weight: Maybe, total: bool, largest: bool, backend: str
-) -> tuple[Maybe, Maybe, Maybe]:
-    """attention.columns: y with x, sum, max."""
+) -> Any:
+    """attention.columns, as outputs of COLUMNS: y with x, sum, max."""
     if score.cu_seqlens_q is not None:
         check_values_of_bounds(OP, score)
     made = column_outputs(score, x, total, largest)
     if _empty(score):
         _zero(made)
         return made
-    tensors, numbers = resolved(score)
-    tensors += (x, row, row_weight, *made)
-    run("attention.columns", backend, tensors, tuple(numbers))
+    COLUMNS.run(backend, *_columns_inputs(score, x, row, row_weight, made))
     return made
+
+
+def _columns_inputs(
+    score: Score, x: Maybe, row: Maybe, row_weight: Maybe, made: Any
+) -> tuple[tuple[Maybe, ...], Any, tuple[Any, ...]]:
+    score = resolved(score)
+    inputs = COLUMNS.tensors(score.tensors, x=x, row=row, row_weight=row_weight)
+    return inputs, made, COLUMNS.numbers(score.numbers)
 
 
 def columns_call(
     score: Score, x: Maybe, row: Maybe, row_weight: Maybe, total: bool, largest: bool, backend: str
 ) -> NativeCall:
     """The call that `columns` makes, for hw.explain."""
-    tensors, numbers = resolved(score)
-    tensors += (x, row, row_weight, *column_outputs(score, x, total, largest), None)
-    return "attention.columns", backend, tensors, tuple(numbers)
+    made = column_outputs(score, x, total, largest)
+    return described(COLUMNS, backend, *_columns_inputs(score, x, row, row_weight, made))
 
 
-def column_outputs(
-    score: Score, x: Maybe, total: bool, largest: bool
-) -> tuple[Maybe, Maybe, Maybe]:
+def column_outputs(score: Score, x: Maybe, total: bool, largest: bool) -> Any:
+    """Outputs of COLUMNS, unfilled."""
     batch, heads, keys = score.key_shape
     dtype, device = ACCUMULATION[score.q.dtype], score.q.device
-    y = None
+    made = {}
     if x is not None:
-        y = torch.empty((batch, keys, heads, x.shape[3]), dtype=x.dtype, device=device)
-    return (
-        y,
-        torch.empty((batch, heads, keys), dtype=dtype, device=device) if total else None,
-        torch.empty((batch, heads, keys), dtype=dtype, device=device) if largest else None,
-    )
+        made["y"] = torch.empty((batch, keys, heads, x.shape[3]), dtype=x.dtype, device=device)
+    for name, wanted in (("sum", total), ("max", largest)):
+        if wanted:
+            made[name] = torch.empty((batch, heads, keys), dtype=dtype, device=device)
+    return COLUMNS.Outputs(**made)
 
 
 def probs(
@@ -276,19 +262,24 @@ def probs(
         return p.zero_()
     if not p.numel():
         return p
-    tensors, numbers = resolved(score)
-    tensors += (row, keys, rows, offsets, p)
-    run("attention.probs", backend, tensors, tuple(numbers))
+    PROBS.run(backend, *_probs_inputs(score, row, keys, rows, offsets, p))
     return p
+
+
+def _probs_inputs(
+    score: Score, row: Maybe, keys: Maybe, rows: Maybe, offsets: Maybe, p: Tensor
+) -> tuple[tuple[Maybe, ...], tuple[Tensor], tuple[Any, ...]]:
+    score = resolved(score)
+    inputs = PROBS.tensors(score.tensors, row=row, keys=keys, rows=rows, offsets=offsets)
+    return inputs, (p,), PROBS.numbers(score.numbers)
 
 
 def probs_call(
     score: Score, row: Maybe, keys: Maybe, rows: Maybe, offsets: Maybe, backend: str
 ) -> NativeCall:
     """The call that `probs` makes, for hw.explain."""
-    tensors, numbers = resolved(score)
-    tensors += (row, keys, rows, offsets, probs_output(score, keys, rows, offsets), None)
-    return "attention.probs", backend, tensors, tuple(numbers)
+    p = probs_output(score, keys, rows, offsets)
+    return described(PROBS, backend, *_probs_inputs(score, row, keys, rows, offsets, p))
 
 
 def probs_output(score: Score, keys: Maybe, rows: Maybe, offsets: Maybe) -> Tensor:

@@ -107,6 +107,11 @@ class Score(NamedTuple):
         """[B, Hq, Sk]"""
         return self.q.shape[0], self.q.shape[2], self.k.shape[1]
 
+    @property
+    def lse_without_keys(self) -> float | Tensor:
+        """L of rows that see no key, of the softmaxes; as far as it broadcasts to [B, Hq, Sq]."""
+        return -math.inf if self.activation == ACTIVATIONS["softmax"] else 0.0
+
     def detached(self) -> Score:
         """The same score without gradient."""
         tensors: Any = (None if x is None else x.detach() for x in self.tensors)

@@ -105,8 +105,10 @@ class _LogSumExp(torch.autograd.Function):
         v = zeros(score.k, *score.k.shape[:3], 1)
         d_w = zeros(score.q, *score.q.shape[:3], 1)
         want = score_gradients(ctx.needs_input_grad)
-        grads = operators.backward(score, v, d_w, row, -d_lse, want, ctx.backend)
-        return *returned(score, grads, want), *(None,) * (NUMBERS + 1)
+        delta = -d_lse
+        made = operators.backward(score, v, d_w, row, delta, want, ctx.backend)
+        grads = returned(score, made, ctx.needs_input_grad, row, delta)
+        return *grads, *(None,) * (NUMBERS + 1)
 
 
 _differentiable: Callable[..., Tensor] = _LogSumExp.apply

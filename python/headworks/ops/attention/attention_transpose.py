@@ -29,7 +29,6 @@ from ...reference import attention as reference
 from . import _native as native
 from . import _operators as operators
 from ._autograd import (
-    per_key_head,
     per_query_head,
     returned,
     row_dot,
@@ -104,7 +103,7 @@ def attention_transpose(
     else:
         row = operators.row_statistic(score, way, backend) if lse is None else lse
         call = native.columns if way == "direct" else operators.columns
-        y = call(score, x, row, None, False, False, backend)[0]  # type: ignore[assignment]
+        y = call(score, x, row, None, False, False, backend).y
     return y if width else y[..., :0]
 
 
@@ -117,7 +116,7 @@ class _Transpose(torch.autograd.Function):
         *numbers, backend = arguments[TENSORS + 2 :]
         score = Score(*tensors, *numbers)
         row = operators.row_statistic(score, "operator", backend) if lse is None else lse
-        y = operators.columns(score, x, row, None, False, False, backend)[0]
+        y: Tensor = operators.columns(score, x, row, None, False, False, backend).y
         ctx.save_for_backward(*tensors, x, row)
         ctx.numbers, ctx.backend = numbers, backend
         return y
@@ -136,8 +135,8 @@ class _Transpose(torch.autograd.Function):
             delta = zeros(x, *own.row_shape, dtype=ACCUMULATION[x.dtype])
             if row is not None:
                 delta = row_dot(x, d_x).transpose(1, 2)
-            d_q, d_k, *rest = operators.backward(score, g, x, row, delta, want, ctx.backend)
-            grads = returned(own, (d_q, per_key_head(d_k, own.k.shape[2]), *rest), want)
+            made = operators.backward(score, g, x, row, delta, want, ctx.backend)
+            grads = returned(own, made, ctx.needs_input_grad, row, delta)
         return *grads, d_x, *(None,) * (NUMBERS + 2)
 
 

@@ -35,7 +35,7 @@ from ..._native import (
 from ...reference import attention as reference
 from . import _native as native
 from . import _operators as operators
-from ._autograd import per_key_head, per_query_head, returned, score_gradients, zeros
+from ._autograd import per_query_head, returned, score_gradients, zeros
 from ._checks import broadcast, cast, check_inputs
 from ._native import Want
 from ._operators import NUMBERS
@@ -129,8 +129,8 @@ def _column_stats(
     else:
         row = operators.row_statistic(score, way, backend) if lse is None else lse
         call = native.columns if way == "direct" else operators.columns
-        _, total, most = call(score, None, row, row_weight, not largest, largest, backend)
-        result = most if largest else total
+        made = call(score, None, row, row_weight, not largest, largest, backend)
+        result = made.max if largest else made.sum
     if reduce_heads:
         # Weights are never negative: where there is no head, 0 is the maximum.
         result = torch.nn.functional.pad(result, (0, 0, 0, 1)).amax(1) if largest else result.sum(1)
@@ -172,7 +172,7 @@ class _ColumnSum(torch.autograd.Function):
         *numbers, backend = arguments[TENSORS + 2 :]
         score = Score(*tensors, *numbers)
         row = operators.row_statistic(score, "operator", backend) if lse is None else lse
-        total = operators.columns(score, None, row, row_weight, True, False, backend)[1]
+        total: Tensor = operators.columns(score, None, row, row_weight, True, False, backend).sum
         ctx.save_for_backward(*tensors, row_weight, row)
         ctx.numbers, ctx.backend = numbers, backend
         return total
@@ -199,9 +199,8 @@ class _ColumnSum(torch.autograd.Function):
             d_w = r.transpose(1, 2)[..., None]
             delta = zeros(gamma, *own.row_shape) if row is None else r * d_weight
             want = score_gradients(ctx.needs_input_grad)
-            d_q, d_k, *rest = operators.backward(score, v, d_w, row, delta, want, backend)
-            d_q, d_k = d_q.to(own.q.dtype), per_key_head(d_k, own.k.shape[2]).to(own.k.dtype)
-            grads = returned(own, (d_q, d_k, *rest), want)
+            made = operators.backward(score, v, d_w, row, delta, want, backend)
+            grads = returned(own, made, ctx.needs_input_grad, row, delta)
         wanted = d_weight if ctx.needs_input_grad[TENSORS] else None
         return *grads, wanted, *(None,) * (NUMBERS + 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..._errors import (
@@ -17,7 +18,6 @@ from ..._errors import (
     require_tensors,
 )
 from ..._native import ACCUMULATION, as_written
-from ...reference import attention as reference
 
 _OP = "merge_attention"
 
@@ -57,7 +57,28 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     """
     _check(outs, lses)
     with as_written(outs[0]):
-        return reference.merge_attention(outs, lses)
+        return _merged(outs, lses)
+
+
+def _merged(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Parts are added one after another, element by element: no order of sums is left to torch,
+    which would choose it by the number of threads. An o without keys is not looked at: it may be
+    NaN."""
+    most = torch.stack([x.detach() for x in lses]).amax(0)  # [B, H, S]
+    sees_none = most == -torch.inf
+    shift = most.masked_fill(sees_none, 0)
+    shares = [(x - shift).exp() for x in lses]  # e^{L_n - max}
+    mass = shares[0]
+    for share in shares[1:]:
+        mass = mass + share
+    mass = mass.masked_fill(sees_none, 1)
+    o = torch.zeros((), dtype=mass.dtype, device=mass.device)
+    for x, x_lse, share in zip(outs, lses, shares, strict=True):
+        weight = (share / mass).transpose(1, 2)[..., None]  # [B, S, H, 1]
+        empty = (x_lse == -torch.inf).transpose(1, 2)[..., None]
+        o = o + weight * x.to(mass.dtype).masked_fill(empty, 0)
+    lse = torch.where(most.isinf(), most, most + mass.log())
+    return o.to(outs[0].dtype), lse
 
 
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:

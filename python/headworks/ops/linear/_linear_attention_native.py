@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear attention as torch operators: the native calls, their fake kernels, the backward pass.
-
-Order of tensors and scalars: csrc/ops/linear_attention/linear_attention.h.
-"""
+"""Linear attention as torch operators: the native calls, their fake kernels, the backward pass."""
 
 from __future__ import annotations
 
@@ -13,19 +10,27 @@ import torch
 from torch import Tensor
 
 from ..._autograd import Saved, first_order
-from ..._native import ACCUMULATION, Maybe, define, empties, fixed_arity, run
+from ..._functions import Maybe, NativeFunction
+from ..._native import ACCUMULATION, define, empties, fixed_arity
 from .._checks import check_cu_seqlens_values
-from .._operands import check_operands, operands, require, require_given
+from .._operands import check_operands, require, require_given
 from ._linear_attention_checks import FEATURE_MAPS, MAX_TAYLOR_DIM, OP, num_features
 
-# feature map, causal, normalize, scale, eps
+FORWARD = NativeFunction("linear_attention.forward")
+BACKWARD = NativeFunction("linear_attention.backward")
+
 Scalars = tuple[int, bool, bool, float, float]
+for _function in (FORWARD, BACKWARD):
+    _function.begins_with(
+        ("q", "k", "v", "kv0", "z0", "cu_seqlens"),
+        ("feature_map", "causal", "normalize", "scale", "eps"),
+    )
 
 
 def outputs(
     q: Tensor, v: Tensor, bounds: Maybe, feature_map: int, final_state: bool, save_z: bool
-) -> tuple[Tensor, Maybe, Maybe, Maybe]:
-    """o, z, kv1, z1 unfilled; None for what is not asked for."""
+) -> Any:
+    """Outputs of FORWARD, unfilled; None for what is not asked for."""
     batch, tokens, query_heads, d = q.shape
     value_dim, device = v.shape[3], q.device
     o = torch.empty((batch, tokens, query_heads, value_dim), dtype=q.dtype, device=device)
@@ -38,7 +43,7 @@ def outputs(
         shape = (sequences, v.shape[2], num_features(feature_map, d))
         kv1 = torch.empty((*shape, value_dim), dtype=ACCUMULATION[q.dtype], device=device)
         z1 = torch.empty(shape, dtype=ACCUMULATION[q.dtype], device=device)
-    return o, z, kv1, z1
+    return FORWARD.Outputs(o=o, z=z, kv1=kv1, z1=z1)
 
 
 def forward(
@@ -52,25 +57,13 @@ def forward(
     final_state: bool,
     save_z: bool,
     backend: str,
-) -> tuple[Tensor, Maybe, Maybe, Maybe]:
-    """o, z, kv1, z1; None for what is not asked for. `bounds` is cu_seqlens as int64."""
+) -> Any:
+    """Outputs of FORWARD; None for what is not asked for. `bounds` is cu_seqlens as int64."""
     if bounds is not None:
         check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
-    o, z, kv1, z1 = outputs(q, v, bounds, scalars[0], final_state, save_z)
-    tensors = [q, k, v, o, z, kv0, z0, kv1, z1, bounds]
-    run("linear_attention.forward", backend, tensors, scalars)
-    return o, z, kv1, z1
-
-
-_QKV = operands(q="input B S Hq D", k="input B S H D", v="input B S H Dv")
-_START = operands(kv0="statistic N H F Dv", z0="statistic N H F", cu_seqlens="index N+1")
-_OF_FORWARD = _QKV + _START
-_OF_BACKWARD = (
-    operands(d_o="input B S Hq Dv", d_kv1="statistic N H F Dv", d_z1="statistic N H F")
-    + _QKV
-    + operands(o="input B S Hq Dv", z="statistic B S Hq")
-    + _START
-)
+    made = outputs(q, v, bounds, scalars[0], final_state, save_z)
+    FORWARD.run(backend, (q, k, v, kv0, z0, bounds), made, scalars)
+    return made
 
 
 def known_sizes(op: str, q: Tensor, v: Tensor, bounds: Maybe, feature_map: int) -> dict[str, int]:
@@ -88,87 +81,56 @@ def known_sizes(op: str, q: Tensor, v: Tensor, bounds: Maybe, feature_map: int) 
     return {"N": sequences, "F": num_features(feature_map, d)}
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, kv0: Maybe, z0: Maybe, bounds: Maybe, *rest: Any
-) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "linear_attention_fwd"
-    *scalars, final_state, save_z, backend = rest
+    inputs, scalars, (final_state, save_z, backend) = FORWARD.split(arguments)
+    q, k, v, kv0, z0, bounds = inputs
     known = known_sizes(op, q, v, bounds, scalars[0])
-    check_operands(op, _OF_FORWARD, (q, k, v, kv0, z0, bounds), **known)
+    check_operands(op, FORWARD.inputs, inputs, **known)
     require_given(op, z0=(z0, kv0 is not None))
-    made = forward(q, k, v, kv0, z0, bounds, tuple(scalars), final_state, save_z, backend)
+    feature_map, causal, normalize, scale, eps = scalars
+    numbers = feature_map, causal, normalize, scale, eps
+    made = forward(q, k, v, kv0, z0, bounds, numbers, final_state, save_z, backend)
     return fixed_arity(made, q)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, kv0: Maybe, z0: Maybe, bounds: Maybe, *rest: Any
-) -> tuple[Tensor, ...]:
-    feature_map, *_, final_state, save_z, _backend = rest
-    return fixed_arity(outputs(q, v, bounds, feature_map, final_state, save_z), q)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    (q, _, v, *_, bounds), scalars, (final_state, save_z, _) = FORWARD.split(arguments)
+    return fixed_arity(outputs(q, v, bounds, scalars[0], final_state, save_z), q)
 
 
-def _backward(
-    d_o: Tensor,
-    d_kv1: Maybe,
-    d_z1: Maybe,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    z: Maybe,
-    kv0: Maybe,
-    z0: Maybe,
-    bounds: Maybe,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _gradients(inputs: tuple[Maybe, ...], state_grad: bool) -> Any:
+    """Outputs of BACKWARD, unfilled."""
+    q, k, v, kv0, z0, *_ = inputs
+    return BACKWARD.Outputs(*empties(q, k, v, *((kv0, z0) if state_grad else (None, None))))
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "linear_attention_bwd"
-    *scalars, state_grad, backend = rest
+    inputs, scalars, (state_grad, backend) = BACKWARD.split(arguments)
+    q, _, v, kv0, z0, bounds, _o, z, _d_o, d_kv1, d_z1 = inputs
     known = known_sizes(op, q, v, bounds, scalars[0])
-    given = (d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, bounds)
-    check_operands(op, _OF_BACKWARD, given, **known)
+    check_operands(op, BACKWARD.inputs, inputs, **known)
     require_given(op, z0=(z0, kv0 is not None), d_z1=(d_z1, d_kv1 is not None), z=(z, scalars[2]))
     require(op, "state_grad", state_grad, kv0 is not None or not state_grad, "False without kv0")
     if bounds is not None:
         check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
-    grads = empties(q, k, v, *((kv0, z0) if state_grad else (None, None)))
-    tensors = [q, k, v, o, z, kv0, z0, bounds, d_o, d_kv1, d_z1, *grads]
-    run("linear_attention.backward", backend, tensors, scalars)
-    return fixed_arity(grads, q)
+    made = _gradients(inputs, state_grad)
+    BACKWARD.run(backend, inputs, made, scalars)
+    return fixed_arity(made, q)
 
 
-def _backward_fake(
-    d_o: Tensor,
-    d_kv1: Maybe,
-    d_z1: Maybe,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    z: Maybe,
-    kv0: Maybe,
-    z0: Maybe,
-    bounds: Maybe,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, state_grad, _backend = rest
-    return fixed_arity(empties(q, k, v, *((kv0, z0) if state_grad else (None, None))), q)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _, (state_grad, _backend) = BACKWARD.split(arguments)
+    return fixed_arity(_gradients(inputs, state_grad), inputs[0])
 
 
 define(
-    "linear_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? kv0, Tensor? z0,"
-    " Tensor? cu_seqlens, int feature_map, bool causal, bool normalize, float scale, float eps,"
-    " bool final_state, bool save_z, str backend) -> (Tensor o, Tensor z, Tensor kv1, Tensor z1)",
+    FORWARD.schema("linear_attention_fwd", "bool final_state, bool save_z"),
     _forward,
     _forward_fake,
 )
-define(
-    "linear_attention_bwd(Tensor d_o, Tensor? d_kv1, Tensor? d_z1, Tensor q, Tensor k, Tensor v,"
-    " Tensor o, Tensor? z, Tensor? kv0, Tensor? z0, Tensor? cu_seqlens, int feature_map,"
-    " bool causal, bool normalize, float scale, float eps, bool state_grad, str backend)"
-    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_kv0, Tensor d_z0)",
-    _backward,
-    _backward_fake,
-)
+define(BACKWARD.schema("linear_attention_bwd", "bool state_grad"), _backward, _backward_fake)
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -204,8 +166,11 @@ class _LinearAttention(torch.autograd.Function):
             d_kv1 = d_z1 = None
         elif d_kv1 is not None or d_z1 is not None:
             d_kv1, d_z1 = _state_cotangent(d_kv1, d_z1, k, v, bounds, ctx.scalars[0])
+        inputs = BACKWARD.tensors(
+            (q, k, v, kv0, z0, bounds), o=o, z=z, d_o=d_o, d_kv1=d_kv1, d_z1=d_z1
+        )
         grads = torch.ops.headworks.linear_attention_bwd(
-            d_o, d_kv1, d_z1, q, k, v, o, z, kv0, z0, bounds, *ctx.scalars, state_grad, ctx.backend
+            *inputs, *ctx.scalars, state_grad, ctx.backend
         )
         d_q, d_k, d_v, d_kv0, d_z0 = grads
         if not state_grad:

@@ -21,25 +21,25 @@ from ..._errors import (
     require_sizes,
     require_tensors,
 )
+from ..._functions import Maybe, NativeFunction
 from ..._native import (
     ACCUMULATION,
     NATIVE_CALLS,
-    Maybe,
     NativeCall,
     as_written,
     autocast,
     autocasts,
     backend_for,
     define,
+    described,
     empties,
     fixed_arity,
     route,
-    run,
     widen,
 )
 from ..._trees import saved_by_name
 from ...reference import key_scan as reference
-from .._operands import check_operands, operands, require, require_given
+from .._operands import check_operands, require, require_given
 
 _OP = "key_scan"
 
@@ -219,52 +219,41 @@ def _checked_state(state: object, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return state[0], state[1]
 
 
-# The native calls. Tensor order: csrc/ops/key_scan/key_scan.h.
+FORWARD = NativeFunction("key_scan.forward")
+BACKWARD = NativeFunction("key_scan.backward")
+FORWARD.begins_with(("s", "v", "o0", "lse0"), ())
 
 
-_Made = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
-
-
-def _outputs(s: Tensor, v: Tensor, final_state: bool, wide: bool) -> _Made:
-    """o, lse [2, B, S, H], o1, lse1 and, if `wide`, o in the accumulation dtype where that is
-    another; unfilled, None for what is not asked for."""
+def _outputs(s: Tensor, v: Tensor, final_state: bool, wide: bool) -> Any:
+    """Outputs of FORWARD, unfilled, None for what is not asked for: lse is [2, B, S, H]; with
+    `wide` o in the accumulation dtype too, where that is another."""
     dtype, device = ACCUMULATION[s.dtype], s.device
-    o = torch.empty(v.shape, dtype=v.dtype, device=device)
-    lse = torch.empty((2, *s.shape), dtype=dtype, device=device)
-    o1 = lse1 = None
+    made = {
+        "o": torch.empty(v.shape, dtype=v.dtype, device=device),
+        "lse": torch.empty((2, *s.shape), dtype=dtype, device=device),
+    }
     if final_state:
         batch, _, heads, value_dim = v.shape
-        o1 = torch.empty((batch, heads, value_dim), dtype=dtype, device=device)
-        lse1 = torch.empty((batch, heads), dtype=dtype, device=device)
-    if not wide or dtype == v.dtype:
-        return o, lse, o1, lse1, None
-    return o, lse, o1, lse1, torch.empty(v.shape, dtype=dtype, device=device)
+        made["o1"] = torch.empty((batch, heads, value_dim), dtype=dtype, device=device)
+        made["lse1"] = torch.empty((batch, heads), dtype=dtype, device=device)
+    if wide and dtype != v.dtype:
+        made["o_wide"] = torch.empty(v.shape, dtype=dtype, device=device)
+    return FORWARD.Outputs(**made)
 
 
 def _forward(
     s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, wide: bool, backend: str
-) -> _Made:
-    o, lse, o1, lse1, o_wide = made = _outputs(s, v, final_state, wide)
-    run("key_scan.forward", backend, [s, v, o, lse, o0, lse0, o1, lse1, o_wide], ())
+) -> Any:
+    made = _outputs(s, v, final_state, wide)
+    FORWARD.run(backend, (s, v, o0, lse0), made)
     return made
-
-
-_SV = operands(s="input B S H", v="input B S H Dv")
-_START = operands(o0="statistic B H Dv", lse0="statistic B H")
-_OF_BACKWARD = (
-    operands(d_o="input B S H Dv", d_o1="statistic B H Dv", d_lse1="statistic B H")
-    + _SV
-    + operands(o="statistic B S H Dv", lse="statistic 2 B S H")
-    + _START
-    + operands(o1="statistic B H Dv")
-)
 
 
 def _forward_operator(
     s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, wide: bool, backend: str
 ) -> tuple[Tensor, ...]:
     op = "key_scan_fwd"
-    sizes = check_operands(op, _SV + _START, (s, v, o0, lse0))
+    sizes = check_operands(op, FORWARD.inputs, (s, v, o0, lse0))
     require(op, "v", "width 0", sizes["Dv"] > 0, "a width of at least 1")
     require_given(op, lse0=(lse0, o0 is not None))
     return fixed_arity(_forward(s, v, o0, lse0, final_state, wide, backend), s)
@@ -276,63 +265,34 @@ def _forward_fake(
     return fixed_arity(_outputs(s, v, final_state, wide), s)
 
 
-def _backward_operator(
-    d_o: Tensor,
-    d_o1: Maybe,
-    d_lse1: Maybe,
-    s: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    o0: Maybe,
-    lse0: Maybe,
-    o1: Maybe,
-    state_grad: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def _gradients(s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, state_grad: bool) -> Any:
+    """Outputs of BACKWARD, unfilled."""
+    return BACKWARD.Outputs(*empties(s, v, *((o0, lse0) if state_grad else (None, None))))
+
+
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     op = "key_scan_bwd"
-    given = (d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1)
-    sizes = check_operands(op, _OF_BACKWARD, given)
+    inputs, _, (state_grad, backend) = BACKWARD.split(arguments)
+    s, v, _o, _lse, o0, lse0, o1, _d_o, d_o1, d_lse1 = inputs
+    sizes = check_operands(op, BACKWARD.inputs, inputs)
     require(op, "v", "width 0", sizes["Dv"] > 0, "a width of at least 1")
     require_given(op, lse0=(lse0, o0 is not None), d_lse1=(d_lse1, d_o1 is not None))
     require(op, "o1", "None", o1 is not None or d_o1 is None, "a tensor with d_o1")
     require(op, "state_grad", state_grad, o0 is not None or not state_grad, "False without o0")
-    grads = empties(s, v, *((o0, lse0) if state_grad else (None, None)))
-    tensors = [s, v, o, lse, o0, lse0, o1, d_o, d_o1, d_lse1, *grads]
-    run("key_scan.backward", backend, tensors, ())
-    return fixed_arity(grads, s)
+    made = _gradients(s, v, o0, lse0, state_grad)
+    BACKWARD.run(backend, inputs, made)
+    return fixed_arity(made, s)
 
 
-def _backward_fake(
-    d_o: Tensor,
-    d_o1: Maybe,
-    d_lse1: Maybe,
-    s: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    o0: Maybe,
-    lse0: Maybe,
-    o1: Maybe,
-    state_grad: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return fixed_arity(empties(s, v, *((o0, lse0) if state_grad else (None, None))), s)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    (s, v, _o, _lse, o0, lse0, *_), _, (state_grad, _backend) = BACKWARD.split(arguments)
+    return fixed_arity(_gradients(s, v, o0, lse0, state_grad), s)
 
 
 define(
-    "key_scan_fwd(Tensor s, Tensor v, Tensor? o0, Tensor? lse0, bool final_state, bool wide,"
-    " str backend) -> (Tensor o, Tensor lse, Tensor o1, Tensor lse1, Tensor o_wide)",
-    _forward_operator,
-    _forward_fake,
+    FORWARD.schema("key_scan_fwd", "bool final_state, bool wide"), _forward_operator, _forward_fake
 )
-define(
-    "key_scan_bwd(Tensor d_o, Tensor? d_o1, Tensor? d_lse1, Tensor s, Tensor v, Tensor o,"
-    " Tensor lse, Tensor? o0, Tensor? lse0, Tensor? o1, bool state_grad, str backend)"
-    " -> (Tensor d_s, Tensor d_v, Tensor d_o0, Tensor d_lse0)",
-    _backward_operator,
-    _backward_fake,
-)
+define(BACKWARD.schema("key_scan_bwd", "bool state_grad"), _backward_operator, _backward_fake)
 
 
 class _KeyScan(torch.autograd.Function):
@@ -367,9 +327,10 @@ class _KeyScan(torch.autograd.Function):
             zero = lse.new_zeros(())
             d_o1 = zero.expand(o1.shape) if d_o1 is None else d_o1
             d_lse1 = zero.expand(o1.shape[:2]) if d_lse1 is None else d_lse1
-        d_s, d_v, d_o0, d_lse0 = torch.ops.headworks.key_scan_bwd(
-            d_o, d_o1, d_lse1, s, v, o, lse, o0, lse0, o1, state_grad, ctx.backend
+        inputs = BACKWARD.tensors(
+            s=s, v=v, o=o, lse=lse, o0=o0, lse0=lse0, o1=o1, d_o=d_o, d_o1=d_o1, d_lse1=d_lse1
         )
+        d_s, d_v, d_o0, d_lse0 = torch.ops.headworks.key_scan_bwd(*inputs, state_grad, ctx.backend)
         if not state_grad:
             d_o0 = d_lse0 = None
         return d_s, d_v, d_o0, d_lse0, None, None
@@ -387,9 +348,8 @@ def _native_call(
     backend: str = "auto",
 ) -> NativeCall:
     s, v, o0, lse0 = _checked(s, v, initial_state)
-    o, lse, o1, lse1, _ = _outputs(s, v, output_final_state, False)
-    tensors = [s, v, o, lse, o0, lse0, o1, lse1, None, None]
-    return "key_scan.forward", backend_for(_OP, backend, s), tensors, ()
+    made = _outputs(s, v, output_final_state, False)
+    return described(FORWARD, backend_for(_OP, backend, s), (s, v, o0, lse0), made)
 
 
 NATIVE_CALLS[key_scan] = _native_call

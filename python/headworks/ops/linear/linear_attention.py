@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ..._autograd import apart
 from ..._errors import STRIDED, require_flags, require_tensors
+from ..._functions import Maybe
 from ..._native import (
     ACCUMULATION,
     NATIVE_CALLS,
-    Maybe,
     NativeCall,
     as_written,
     autocast,
     autocasts,
     backend_for,
+    described,
     route,
     widen,
 )
@@ -280,10 +281,10 @@ def _native_call(
     q, k, v, kv0, z0, bounds, number, scale = _checked(
         q, k, v, feature_map, scale, eps, initial_state, cu_seqlens
     )
-    o, z, kv1, z1 = native.outputs(q, v, bounds, number, output_final_state, normalize)
-    tensors = [q, k, v, o, z, kv0, z0, kv1, z1, bounds, None]
+    made = native.outputs(q, v, bounds, number, output_final_state, normalize)
     scalars = (number, is_causal, normalize, scale, float(eps))
-    return "linear_attention.forward", backend_for(OP, backend, q), tensors, scalars
+    inputs = (q, k, v, kv0, z0, bounds)
+    return described(native.FORWARD, backend_for(OP, backend, q), inputs, made, scalars)
 
 
 NATIVE_CALLS[linear_attention] = _native_call

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._errors import STRIDED, fail, require_flag, require_tensors
+from ..._functions import NativeFunction
 from ..._native import (
     ACCUMULATION,
     NATIVE_CALLS,
@@ -19,13 +20,13 @@ from ..._native import (
     autocasts,
     backend_for,
     define,
+    described,
     route,
-    run,
     widen,
 )
 from ...reference import linear_attention as reference
 from .._checks import heads_match
-from .._operands import check_operands, operands
+from .._operands import check_operands
 from ._linear_attention_checks import (
     check_options,
     check_state,
@@ -195,7 +196,8 @@ def _repeats_memory(x: Tensor) -> bool:
     return any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
 
 
-# The native call. Tensor and scalar order: csrc/ops/linear_attention/linear_attention.h.
+STEP = NativeFunction("linear_attention.step")
+STEP.begins_with(("q", "k", "v", "kv", "z"), ("feature_map", "normalize", "scale", "eps"))
 
 
 def _step(
@@ -211,28 +213,16 @@ def _step(
     backend: str,
 ) -> Tensor:
     o = _output(q, v)
-    run(
-        "linear_attention.step",
-        backend,
-        [q, k, v, kv, z, o],
-        (feature_map, normalize, scale, eps),
-        workspace=False,
-    )
+    STEP.run(backend, (q, k, v, kv, z), (o,), (feature_map, normalize, scale, eps))
     for x in (kv, z):
         if not x.is_inference():
             torch._C._increment_version((x,))
     return o
 
 
-_OPERANDS = operands(
-    q="input N Hq D", k="input N H D", v="input N H Dv", kv="statistic N H F Dv",
-    z="statistic N H F",
-)  # fmt: skip
-
-
 def _step_operator(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, z: Tensor, *rest: Any) -> Tensor:
     known = known_sizes(_OP, q, v, None, rest[0])
-    check_operands(_OP, _OPERANDS, (q, k, v, kv, z), **known)
+    check_operands(_OP, STEP.inputs, (q, k, v, kv, z), **known)
     _check_memory(kv, z)
     return _step(q, k, v, kv, z, *rest)
 
@@ -245,12 +235,7 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return _output(q, v)
 
 
-define(
-    "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) z,"
-    " int feature_map, bool normalize, float scale, float eps, str backend) -> Tensor",
-    _step_operator,
-    _step_fake,
-)
+define(STEP.schema(_OP), _step_operator, _step_fake)
 
 
 def _native_call(
@@ -268,9 +253,9 @@ def _native_call(
     if callable(feature_map):
         q, k, feature_map = feature_map(q), feature_map(k), "identity"
     q, k, v, kv, z, number, scale = _checked(q, k, v, state, feature_map, scale, eps)
-    tensors: list[Tensor | None] = [q, k, v, kv, z, _output(q, v)]
     scalars = (number, normalize, scale, float(eps))
-    return "linear_attention.step", backend_for(_OP, backend, q), tensors, scalars
+    backend = backend_for(_OP, backend, q)
+    return described(STEP, backend, (q, k, v, kv, z), (_output(q, v),), scalars)
 
 
 NATIVE_CALLS[linear_attention_step] = _native_call

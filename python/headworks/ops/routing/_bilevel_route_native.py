@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._native import ACCUMULATION, NativeCall, define, route, run
-from ...reference.bilevel_routing import Grid
+from ..._functions import NativeFunction
+from ..._native import ACCUMULATION, NativeCall, define, described, route
 from .._operands import check_operands, operands, require
+from ._grid import Grid
 from ._routing_attention_native import image_cells
 from ._select_topk_native import select_rows
+
+MEANS = NativeFunction("bilevel_route.means")
+SCORES = NativeFunction("bilevel_route.scores")
 
 
 def bilevel_route(
@@ -30,8 +34,8 @@ def bilevel_route(
 
 def bilevel_route_call(q: Tensor, k: Tensor, own: Grid, backend: str) -> NativeCall:
     """The first call that `bilevel_route` makes, for hw.explain."""
-    tensors = [q, _means_of(q, own), None]
-    return "bilevel_route.means", backend, tensors, image_cells(own, (q.shape[1], q.shape[2]))
+    cells = image_cells(own, (q.shape[1], q.shape[2]))
+    return described(MEANS, backend, (q,), (_means_of(q, own),), cells)
 
 
 def _route(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
@@ -51,7 +55,7 @@ def _unpacked(*numbers: Any) -> tuple[Grid, Grid, tuple[Any, ...]]:
     return Grid(*numbers[:4]), Grid(*numbers[4:8]), numbers[8:]
 
 
-_OPERANDS = operands(q="input B Y X Hq D", k="input B Yk Xk H D")
+_OPERANDS = operands(q="element B Y X Hq D", k="element B Yk Xk H D")
 
 
 def _route_operator(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
@@ -83,13 +87,13 @@ def _scores(q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backen
         return q.new_zeros(shape, dtype=ACCUMULATION[q.dtype])
     a = q.new_empty(shape, dtype=ACCUMULATION[q.dtype])
     means = (_means(x, grid, backend) for x, grid in ((q, own), (k, other)))
-    run("bilevel_route.scores", backend, [*means, a], ())
+    SCORES.run(backend, tuple(means), (a,))
     return a
 
 
 def _means(x: Tensor, grid: Grid, backend: str) -> Tensor:
     m = _means_of(x, grid)
-    run("bilevel_route.means", backend, [x, m], image_cells(grid, (x.shape[1], x.shape[2])))
+    MEANS.run(backend, (x,), (m,), image_cells(grid, (x.shape[1], x.shape[2])))
     return m
 
 

@@ -20,8 +20,8 @@ from ..._errors import (
     require_tensors,
 )
 from ..._native import ACCUMULATION, is_readable
-from ...reference.bilevel_routing import Grid, grid_of
 from .._checks import heads_match
+from ._grid import Grid, grid_of
 
 IMAGE = "[B, Y, X, H, D]"
 

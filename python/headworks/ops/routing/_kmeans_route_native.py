@@ -6,11 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._native import ACCUMULATION, NativeCall, define, route, run, widen
-from .._operands import check_operands, operands, require
+from ..._functions import NativeFunction
+from ..._native import ACCUMULATION, NativeCall, define, described, route, widen
+from .._operands import check_operands, require
 from ._select_topk_native import select_rows
 
-# Scalars are doubles; a longer sequence has the quotas of this one.
+SIMILARITY = NativeFunction("kmeans_route.similarity")
+PREFIX = NativeFunction("kmeans_route.prefix")
+
+# Numbers have 64 bits, and so have products with those of tokens: a longer sequence has the quotas
+# of this one.
 _LONGEST = 2**53
 
 
@@ -29,8 +34,7 @@ def kmeans_route(
 
 def kmeans_route_call(x: Tensor, centroids: Tensor, backend: str) -> NativeCall:
     """The first call that `kmeans_route` makes, for hw.explain."""
-    tensors = [x, centroids, _similarity_fake(x, centroids)]
-    return "kmeans_route.similarity", backend, [*tensors, None], ()
+    return described(SIMILARITY, backend, (x, centroids), (_similarity_fake(x, centroids),))
 
 
 def similarity(x: Tensor, centroids: Tensor, backend: str) -> Tensor:
@@ -39,7 +43,7 @@ def similarity(x: Tensor, centroids: Tensor, backend: str) -> Tensor:
         x, centroids = widen(x), widen(centroids)
     d = _similarity_fake(x, centroids)
     if d.numel():
-        run("kmeans_route.similarity", backend, [x, centroids, d], ())
+        SIMILARITY.run(backend, (x, centroids), (d,))
     return d
 
 
@@ -55,7 +59,7 @@ def _prefix(d: Tensor, window: int, length: int, backend: str) -> Tensor:
         return d.new_full((d.shape[0], window), -1, dtype=torch.int64)
     index = d.new_empty((d.shape[0], window), dtype=torch.int64)
     if index.numel():
-        run("kmeans_route.prefix", backend, [d, index], (min(length, _LONGEST),))
+        PREFIX.run(backend, (d,), (index,), (min(length, _LONGEST),))
     return index
 
 
@@ -71,14 +75,11 @@ def _route(
     return _prefix(d, window, prefix_length, backend).view(shape)
 
 
-_OPERANDS = operands(x="input B S H D", centroids="statistic H K D")
-
-
 def _route_operator(
     x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
 ) -> Tensor:
     op = "kmeans_route"
-    tokens = check_operands(op, _OPERANDS, (x, centroids))["S"]
+    tokens = check_operands(op, SIMILARITY.inputs, (x, centroids))["S"]
     most = tokens if prefix_length is None else prefix_length
     require(op, "prefix_length", most, most >= tokens, "at least S")
     require(op, "window", window, 0 <= window <= most, "from 0 to S, or to prefix_length")

@@ -6,8 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._native import ACCUMULATION, define, route, run
-from .._operands import check_operands, operands, require
+from ..._functions import NativeFunction
+from ..._native import ACCUMULATION, define, route
+from .._operands import check_operands, require
+
+FORWARD = NativeFunction("moh_route.forward")
 
 
 def chosen_rows(gate: Tensor, backend: str) -> Tensor:
@@ -26,15 +29,12 @@ def unfilled_rows(gate: Tensor) -> Tensor:
 def _rows(gate: Tensor, backend: str) -> Tensor:
     rows = unfilled_rows(gate)
     if rows.numel():
-        run("moh_route.forward", backend, [gate, rows], ())
+        FORWARD.run(backend, (gate,), (rows,))
     return rows
 
 
-_OPERANDS = operands(gate="input B S H")
-
-
 def _rows_operator(gate: Tensor, backend: str) -> Tensor:
-    check_operands("moh_route", _OPERANDS, (gate,))
+    check_operands("moh_route", FORWARD.inputs, (gate,))
     wide = gate.dtype in ACCUMULATION.values()
     require("moh_route", "gate", gate.dtype, wide, "torch.float32 or torch.float64")
     return _rows(gate, backend)
@@ -44,4 +44,4 @@ def _rows_fake(gate: Tensor, backend: str) -> Tensor:
     return unfilled_rows(gate)
 
 
-define("moh_route(Tensor gate, str backend) -> Tensor", _rows_operator, _rows_fake)
+define(FORWARD.schema("moh_route"), _rows_operator, _rows_fake)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..._native import Maybe, NativeCall, widen, without_products
-from ...reference.bilevel_routing import Grid
 from ..attention._native import Want
 from ..attention._score import Score
+from ._grid import Grid
 from ._moh_route_native import chosen_rows, unfilled_rows
 from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import (

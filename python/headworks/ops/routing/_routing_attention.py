@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..._autograd import Saved, apart, first_order
-from ..._native import ACCUMULATION, Maybe, route
-from ..attention._autograd import row_dot, zeros
+from ..._functions import Maybe
+from ..._native import ACCUMULATION, route
+from ..attention._autograd import returned, row_dot, score_gradients, zeros
 from ..attention._native import Want
 from ..attention._score import TENSORS, Score
 from . import _routing_attention_native as native
-from ._routing_attention_native import Routing, packed
+from ._routing_attention_native import NUMBERS, Routing
 
 NO_READ_OUTS = (False, False, False, False)
 
@@ -38,12 +39,13 @@ def attend(
     way = route(op, (*score.tensors, v, gate, routing.rows, routing.keys))
     made: tuple[Maybe, ...]
     if way == "autograd":
-        made = _differentiable(*apart(*packed(score, routing, v, gate), *read_outs, backend, op))
+        made = _differentiable(*apart(*_packed(score, routing, v, gate), *read_outs, backend, op))
     else:
         want = _wanted(routing, False, read_outs)
-        call = native.forward if way == "direct" else _forward
-        o, _, row, *rest = call(score, v, gate, routing, want, backend)
-        made = o, row[0] if want.row and row is not None else None, *rest
+        call = native.forward if way == "direct" else native.forward_operator
+        results = call(score, v, gate, routing, want, backend)
+        lse = results.row[0] if want.row and results.row is not None else None
+        made = results.o, lse, results.entropy, results.p_max, results.sq_norm
     asked = (True, *read_outs)
     return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=True))
 
@@ -55,14 +57,24 @@ def _wanted(routing: Routing, w: bool, read_outs: tuple[bool, ...]) -> Want:
     return Want(w or by_slot, lse or by_slot, entropy, p_max, sq_norm, skip_dead=False)
 
 
-def _forward(
-    score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
-) -> tuple[Tensor, ...]:
-    """native.forward through the dispatcher; empty tensors for what is not wanted."""
-    made: tuple[Tensor, ...] = torch.ops.headworks.routing_attention_fwd(
-        *packed(score, routing, v, gate), *want[:5], backend
-    )
-    return made
+_CELLS = 5  # numbers of Routing.row_cells and of key_cells
+
+
+def _packed(score: Score, routing: Routing, v: Tensor, gate: Maybe) -> tuple[Any, ...]:
+    """One by one: what _RoutingAttention takes first."""
+    tensors = *score.tensors, routing.rows, routing.keys, v, gate
+    return *tensors, *score.numbers, *routing.row_cells, *routing.key_cells, *routing[4:]
+
+
+def _unpacked(
+    arguments: tuple[Any, ...],
+) -> tuple[Score, Routing, Tensor, Maybe, tuple[Any, ...]]:
+    """Score, routing, v, gate, and the arguments behind them."""
+    (rows, keys, v, gate), rest = arguments[TENSORS:][:4], arguments[TENSORS + 4 :]
+    score, rest = Score(*arguments[:TENSORS], *rest[:NUMBERS]), rest[NUMBERS:]
+    cells, rest = (rest[:_CELLS], rest[_CELLS : 2 * _CELLS]), rest[2 * _CELLS :]
+    flags = len(Routing._fields) - 4
+    return score, Routing(rows, keys, *cells, *rest[:flags]), v, gate, rest[flags:]
 
 
 class _RoutingAttention(torch.autograd.Function):
@@ -71,10 +83,11 @@ class _RoutingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        score, routing, (v, gate, *read_outs, backend, ctx.op) = native._unpacked(arguments, 2)
+        score, routing, v, gate, (*read_outs, backend, ctx.op) = _unpacked(arguments)
         want = _wanted(routing, gate is not None, (True, *read_outs[1:]))
-        o, w, row, *others = _forward(score, v, gate, routing, want, backend)
-        w = w if want.w else o
+        made = native.forward_operator(score, v, gate, routing, want, backend)
+        o, row, others = made.o, made.row, (made.entropy, made.p_max, made.sq_norm)
+        w = made.w if want.w else o
         ctx.save_for_backward(*score.tensors, routing.rows, routing.keys, v, gate, w, row)
         ctx.numbers, ctx.routing = score.numbers, routing[2:]
         ctx.want_lse, ctx.backend = read_outs[0] and not routing.by_slot, backend
@@ -109,23 +122,13 @@ class _RoutingAttention(torch.autograd.Function):
             delta = a.transpose(1, 2)
             if ctx.want_lse and d_lse is not None:
                 delta = delta - d_lse
-        bias, key_bias, _, temperature = needs[2:6]
-        made = torch.ops.headworks.routing_attention_bwd(
-            *packed(score, routing, v, d_w, row, delta, slots, factor if d_w is d_o else None),
-            bias, key_bias, temperature, ctx.backend,
+        want = score_gradients(needs, v=True)
+        made = native.backward_operator(
+            score, routing, want, ctx.backend, v=v, d_w=d_w, row=row, delta=delta, slots=slots,
+            factor=factor if d_w is d_o else None,
         )  # fmt: skip
-        d_q, d_k, d_v, d_bias, d_key_bias, _, d_temperature = made
-        grads = (
-            d_q,
-            d_k,
-            d_bias.to(score.bias.dtype) if bias and score.bias is not None else None,
-            d_key_bias if key_bias else None,
-            None,
-            d_temperature if temperature else None,
-            *(None,) * 4,  # cu_seqlens, lists
-            d_v,
-            d_gate if gate is not None and needs[TENSORS + 3] else None,
-        )
+        d_gate = d_gate if gate is not None and needs[TENSORS + 3] else None
+        grads = *returned(score, made, needs, row, delta), None, None, made.d_v, d_gate
         return *grads, *(None,) * (len(needs) - len(grads))
 
 

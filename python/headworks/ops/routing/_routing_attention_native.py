@@ -15,16 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._native import ACCUMULATION, Maybe, NativeCall, define, fixed_arity, run
-from ...reference.bilevel_routing import Grid
-from .._operands import Operand, check_operands, operands, require, require_given
+from ..._functions import Maybe, NativeFunction
+from ..._native import ACCUMULATION, NativeCall, define, described, fixed_arity
+from .._operands import check_operands, require, require_given
 from ..attention._native import Want, WantGrad, gradients
-from ..attention._native import resolved as resolved_score
 from ..attention._operators import check_score
 from ..attention._score import TENSORS, Score
+from ._grid import Grid
+
+FORWARD = NativeFunction("routing_attention.forward")
+BACKWARD = NativeFunction("routing_attention.backward")
 
 # columns, height, width, rows of the image, columns of the image
 Cells = tuple[int, int, int, int, int]
+_CELL = ("columns", "height", "width", "image_height", "image_width")
 
 
 class Routing(NamedTuple):
@@ -41,16 +45,16 @@ class Routing(NamedTuple):
     covers: bool = True  # every row is in a list
 
     @property
-    def numbers(self) -> tuple[Any, ...]:
-        """In the order of the native call."""
-        return (
-            *self.row_cells,
-            *self.key_cells,
-            self.by_slot,
-            self.pad_keys,
-            self.mask_self,
-            self.mean_eps,
-        )
+    def numbers(self) -> dict[str, Any]:
+        """Those of the native call, by name."""
+        return {
+            **{f"row_{name}": size for name, size in zip(_CELL, self.row_cells, strict=True)},
+            **{f"key_{name}": size for name, size in zip(_CELL, self.key_cells, strict=True)},
+            "by_slot": self.by_slot,
+            "pad_keys": self.pad_keys,
+            "mask_self": self.mask_self,
+            "mean_eps": self.mean_eps,
+        }
 
     @property
     def slots(self) -> int:
@@ -69,35 +73,33 @@ def image_cells(grid: Grid, image: tuple[int, int]) -> Cells:
     return grid.columns, grid.height, grid.width, *image
 
 
-class Forward(NamedTuple):
-    """Results of a forward call; None for what is not wanted. row: as in _attention_native."""
+for _function in (FORWARD, BACKWARD):
+    _function.begins_with((*Score._fields[:TENSORS], "rows", "keys"), Score._fields[TENSORS:])
 
-    o: Tensor
-    w: Maybe
-    row: Maybe
-    entropy: Maybe
-    p_max: Maybe
-    sq_norm: Maybe
+# Results of a forward call; None for what is not wanted. row: as in attention's.
+Forward = FORWARD.Outputs
 
 
-def outputs(score: Score, v: Tensor, routing: Routing, want: Want) -> Forward:
+def outputs(score: Score, v: Tensor, routing: Routing, want: Want) -> Any:
     """Unfilled."""
     q, dtype = score.q, ACCUMULATION[score.q.dtype]
     batch, tokens, heads, _ = q.shape
     rows = routing.slots if routing.by_slot else tokens
-    o = q.new_empty((batch, tokens, heads, v.shape[3]))
-    w = q.new_empty((batch, rows, heads, v.shape[3])) if want.w else None
-    asked = (want.entropy, want.p_max, want.sq_norm)
-    row = q.new_empty((2, batch, heads, rows), dtype=dtype) if want.row else None
-    return Forward(
-        o, w, row, *(q.new_empty((batch, heads, rows), dtype=dtype) if x else None for x in asked)
-    )
+    made = {"o": q.new_empty((batch, tokens, heads, v.shape[3]))}
+    if want.w:
+        made["w"] = q.new_empty((batch, rows, heads, v.shape[3]))
+    if want.row:
+        made["row"] = q.new_empty((2, batch, heads, rows), dtype=dtype)
+    for name in ("entropy", "p_max", "sq_norm"):
+        if getattr(want, name):
+            made[name] = q.new_empty((batch, heads, rows), dtype=dtype)
+    return Forward(**made)
 
 
 def forward(
     score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
-) -> Forward:
-    """routing_attention.forward. By slot, w and row are wanted."""
+) -> Any:
+    """routing_attention.forward, as Forward. By slot, w and row are wanted."""
     made = outputs(score, v, routing, want)
     empty = _empty(score, routing)
     leaves = _leaves_rows(routing, backend)
@@ -106,40 +108,20 @@ def forward(
             if x is not None:
                 x.zero_()
     if made.row is not None and (empty or leaves):  # of rows without weight
-        made.row[0].fill_(-torch.inf if empty else torch.inf)
+        made.row[0] = score.lse_without_keys if empty else torch.inf
     if not empty:
-        run("routing_attention.forward", backend, *_forward_call(score, v, gate, routing, made))
+        numbers = _forward_numbers(score, routing)
+        FORWARD.run(backend, _forward_inputs(score, v, gate, routing), made, numbers)
     return made
 
 
-def _forward_call(
-    score: Score, v: Tensor, gate: Maybe, routing: Routing, made: Forward
-) -> tuple[list[Maybe], tuple[float, ...]]:
-    tensors, numbers = resolved_score(score)
-    lists = routing.rows, routing.keys
-    return _forward_tensors(*lists, tensors, v, gate, made), (*routing.numbers, *numbers, False)
+def _forward_inputs(score: Score, v: Tensor, gate: Maybe, routing: Routing) -> tuple[Maybe, ...]:
+    first = (*score.tensors, routing.rows, routing.keys)
+    return FORWARD.tensors(first, v=v, head_gate=gate)
 
 
-def _forward_tensors(
-    rows: Tensor,
-    keys: Maybe,
-    of_score: Sequence[Maybe],
-    v: Tensor,
-    gate: Maybe,
-    made: Sequence[Maybe],
-) -> list[Maybe]:
-    """In the order of the native call; `made` as in Forward."""
-    return [
-        rows,
-        keys,
-        *of_score,
-        v,
-        gate,
-        None,
-        None,
-        *made,
-        None,
-    ]  # no mix, no mass_keys; no mass
+def _forward_numbers(score: Score, routing: Routing) -> tuple[Any, ...]:
+    return FORWARD.numbers(score.numbers, skip_dead=False, **routing.numbers)
 
 
 def prepared(
@@ -150,15 +132,18 @@ def prepared(
     All else is made ready now; for calls that are not empty and whose lists cover the rows.
     """
     assert routing.covers and not routing.by_slot and not _empty(score, routing)
-    rows, size = routing.rows, (*score.q.shape[:3], v.shape[3])
-    numbers = (*routing.numbers, *resolved_score(score)[1], False)
-    none: tuple[Maybe, ...] = (None,) * (TENSORS - 2)  # of a score that is nothing but q and k
-    no_others: tuple[Maybe, ...] = (None,) * (len(Forward._fields) - 1)
+    given, numbers = _forward_inputs(score, v, None, routing), _forward_numbers(score, routing)
+    places = {id(x): i for i, x in enumerate(given) if x is not None}
+    at = [places[id(x)] for x in (score.q, score.k, v, routing.keys)]
+    size = (*score.q.shape[:3], v.shape[3])
+    blank = [x if i not in at else None for i, x in enumerate(given)]
 
     def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         o = q.new_empty(size)
-        tensors = _forward_tensors(rows, keys, (q, k, *none), v, None, (o, *no_others))
-        run("routing_attention.forward", backend, tensors, numbers)
+        tensors = blank.copy()
+        for i, x in zip(at, (q, k, v, keys), strict=True):
+            tensors[i] = x
+        FORWARD.run(backend, tensors, Forward(o=o), numbers)
         return o
 
     return call
@@ -168,9 +153,8 @@ def forward_call(
     score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
 ) -> NativeCall:
     """The call that `forward` makes, for hw.explain."""
-    made = outputs(score, v, routing, want)
-    tensors, numbers = _forward_call(score, v, gate, routing, made)
-    return "routing_attention.forward", backend, [*tensors, None], numbers
+    inputs, numbers = _forward_inputs(score, v, gate, routing), _forward_numbers(score, routing)
+    return described(FORWARD, backend, inputs, outputs(score, v, routing, want), numbers)
 
 
 def backward(
@@ -182,10 +166,10 @@ def backward(
     slots: Maybe,
     factor: Maybe,
     routing: Routing,
-    want: WantGrad,
+    want: Any,
     backend: str,
-) -> tuple[Maybe, ...]:
-    """routing_attention.backward: d_q d_k d_v d_bias d_key_bias d_key_gain d_row_temperature.
+) -> Any:
+    """routing_attention.backward, its outputs.
 
     `factor` [B, Sq, Hq]: what d_w is to be multiplied by still, where takes_factor().
     """
@@ -195,16 +179,16 @@ def backward(
             if x is not None:
                 x.zero_()
         return made
-    d_q, _, _, d_bias, _, _, d_temperature = made
-    for x in (d_q, d_temperature):
+    for x in (made.d_q, made.d_row_temperature):
         if x is not None and _leaves_rows(routing, backend):
             x.zero_()
-    if d_bias is not None:  # of bias's own shape: the kernel adds into it, whatever is broadcast
-        d_bias = d_bias.zero_().expand(*score.row_shape, score.k.shape[1])
-    tensors, numbers = resolved_score(score)
-    tensors = [routing.rows, routing.keys, slots, factor, *tensors, v, d_w, row, delta]
-    tensors += (*made[:3], d_bias, *made[4:])
-    run("routing_attention.backward", backend, tensors, (*routing.numbers, *numbers))
+    if made.d_bias is not None:  # of bias's own shape: the kernel adds into it
+        made.d_bias.zero_()
+    inputs = BACKWARD.tensors(
+        (*score.tensors, routing.rows, routing.keys),
+        v=v, d_w=d_w, row=row, delta=delta, slots=slots, factor=factor,
+    )  # fmt: skip
+    BACKWARD.run(backend, inputs, made, BACKWARD.numbers(score.numbers, **routing.numbers))
     return made
 
 
@@ -228,64 +212,28 @@ def _empty(score: Score, routing: Routing) -> bool:
 # ---- Operators ----------------------------------------------------------------------------------
 
 NUMBERS = len(Score._fields) - TENSORS
-CELLS = 5
 
 
-def _cells(which: str) -> str:
-    """One by one: torch.jit.trace records no lists of symbolic integers."""
-    sizes = ("columns", "height", "width", "image_height", "image_width")
-    return ", ".join(f"SymInt {which}_{size}" for size in sizes)
+def _split(
+    function: NativeFunction, arguments: tuple[Any, ...]
+) -> tuple[Score, Routing, tuple[Any, ...], list[Any]]:
+    """Score, routing, the other inputs, what follows the numbers."""
+    inputs, numbers, (covers, *rest) = function.split(arguments)
+    score = Score(*inputs[:TENSORS], *numbers[:NUMBERS])
+    named = dict(zip((a.name for a in function.scalars), numbers, strict=True))
+    row, key = (tuple(named[f"{side}_{name}"] for name in _CELL) for side in ("row", "key"))
+    rows, keys, *others = inputs[TENSORS:]
+    flags = {name: named[name] for name in ("by_slot", "pad_keys", "mask_self", "mean_eps")}
+    routing = Routing(rows, keys, row, key, covers=covers, **flags)
+    return score, routing, tuple(others), rest
 
 
-_LISTS = "Tensor rows, Tensor? keys"
-_SCORE = (
-    "Tensor q, Tensor k, Tensor? bias, Tensor? key_bias, Tensor? key_gain,"
-    " Tensor? row_temperature, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-)
-_NUMBERS = (
-    "float scale, float softcap, bool causal, SymInt left, SymInt right, int activation,"
-    " int normalizer, SymInt gain_begin, SymInt gain_end, SymInt max_q, SymInt max_k,"
-    f" {_cells('row')}, {_cells('key')}, bool by_slot, bool pad_keys, bool mask_self,"
-    " float mean_eps, bool covers"
-)
-
-
-def _unpacked(arguments: tuple[Any, ...], others: int) -> tuple[Score, Routing, tuple[Any, ...]]:
-    """Score, routing, and the other arguments."""
-    tensors, rest = arguments[:TENSORS], arguments[TENSORS:]
-    (rows, keys), rest = rest[:2], rest[2:]
-    middle, rest = rest[:others], rest[others:]
-    score = Score(*tensors, *rest[:NUMBERS])
-    rest = rest[NUMBERS:]
-    cells, rest = (rest[:CELLS], rest[CELLS : 2 * CELLS]), rest[2 * CELLS :]
-    flags = len(Routing._fields) - 4
-    return score, Routing(rows, keys, *cells, *rest[:flags]), (*middle, *rest[flags:])
-
-
-def packed(score: Score, routing: Routing, *others: Any) -> tuple[Any, ...]:
-    """The first arguments of an operator."""
-    cells = *routing.row_cells, *routing.key_cells
-    return *score.tensors, routing.rows, routing.keys, *others, *score.numbers, *cells, *routing[4:]
-
-
-_LISTED = operands(
-    q="input B Sq Hq D", k="input B Sk H D", bias="input B? Hq? Sq? Sk?",
-    key_bias="statistic B Hq Sk", key_gain="statistic B Hq Sk",
-    row_temperature="statistic B Sq Hq", cu_seqlens_q="index N+1", cu_seqlens_k="index N+1",
-    rows="index B Hq G Nq", keys="index B Hq G Nk", v="input B Sk H Dv",
-)  # fmt: skip
-_OF_FORWARD = _LISTED + operands(head_gate="statistic B Sq Hq")
-_OF_BACKWARD = _LISTED + operands(
-    d_w="input B Sq Hq Dv", row="statistic 2 B Hq Rows", delta="statistic B Hq Sq",
-    slots="input B Rows Hq Dv", factor="statistic B Sq Hq",
-)  # fmt: skip
-
-
-def _check(
-    op: str, given: Sequence[Operand], tensors: Sequence[Any], score: Score, routing: Routing
-) -> None:
-    """Tensors, numbers and cells belong together."""
-    q, k, v = tensors[0], tensors[1], tensors[TENSORS + 2]
+def _checked(
+    op: str, function: NativeFunction, arguments: tuple[Any, ...]
+) -> tuple[Score, Routing, tuple[Any, ...], list[Any]]:
+    """The same, of tensors, numbers and cells that belong together."""
+    score, routing, others, rest = _split(function, arguments)
+    q, k, v = score.q, score.k, others[0]
     slots, cells = None, (routing.row_cells, routing.key_cells)
     for name, x, (*cell, height, width) in zip("qk", (q, k), cells, strict=True):
         require(op, f"cells of {name}", cell, min(cell) > 0, "sizes of at least 1")
@@ -293,12 +241,14 @@ def _check(
         require(op, f"cells of {name}", image, height * width == x.shape[1], f"{x.shape[1]} tokens")
     if routing.rows.dim() == 4:
         slots = routing.slots
-    known = {"Rows": slots if routing.by_slot and slots is not None else q.shape[1]}
-    check_operands(op, given, tensors, **known)
+    known = {"Results": slots if routing.by_slot and slots is not None else q.shape[1]}
+    check_operands(op, function.inputs, arguments[: len(function.inputs)], **known)
     check_score(op, score)
     require(op, "cu_seqlens_q", "a tensor", score.cu_seqlens_q is None, "None")
     require(op, "keys", "None", routing.keys is not None or not routing.by_slot, "a tensor by slot")
+    require(op, "v", "None", v is not None, "a tensor")
     require(op, "v", "width 0", v.shape[3] > 0, "a width of at least 1")
+    return score, routing, others, rest
 
 
 def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want:
@@ -307,52 +257,63 @@ def _want(w: bool, row: bool, entropy: bool, p_max: bool, sq_norm: bool) -> Want
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "routing_attention_fwd"
-    score, routing, (v, gate, *want, backend) = _unpacked(arguments, 2)
-    _check(op, _OF_FORWARD, arguments[: TENSORS + 4], score, routing)
+    score, routing, (v, gate, *absent), (*want, backend) = _checked(op, FORWARD, arguments)
+    require(op, "identity_mix, mass_keys", absent, not any(x is not None for x in absent), "None")
     both = not routing.by_slot or (want[0] and want[1])
     require(op, "want_w, want_row", want[:2], both, "True by slot")
     return fixed_arity(forward(score, v, gate, routing, _want(*want), backend), score.q)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    score, routing, (v, _gate, *want, _backend) = _unpacked(arguments, 2)
+    score, routing, (v, *_), (*want, _backend) = _split(FORWARD, arguments)
     return fixed_arity(outputs(score, v, routing, _want(*want)), score.q)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    score, routing, (v, d_w, row, delta, slots, factor, *want, backend) = _unpacked(arguments, 6)
     op = "routing_attention_bwd"
-    _check(op, _OF_BACKWARD, arguments[: TENSORS + 8], score, routing)
-    require_given(op, delta=(delta, not routing.by_slot), slots=(slots, routing.by_slot))
+    score, routing, others, (*want, backend) = _checked(op, BACKWARD, arguments)
+    v, d_w, row, delta, slots, factor = others
+    by_slot = routing.by_slot
+    require_given(op, row=(row, True), delta=(delta, not by_slot), slots=(slots, by_slot))
     taken = factor is None or takes_factor(d_w, backend)
     require(op, "factor", "a tensor", taken, "None with this backend")
-    wanted = WantGrad(True, want[0], want[1], False, want[2])
-    made = backward(score, v, d_w, row, delta, slots, factor, routing, wanted, backend)
+    made = backward(score, v, d_w, row, delta, slots, factor, routing, WantGrad(*want), backend)
     return fixed_arity(made, score.q)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    score, _routing, (v, _d_w, _row, _delta, _slots, _factor, *want, _backend) = _unpacked(
-        arguments, 6
+    score, _routing, (v, *_), (*want, _backend) = _split(BACKWARD, arguments)
+    return fixed_arity(gradients(score, v, WantGrad(*want)), score.q)
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(["bool covers", *(f"bool want_{name}" for name in names)])
+
+
+define(FORWARD.schema("routing_attention_fwd", _flags(Want._fields[:-1])), _forward, _forward_fake)
+define(
+    BACKWARD.schema("routing_attention_bwd", _flags(WantGrad._fields)), _backward, _backward_fake
+)
+
+
+def forward_operator(
+    score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
+) -> Any:
+    """`forward` through the dispatcher; empty tensors for what is not wanted."""
+    made = torch.ops.headworks.routing_attention_fwd(
+        *_forward_inputs(score, v, gate, routing), *_forward_numbers(score, routing),
+        routing.covers, *want[:-1], backend,
+    )  # fmt: skip
+    return Forward(*made)
+
+
+def backward_operator(
+    score: Score, routing: Routing, want: Any, backend: str, **others: Maybe
+) -> Any:
+    """`backward` through the dispatcher, with `others` by name."""
+    inputs = BACKWARD.tensors((*score.tensors, routing.rows, routing.keys), **others)
+    numbers = BACKWARD.numbers(score.numbers, **routing.numbers)
+    made = torch.ops.headworks.routing_attention_bwd(
+        *inputs, *numbers, routing.covers, *want, backend
     )
-    made = gradients(score, v, WantGrad(True, want[0], want[1], False, want[2]))
-    return fixed_arity(made, score.q)
-
-
-define(
-    f"routing_attention_fwd({_SCORE}, {_LISTS}, Tensor v, Tensor? head_gate, {_NUMBERS},"
-    " bool want_w, bool want_row, bool want_entropy, bool want_p_max, bool want_sq_norm,"
-    " str backend)"
-    " -> (Tensor o, Tensor w, Tensor row, Tensor entropy, Tensor p_max, Tensor sq_norm)",
-    _forward,
-    _forward_fake,
-)
-define(
-    f"routing_attention_bwd({_SCORE}, {_LISTS}, Tensor v, Tensor d_w, Tensor row, Tensor? delta,"
-    f" Tensor? slots, Tensor? factor, {_NUMBERS}, bool want_bias, bool want_key_bias,"
-    " bool want_row_temperature, str backend)"
-    " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_bias, Tensor d_key_bias, Tensor d_key_gain,"
-    " Tensor d_row_temperature)",
-    _backward,
-    _backward_fake,
-)
+    return BACKWARD.Outputs(*made)

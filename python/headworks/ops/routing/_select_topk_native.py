@@ -8,8 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..._native import NativeCall, define, route, run
-from .._operands import check_operands, operands, require
+from ..._functions import NativeFunction
+from ..._native import NativeCall, define, described, route
+from .._operands import check_operands, require
+
+FORWARD = NativeFunction("select_topk.forward")
 
 
 def select_topk(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
@@ -17,8 +20,10 @@ def select_topk(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor
     headworks.reference.select_topk."""
     shape = (*score.shape[:-1], k)
     rows = _rows(score)
-    call = select_rows if route("select_topk", (score,)) == "direct" else _select_operator
-    return call(rows, k, keep_order, backend).reshape(shape)
+    if route("select_topk", (score,)) == "direct":
+        return select_rows(rows, k, keep_order, backend).reshape(shape)
+    index: Tensor = _select_operator(rows, keep_order, k, backend)
+    return index.reshape(shape)
 
 
 def _rows(score: Tensor) -> Tensor:
@@ -28,35 +33,31 @@ def _rows(score: Tensor) -> Tensor:
 
 def select_rows(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
     """score [R, N] -> int64 [R, k]: select_topk.forward."""
-    index = _select_fake(score, k, keep_order, backend)
+    index = _unfilled(score, k)
     if index.numel():
-        run("select_topk.forward", backend, [score, index], (keep_order,))
+        FORWARD.run(backend, (score,), (index,), (keep_order,))
     return index
 
 
-def _select_fake(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
+def _unfilled(score: Tensor, k: int) -> Tensor:
     return score.new_empty((score.shape[0], k), dtype=torch.int64)
 
 
-_OPERANDS = operands(score="input R N")
-
-
-def _select(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor:
-    sizes = check_operands("select_topk", _OPERANDS, (score,))
+def _select(score: Tensor, keep_order: bool, k: int, backend: str) -> Tensor:
+    sizes = check_operands("select_topk", FORWARD.inputs, (score,))
     require("select_topk", "k", k, 0 <= k <= sizes["N"], "a number from 0 to N")
     return select_rows(score, k, keep_order, backend)
 
 
-define(
-    "select_topk(Tensor score, SymInt k, bool keep_order, str backend) -> Tensor",
-    _select,
-    _select_fake,
-)
+def _select_fake(score: Tensor, keep_order: bool, k: int, backend: str) -> Tensor:
+    return _unfilled(score, k)
+
+
+define(FORWARD.schema("select_topk", "SymInt k"), _select, _select_fake)
 _select_operator = torch.ops.headworks.select_topk.default
 
 
 def select_topk_call(score: Tensor, k: int, keep_order: bool, backend: str) -> NativeCall:
     """The call that `select_topk` makes, for hw.explain."""
     rows = _rows(score)
-    index = _select_fake(rows, k, keep_order, backend)
-    return "select_topk.forward", backend, [rows, index, None], (keep_order,)
+    return described(FORWARD, backend, (rows,), (_unfilled(rows, k),), (keep_order,))

@@ -19,7 +19,6 @@ from ..._native import (
 )
 from ..._repeated import Repeated
 from ...reference import bilevel_routing as reference
-from ...reference.bilevel_routing import Grid
 from ..attention._checks import cast
 from ..attention.attention import Aux, AuxResult, check_flags
 from . import _native as native
@@ -33,6 +32,7 @@ from ._checks import (
     check_images,
     require_count,
 )
+from ._grid import Grid
 
 _ROUTE = "bilevel_route"
 _ATTEND = "bilevel_routing_attention"
@@ -100,7 +100,10 @@ def bilevel_route(
     )
     if backend == "reference":
         with as_written(q):
-            return reference.bilevel_route(q, k, own, other, topk, per_head)
+            return reference.bilevel_route(
+                q, k, num_regions=num_regions, kv_num_regions=kv_num_regions, topk=topk,
+                per_head=per_head,
+            )  # fmt: skip
     return native_route(q.detach(), k.detach(), own, other, topk, per_head, backend)
 
 
@@ -221,21 +224,23 @@ def bilevel_routing_attention(
     )  # fmt: skip
     if key is not None and not _repeated.knows(key):
         _repeated.keep(key, _ready(given, name))
-    return _attend(given, read_outs, name, return_aux is None)
+    return _attend(given, read_outs, name, return_aux is None, (num_regions, kv_num_regions))
 
 
 def _attend(
-    given: Arguments, read_outs: ReadOuts, backend: str, alone: bool
-) -> Tensor | tuple[Tensor, AuxResult]:
-    """o, `alone` or with the read-outs."""
+    given: Arguments, read_outs: ReadOuts, backend: str, alone: bool,
+    asked: tuple[Regions, Regions | None],
+) -> Tensor | tuple[Tensor, AuxResult]:  # fmt: skip
+    """o, `alone` or with the read-outs; the reference cuts images itself, as they were asked."""
     o: Any
     made: Any
     if backend == "reference":
-        q, k, v, lists, own, other, scale, mask_padding = given
+        q, k, v, lists, _, _, scale, mask_padding = given
         with as_written(q):
-            o, made = reference.attend_regions(
-                q, k, v, lists.expand(-1, q.shape[3], -1, -1), own, other, scale, mask_padding
-            )
+            o, made = reference.bilevel_routing_attention(
+                q, k, v, lists, num_regions=asked[0], kv_num_regions=asked[1], scale=scale,
+                mask_padding=mask_padding,
+            )  # fmt: skip
     else:
         o, *made = native.bilevel_routing_attention(*given, read_outs, backend)
     if alone:

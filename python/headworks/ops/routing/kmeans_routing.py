@@ -21,6 +21,7 @@ from ._checks import (
     check_slots,
     require_count,
 )
+from ._clusters import cluster_sums, moved
 
 _ROUTE = "kmeans_route"
 _ATTEND = "kmeans_routing_attention"
@@ -348,10 +349,12 @@ def kmeans_update(
     if not 0 <= decay <= 1:
         fail(ValueError, _UPDATE, "decay", decay, "a number from 0 to 1", "0.999 is usual.")
     with torch.no_grad(), as_written(x):
-        sums = reference.cluster_sums(x, centroids, index)
+        total, number = cluster_sums(x, centroids, index)
         if group is not None:
-            _all_reduce(sums, group)
-        return reference.kmeans_update(centroids, sums, decay)
+            both = torch.cat([total, number], -1)  # one message instead of two
+            _all_reduce(both, group)
+            total, number = both[..., :-1], both[..., -1:]
+        return moved(centroids, total, number, decay)
 
 
 def _all_reduce(sums: Tensor, group: Any) -> None:

@@ -22,13 +22,13 @@
 //   transposed   (2t + 0, 1; g)     so that the rows of B (stored [K, N]) give b
 #pragma once
 
-#include "core/gpu/async_copy.h"
-#include "core/gpu/device.h"
+#include "core/gpu/async_copy.cuh"
+#include "core/gpu/device.cuh"
 
 namespace hw::dev {
 
-// A row's address that differs from another one by constants: bits `flip` of it exclusive-ored, then
-// `shift` bytes. A few rows of a swizzled tile thus share one register.
+// A row's address that differs from another one by constants: bits `flip` of it exclusive-ored,
+// then `shift` bytes. A few rows of a swizzled tile thus share one register.
 struct Detour {
   int flip = 0, shift = 0;
 };

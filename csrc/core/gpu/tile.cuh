@@ -5,7 +5,7 @@
 //   Tile                [kRows, kColumns] in shared memory, swizzled
 //   load_tile           Rows -> Tile, 16 bytes at a time by cp.async where rows are aligned
 //   walk_stages         tiles that are read while the next ones load
-//   Fragment            an fp32 matrix spread over a warp, as mma leaves it (core/gpu/mma.h)
+//   Fragment            an fp32 matrix spread over a warp, as mma leaves it (core/gpu/mma.cuh)
 //   multiply_rows       D += A B^T, both tiles
 //   multiply_columns    D += P B, P a fragment rounded to elements (pack), B a tile
 //
@@ -17,9 +17,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/gpu/async_copy.h"
-#include "core/gpu/device.h"
-#include "core/gpu/mma.h"
+#include "core/gpu/async_copy.cuh"
+#include "core/gpu/device.cuh"
+#include "core/gpu/mma.cuh"
 #include "core/gpu/vector.h"
 #include "core/math.h"
 #include "core/ref.h"

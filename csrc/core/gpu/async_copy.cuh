@@ -12,7 +12,7 @@
 // is why a stage is refilled only after a barrier behind its last reader.
 #pragma once
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace hw::dev {
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The seam: everything that kernel code may know of the GPU, together with core/gpu/mma.h, core/gpu/async_copy.h.
+// The seam: everything that kernel code may know of the GPU, together with core/gpu/mma.cuh
+// and core/gpu/async_copy.cuh.
 //
 // Each name has two bodies side by side: the device instruction (named on the right of its comment)
 // and the emulator's, chosen by HW_EMULATE. A kernel is a struct
@@ -26,7 +27,7 @@
 #include "core/macros.h"
 
 #if !defined(HW_EMULATE) && !defined(__CUDACC__)
-#error "core/gpu/device.h is for kernels: compile with nvcc, or with -DHW_EMULATE for the emulator"
+#error "core/gpu/device.cuh is for kernels: compile with nvcc, or with -DHW_EMULATE to emulate"
 #endif
 
 // In the emulator every operation that can wait carries the place of its call, for its reports.

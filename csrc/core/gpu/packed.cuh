@@ -5,7 +5,7 @@
 //   multiply_bf16(a, b)        elementwise product, each rounded once to nearest even
 #pragma once
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace hw::dev {
 

@@ -6,7 +6,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "core/gpu/device.h"
+#include "core/gpu/device.cuh"
 
 namespace hw::dev {
 
