@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the processor can do at most, with all threads: arithmetic that never leaves the registers, and
-// a copy of arrays that no cache holds. bench/peak.py compiles this for the machine it runs on.
+// What the processor can do at most, with all threads: arithmetic that never leaves the registers,
+// and a copy of arrays that no cache holds. bench/peak.py compiles this for the machine it runs on.
 //
-// Vectors, pairs of bf16 and the exponential are those of the operators (csrc/core/cpu), so that the
-// rates are in the operators' own instructions.
+// Vectors, pairs of bf16 and the exponential are those of the operators (csrc/core/cpu), so that
+// the rates are in the operators' own instructions.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -17,8 +17,8 @@ namespace {
 
 using namespace hw;
 
-// Independent sums: at least latency (4 to 6 cycles) times instructions a cycle (2), and no more than
-// there are registers beside two operands.
+// Independent sums: at least latency (4 to 6 cycles) times instructions a cycle (2), and no more
+// than there are registers beside two operands.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kSums = 24;
 #else
@@ -77,8 +77,8 @@ constexpr int64_t kResults = int64_t{kExps} * kLanes<A>;
 
 }  // namespace
 
-// `rounds` of a kind on each of `threads` threads. Each returns what one thread did of it, floating-
-// point operations or exponentials; 0: this processor has no such instruction.
+// `rounds` of a kind on each of `threads` threads. Each returns what one thread did of it,
+// operations or exponentials; 0: this processor has no such instruction.
 extern "C" int64_t hw_peak_f32(int64_t rounds, int threads) {
   multiply_add<float, float>(rounds, threads);
   return rounds * kOperations<float, float>;

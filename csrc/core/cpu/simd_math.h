@@ -123,8 +123,8 @@ HW_INLINE Vec<float> exp_of(Vec<float> x) { return exp_vector<float>(x); }
 HW_INLINE Vec<double> exp_of(Vec<double> x) { return exp_vector<double>(x); }
 
 #if defined(__AVX512DQ__)
-// 2^n 2^r, n + r = x log2 e, |r| <= 1/2: a polynomial of degree 4, 1 at 0. Infinities have r = 0, so
-// that no argument has to be held back.
+// 2^n 2^r, n + r = x log2 e, |r| <= 1/2: a polynomial of degree 4, 1 at 0. Infinities have r = 0,
+// so that no argument has to be held back.
 HW_INLINE Vec<float> exp_coarse(Vec<float> x) {
   constexpr float c[] = {0.6931241933678402f, 0.2402409861125954f, 0.055906425036458998f,
                          0.0095828531689102874f};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Operands made of the keys of one head, kept by a thread while it works on blocks of that head.
 //
-// Where elements are not multiplied as they lie (see cpu/operands.h) each tile of k and v is copied,
-// widened or paired before it is multiplied. All blocks of queries that see a tile want the same
-// operands: the first makes them.
+// Where elements are not multiplied as they lie (see cpu/operands.h) each tile of k and v is
+// copied, widened or paired before it is multiplied. All blocks of queries that see a tile want the
+// same operands: the first makes them.
 #pragma once
 
 #include "softmax/cpu/operands.h"

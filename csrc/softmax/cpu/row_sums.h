@@ -53,8 +53,8 @@ struct BlockSums {
   }
 };
 
-// The largest of `top` and n scores of each lane; NaN scores are passed over. Four maxima at a time:
-// one would wait for itself.
+// The largest of `top` and n scores of each lane; NaN scores are passed over. Four maxima at
+// a time: one would wait for itself.
 template <class A>
 HW_INLINE Vec<A> top_of(const A* s, int n, Vec<A> top) {
   Vec<A> some[4] = {top, top, top, top};
