@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.report import read_json, seconds_text
+from bench.gpu_results import result_of
+from bench.report import read_json, roof_text, seconds_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -32,6 +33,8 @@ def tables(suite: str, data: Mapping[str, Any], source: str) -> str:
     machine = data["machine"]
     place = machine.get("gpu") or f"{machine['threads']} threads of {machine['processor']}"
     head = f"{place}, torch {machine['torch']}; from `{source}`."
+    if roofs := roof_text(machine):
+        head += f" Roofs: {roofs}."
     content = data["suites"][suite]
     return "\n\n".join([head, _targets(content["targets"]), _times(content["results"])]).strip()
 
@@ -50,9 +53,13 @@ def _targets(targets: list[dict[str, Any]]) -> str:
 def _times(results: list[dict[str, Any]]) -> str:
     columns = (n for r in results if _is_peer(r) for n in (*r["seconds"], *r.get("failed", ())))
     names = list(dict.fromkeys(columns))
-    rows = [f"| case | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    bounds = {r["case"]: result_of(r).bound for r in filter(_is_peer, results)}
+    heads = ["case", *names, *(["bound of ours"] if any(bounds.values()) else [])]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in filter(_is_peer, results):
         cells = [_cell(r, name) for name in names]
+        if any(bounds.values()):
+            cells.append(bounds[r["case"]])
         rows.append(f"| {r['case']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

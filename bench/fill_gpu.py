@@ -149,9 +149,8 @@ def _figure(kernel: Kernel, data: Data | None) -> str:
     if row is None or "headworks" not in row["seconds"]:
         return "" if kernel.case is None else "not measured"
     result = result_of(row)
-    share = result.fraction(result.roof) if result.roof else None
     text = f"{case}: {seconds_text(result.median('headworks'))}"
-    return text if share is None else f"{text}, {100 * share:.0f} % of {result.roof}"
+    return f"{text}, {result.bound}" if result.bound else text
 
 
 def _results(data: Data, suite: str) -> list[dict[str, Any]]:

@@ -46,12 +46,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def result_table(results: Iterable[Result]) -> str:
     """One line per contender: time, quartiles, how many times slower than ours, memory."""
-    rows = [("case", "contender", "time", "quartiles", "against ours", "peak memory", "of roof")]
+    rows = [("case", "contender", "time", "quartiles", "against ours", "peak memory", "bound")]
     for result in results:
         base = result.seconds.get("headworks")
         for name, times in sorted(result.seconds.items(), key=lambda item: item[1].median):
-            ours = name == "headworks"
-            fraction = result.fraction(result.roof) if ours and result.roof else None
             peak = result.peak_bytes.get(name)
             rows.append(
                 (
@@ -61,12 +59,24 @@ def result_table(results: Iterable[Result]) -> str:
                     f"{seconds_text(times.low)} - {seconds_text(times.high)}",
                     f"{times.median / base.median:.2f}x" if base else "",
                     "" if peak is None else f"{peak / 2**20:.1f} MiB",
-                    "" if fraction is None else f"{100 * fraction:.0f} % {result.roof}",
+                    result.bound if name == "headworks" else "",
                 )
             )
         for name, why in result.failed.items():
             rows.append((result.case, name, "failed", why[:60], "", "", ""))
     return columns(rows)
+
+
+def roof_text(machine: Mapping[str, Any]) -> str:
+    """What the roofs of a machine were measured to be; empty in older files."""
+    roofs = machine.get("roofs", {})
+    units = {"peak": "GFLOP/s", "gemm": "GFLOP/s", "exp": "G exponentials/s", "copy": "GB/s"}
+    lines = []
+    for dtype, rates in roofs.items():
+        if isinstance(rates, Mapping):
+            each = (f"{name} {1e-9 * rate:.3g} {units[name]}" for name, rate in rates.items())
+            lines.append(f"{dtype}: {', '.join(each)}")
+    return "; ".join(lines) + f" ({roofs['how']})" if lines else str(roofs.get("how", ""))
 
 
 def target_table(targets: Iterable[Target]) -> str:

@@ -44,20 +44,26 @@ class Result:
     shape: dict[str, Any]
     seconds: dict[str, timing.Times]
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    ceiling: dict[str, float] = field(default_factory=dict)  # "gemm" FLOP/s, "copy" bytes/s
-    least: dict[str, float] = field(default_factory=dict)  # seconds at each ceiling
+    ceiling: dict[str, float] = field(default_factory=dict)  # rates by roof, see machine.ROOFS
+    least: dict[str, float] = field(default_factory=dict)  # seconds at each of them
     failed: dict[str, str] = field(default_factory=dict)  # contenders that raised, and what
 
     @property
     def roof(self) -> str | None:
-        """The ceiling that binds, "gemm" or "copy"."""
+        """The roof that binds: "peak" (or "gemm"), "exp" or "copy"."""
         return max(self.least, key=lambda name: self.least[name], default=None)
 
     def fraction(self, roof: str) -> float | None:
-        """Least time at a ceiling over the time headworks took, as a share of 1."""
+        """Least time at a roof over the time headworks took, as a share of 1."""
         if roof not in self.least or "headworks" not in self.seconds:
             return None
         return self.least[roof] / self.median("headworks")
+
+    @property
+    def bound(self) -> str:
+        """The share of the roof that binds, in words: "74 % of peak"; empty where there is none."""
+        share = self.fraction(self.roof) if self.roof else None
+        return "" if share is None else f"{100 * share:.0f} % of {self.roof}"
 
     def median(self, name: str) -> float:
         """Seconds of one contender."""
@@ -124,6 +130,11 @@ class Effort:
 THOROUGH, QUICK = Effort(4.0, (5, 40)), Effort(0.5, (3, 15))
 
 
+def amount(cost: Cost, roof: str) -> int:
+    """What a call does of that which a roof counts."""
+    return {"copy": cost.bytes, "exp": cost.exponentials}.get(roof, cost.flops)
+
+
 def run_case(
     case: Case, *, device: str, effort: Effort = THOROUGH, only: str | None = None
 ) -> Result:
@@ -135,9 +146,9 @@ def run_case(
     peers.forget_compiled()
     result = Result(case.name, dict(case.shape), {})
     contenders = {n: f for n, f in case.contenders().items() if n.startswith(only or "")}
-    rulers = machine.yardsticks(device) if case.cost else {}
+    rulers = machine.yardsticks(device, case.shape.get("dtype", "float32")) if case.cost else {}
     times = timing.interleave(
-        {**contenders, **rulers},
+        {**contenders, **{name: ruler.call for name, ruler in rulers.items()}},
         device=device,
         budget=effort.budget,
         rounds=effort.rounds,
@@ -145,12 +156,9 @@ def run_case(
     )
     result.seconds = {name: times[name] for name in contenders if name in times}
     if case.cost and all(name in times for name in rulers):
-        ceiling = machine.ceiling(device, times)
-        result.ceiling = asdict(ceiling)
-        result.least = {
-            "gemm": case.cost.flops / ceiling.gemm,
-            "copy": case.cost.bytes / ceiling.copy,
-        }
+        result.ceiling = {name: rulers[name].work / times[name].median for name in rulers}
+        least = {name: amount(case.cost, name) / rate for name, rate in result.ceiling.items()}
+        result.least = {name: seconds for name, seconds in least.items() if seconds > 0}
     if case.memory and effort.memory:
         peaks = {n: timing.peak_bytes(contenders[n], device=device) for n in result.seconds}
         result.peak_bytes = {name: peak for name, peak in peaks.items() if peak is not None}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 attention = importlib.import_module("bench.attention")
 linear_attention = importlib.import_module("bench.linear_attention")
+machine = importlib.import_module("bench.machine")
+peak = importlib.import_module("bench.peak")
 fill_docs = importlib.import_module("bench.fill_docs")
 peers = importlib.import_module("bench.peers")
 report = importlib.import_module("bench.report")
@@ -155,9 +158,44 @@ def test_targets_are_judged_from_results():
 
 def test_result_knows_its_roof():
     r = result(headworks=2.0)
-    r.least = {"gemm": 1.0, "copy": 0.5}
-    assert (r.roof, r.fraction("gemm"), r.fraction("copy")) == ("gemm", 0.5, 0.25)
+    r.least = {"peak": 1.0, "copy": 0.5, "exp": 0.25}
+    assert (r.roof, r.fraction("peak"), r.fraction("copy")) == ("peak", 0.5, 0.25)
+    assert (r.bound, result(headworks=1.0).bound) == ("50 % of peak", "")
     assert result(headworks=1.0).roof is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_roofs_of_the_processor(dtype):
+    rulers = machine.yardsticks("cpu", dtype)
+    if peak.peak().missing is not None:
+        pytest.skip(peak.peak().missing)
+    assert set(rulers) == {"peak", "exp", "copy"}
+    seconds = timing.interleave({n: y.call for n, y in rulers.items()}, budget=0.0, rounds=(1, 1))
+    assert all(rulers[name].work / t.median > 1e6 for name, t in seconds.items())
+
+
+def test_a_copy_that_is_a_roof_copies_everything():
+    if peak.peak().missing is not None:
+        pytest.skip(peak.peak().missing)
+    source = torch.arange(1001, dtype=torch.int32).view(torch.uint8)[:4001]
+    target = torch.zeros_like(source)
+    peak.peak().copy(target, source)()
+    assert torch.equal(target, source)
+
+
+def test_without_a_compiler_the_matrix_product_is_the_roof(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(peak, "peak", functools.cache(peak.Peak))
+    assert set(machine.yardsticks("cpu", "float32")) == {"gemm", "copy"}
+    assert "no-such-compiler" in machine.roofs("cpu")["how"]
+    assert "matrix product" in report.roof_text({"roofs": machine.roofs("cpu")})
+
+
+def test_roofs_are_told_with_their_units_and_old_files_have_none():
+    roofs = {"how": "h", "float32": {"peak": 5e11, "exp": 2e10, "copy": 3e10}}
+    text = report.roof_text({"roofs": roofs})
+    assert text == "float32: peak 500 GFLOP/s, exp 20 G exponentials/s, copy 30 GB/s (h)"
+    assert report.roof_text({}) == ""
 
 
 def test_a_lost_ratio_is_a_regression_and_a_slower_machine_is_not():
@@ -183,7 +221,7 @@ def test_a_quick_run_writes_tables_json_and_plots(tmp_path, capsys, monkeypatch)
     assert data["machine"]["torch"] == torch.__version__
     (first, _) = data["suites"]["key_scan"]["results"]
     assert first["seconds"]["headworks"]["median"] > 0
-    assert set(first["least"]) == {"gemm", "copy"}
+    assert set(first["least"]) >= {"copy"} and len(first["least"]) >= 2
     assert (tmp_path / "plots" / "key_scan_forward.png").stat().st_size > 1000
     # the same file as the baseline: never a regression against itself
     assert report.regressions(data, data) == []
@@ -269,6 +307,21 @@ def test_tables_are_written_between_the_markers():
     assert fill_docs.fill(filled, tables) == filled
     with pytest.raises(ValueError, match="markers"):
         fill_docs.fill("no markers", tables)
+
+
+def test_tables_say_which_roof_bounds_ours():
+    bounded = result(headworks=0.002, eager=0.5)
+    bounded.least = {"peak": 0.001, "copy": 0.0002}
+    results = [bounded, result("forward S 1 fp32", headworks=0.001, eager=0.5)]
+    data = report.as_json(
+        {"processor": "a machine", "threads": 2, "torch": "0", "roofs": {"how": "guessed"}},
+        {"op": (results, [])},
+    )
+    tables = fill_docs.tables("op", data, "a.json")
+    assert "| case | headworks | eager | bound of ours |" in tables and "Roofs: guessed." in tables
+    assert "| forward S 4096 fp32 | 2 ms | 500 ms | 50 % of peak |" in tables
+    assert "| forward S 1 fp32 | 1 ms | 500 ms |  |" in tables
+    assert "50 % of peak" in report.result_table(results)
 
 
 def test_every_suite_has_a_page_with_markers():

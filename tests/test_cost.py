@@ -90,9 +90,9 @@ def test_step_reads_and_writes_the_state_once():
 
 
 def test_key_scan():
-    assert cost("key_scan", B=2, S=5, H=3, Dv=7) == Cost(30 * 21, 30 * 4 * 15, 1)
+    assert cost("key_scan", B=2, S=5, H=3, Dv=7) == Cost(30 * 21, 30 * 4 * 15, 1, 30)
     back = cost("key_scan", B=2, S=5, H=3, Dv=7, backward=True)
-    assert back == Cost(30 * 49, 30 * (4 * 30 + 4), 1)
+    assert back == Cost(30 * 49, 30 * (4 * 30 + 4), 1, 30)
 
 
 # BiFormer's first three stages: 64 keys for every query whatever the stage.
@@ -105,9 +105,9 @@ def test_bilevel_routing_attention_of_whole_regions(side, topk, heads):
     n = 3 * side**2 * heads
     graph = 3 * 49 * topk * 8
     total = cost("bilevel_routing_attention", **shape)
-    assert total == Cost(n * 64 * 2 * 64, n * 4 * 4 * 32 + graph, 1)
+    assert total == Cost(n * 64 * 2 * 64, n * 4 * 4 * 32 + graph, 1, n * 64)
     back = cost("bilevel_routing_attention", **shape, backward=True)
-    assert back == Cost(n * 64 * 2 * 160, n * 4 * (8 * 32 + 1) + graph, 2)
+    assert back == Cost(n * 64 * 2 * 160, n * 4 * (8 * 32 + 1) + graph, 2, n * 64)
 
 
 def test_bilevel_routing_attention_of_unequal_images():
@@ -134,9 +134,9 @@ def test_kmeans_routing_attention():
     shape = {"B": 2, "S": 100, "K": 4, "W": 30, "H": 3, "D": 16, "Dv": 24}
     lists = 6 * 4 * 30 * 8
     total = cost("kmeans_routing_attention", **shape)
-    assert total == Cost(6 * 4 * 900 * 2 * 40, 600 * 4 * 2 * 40 + lists, 1)
+    assert total == Cost(6 * 4 * 900 * 2 * 40, 600 * 4 * 2 * 40 + lists, 1, 6 * 4 * 900)
     causal = cost("kmeans_routing_attention", **shape, is_causal=True)
-    assert causal == Cost(6 * 4 * 465 * 2 * 40, total.bytes, 1)
+    assert causal == Cost(6 * 4 * 465 * 2 * 40, total.bytes, 1, 6 * 4 * 465)
     back = cost("kmeans_routing_attention", **shape, is_causal=True, backward=True)
     # q dq do k dk v dv of tokens, the lse of slots
     assert back.bytes == 600 * 4 * (2 * 16 + 24 + 2 * 40) + 6 * 4 * 30 * 4 + lists
@@ -166,6 +166,7 @@ def test_moh_attention_costs_its_share_of_attention():
     # of 3 in 4 rows q, do, o and lse; of all dq, the gate and its gradient
     assert back.bytes == 4 * (rows * 3 * (16 + 2 * 24 + 1) // 4 + rows * (16 + 2) + 2 * keys)
     assert cost("moh_attention", **shape).flops == cost("attention", **shape).flops
+    assert total.exponentials == cost("attention", **shape).exponentials * 3 // 4
 
 
 def test_kmeans_route():
@@ -176,6 +177,15 @@ def test_kmeans_route():
     assert cost(hw.kmeans_route, S=8192, H=1, K=16, D=64, W=512).flops == 16_777_216
     wide = cost("kmeans_route", S=1, H=1, K=1, D=1, W=0, dtype="fp64")
     assert wide == Cost(2, 16, 1)
+
+
+def test_every_pair_of_a_softmax_is_an_exponential():
+    shape = {"B": 2, "S": 10, "Sk": 20, "H": 4, "Hkv": 2, "D": 16}
+    assert cost("attention", **shape).exponentials == 2 * 4 * 10 * 20
+    whole = cost("attention", **shape) + cost("attention", **shape, backward=True)
+    assert whole.exponentials == 2 * 2 * 4 * 10 * 20
+    assert cost("column_stats", **shape).exponentials == 2 * 4 * 10 * 20
+    assert cost("linear_attention", S=64, H=2, D=16).exponentials == 0
 
 
 def test_empty_shapes_cost_nothing():

@@ -3,7 +3,8 @@
 
 The figures are lower bounds for *any* implementation of the algorithm in the docs, not counts of
 what ours does; a benchmark divides them by measured time to tell how far a kernel is from the
-machine's ceiling. Exponentials, divisions and the elementwise maps are not counted.
+machine's ceiling. Exponentials of a softmax are counted by themselves; divisions and the
+elementwise maps are not counted.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ class Cost:
         flops: multiplications and additions.
         bytes: every input read once, every output written once.
         passes: traversals of the sequence that the algorithm cannot avoid (FuseMax's count).
+        exponentials: of a softmax, one per pair in each pass that needs the weights.
     """
 
     flops: int
     bytes: int
     passes: int
+    exponentials: int = 0
 
     @property
     def intensity(self) -> float:
@@ -55,7 +58,12 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         """Cost of one call after the other."""
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.passes + other.passes)
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.passes + other.passes,
+            self.exponentials + other.exponentials,
+        )
 
 
 def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
@@ -85,6 +93,7 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
 
         forward   flops  2 (D + Dv) P per query head      e [D + Dv] + e [D + Dv] bytes    1 pass
         backward  flops  2 (3 D + 2 Dv) P                 q o do dq; k v dk dv; lse      2 passes
+        and P exponentials each
 
     ``"column_stats"`` and ``"attention_transpose"``, given lse: 2 D P and 2 (D + Dv) P, 1 pass;
     backward 2 (4 D + 3 Dv) P, 3 passes, with Dv = 1 of sums.
@@ -235,8 +244,8 @@ def _key_scan(
     states = (bool(initial_state) + bool(output_final_state)) * B * H * (Dv + 1) * a
     if backward:
         states += bool(initial_state) * B * H * (Dv + 1) * a
-        return Cost(rows * 7 * Dv, rows * (e * (2 + 4 * Dv) + a) + states, 1)
-    return Cost(rows * 3 * Dv, rows * e * (1 + 2 * Dv) + states, 1)
+        return Cost(rows * 7 * Dv, rows * (e * (2 + 4 * Dv) + a) + states, 1, rows)
+    return Cost(rows * 3 * Dv, rows * e * (1 + 2 * Dv) + states, 1, rows)
 
 
 def _visible_pairs(
@@ -276,8 +285,8 @@ def _attention(
     pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
     moved = B * e * (S * H + keys * heads) * (D + dv)
     if backward:
-        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + B * S * H * max(e, 4), 2)
-    return Cost(2 * (D + dv) * pairs, moved, 1)
+        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + B * S * H * max(e, 4), 2, pairs)
+    return Cost(2 * (D + dv) * pairs, moved, 1, pairs)
 
 
 def _columns(
@@ -305,8 +314,8 @@ def _columns(
     out = e * (S + keys) * H * dv if transpose else a * keys * H
     moved = B * (e * D * (S * H + keys * heads) + a * S * H + out)
     if backward:
-        return Cost(2 * (4 * D + 3 * max(dv, 1)) * pairs, 2 * moved, 3)
-    return Cost(2 * (D + dv) * pairs, moved, 1)
+        return Cost(2 * (4 * D + 3 * max(dv, 1)) * pairs, 2 * moved, 3, pairs)
+    return Cost(2 * (D + dv) * pairs, moved, 1, pairs)
 
 
 def _transpose(**shape: Any) -> Cost:
@@ -386,8 +395,8 @@ def _bilevel_attention(
     graph = 8 * B * (H if per_head else 1) * own_regions * topk
     if backward:
         lse = B * rows * H * max(e, 4)
-        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + lse + graph, 2)
-    return Cost(2 * (D + dv) * pairs, moved + graph, 1)
+        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + lse + graph, 2, pairs)
+    return Cost(2 * (D + dv) * pairs, moved + graph, 1, pairs)
 
 
 def _kmeans_attention(
@@ -422,9 +431,9 @@ def _kmeans_attention(
     if backward:
         moved = e * B * (S * H * (2 * D + dv) + keys * heads * 2 * (D + dv))
         lse = B * H * K * W * max(e, 4)
-        return Cost(2 * (3 * D + 2 * dv) * B * H * pairs, moved + lse + lists, 2)
+        return Cost(2 * (3 * D + 2 * dv) * B * H * pairs, moved + lse + lists, 2, B * H * pairs)
     moved = e * B * (S * H + keys * heads) * (D + dv)
-    return Cost(2 * (D + dv) * B * H * pairs, moved + lists, 1)
+    return Cost(2 * (D + dv) * B * H * pairs, moved + lists, 1, B * H * pairs)
 
 
 def _moh_attention(
@@ -456,8 +465,9 @@ def _moh_attention(
     shared = B * keys * heads * (D + dv)
     if backward:
         moved = e * (chosen * (D + 2 * dv) + rows * D + 2 * shared) + a * (chosen + 2 * rows)
-        return Cost(2 * (3 * D + 2 * dv) * pairs, moved, 2)
-    return Cost(2 * (D + dv) * pairs, e * (chosen * D + rows * dv + shared) + a * rows, 1)
+        return Cost(2 * (3 * D + 2 * dv) * pairs, moved, 2, pairs)
+    moved = e * (chosen * D + rows * dv + shared) + a * rows
+    return Cost(2 * (D + dv) * pairs, moved, 1, pairs)
 
 
 def _kmeans_route(

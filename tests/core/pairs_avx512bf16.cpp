@@ -9,6 +9,7 @@
 #include "native_test.h"
 
 #include "core/cpu/matmul.h"
+#include "core/cpu/simd_math.h"
 #include "core/cpu/transpose.h"
 
 namespace hw::test {
@@ -180,6 +181,20 @@ void check_matrices_of_pairs() {
           check_matrices<true>(m, n, k, transposed_a, nullptr, NoFactors{});
           check_matrices<false>(m, n, k, transposed_a, factor.data(), LaneFactors{factor.data()});
         }
+}
+
+void check_coarse_exponentials() {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto of = [](float x) { return exp_coarse(splat(x))[kLane - 1]; };
+  for (float x = -86; x < 88; x += 0.0173f) {
+    const double want = std::exp(static_cast<double>(x));
+    EXPECT(std::fabs(of(x) / want - 1) <= 3.5e-6 + 1e-7 * std::fabs(x), x, " gives ", of(x));
+  }
+  EXPECT(of(0) == 1);
+  for (const float x : {-150.0f, -1e7f, -3e38f, -kInfinity})
+    EXPECT(of(x) == 0, x, " gives ", of(x));
+  for (const float x : {89.0f, 1e7f, kInfinity}) EXPECT(of(x) == kInfinity, x, " gives ", of(x));
+  EXPECT(std::isnan(of(std::nanf(""))), "NaN is lost");
 }
 
 }  // namespace hw::test

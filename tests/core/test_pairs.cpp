@@ -15,6 +15,7 @@ void check_rows_of_pairs();
 void check_transposed_pairs();
 void check_matrices_of_pairs();
 void check_operands_of_pairs();
+void check_coarse_exponentials();
 }  // namespace hw::test
 
 namespace {
@@ -32,6 +33,7 @@ TEST(pairs_transpose) { where_possible(hw::test::check_transposed_pairs); }
 TEST(small_products_of_pairs_match_plain_loops) {
   where_possible(hw::test::check_matrices_of_pairs);
 }
+TEST(coarse_exponentials) { where_possible(hw::test::check_coarse_exponentials); }
 TEST(operands_of_attention_become_pairs) { where_possible(hw::test::check_operands_of_pairs); }
 
 }  // namespace

@@ -173,12 +173,25 @@ inline void widen(A* __restrict dst, const T* __restrict src, int64_t n) {
   for (; i < n; ++i) dst[i] = static_cast<A>(src[i]);
 }
 
+// Rounded to bf16 as bf16(x) does, in whole vectors.
+inline void store_bf16(bf16* p, Vec<float> x) {
+  using Word [[gnu::vector_size(kVectorBytes)]] = uint32_t;
+  using Half [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
+  Word u;
+  std::memcpy(&u, &x, sizeof u);
+  const Word nan = (u >> 16) | 0x40u, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Half half = __builtin_convertvector(x == x ? rounded : nan, Half);
+  std::memcpy(p, &half, sizeof half);
+}
+
 // dst[0..n) = src[0..n), rounded to the element type.
 template <class T, class A>
 inline void narrow(T* __restrict dst, const A* __restrict src, int64_t n) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, A>)
     for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load(src + i));
+  if constexpr (std::is_same_v<T, bf16>)
+    for (; i + kLanes<A> <= n; i += kLanes<A>) store_bf16(dst + i, load(src + i));
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, f16>)
     for (; i + 8 <= n; i += 8)

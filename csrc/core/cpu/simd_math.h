@@ -5,6 +5,8 @@
 //               (float, relative error 2e-7 with the rounding of its steps) or 11 (double, 4e-16);
 //               below the normal numbers 0 (AVX-512: rounded to a subnormal one), above the largest
 //               infinity
+//   exp_coarse  e^x to a relative error of 3e-6 + 6e-8 |x|, for what is rounded to bf16: AVX-512
+//               alone
 //   tanh_of     1 - 2 / (e^2x + 1): absolute error of one rounding of 1
 //   sigmoid_of, abs_of, sign_of, positive_of (max(x, 0)), step_of (its derivative)
 #pragma once
@@ -119,6 +121,19 @@ HW_INLINE Vec<T> exp_vector(Vec<T> x) {
 
 HW_INLINE Vec<float> exp_of(Vec<float> x) { return exp_vector<float>(x); }
 HW_INLINE Vec<double> exp_of(Vec<double> x) { return exp_vector<double>(x); }
+
+#if defined(__AVX512DQ__)
+// 2^n 2^r, n + r = x log2 e, |r| <= 1/2: a polynomial of degree 4, 1 at 0. Infinities have r = 0,
+// so that no argument has to be held back.
+HW_INLINE Vec<float> exp_coarse(Vec<float> x) {
+  constexpr float c[] = {0.6931241933678402f, 0.2402409861125954f, 0.055906425036458998f,
+                         0.0095828531689102874f};
+  const Vec<float> t = x * ExpConstants<float>::log2e;
+  const Vec<float> r = _mm512_maskz_reduce_ps(0xffff, t, 0);
+  const Vec<float> y = (((c[3] * r + c[2]) * r + c[1]) * r + c[0]) * r + 1.0f;
+  return _mm512_maskz_scalef_ps(0xffff, y, t - r);
+}
+#endif
 
 template <class V>
 using ScalarOf = std::remove_cvref_t<decltype(V{}[0])>;

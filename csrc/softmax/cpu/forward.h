@@ -23,6 +23,11 @@ constexpr int64_t kFewTasks = 16;      // fewer than this, of a sequence: cut th
 constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
 constexpr int64_t kPanels = 8;         // batch entries that share scores
 
+// By how much scores may exceed the running shift before it moves to their maximum and all sums are
+// multiplied: weights stay below e^8, and the shift cancels when rows are divided by their sums.
+template <class A>
+constexpr A kSlack = 8;
+
 template <class T>
 class Forward {
  public:
@@ -37,7 +42,12 @@ class Forward {
 
   void run() {
     if (spans_ == 1) {
-      parallel_tasks(tasks_, threads_, [&](int64_t task) { work(task); });
+      parallel_walks(tasks_, 1, threads_, [&](auto next) {
+        PackedKeys<T> packed;
+        if (packs_) packed.reserve(p_.max_k, p_.dim(), value_dim_);
+        for (int64_t task = next(); task >= 0; task = next())
+          work(task, packs_ ? &packed : nullptr);
+      });
       return;
     }
     partials_.reserve(tasks_ * spans_ * partial_bytes());
@@ -47,10 +57,11 @@ class Forward {
   }
 
   // A block that is not empty, and all its keys. `meanwhile`: see core/cpu/matmul.h.
-  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {}) {
+  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {},
+                             PackedKeys<T>* packed = nullptr) {
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
-    fill(block, kWhole, 0, state, scratch, meanwhile);
+    fill(block, kWhole, 0, state, scratch, meanwhile, packed);
     finish(block, state, scratch);
   }
 
@@ -68,7 +79,8 @@ class Forward {
         panels_(cuts && shared_scores() ? std::min(p_.batch(), kPanels) : 1),
         groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
         blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
-        tasks_(groups_ * heads_ * blocks_) {
+        tasks_(groups_ * heads_ * blocks_),
+        packs_(cuts && packs_keys()) {
     if (!cuts || tasks_ == 0 || tasks_ >= kFewTasks) return;
     for (int64_t n = 0; n < p_.sequences(); ++n)
       spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
@@ -98,6 +110,12 @@ class Forward {
   bool shared_scores() const {
     const bool same_mass = !p_.mass_keys || p_.mass_keys.stride[0] == 0;
     return !p_.packed() && p_.batch() > 1 && same_scores_in_batch(p_) && same_mass && !p_.skip_dead;
+  }
+
+  // Whether a thread keeps operands of keys: they are worth their making twice, and not too large.
+  bool packs_keys() const {
+    return !std::is_same_v<T, A> && panels_ == 1 && blocks_ * p_.group() >= kFewTasks &&
+           PackedKeys<T>::bytes(p_.max_k, p_.dim(), value_dim_) <= PackedKeys<T>::kMostBytes;
   }
 
   int64_t values_size() const { return panels_ * padded_values() * kRows; }
@@ -138,17 +156,18 @@ class Forward {
   }
 
   // A block whose spans are worked on one after another.
-  void work(int64_t task) {
+  void work(int64_t task, PackedKeys<T>* packed) {
     const Block block = block_of(task);
     if (block.rows.empty()) return;
+    if (packed != nullptr) packed->move_to(block, block.head / p_.group());
     const Cut cut = cut_of(block.at);
-    if (cut.spans == 1) return run_block(block);
+    if (cut.spans == 1) return run_block(block, {}, packed);
     Buffer memory;
     memory.reserve(2 * partial_bytes());
     State whole = state_in(memory.data()), part = state_in(memory.data() + partial_bytes());
-    fill(block, cut, 0, whole, reserve());
+    fill(block, cut, 0, whole, reserve(), {}, packed);
     for (int64_t span = 1; span < cut.spans; ++span) {
-      fill(block, cut, span, part, reserve());
+      fill(block, cut, span, part, reserve(), {}, packed);
       add(block, whole, part);
     }
     finish(block, whole, reserve());
@@ -164,12 +183,13 @@ class Forward {
 
   // The sums of a span of keys.
   HW_NOINLINE void fill(const Block& block, const Cut& cut, int64_t span, State& state,
-                        Scratch& scratch, const Requests& meanwhile = {}) {
+                        Scratch& scratch, const Requests& meanwhile = {},
+                        PackedKeys<T>* packed = nullptr) {
     state.rows->clear();
     const bool unseen = dead(block);
     state.along_keys = along_keys(block);
     if (unseen || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
-    if (!unseen) walk(block, cut, span, state, scratch, meanwhile);
+    if (!unseen) walk(block, cut, span, state, scratch, meanwhile, packed);
   }
 
   bool along_keys(const Block& block) const {
@@ -188,7 +208,7 @@ class Forward {
   }
 
   HW_NOINLINE void walk(const Block& block, const Cut& cut, int64_t span, State& state,
-                        Scratch& scratch, Requests meanwhile) {
+                        Scratch& scratch, Requests meanwhile, PackedKeys<T>* packed) {
     Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
     keys.end = std::min(keys.end, (span + 1) * cut.length);
@@ -196,6 +216,7 @@ class Forward {
       return AlongKeys<T>(p_, panels_).walk(block, keys, *state.rows, state.values, meanwhile);
     Tile<T> tile(p_);
     tile.meanwhile = meanwhile;
+    tile.packed = packed;
     A* s = scratch.take<A>(kTile);
     E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
     tile.load_queries(block);
@@ -204,32 +225,29 @@ class Forward {
       if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      const bool any = soft_ ? soften(block, some, tile.lanes(), s, state)
+      const bool any = soft_ ? soften(block, some, tile, s, state)
                              : activate(block, some, tile.lanes(), s, state);
       if (any && v_) add_values(block, some, tile, s, state, room);
     }
   }
 
-  // p relative to the running maximum, in place of s.
-  HW_NOINLINE bool soften(const Block& block, const Range& keys, const Lanes& lanes, A* s,
+  // p relative to the running shift: in place of s, and as pairs where pairs are multiplied.
+  HW_NOINLINE bool soften(const Block& block, const Range& keys, Tile<T>& tile, A* s,
                           State& state) {
     BlockSums<A>& r = *state.rows;
+    const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());
     alignas(64) A factor[kRows];
     V moved{};
     for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
-      V top = load(r.max + l);
-      for (int j = 0; j < n; ++j) top = larger(load(s + j * kRows + l), top);
+      const V before = load(r.max + l);
+      V top = top_of<A>(s + l, n, load(r.top + l));
+      store(r.top + l, top);
+      top = top <= before + kSlack<A> ? before : top;
       store(factor + l, r.move(l, top, moved));
       const V base = top == -kInfinity<A> ? V{} : top;
-      V total{};
-      for (int j = 0; j < n; ++j) {
-        A* at = s + j * kRows + l;
-        const V e = exp_of(load(at) - base);
-        total += e;
-        if (p_.entropy) tilt(at, base, e, r.tilt + l);
-        store(at, e);
-      }
+      E* const pairs = kPaired<T> ? tile.pairs() + (l - lanes.begin) : nullptr;
+      const V total = weights(s + l, n, base, r.tilt + l, pairs);
       store(r.sum + l, load(r.sum + l) + total);
       if (p_.sq_norm) add_squares(s + l, n, r.squares + l);
       if (p_.mass) add_mass(block, keys, s + l, r.mass + l);
@@ -238,8 +256,33 @@ class Forward {
     return true;
   }
 
+  // e^(s - base) of n keys, whose sum is returned.
+  V weights(A* s, int n, V base, A* tilt, E* pairs) const {
+    V total{};
+    const auto weight = [&](int j) {
+      A* at = s + j * kRows;
+      const V e = weight_exp<T>(load(at) - base);
+      total += e;
+      if (p_.entropy) add_tilt(at, base, e, tilt);
+      return e;
+    };
+    if constexpr (kPaired<T>) {
+      const bool keeps = p_.sq_norm || p_.mass;
+      for (int j = 0; j < n; j += 2) {
+        const V first = weight(j), second = j + 1 < n ? weight(j + 1) : V{};
+        store(pairs + j / 2 * kRows, zip(first, second));
+        if (!keeps) continue;
+        store(s + j * kRows, first);
+        if (j + 1 < n) store(s + (j + 1) * kRows, second);
+      }
+    } else {
+      for (int j = 0; j < n; ++j) store(s + j * kRows, weight(j));
+    }
+    return total;
+  }
+
   // tilt += e (s - shift), 0 for e = 0
-  static void tilt(const A* s, V base, V e, A* sum) {
+  static void add_tilt(const A* s, V base, V e, A* sum) {
     const V d = load(s) - base;
     store(sum, load(sum) + e * (d < A(-1e4) ? V{} : d));
   }
@@ -288,9 +331,10 @@ class Forward {
   HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s,
                               State& state, E* room) {
     const int n = static_cast<int>(keys.count());
-    const E* p = tile.over_keys(s, n);
+    const E* p = kPaired<T> && soft_ ? tile.pairs() : tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
-      const Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      if (tile.packed != nullptr) tile.packed->find_v(keys, v);
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
                      kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
                      NoFactors{}, &tile.meanwhile);
@@ -317,6 +361,7 @@ class Forward {
       const A top = std::max(a.max[i], b.max[i]);
       of_whole[i] = a.move(i, top);
       of_part[i] = b.move(i, top);
+      a.top[i] = std::max(a.top[i], b.top[i]);
       a.sum[i] += b.sum[i];
       a.tilt[i] += b.tilt[i];
       a.squares[i] += b.squares[i];
@@ -405,7 +450,9 @@ class Forward {
     put(p_.row, block, i, x.row);
     put(p_.rest, block, i, x.rest);
     put(p_.entropy, block, i, x.entropy);
-    put(p_.p_max, block, i, x.p_max);
+    // Where max stayed behind p_max does not.
+    const A top = state.rows->top[i], max = state.rows->max[i];
+    put(p_.p_max, block, i, top > max ? std::exp((top - x.row) - x.rest) : x.p_max);
     put(p_.sq_norm, block, i, x.sq_norm);
     put(p_.mass, block, i, x.mass);
     return x.factor;
@@ -433,6 +480,7 @@ class Forward {
   const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
   const int value_dim_, heads_;
   const int64_t panels_, groups_, blocks_, tasks_;
+  const bool packs_;
   int64_t spans_ = 1;  // tasks of a block: the most spans of any, or one for all of them
   Buffer partials_;
 };

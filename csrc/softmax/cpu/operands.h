@@ -126,6 +126,7 @@ struct Rows {
   int64_t batch, first;
   int n, head;
   Multiplied<T>* room;
+  bool made = false;  // the operand is in `room` already
 
   int width() const { return static_cast<int>(x.size[3]); }
   const T* row(int64_t i) const { return x.at(batch, first + i, head); }
@@ -152,17 +153,19 @@ HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
   using E = Multiplied<T>;
   const Ref<const T, 4>& x = rows.x;
   const int width = rows.width();
-  prefetch_next(rows);
+  if (!rows.made) prefetch_next(rows);
   if constexpr (std::is_same_v<T, E>) {
     return {rows.row(0), x.stride[1], x.stride[3]};
   } else if constexpr (kPaired<T>) {
     T* room = reinterpret_cast<T*>(rows.room);
     const int padded = round_up(width, 2);
+    if (rows.made) return {rows.room, padded / 2, 1};
     for (int i = 0; i < rows.n; ++i) copy_row(room + i * padded, rows.row(i), width, x.stride[3]);
     clear_columns(room, padded, rows.n, width, padded);
     return {rows.room, padded / 2, 1};
   } else {
-    for (int i = 0; i < rows.n; ++i) widen(rows.room + i * width, rows.row(i), width, x.stride[3]);
+    for (int i = 0; i < rows.n && !rows.made; ++i)
+      widen(rows.room + i * width, rows.row(i), width, x.stride[3]);
     return {rows.room, width, 1};
   }
 }
@@ -187,7 +190,7 @@ template <class T>
 Panel<Multiplied<T>> over_rows(const Rows<T>& r) {
   if constexpr (kPaired<T>) {
     const int width = r.width(), padded = round_up(width, kLanes<Multiplied<T>>);
-    for (int i = 0; i < r.n; i += 2)
+    for (int i = 0; i < r.n && !r.made; i += 2)
       zip_rows(r.room + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
                r.x.stride[3]);
     return {r.room, padded};
@@ -200,7 +203,7 @@ Panel<Multiplied<T>> over_rows(const Rows<T>& r) {
 template <class T>
 Operand<Multiplied<T>> over_rows_transposed(const Rows<T>& rows) {
   if constexpr (kPaired<T>) {
-    prefetch_next(rows);
+    if (!rows.made) prefetch_next(rows);
     const auto [data, ld] = over_rows(rows);
     return {data, 1, ld};
   } else {

@@ -14,14 +14,15 @@ namespace {
 // The sums of a block's rows, side by side.
 template <class A>
 struct BlockSums {
-  alignas(64) A max[kRows];
+  alignas(64) A max[kRows];  // of s, or a little less (kSlack): what the exponents are relative to
+  alignas(64) A top[kRows];  // of s where max may be less
   alignas(64) A sum[kRows];
   alignas(64) A tilt[kRows];
   alignas(64) A squares[kRows];
   alignas(64) A mass[kRows];
 
   HW_NOINLINE void clear() {
-    std::fill_n(max, kRows, -kInfinity<A>);
+    for (A* x : {max, top}) std::fill_n(x, kRows, -kInfinity<A>);
     for (A* x : {sum, tilt, squares, mass}) std::fill_n(x, kRows, A(0));
   }
 
@@ -51,6 +52,28 @@ struct BlockSums {
     return factor;
   }
 };
+
+// The largest of `top` and n scores of each lane; NaN scores are passed over. Four maxima at
+// a time: one would wait for itself.
+template <class A>
+HW_INLINE Vec<A> top_of(const A* s, int n, Vec<A> top) {
+  Vec<A> some[4] = {top, top, top, top};
+  int j = 0;
+  for (; j + 4 <= n; j += 4) {
+    HW_UNROLL for (int i = 0; i < 4; ++i) some[i] = larger(load(s + (j + i) * kRows), some[i]);
+  }
+  for (; j < n; ++j) some[0] = larger(load(s + j * kRows), some[0]);
+  return larger(larger(some[0], some[1]), larger(some[2], some[3]));
+}
+
+// e^x of weights that will be multiplied as T.
+template <class T>
+HW_INLINE Vec<Accum<T>> weight_exp(Vec<Accum<T>> x) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPaired<T>) return exp_coarse(x);
+#endif
+  return exp_of(x);
+}
 
 }  // namespace
 }  // namespace hw::softmax

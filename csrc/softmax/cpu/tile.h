@@ -22,6 +22,7 @@
 #include <limits>
 
 #include "softmax/cpu/operands.h"
+#include "softmax/cpu/packed_keys.h"
 #include "softmax/score.h"
 
 #include "core/cpu/simd_math.h"
@@ -70,6 +71,7 @@ class Tile {
   bool only_bias() const { return bias_ && !(p_.softcap > 0 || key_gain_ || key_bias_); }
   bool shapes_gradients() const { return p_.softcap > 0 || key_gain_; }
 
+  PackedKeys<T>* packed = nullptr;  // of the block's head: k is kept there once it is made
   Requests meanwhile;  // served during the products with k, and with v where the caller says so
 
   const Block& block() const { return block_; }
@@ -101,7 +103,8 @@ class Tile {
 
   // x of its keys.
   HW_NOINLINE void products(const Range& keys, A* x) {
-    const Rows<T> k = key_rows(keys);
+    Rows<T> k = key_rows(keys);
+    if (packed != nullptr) packed->find_k(keys, k);
     multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
                     queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
                     factors().from(lanes_.begin), &meanwhile);
@@ -157,6 +160,8 @@ class Tile {
   // on. Those made of a tile of n keys, p or dx, stay until the next is made.
   const E* q_over_rows() { return queries_.over_rows(); }  // all of the block's
   Panel<E> k_over_keys(const Range& keys) { return over_rows(key_rows(keys)); }
+  // Room for p as pairs, as over_keys() makes it.
+  E* pairs() { return tile_room_; }
   const E* over_keys(const A* tile, int n) {
     return pairs_over_keys<E>(tile + lanes_.begin, n, lanes_.count(), tile_room_);
   }

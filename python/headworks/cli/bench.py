@@ -135,6 +135,8 @@ def _measure(
                 if args.json:
                     _write(args.json, dict(report.as_json(machine, suites)))
                 bar.update(1)
+    if roofs := report.roof_text(machine):
+        print(f"\nroofs: {roofs}")
     for name, (results, targets) in suites.items():
         print(f"\n{name}\n\n{report.result_table(results)}\n\n{report.target_table(targets)}")
     return dict(report.as_json(machine, suites))
