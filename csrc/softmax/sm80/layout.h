@@ -24,11 +24,14 @@ struct ForwardTiles {
 // either side, the other one twice, fit the shared memory of every architecture from sm_80 on; the
 // sums of both d_k and d_v beside scores that are not plain need narrow tiles.
 struct LoopTiles {
-  static constexpr int kOwn = 64;
+  static constexpr int kOwn = 64;  // per strip of 16 rows of a warp
   static constexpr int others(int dim, bool plain) {
     const int most = dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
     return plain ? most : most < 32 ? 16 : most / 2;
   }
+  // Two strips per warp read a tile half as often as one. Registers hold the sums of narrow heads.
+  static constexpr int strips(int dim, bool plain) { return plain && dim <= 64 ? 2 : 1; }
+  static constexpr int others_of_two(bool keys_down) { return keys_down ? 32 : 64; }
 };
 
 inline constexpr int kSharedLimit = 99 * 1024;
