@@ -10,7 +10,10 @@ For every kernel of a build and every architecture:
                             the budget
     blocks                  as many as the kernel plans for fit into a multiprocessor
     instructions            those that the kernel is written for are there: mma, ldmatrix, cp.async
+    interior loop           instructions, and loads from shared memory, per product of tensor cores,
+                            as sass.py counts them for sm_80, within the kernel's budget
 
+Budgets stand in ptx_budgets.py.
 and of the whole build, that a launch runs the code that was compiled with it: kernel entries are of
 internal linkage (an unnamed namespace), and objects for more architectures are linked first.
 
@@ -33,14 +36,16 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from ptx_budgets import KIB, OPERATORS80, Budget, Work, budget_of, work_of
+from sass import Loop, interior_loop
+
 ROOT = Path(__file__).resolve().parent.parent
-KIB = 1024
 REGISTER_FILE = 65536  # registers of a multiprocessor
 RESERVED = KIB  # of a block's shared memory, by the system; cuobjdump counts it from sm_90 on
 SHARED_MEMORY = {"75": 64, "80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}
@@ -55,64 +60,6 @@ INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The plan of a kernel: registers of a thread, bytes of shared memory, blocks side by side."""
-
-    kernel: str  # regular expression for the demangled name
-    registers: int
-    threads: int
-    blocks: int = 1
-    shared: int = 0
-    needs: tuple[str, ...] = ()
-
-
-OPERATORS80 = ("attention", "linear_attention", "routing_attention")
-TENSOR = ("mma", "ldmatrix", "cp.async")
-SM80 = "hw::linear_attention::sm80::"
-SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
-ROUTING = "hw::routing_attention::"
-LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
-TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
-
-BUDGETS = (
-    Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 216, 128, 2, 42 * KIB, TENSOR),
-    Budget(SM80 + r"ApplyKernel<hw::bf16, 128,", 216, 256, 1, 58 * KIB, TENSOR),
-    Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 44 * KIB, (*TENSOR, "tf32")),
-    Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 60 * KIB, (*TENSOR, "tf32")),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 64,", 168, 128, 3, 30 * KIB, TENSOR),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 176, 256, 1, 46 * KIB, TENSOR),
-    Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 240, 128, 2, 78 * KIB, TENSOR),
-    Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
-    Budget(SM80 + r"RowsKernel<", 96, 256, 2),
-    Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
-    # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
-    Budget(LIST80 + "ForwardKernel" + TO_64 + ".*Listed<16>", 128, 32, 8, 20 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel.*Listed<16>", 128, 32, 7, 22 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel" + TO_64 + " true, .*Listed<64>", 128, 128, 3, 44 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel.*Listed<64>", 168, 128, 3, 52 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel.*Listed<128>", 255, 128, 2, 70 * KIB, TENSOR),
-    Budget(LIST80 + "QueryGradKernel" + TO_64 + ".*Listed<16>", 168, 32, 7, 23 * KIB, TENSOR),
-    Budget(LIST80 + "(QueryGrad|KeyGrad)Kernel.*<16>", 255, 32, 5, 30 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + " true,", 255, 128, 2, 66 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + " false,", 224, 256, 1, 68 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel<", 255, 128, 1, 99 * KIB, TENSOR),
-    Budget(SOFT80 + "QueryGradKernel" + TO_64, 168, 128, 3, 52 * KIB, TENSOR),
-    Budget(SOFT80 + "QueryGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
-    Budget(SOFT80 + "KeyGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
-    Budget(SOFT80 + "ColumnsKernel" + TO_128, 255, 128, 2, 52 * KIB, TENSOR),
-    Budget(SOFT80 + "(QueryGrad|KeyGrad|Columns)Kernel<", 255, 128, 1, 99 * KIB, TENSOR),
-    Budget(SOFT80 + "BiasGradKernel<", 255, 128, 1, 99 * KIB, TENSOR),
-    Budget(SOFT80 + "MergeKernel<", 96, 128, 4),
-    Budget(SOFT + "RowsKernel<.*, 1>", 80, 256, 3),
-    Budget(SOFT + "(RowsKernel<|QueryGradKernel<|KeyGradKernel<.*, 1>)", 128, 256, 2),
-    Budget(SOFT + "KeyGradKernel<", 255, 256, 1),
-    Budget(ROUTING + "SumKernel<", 64, 256, 4),
-    Budget(ROUTING + "(Delta|Spans)Kernel", 64, 256, 4),
-    Budget(r"hw::CsrKernel<", 64, 512, 2),
-)
-
-
-@dataclass(frozen=True)
 class Kernel:
     """One kernel of one architecture, as compiled."""
 
@@ -124,6 +71,7 @@ class Kernel:
     static_shared: int
     counts: dict[str, int] = field(default_factory=dict)
     dynamic_shared: int = 0
+    loop: Loop | None = None  # where machine code could be read
 
     @property
     def shared(self) -> int:
@@ -133,13 +81,24 @@ class Kernel:
 # ---- Judgement -----------------------------------------------------------------------------------
 
 
-def budget_of(name: str, budgets: Iterable[Budget] = BUDGETS) -> Budget | None:
-    return next((b for b in budgets if re.search(b.kernel, name)), None)
-
-
-def faults(kernel: Kernel, budget: Budget | None) -> list[str]:
-    """What is wrong with a kernel, in words."""
+def loop_faults(kernel: Kernel, work: Work | None) -> list[str]:
+    """What is wrong with a kernel's interior loop."""
+    loop = kernel.loop
+    if work is None or loop is None or kernel.arch != "80":
+        return []
     found = []
+    if loop.per_product > work.instructions:
+        found.append(f"{loop.per_product:.2f} instructions a product, planned {work.instructions}")
+    if loop.loads_per_product > work.loads:
+        found.append(f"{loop.loads_per_product:.2f} shared loads a product, planned {work.loads}")
+    if loop.inner > work.inner:
+        found.append(f"{loop.inner} loops within the interior loop, planned {work.inner}")
+    return found
+
+
+def faults(kernel: Kernel, budget: Budget | None, work: Work | None = None) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    found = loop_faults(kernel, work)
     if kernel.spills:
         found.append(f"spills {kernel.spills} bytes")
     if kernel.stack:
@@ -160,18 +119,28 @@ def faults(kernel: Kernel, budget: Budget | None) -> list[str]:
     return found
 
 
+def _loop_columns(loop: Loop | None, work: Work | None) -> str:
+    aims = [f"{aim:.1f}" for aim in work.aim] if work and work.aim else ["", ""]
+    counts = [f"{loop.per_product:.2f}" + "+" * (loop.inner > 0)] if loop else [""]
+    counts += [f"{loop.loads_per_product:.2f}"] if loop else [""]
+    return f"{counts[0]:>8} {aims[0]:>4} {counts[1]:>8} {aims[1]:>4}"
+
+
 def table(kernels: list[Kernel]) -> int:
     """Prints a line per kernel; returns the number of faulty ones."""
     print(f"{'kernel':<64} {'arch':>5} {'regs':>5} {'spill':>6} {'local':>6} {'shared':>7} "
-          f"{'mma':>5} {'ldm':>5} {'cp':>4}")  # fmt: skip
+          f"{'mma':>5} {'ldm':>5} {'cp':>4} {'ins/mma':>8} {'aim':>4} {'lds/mma':>8} {'aim':>4}"
+          )  # fmt: skip
     faulty = 0
     for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
-        wrong = faults(k, budget_of(k.name))
+        work = work_of(k.name)
+        wrong = faults(k, budget_of(k.name), work)
         faulty += bool(wrong)
         name = k.name.replace("hw::", "").replace("softmax::", "")
         counts = [k.counts.get(i, 0) for i in ("mma", "ldmatrix", "cp.async")]
         print(f"{name:<64.64} {k.arch:>5} {k.registers:>5} {k.spills:>6} {k.stack:>6} "
-              f"{k.shared:>7} {counts[0]:>5} {counts[1]:>5} {counts[2]:>4}  "
+              f"{k.shared:>7} {counts[0]:>5} {counts[1]:>5} {counts[2]:>4} "
+              f"{_loop_columns(k.loop, work)}  "
               f"{'FAULT: ' + '; '.join(wrong) if wrong else ''}".rstrip())  # fmt: skip
     return faulty
 
@@ -237,7 +206,7 @@ def from_objects(cuobjdump: str, path: Path, archs: list[str]) -> list[Kernel]:
             reserved = RESERVED if int(arch.rstrip("af")) >= 90 else 0
             static = max(0, number.get("SHARED", 0) - reserved)
             kernels.append(Kernel(name, arch, number["REG"], number.get("STACK", 0), spills, static,
-                                  count(body)))  # fmt: skip
+                                  count(body), loop=interior_loop(body)))  # fmt: skip
     return kernels
 
 
@@ -380,6 +349,43 @@ __global__ void plain(float* x) {
   __syncthreads();
   x[threadIdx.x] = s[threadIdx.x ^ 1];
 }
+__device__ void multiply(float (&d)[4], const unsigned* s) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+               "{%4, %4, %4, %4}, {%5, %5}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(s[0]), "r"(s[32]));
+#endif
+}
+__global__ void products(float* x, int n) {
+  __shared__ unsigned s[4096];
+  for (int i = threadIdx.x; i < 4096; i += blockDim.x) s[i] = i;
+  __syncthreads();
+  float d[4] = {};
+#pragma unroll 1
+  for (int k = 0; k < n; ++k) {
+    multiply(d, s + k * 64 + threadIdx.x);
+    if (x[k] < 0) {  // the slow way: not counted
+#pragma unroll
+      for (int i = 0; i < 64; ++i) d[i % 4] = d[i % 4] * x[i] + s[i];
+    }
+  }
+  x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
+__global__ void wasteful(float* x, int n) {
+  __shared__ unsigned s[4096];
+  for (int i = threadIdx.x; i < 4096; i += blockDim.x) s[i] = i;
+  __syncthreads();
+  float d[4] = {};
+#pragma unroll 1
+  for (int k = 0; k < n; ++k) {
+    multiply(d, s + k * 64 + threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = d[i] * x[i] + s[(n + i * 4) % 4096];
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) d[0] += x[i * k];
+  }
+  x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
 """
 
 
@@ -395,11 +401,13 @@ def self_test() -> int:
         found = from_source([nvcc, "-std=c++17", str(source)], "80")
         cuobjdump, in_object = tool("cuobjdump"), []
         if cuobjdump:
-            run([nvcc, "-std=c++17", "-arch=sm_90a", "-c", str(source), "-o", str(made)])
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
+            run([nvcc, "-std=c++17", *codes, "-c", str(source), "-o", str(made)])
             in_object = named(from_objects(cuobjdump, made, []))
         linked = link_faults(Path(folder))
     compiled = {re.sub(r"\(.*", "", k.name): k for k in named(found)}
-    compiled |= {re.sub(r"\(.*", "", k.name) + "_90a": k for k in in_object}
+    compiled |= {re.sub(r"\(.*", "", k.name) + "_" + k.arch: k for k in in_object}
+    roomy = Work("products", 24, 2)
     sound = Budget("plain", 64, 256, 2, 8 * KIB)
     expected = [
         ("spilling", None, "spills"),
@@ -416,10 +424,21 @@ def self_test() -> int:
             ("plain_90a", replace(sound, shared=KIB), "bytes of shared memory, planned"),
             ("spilling_90a", None, "spills"),
             ("<linked>", None, "is not in an unnamed namespace"),
+            ("products_80", roomy, ""),
+            ("products_80", replace(roomy, instructions=1), "instructions a product, planned"),
+            ("products_80", replace(roomy, loads=1), "2.00 shared loads a product, planned"),
+            ("wasteful_80", roomy, "instructions a product, planned"),
+            ("wasteful_80", roomy, "3.00 shared loads a product, planned"),
+            ("wasteful_80", roomy, "1 loops within the interior loop, planned 0"),
+            ("wasteful_90a", roomy, ""),
         ]
     wrong = 0
+
+    def judge(kernel: Kernel, plan: Budget | Work | None) -> list[str]:
+        return loop_faults(kernel, plan) if isinstance(plan, Work) else faults(kernel, plan)
+
     for name, budget, words in expected:
-        text = "; ".join(linked if name == "<linked>" else faults(compiled[name], budget))
+        text = "; ".join(linked if name == "<linked>" else judge(compiled[name], budget))
         right = words in text if words else not text
         wrong += not right
         verdict = "ok  " if right else "FAIL"

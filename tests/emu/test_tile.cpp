@@ -94,6 +94,23 @@ TEST(rows_that_are_aligned) {
   EXPECT(rows_aligned(x, 16));
 }
 
+TEST(rows_of_whole_units) {
+  for (const int64_t width : {1, 4, 7, 8, 12, 24, 32}) {
+    Ref<const bf16, 4> x = even_rows();
+    x.size[3] = width;
+    EXPECT(whole_units(x) == (width % 8 == 0), width);
+  }
+  for (const int64_t step : {kMaxStep - 7, kMaxStep + 1, -(kMaxStep - 7), -(kMaxStep + 1)}) {
+    Ref<const bf16, 4> x = even_rows();
+    x.stride[1] = step;
+    EXPECT(whole_units(x) == (step <= kMaxStep && step >= -kMaxStep), step);
+  }
+  Ref<const bf16, 4> x = even_rows();
+  x.stride[1] += 4;  // the only row of its tensor: copies of nothing have addresses too
+  x.size[1] = 1;
+  EXPECT(!whole_units(x));
+}
+
 TEST(rows_that_have_vectors) {
   check_rows_of([](const Ref<const bf16, 4>& x) { return has_vectors(x); }, 8);
   for (const int64_t width : {1, 4, 7, 8, 12, 24}) {
@@ -112,7 +129,7 @@ Context context() {
 }
 
 template <int kThreads>
-void check_loads() {
+void check_loads(bool wholly) {
   using T = LoadsTile<kThreads>;
   for (const int64_t stride : {32, 33})
     for (const int columns : {1, 2, 7, 8, 9, 17, 31, 32})
@@ -120,8 +137,9 @@ void check_loads() {
         std::vector<bf16> values(static_cast<size_t>(T::kRows * stride));
         for (size_t i = 0; i < values.size(); ++i) values[i] = bf16(static_cast<float>(i % 251));
         const Buffer<bf16> from(values), out(T::kRows * T::kColumns, bf16(-1.0f));
+        const bool aligned = stride % 8 == 0, whole = aligned && columns % 8 == 0 && wholly;
         launch<T>({1, 1, 1}, sizeof(typename T::Smem), context(),
-                  {{from.data(), stride, 1, count, columns, stride % 8 == 0}, out.data()});
+                  {{from.data(), stride, 1, count, columns, aligned, whole}, out.data()});
         const std::vector<bf16> got = out.read();
         for (int r = 0; r < T::kRows; ++r)
           for (int c = 0; c < T::kColumns; ++c) {
@@ -134,8 +152,11 @@ void check_loads() {
 }
 
 TEST(tiles_of_rows_of_any_width) {
-  check_loads<64>();
-  check_loads<96>();  // which share the units out unevenly
+  for (const bool wholly : {false, true}) {
+    check_loads<64>(wholly);
+    check_loads<8>(wholly);   // two rows at once
+    check_loads<96>(wholly);  // which share the units out unevenly
+  }
 }
 
 template <class Element, bool kPairByPair>

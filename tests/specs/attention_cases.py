@@ -325,6 +325,13 @@ EMULATOR_CASES = (
     case(Sq=20, H=1, D=130, Dv=101, gate=0.4, mix="h"),
     case(Sq=33, H=1, spread=20.0, aux=STATISTICS),
     case(Sq=20, Sk=33, H=1, D=8, Dv=8, spread=20.0, aux=STATISTICS, **SAME),
+    # Plain scores whose maxima move from tile to tile, some of them and all of them beyond 2^24.
+    *(
+        case(
+            Sq=20, Sk=200, H=1, D=8, Dv=8, spread=20.0, scale=x, aux=("lse",), label="large scores"
+        )
+        for x in (0.4, 1.1e6, 1e7)
+    ),
     # Options that meet in pairs: groups of heads, scales of any sign, masks of packed sequences,
     # three splits and more, slices of the values.
     case(Sq=33, Sk=40, B=2, H=2, Hq=4, D=8, Dv=8, causal=True, scale=-0.7, key_bias="bhk"),

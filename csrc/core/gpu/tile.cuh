@@ -42,7 +42,10 @@ struct Rows {
   int64_t row = 0, column = 1;
   int count = 0, columns = 0;  // beyond them: zeros
   bool aligned = false;        // 16-byte copies are possible
+  bool whole = false;          // and nothing else is needed: see whole_units
 };
+
+inline constexpr int64_t kMaxStep = (1 << 24) - 1;  // of 128 rows one after the other, in 32 bits
 
 // Whether every row of a tensor [B, S, H, *] is contiguous and starts at a multiple of `bytes`.
 template <class T>
@@ -53,6 +56,13 @@ bool rows_aligned(const Ref<T, 4>& x, int bytes) {
   return aligned && (x.size[3] <= 1 || x.stride[3] == 1);
 }
 
+// Whether rows that are aligned have whole units of 8 columns, and 32 bits hold their distance.
+template <class T>
+bool whole_units(const Ref<T, 4>& x) {
+  const int64_t step = x.stride[1];
+  return x.size[3] % 8 == 0 && step % 8 == 0 && step >= -kMaxStep && step <= kMaxStep;
+}
+
 // Rows token[0], token[1], .. of such a matrix, the list in shared memory; negative: zeros.
 template <class Element>
 struct ListedRows {
@@ -60,19 +70,21 @@ struct ListedRows {
   int64_t row = 0, column = 1;
   const int* token = nullptr;
   int columns = 0;
-  bool aligned = false;
+  bool aligned = false, whole = false;
 };
 
 template <class Element>
 struct Input {
   Ref<const Element, 4> ref;  // [B, S, heads, columns]
   bool aligned = false;       // rows in 16-byte units
+  bool whole = false;         // of nothing but whole units (whole_units)
 };
 
 template <class Element>
 Input<Element> input_of(const Ref<const void, 4>& x) {
   const Ref<const Element, 4> ref = x.template as<const Element>();
-  return {ref, rows_aligned(ref, 16)};
+  const bool aligned = rows_aligned(ref, 16);
+  return {ref, aligned, aligned && whole_units(ref)};
 }
 
 template <class Element>
@@ -99,6 +111,28 @@ HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element*
   }
 }
 
+// Whether kThreads threads load tiles of kRows rows of kUnits units evenly, each its own unit of rows.
+template <int kRows, int kUnits, int kThreads>
+inline constexpr bool kSharedEvenly = kThreads % kUnits == 0 && kRows * kUnits % kThreads == 0;
+
+// The thread's part of them, from its first unit on: of rows of which nothing but whole units exists,
+// `row` elements apart. `count` rows and `columns` columns exist; in place of the others come zeros.
+// `to(row, unit)`: the unit's place in shared memory, whose pattern is the same every 8 rows.
+template <int kRows, int kUnits, int kThreads, class Element, class To>
+HW_DEVICE HW_INLINE void load_whole_units(const Element* from, int row, int columns, int count,
+                                          const To& to) {
+  constexpr int kStep = kThreads / kUnits;
+  const int first = dev::thread_index() / kUnits, unit = dev::thread_index() % kUnits;
+  const int end = unit * 8 < columns ? count - first : 0;
+  Element* origin = to(first, unit);
+  HW_UNROLL
+  for (int i = 0; i < kRows / kStep; ++i) {
+    const int at = i * kStep, every_8_rows = static_cast<int>(to(8, 0) - to(0, 0));
+    Element* place = at % 8 == 0 ? origin + at / 8 * every_8_rows : to(first + at, unit);
+    dev::copy_async_16(place, from + at * row, at < end ? 16 : 0);
+  }
+}
+
 // Starts loading kRows x kUnits units of 8 elements, zeros beyond the rows. `to(row, unit)`: the
 // unit's place in shared memory. Whole block of kThreads.
 template <int kRows, int kUnits, int kThreads, class Element, class To>
@@ -108,12 +142,15 @@ HW_DEVICE HW_INLINE void load_units(const Rows<Element>& rows, To&& to) {
     load_unit(rows, to(row, unit), from, valid);
   };
   const int thread = dev::thread_index();
-  if constexpr (kThreads % kUnits == 0 && kRows * kUnits % kThreads == 0) {
-    // A thread keeps its unit: its address moves by a fixed step, and few registers hold it.
+  if constexpr (kSharedEvenly<kRows, kUnits, kThreads>) {
     constexpr int kStep = kThreads / kUnits;
-    const int unit = thread % kUnits;
-    const Element* from = rows.origin + (thread / kUnits * rows.row + unit * 8 * rows.column);
-    for (int row = thread / kUnits; row < kRows; row += kStep, from += kStep * rows.row)
+    const int first = thread / kUnits, unit = thread % kUnits;
+    const Element* from = rows.origin + (first * rows.row + unit * 8 * rows.column);
+    if (rows.whole)
+      return load_whole_units<kRows, kUnits, kThreads>(from, static_cast<int>(rows.row),
+                                                       rows.columns, rows.count, to);
+    HW_UNROLL_BY(1)
+    for (int row = first; row < kRows; row += kStep, from += kStep * rows.row)
       load(row, unit, from);
   } else {
     for (int i = thread; i < kRows * kUnits; i += kThreads) {
@@ -125,6 +162,20 @@ HW_DEVICE HW_INLINE void load_units(const Rows<Element>& rows, To&& to) {
 
 template <int kRows, int kUnits, int kThreads, class Element, class To>
 HW_DEVICE HW_INLINE void load_units(const ListedRows<Element>& rows, To&& to) {
+  if constexpr (kSharedEvenly<kRows, kUnits, kThreads>) {
+    if (rows.whole) {
+      const int first = dev::thread_index() / kUnits, unit = dev::thread_index() % kUnits;
+      const int step = static_cast<int>(rows.row);
+      HW_UNROLL_BY(2)  // more of them at once take more registers than some kernels have
+      for (int row = first; row < first + kRows; row += kThreads / kUnits) {
+        const int64_t token = rows.token[row];
+        const bool valid = token >= 0 && unit * 8 < rows.columns;
+        dev::copy_async_16(to(row, unit), rows.origin + (token * step + unit * 8), valid ? 16 : 0);
+      }
+      return;
+    }
+  }
+  HW_UNROLL_BY(1)
   for (int i = dev::thread_index(); i < kRows * kUnits; i += kThreads) {
     const int row = i / kUnits, unit = i % kUnits, token = rows.token[row];
     const int valid = token >= 0 ? max_of(min_of(rows.columns - unit * 8, 8), 0) : 0;
@@ -133,21 +184,28 @@ HW_DEVICE HW_INLINE void load_units(const ListedRows<Element>& rows, To&& to) {
   }
 }
 
-// Starts loading kCount numbers from[i step], i < count; zeros beyond. Whole block of kThreads.
-template <int kCount, int kThreads>
+// Starts loading kCount numbers from[i step], i < count, to to[i kPitch]; zeros beyond. Whole block
+// of kThreads.
+template <int kCount, int kThreads, int kPitch = 1>
 HW_DEVICE HW_INLINE void load_numbers(float* to, const float* from, int64_t step, int64_t count) {
-  for (int i = dev::thread_index(); i < kCount; i += kThreads) {
+  HW_UNROLL
+  for (int first = 0; first < kCount; first += kThreads) {
+    const int i = first + dev::thread_index();
+    if (kCount % kThreads != 0 && i >= kCount) continue;
     const bool valid = i < count;
-    dev::copy_async_4(to + i, from + (valid ? i * step : 0), valid ? 4 : 0);
+    dev::copy_async_4(to + i * kPitch, from + (valid ? i * step : 0), valid ? 4 : 0);
   }
 }
 
 // The same of places at(i), none where negative.
-template <int kCount, int kThreads, class At>
+template <int kCount, int kThreads, int kPitch = 1, class At>
 HW_DEVICE HW_INLINE void load_numbers_at(float* to, const float* from, int64_t step, const At& at) {
-  for (int i = dev::thread_index(); i < kCount; i += kThreads) {
+  HW_UNROLL
+  for (int first = 0; first < kCount; first += kThreads) {
+    const int i = first + dev::thread_index();
+    if (kCount % kThreads != 0 && i >= kCount) continue;
     const int64_t place = at(i);
-    dev::copy_async_4(to + i, from + (place < 0 ? 0 : place * step), place < 0 ? 0 : 4);
+    dev::copy_async_4(to + i * kPitch, from + (place < 0 ? 0 : place * step), place < 0 ? 0 : 4);
   }
 }
 
@@ -323,42 +381,53 @@ HW_DEVICE HW_INLINE Packed<kStrips, kTiles / 2> pack(const Fragment<kStrips, kTi
   return p;
 }
 
-// Matrix loads of 16 x 16 elements of a tile, at `row` (a multiple of 8) and column 16 step.
-//   load_left     A of rows x columns; transposed: B of rows x columns, regs[2 h], [2 h + 1] =
-//                 (rows 2t, 2t+1 | + 8; column 8 h + g)
-//   load_right    B of columns x rows: regs[2 h], [2 h + 1] = (columns 2t, 2t+1 | + 8; row 8 h + g)
+// Matrix loads of 16 x 16 elements of a tile. A lane's address of the first is computed once, those of
+// all others differ from it by constants: `down` rows (a multiple of 8) and 16 `step` columns.
+//   Left         A of rows x columns; transposed: B of rows x columns, regs[2 h], [2 h + 1] =
+//                (rows 2t, 2t+1 | + 8; column 8 h + g)
+//   Right        B of columns x rows: regs[2 h], [2 h + 1] = (columns 2t, 2t+1 | + 8; row 8 h + g)
 template <class T>
-HW_DEVICE HW_INLINE void load_left(uint32_t regs[4], const T& tile, int row, int step) {
-  const int lane = dev::lane();
-  dev::load_matrix_x4(regs, tile.unit(row + lane % 16, lane / 16), T::detour(2 * step));
-}
-template <class T>
-HW_DEVICE HW_INLINE void load_left_transposed(uint32_t regs[4], const T& tile, int row, int step) {
-  const int lane = dev::lane();
-  dev::load_matrix_x4_transposed(regs, tile.unit(row + lane % 16, lane / 16), T::detour(2 * step));
-}
-template <class T>
-HW_DEVICE HW_INLINE void load_right(uint32_t regs[4], const T& tile, int row, int step) {
-  const int lane = dev::lane();
-  dev::load_matrix_x4(regs, tile.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2),
-                      T::detour(2 * step));
-}
+struct MatrixLoads {
+  const void* first;
 
-// d += A B^T: rows a_row .. of a, rows b_row .. of b.
+  HW_DEVICE static HW_INLINE MatrixLoads left(const T& tile, int row) {
+    const int lane = dev::lane();
+    return {tile.unit(row + lane % 16, lane / 16)};
+  }
+  HW_DEVICE static HW_INLINE MatrixLoads right(const T& tile, int row) {
+    const int lane = dev::lane();
+    return {tile.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+  }
+  HW_DEVICE static HW_INLINE dev::Detour detour(int down, int step) {
+    dev::Detour to = T::detour(2 * step);
+    to.shift += down * T::kUnits * 16;
+    return to;
+  }
+  HW_DEVICE HW_INLINE void load(uint32_t regs[4], int down, int step) const {
+    dev::load_matrix_x4(regs, first, detour(down, step));
+  }
+  HW_DEVICE HW_INLINE void load_transposed(uint32_t regs[4], int down, int step) const {
+    dev::load_matrix_x4_transposed(regs, first, detour(down, step));
+  }
+};
+
+// d += A B^T: rows a_row .. of a, rows b_row .. of b, both multiples of 8.
 template <class Element, int kStrips, int kTiles, int kA, int kB, int kColumns>
 HW_DEVICE HW_INLINE void multiply_rows(Fragment<kStrips, kTiles>& d,
                                        const Tile<Element, kA, kColumns>& a, int a_row,
                                        const Tile<Element, kB, kColumns>& b, int b_row = 0) {
   static_assert(kTiles % 2 == 0, "whole matrix loads");
+  const auto of_a = MatrixLoads<Tile<Element, kA, kColumns>>::left(a, a_row);
+  const auto of_b = MatrixLoads<Tile<Element, kB, kColumns>>::right(b, b_row);
   HW_UNROLL
   for (int step = 0; step < kColumns / 16; ++step) {
     uint32_t left[kStrips][4];
     HW_UNROLL
-    for (int s = 0; s < kStrips; ++s) load_left(left[s], a, a_row + 16 * s, step);
+    for (int s = 0; s < kStrips; ++s) of_a.load(left[s], 16 * s, step);
     HW_UNROLL
     for (int j = 0; j < kTiles; j += 2) {
       uint32_t right[4];
-      load_right(right, b, b_row + 8 * j, step);
+      of_b.load(right, 8 * j, step);
       HW_UNROLL
       for (int s = 0; s < kStrips; ++s) {
         dev::mma_16x8x16<Element>(d.at[s][j], left[s], right);
@@ -374,12 +443,13 @@ HW_DEVICE HW_INLINE void multiply_columns(Fragment<kStrips, kTiles>& d,
                                           const Packed<kStrips, kSteps>& p,
                                           const Tile<Element, kRows, kColumns>& b, int unit = 0) {
   static_assert(kTiles % 2 == 0 && kSteps * 16 <= kRows, "whole matrix loads");
+  const auto of_b = MatrixLoads<Tile<Element, kRows, kColumns>>::left(b, 0);
   HW_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     HW_UNROLL
     for (int j = 0; j < kTiles; j += 2) {
       uint32_t right[4];
-      load_left_transposed(right, b, 16 * step, (unit + j) / 2);
+      of_b.load_transposed(right, 16 * step, (unit + j) / 2);
       HW_UNROLL
       for (int s = 0; s < kStrips; ++s) {
         dev::mma_16x8x16<Element>(d.at[s][j], p.at[s][step], right);

@@ -82,7 +82,7 @@ int width(const P& p, const Call&, Backend b) {
 }
 
 int64_t forward_workspace(const ForwardParams& p, const Call& call, Backend b) {
-  if (b == Backend::sm80) return sm80::workspace_bytes(p);
+  if (b == Backend::sm80) return sm80::workspace_bytes(p, call.context.multiprocessors);
   return simt::workspace_bytes(p, call);
 }
 

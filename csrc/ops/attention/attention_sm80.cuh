@@ -45,7 +45,7 @@ inline Units units_of(bool plain, const ScoreParams& p) {
 template <class Element, int kDim, bool kPlain>
 void forward(const ForwardParams& f, const Context& context, const hw::Workspace& memory) {
   using Kernel = ForwardKernel<Element, kDim, kPlain>;
-  const Plan plan = plan_of(f, Kernel::kRows);
+  const Plan plan = plan_of(f, Kernel::kRows, context.multiprocessors);
   Arena arena(memory, "attention.forward");
   const Workspace at = lay_out(arena, f, plan);
   const Units units = units_of(kPlain, f);

@@ -137,6 +137,7 @@ HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk
   rows.count = w.count(chunk);
   rows.columns = static_cast<int>(min_of<int64_t>(x.ref.size[3] - column, 1 << 20));
   rows.aligned = x.aligned;
+  rows.whole = x.whole && column % 8 == 0;
   return rows;
 }
 

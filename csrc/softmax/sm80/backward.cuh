@@ -45,7 +45,8 @@ struct QueryGradKernel {
   using Params = GradientParams<Element, Feed>;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads;
-  static constexpr int kMinBlocks = (kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1) * 128 / kThreads;
+  static constexpr int kBlocks = L::kStrips == 2 ? 2 : kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1;
+  static constexpr int kMinBlocks = kBlocks * 128 / kThreads;
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;

@@ -43,7 +43,7 @@ struct ForwardKernel {
   };
 
   struct KeyNumbers {
-    float bias[kKeys], gain[kKeys], mass[kKeys];
+    float of[3][kKeys];  // bias, gain, mass
   };
   struct Stage {
     Tile<Element, kKeys, kDim> k, v;
@@ -59,6 +59,25 @@ struct ForwardKernel {
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
+  // What exponents of rows are relative to, to base 2: unit max, rounded once for all scores of a
+  // row, so that an exponent is one multiply-add. What was rounded off is made good at the end.
+  struct References {
+    static constexpr float kLarge = 1 << 24;  // beyond it, more than a bit would be rounded off
+
+    float of[kStrips][2] = {};
+    bool large = false;  // that of any row of the warp: there the difference comes first
+
+    HW_DEVICE HW_INLINE static bool is_large(float reference) {
+      return hw::abs_of(reference) > kLarge;
+    }
+    // unit max less the reference
+    HW_DEVICE HW_INLINE static float rest(float max, float unit) {
+      const float reference = max * unit;
+      return is_large(reference) ? 0.0f : fmaf(max, unit, -reference);
+    }
+  };
+  using Stream = UnitStream<kKeys, kDim / 8, kThreads, Element>;
+
   struct Block {
     const Params& p;
     Smem& smem;
@@ -67,6 +86,10 @@ struct ForwardKernel {
     int warp_row;              // of this warp, in the block
     RowSums sums[kStrips][2];  // rows g and g + 8 of each strip; over this lane's columns, but max
     Values w;                  // before the division
+    If<kPlain, References> references;
+    If<!Feed::kListed, Sight> sight;
+    If<!Feed::kListed, Stream> keys, values;
+    If<!Feed::kListed && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
 
     HW_DEVICE HW_INLINE Block(const Params& params, Smem& s)
         : p(params), smem(s), place(s.place), first(s.first) {
@@ -171,12 +194,20 @@ struct ForwardKernel {
     HW_DEVICE HW_INLINE void prefetch(int tile) {
       Stage& s = smem.stage[tile & 1];
       const auto key = keys_of(tile);
-      load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
-      if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
-      if constexpr (!kPlain) {
-        key_numbers<kKeys, kThreads>(s.numbers.bias, p.f.key_bias, place, key);
-        key_numbers<kKeys, kThreads>(s.numbers.gain, p.f.key_gain, place, key);
-        key_numbers<kKeys, kThreads>(s.numbers.mass, p.f.mass_keys, place, key);
+      if constexpr (Feed::kListed) {
+        load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
+        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
+        if constexpr (!kPlain) {
+          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, place, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, place, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, place, key);
+        }
+      } else {
+        const int count = static_cast<int>(min_of<int64_t>(place.at.k_count - key, kKeys));
+        load_next<kThreads>(s.k, keys, p.in.k, count, [&] { return key_rows(p.in.k, place, key); });
+        if (kPlain || p.f.v)
+          load_next<kThreads>(s.v, values, p.v, count, [&] { return key_rows(p.v, place, key); });
+        if constexpr (!kPlain) numbers.load(s.numbers.of[0], count);
       }
     }
 
@@ -192,6 +223,16 @@ struct ForwardKernel {
         walk_stages(
             begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
       } else {
+        sight = sight_of<false, kKeys>(place.mask, first + warp_row, 16 * kStrips);
+        keys = Stream(key_rows(p.in.k, place, keys_of(begin)));
+        if (kPlain || p.f.v) values = Stream(key_rows(p.v, place, keys_of(begin)));
+        if constexpr (!kPlain)
+          numbers.start([&](int n) {
+            const Ref<const void, 3>& x = n == 0   ? p.f.key_bias
+                                          : n == 1 ? p.f.key_gain
+                                                   : p.f.mass_keys;
+            return key_array(x, place, keys_of(begin));
+          });
         walk_stages(begin, end, [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
       }
     }
@@ -205,11 +246,12 @@ struct ForwardKernel {
         spot.row_parts = smem.tokens.own.parts + warp_row / 16, spot.key_parts = keys.parts;
       } else {
         spot.row = first + warp_row, spot.key = static_cast<int64_t>(tile) * kKeys;
+        spot.seen = sight.sees(tile), spot.whole = sight.whole(tile);
       }
       if constexpr (!kPlain) {
         spot.tau = smem.tau + warp_row;
-        spot.key_bias = stage.numbers.bias;
-        spot.key_gain = stage.numbers.gain;
+        spot.key_bias = stage.numbers.of[0];
+        spot.key_gain = stage.numbers.of[1];
       }
       const Score score{p.f, p.in, place, p, spot};
       if (score.unseen()) return;
@@ -225,26 +267,95 @@ struct ForwardKernel {
 
     // e^(s - M) in place of s; sums and w move to the new maximum.
     HW_DEVICE HW_INLINE bool soften(Scores& s, const Stage& stage) {
+      if constexpr (kPlain) {
+        soften_plain(s);
+      } else {
+        each_row([&](int strip, int half) {
+          const float top = dev::warp_max<4>(largest(s.at[strip], half, sums[strip][half].max));
+          rescale(strip, half, sums[strip][half].move(top, p.units.unit));
+          exponentials(s.at[strip], half, sums[strip][half], stage);
+        });
+      }
+      return true;
+    }
+
+    template <class F>
+    HW_DEVICE static HW_INLINE void each_row(F&& f) {
       HW_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) {
         HW_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          RowSums& r = sums[strip][half];
-          float top = r.max;
-          HW_UNROLL
-          for (int j = 0; j < Scores::kTiles; ++j)
-            top = dev::larger(top,
-                              dev::larger(s.at[strip][j][2 * half], s.at[strip][j][2 * half + 1]));
-          const float factor = r.move(dev::warp_max<4>(top), p.units.unit);
-          HW_UNROLL
-          for (int j = 0; j < Values::kTiles; ++j) {
-            w.at[strip][j][2 * half] *= factor;
-            w.at[strip][j][2 * half + 1] *= factor;
-          }
-          exponentials(s.at[strip], half, r, stage);
-        }
+        for (int half = 0; half < 2; ++half) f(strip, half);
       }
-      return true;
+    }
+
+    // Of this lane's part of a row.
+    HW_DEVICE static HW_INLINE float largest(const float (&s)[Scores::kTiles][4], int half,
+                                             float top) {
+      HW_UNROLL
+      for (int j = 0; j < Scores::kTiles; ++j)
+        top = dev::larger(top, dev::larger(s[j][2 * half], s[j][2 * half + 1]));
+      return top;
+    }
+
+    HW_DEVICE HW_INLINE void rescale(int strip, int half, float factor) {
+      HW_UNROLL
+      for (int j = 0; j < Values::kTiles; ++j) {
+        w.at[strip][j][2 * half] *= factor;
+        w.at[strip][j][2 * half + 1] *= factor;
+      }
+    }
+
+    // The maximum of a row moves only when it has grown by more than kSlack, to base 2: until then
+    // weights exceed 1, by at most e^kSlack, which all types hold, and nothing has to be rescaled.
+    HW_DEVICE HW_INLINE void soften_plain(Scores& s) {
+      constexpr float kSlack = 8;
+      float top[kStrips][2];
+      bool moves = false;
+      each_row([&](int strip, int half) {
+        const float before = sums[strip][half].max;
+        const float found = dev::warp_max<4>(largest(s.at[strip], half, -kInfinity));
+        const bool grown = (found - before) * p.units.unit > kSlack;
+        top[strip][half] = grown ? found : before;
+        moves |= grown;
+      });
+      if (dev::any(moves)) move_to(top);
+      if (references.large) subtract_large(s);
+      each_row([&](int strip, int half) {
+        RowSums& r = sums[strip][half];
+        HW_UNROLL
+        for (int n = 0; n < 2 * Scores::kTiles; ++n) {
+          float& x = s.at[strip][n / 2][2 * half + n % 2];
+          x = dev::exp2_fast(fmaf(x, p.units.unit, -references.of[strip][half]));
+          r.sum += x;
+        }
+      });
+    }
+
+    HW_DEVICE HW_INLINE void move_to(const float (&top)[kStrips][2]) {
+      bool large = false;
+      each_row([&](int strip, int half) {
+        RowSums& r = sums[strip][half];
+        const float to = top[strip][half], reference = to * p.units.unit, before = r.max;
+        float factor = r.move(to, p.units.unit);
+        if (before != -kInfinity && before != to) {
+          const float more = References::rest(to, p.units.unit);
+          const float shift = dev::exp2_fast(more - References::rest(before, p.units.unit));
+          factor *= shift, r.sum *= shift;
+        }
+        rescale(strip, half, factor);
+        const bool beyond = References::is_large(reference);
+        references.of[strip][half] = beyond ? 0.0f : reference;
+        large |= beyond && to != -kInfinity;
+      });
+      references.large = dev::any(large);
+    }
+
+    // Of rows whose references are too large to be rounded; theirs are 0 instead.
+    HW_DEVICE HW_INLINE void subtract_large(Scores& s) const {
+      Scores::each([&](int strip, int j, int i) {
+        const float max = sums[strip][i / 2].max;
+        if (References::is_large(max * p.units.unit) && max != -kInfinity) s.at[strip][j][i] -= max;
+      });
     }
 
     // One row of a fragment.
@@ -258,11 +369,9 @@ struct ForwardKernel {
           const float score = s[j][i], e = dev::exp2_fast((score - shift) * p.units.unit);
           s[j][i] = e;
           r.sum += e;
-          if constexpr (!kPlain) {
-            if (p.f.entropy) r.tilt += score - shift < -1e4f ? 0.0f : e * (score - shift);
-            if (p.f.sq_norm) r.squares += e * e;
-            if (p.f.mass) r.mass += e * stage.numbers.mass[Scores::column(j, i)];
-          }
+          if (p.f.entropy) r.tilt += score - shift < -1e4f ? 0.0f : e * (score - shift);
+          if (p.f.sq_norm) r.squares += e * e;
+          if (p.f.mass) r.mass += e * stage.numbers.of[2][Scores::column(j, i)];
         }
       }
     }
@@ -289,6 +398,11 @@ struct ForwardKernel {
           const int line = warp_row + Scores::row(strip, 2 * half);
           RowSums r = sums[strip][half];
           r.sum = dev::warp_sum<4>(r.sum);
+          float times = 1;  // what w and the sum are relative to unit max
+          if constexpr (kPlain) {
+            times = dev::exp2_fast(-References::rest(r.max, p.units.unit));
+            r.sum *= times;
+          }
           if constexpr (!kPlain) {
             r.tilt = dev::warp_sum<4>(r.tilt);
             r.squares = dev::warp_sum<4>(r.squares);
@@ -297,12 +411,12 @@ struct ForwardKernel {
           const int64_t row = result_row(line);
           if (row < 0) continue;
           if (!Feed::kListed && p.plan.spans > 1) {
-            keep(strip, half, index() + line, r);
+            keep(strip, half, index() + line, r, times);
           } else {
             const float factor = finish.finalize(row, r, dev::lane() % 4 == 0);
             if (!kPlain && !p.f.v) continue;
             float x[Values::kTiles][2];
-            w.copy_row(x, strip, half, factor);
+            w.copy_row(x, strip, half, factor * times);
             finish.write(row, Values::column(0, 0), x);
           }
         }
@@ -318,7 +432,7 @@ struct ForwardKernel {
         return row < place.mask.rows ? row : -1;
     }
 
-    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r) {
+    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r, float times) {
       const int64_t span = dev::block_index_y();
       if (dev::lane() % 4 == 0) {
         float* to = p.partials.sums_of(span, row);
@@ -331,7 +445,7 @@ struct ForwardKernel {
         HW_UNROLL
         for (int i = 2 * half; i < 2 * half + 2; ++i)
           if (const int column = Values::column(j, i); column < p.partials.columns)
-            to[column] = w.at[strip][j][i];
+            to[column] = w.at[strip][j][i] * times;
       }
     }
   };

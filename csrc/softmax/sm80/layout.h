@@ -24,17 +24,38 @@ struct ForwardTiles {
 // either side, the other one twice, fit the shared memory of every architecture from sm_80 on; the
 // sums of both d_k and d_v beside scores that are not plain need narrow tiles.
 struct LoopTiles {
-  static constexpr int kOwn = 64;
+  static constexpr int kOwn = 64;  // per strip of 16 rows of a warp
   static constexpr int others(int dim, bool plain) {
     const int most = dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
     return plain ? most : most < 32 ? 16 : most / 2;
   }
+  // Two strips per warp read a tile half as often as one. Registers hold the sums of narrow heads.
+  static constexpr int strips(int dim, bool plain) { return plain && dim <= 64 ? 2 : 1; }
+  static constexpr int others_of_two(bool keys_down) { return keys_down ? 32 : 64; }
 };
 
 inline constexpr int kSharedLimit = 99 * 1024;
 
 // Few blocks of rows (decoding): the keys are cut into spans, whose partial results are merged.
-inline constexpr int64_t kFewTasks = 64, kWantedTasks = 256, kMinSpan = 128;
+inline constexpr int64_t kFewTasks = 64, kMinSpan = 128;
+inline constexpr int64_t kBlocksAtOnce = 2;  // of a multiprocessor
+
+// Blocks run in rounds of as many as the device holds, and the last round may be almost empty. The
+// fewest spans that keep nearly as much of the device busy as any number of them; very few tasks
+// fill one round almost.
+inline int64_t spans_of(int64_t tasks, int64_t at_once, int64_t most) {
+  constexpr int64_t kSome = 8;
+  if (tasks * kSome <= at_once) return min_of(at_once / tasks, most);
+  const auto use = [&](int64_t spans) {
+    const int64_t blocks = tasks * spans;
+    return static_cast<double>(blocks) / static_cast<double>(round_up(blocks, at_once));
+  };
+  double best = 0;
+  for (int64_t n = 1; n <= min_of(most, 2 * kSome); ++n) best = max_of(best, use(n));
+  int64_t spans = 1;
+  while (use(spans) < 0.85 * best) ++spans;
+  return spans;
+}
 
 struct Plan {
   int64_t blocks = 0;           // of rows, per head of a sequence
@@ -42,12 +63,14 @@ struct Plan {
   int64_t spans = 1, span = 0;  // keys of a span, a multiple of every tile
 };
 
-inline Plan plan_of(const ForwardParams& f, int rows) {
+inline Plan plan_of(const ForwardParams& f, int rows, int64_t multiprocessors) {
   Plan p;
+  const int64_t at_once = kBlocksAtOnce * max_of<int64_t>(multiprocessors, 1);
   p.blocks = ceil_div<int64_t>(f.max_q, rows);
   p.tasks = p.blocks * f.query_heads() * f.sequences();
-  if (p.tasks > 0 && p.tasks <= kFewTasks)
-    p.spans = max_of<int64_t>(1, min_of(kWantedTasks / p.tasks, ceil_div(f.max_k, kMinSpan)));
+  const bool few = p.tasks <= kFewTasks || p.blocks == 1;
+  if (p.tasks > 0 && few && p.tasks < at_once)
+    p.spans = max_of<int64_t>(1, spans_of(p.tasks, at_once, ceil_div(f.max_k, kMinSpan)));
   p.span = round_up(ceil_div(max_of<int64_t>(f.max_k, 1), p.spans), kMinSpan);
   p.spans = ceil_div(max_of<int64_t>(f.max_k, 1), p.span);
   return p;
@@ -72,10 +95,11 @@ inline Workspace lay_out(Arena& arena, const ForwardParams& f, const Plan& plan)
   return at;
 }
 
-inline int64_t workspace_bytes(const ForwardParams& f) {
+inline int64_t workspace_bytes(const ForwardParams& f, int64_t multiprocessors) {
   const bool narrow = max_of(f.dim(), f.value_dim()) <= 128;
+  const int rows = narrow ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows;
   Arena arena;
-  lay_out(arena, f, plan_of(f, narrow ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows));
+  lay_out(arena, f, plan_of(f, rows, multiprocessors));
   return arena.bytes();
 }
 

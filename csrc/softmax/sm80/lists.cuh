@@ -170,6 +170,7 @@ HW_DEVICE HW_INLINE ListedRows<Element> listed_rows(const Input<Element>& x, con
   rows.token = slots.token;
   rows.columns = static_cast<int>(x.ref.size[3]);
   rows.aligned = x.aligned;
+  rows.whole = x.whole;
   return rows;
 }
 template <class Element>
@@ -192,12 +193,12 @@ HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, con
   load_numbers_at<kCount, kThreads>(to, from.at(w.at.batch, w.head), from.stride[2],
                                     [&](int i) { return slots.token[i]; });
 }
-template <int kCount, int kThreads>
+template <int kCount, int kThreads, int kPitch>
 HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
                                        const Slots& slots) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
-  load_numbers_at<kCount, kThreads>(
+  load_numbers_at<kCount, kThreads, kPitch>(
       to, from.at(w.at.batch, w.head), from.stride[2], [&](int i) -> int64_t {
         const int token = slots.token[i];
         return token < 0 || slots.results < 0 ? token : slots.results + i;

@@ -34,22 +34,35 @@ struct Loop {
   using Tiles = typename Feed::LoopTiles;
   using Place = typename Feed::Place;
   static constexpr bool kKeysDown = kKeysDown_, kOwnSecond = kOwnSecond_;
-  static constexpr int kOwn = Tiles::kOwn, kOther = Tiles::others(kDim, kPlain);
-  static constexpr int kWarps = kOwn / 16, kThreads = kWarps * dev::kWarp;
+  static constexpr int strips() {
+    if constexpr (Feed::kListed || !kOwnSecond)
+      return 1;
+    else
+      return Tiles::strips(kDim, kPlain);
+  }
+  static constexpr int others_of_tile() {
+    if constexpr (strips() == 2)
+      return Tiles::others_of_two(kKeysDown);
+    else
+      return Tiles::others(kDim, kPlain);
+  }
+  static constexpr int kStrips = strips();
+  static constexpr int kOwn = Tiles::kOwn * kStrips, kOther = others_of_tile();
+  static constexpr int kWarps = Tiles::kOwn / 16, kThreads = kWarps * dev::kWarp;
   static constexpr int kQueries = kKeysDown ? kOther : kOwn, kKeys = kKeysDown ? kOwn : kOther;
-  using Pairs = Fragment<1, kOther / 8>;
-  using Score = ScoreTile<Element, kPlain, kKeysDown, 1, kOther / 8, Feed>;
-  using Values = Fragment<1, kDim / 8>;  // [own 16, columns]: what a warp sums up
+  using Pairs = Fragment<kStrips, kOther / 8>;
+  using Score = ScoreTile<Element, kPlain, kKeysDown, kStrips, kOther / 8, Feed>;
+  using Values = Fragment<kStrips, kDim / 8>;  // [own 16 kStrips, columns]: what a warp sums up
 
   using OwnSide = Side<Feed, kKeysDown>;
   using OtherSide = Side<Feed, !kKeysDown>;
 
   struct QueryNumbers {
-    float statistic[kQueries], rest[kQueries], extra[kQueries];
+    Vec<float, 4> of[kQueries];  // statistic, its rest, extra, nothing
     If<!kPlain, float[kQueries]> tau;
   };
   struct KeyNumbers {
-    float bias[kKeys], gain[kKeys];
+    float of[2][kKeys];  // bias, gain
   };
   using NoKeyNumbers = If<!kPlain, KeyNumbers>;
   using OwnNumbers = std::conditional_t<kKeysDown, NoKeyNumbers, QueryNumbers>;
@@ -66,6 +79,7 @@ struct Loop {
     OwnNumbers numbers;
     Place place;
     int64_t first;  // own row of the block, in its sequence or list
+    If<!Feed::kListed, Sight[kWarps]> sight;
     If<Feed::kListed, ListedTiles<kOwn, kOther>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
@@ -76,6 +90,10 @@ struct Loop {
   Smem& smem;
   const Place& place;    // in shared memory: registers are short
   const int64_t& first;  // likewise
+  If<!Feed::kListed, UnitStream<kOther, kDim / 8, kThreads, Element>> first_units, second_units;
+  If<!Feed::kListed && kKeysDown, NumberStream<3, kQueries, 4, 1, kThreads>> query_stream;
+  If<!Feed::kListed && !kKeysDown && !kPlain, NumberStream<2, kKeys, 1, kKeys, kThreads>>
+      key_stream;
 
   HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in,
                            const Feed& from, Smem& s)
@@ -98,7 +116,7 @@ struct Loop {
   }
 
   // Own row of this warp, in the block.
-  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16; }
+  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16 * kStrips; }
 
   HW_DEVICE HW_INLINE Range own() const {
     if constexpr (Feed::kListed)
@@ -129,6 +147,7 @@ struct Loop {
     prefetch_own();
     const int begin = static_cast<int>(range.begin / kOther);
     const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
+    if constexpr (!Feed::kListed) start_streams(begin);
     if constexpr (Feed::kListed) {
       const OtherSide side(feed, place);
       Coming<kThreads, kOther, OtherSide>(side, begin * kOther).fill(smem.tokens.other[begin % 3]);
@@ -154,14 +173,14 @@ struct Loop {
     multiply_rows<Element>(dp, smem.second_own, warp_row(), stage.second);
   }
 
-  // Own row of the lane in either half of its strip, counted in the sequence.
-  HW_DEVICE HW_INLINE int64_t own_row(int half) const {
-    return first + warp_row() + Values::row(0, 2 * half);
+  // Own row of the lane in either half of a strip, counted in the sequence.
+  HW_DEVICE HW_INLINE int64_t own_row(int half, int strip = 0) const {
+    return first + warp_row() + Values::row(strip, 2 * half);
   }
 
   // Where results of that row are, among those of its sequence; negative: nowhere.
-  HW_DEVICE HW_INLINE int64_t result_row(int half) const {
-    const int64_t at = own_row(half);
+  HW_DEVICE HW_INLINE int64_t result_row(int half, int strip = 0) const {
+    const int64_t at = own_row(half, strip);
     if constexpr (Feed::kListed) {
       const int token = own_token(half), slot = static_cast<int>(at);
       if constexpr (kKeysDown)
@@ -188,11 +207,12 @@ struct Loop {
   HW_DEVICE HW_INLINE void store(const Output<T>& to, int head, const Values& sums,
                                  const Factor& factor) const {
     HW_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = result_row(half);
+    for (int n = 0; n < 2 * kStrips; ++n) {
+      const int strip = n / 2, half = n % 2;
+      const int64_t at = result_row(half, strip);
       if (at < 0) continue;
       float x[Values::kTiles][2];
-      sums.copy_row(x, 0, half, factor(half));
+      sums.copy_row(x, strip, half, factor(half));
       store_pairs(row_of(to.ref, at, head), Values::column(0, 0), to.paired, x);
     }
   }
@@ -239,8 +259,56 @@ struct Loop {
         prefetch(stage, others_at(tile));
       next.fill(smem.tokens.other[(tile + 1) % 3]);
     } else {
-      prefetch(stage, others_at(tile));
+      prefetch_next(stage, others_at(tile));
     }
+  }
+
+  // In order: what of the other side comes next, from `at` on, is a fixed step away from the last.
+  HW_DEVICE HW_INLINE const Input<Element>& first_others() const {
+    return kKeysDown ? inputs.in.q : inputs.in.k;
+  }
+  HW_DEVICE HW_INLINE const Input<Element>& second_others() const {
+    return kKeysDown ? inputs.of_queries : inputs.of_keys;
+  }
+  HW_DEVICE HW_INLINE Rows<Element> other_rows(const Input<Element>& x, int64_t at) const {
+    return kKeysDown ? query_rows(x, place, at) : key_rows(x, place, at);
+  }
+
+  HW_DEVICE HW_INLINE void start_streams(int tile) {
+    if (dev::lane() == 0)
+      smem.sight[dev::warp()] =
+          sight_of<kKeysDown, kOther>(place.mask, first + warp_row(), 16 * kStrips);
+    const int64_t at = others_at(tile);
+    first_units = decltype(first_units)(other_rows(first_others(), at));
+    if (second_others().ref) second_units = decltype(second_units)(other_rows(second_others(), at));
+    if constexpr (kKeysDown) query_stream.start([&](int array) { return array_of(array, at); });
+    if constexpr (!kKeysDown && !kPlain)
+      key_stream.start(
+          [&](int n) { return key_array(n == 0 ? p.key_bias : p.key_gain, place, at); });
+  }
+
+  HW_DEVICE HW_INLINE void prefetch_next(Stage& stage, int64_t at) {
+    const int64_t all = kKeysDown ? place.at.q_count : place.at.k_count;
+    const int count = static_cast<int>(min_of<int64_t>(all - at, kOther));
+    load_next<kThreads>(stage.first, first_units, first_others(), count,
+                        [&] { return other_rows(first_others(), at); });
+    if (second_others().ref)
+      load_next<kThreads>(stage.second, second_units, second_others(), count,
+                          [&] { return other_rows(second_others(), at); });
+    if constexpr (kKeysDown) {
+      query_stream.load(stage.numbers.of[0].v, count);
+      load_temperatures(stage.numbers, at);
+    } else if constexpr (!kPlain) {
+      key_stream.load(stage.numbers.of[0], count);
+    }
+  }
+
+  // Array n of the numbers per query, from a row on.
+  HW_DEVICE HW_INLINE NumberArray array_of(int n, int64_t row) const {
+    const Ref<const void, 3>& x = n == 0 ? inputs.statistic : n == 1 ? inputs.rest : inputs.extra;
+    if (!x) return {};
+    const Ref<const float, 3> from = x.template as<const float>();
+    return {from.at(place.at.batch, place.head, place.at.q_begin + row), from.stride[2]};
   }
 
   HW_DEVICE HW_INLINE void prefetch_own() {
@@ -274,16 +342,23 @@ struct Loop {
 
   template <class At>
   HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
-    query_numbers<kQueries, kThreads>(to.statistic, inputs.statistic, place, at);
-    query_numbers<kQueries, kThreads>(to.rest, inputs.rest, place, at);
-    query_numbers<kQueries, kThreads>(to.extra, inputs.extra, place, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, place, at);
+    if (inputs.rest)
+      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, place, at);
+    else
+      for (int i = dev::thread_index(); i < kQueries; i += kThreads) to.of[i].v[1] = 0.0f;
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, place, at);
+    load_temperatures(to, at);
+  }
+  template <class At>
+  HW_DEVICE HW_INLINE void load_temperatures(QueryNumbers& to, const At& at) const {
     if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, place, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, const At& at) const {
     if constexpr (!kPlain) {
-      key_numbers<kKeys, kThreads>(to.bias, p.key_bias, place, at);
-      key_numbers<kKeys, kThreads>(to.gain, p.key_gain, place, at);
+      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, place, at);
+      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, place, at);
     }
   }
 
@@ -299,6 +374,8 @@ struct Loop {
     } else {
       const int64_t mine = first + warp_row(), other = static_cast<int64_t>(tile) * kOther;
       at.row = kKeysDown ? other : mine, at.key = kKeysDown ? mine : other;
+      const Sight sight = smem.sight[dev::warp()];
+      at.seen = sight.sees(tile), at.whole = sight.whole(tile);
     }
     if constexpr (kKeysDown) {
       point_to(at, stage.numbers, 0, smem.numbers, warp_row());
@@ -309,13 +386,11 @@ struct Loop {
   }
   HW_DEVICE HW_INLINE void point_to(Spot& at, const QueryNumbers& queries, int query,
                                     const NoKeyNumbers& keys, int key) const {
-    at.statistic = queries.statistic + query;
-    at.rest = inputs.rest ? queries.rest + query : nullptr;
-    at.extra = queries.extra + query;
+    at.numbers = queries.of + query;
     if constexpr (!kPlain) {
       at.tau = queries.tau + query;
-      at.key_bias = keys.bias + key;
-      at.key_gain = keys.gain + key;
+      at.key_bias = keys.of[0] + key;
+      at.key_gain = keys.of[1] + key;
     }
   }
 };

@@ -18,7 +18,9 @@
 #include "softmax/score.h"
 #include "softmax/sm80/layout.h"
 #include "softmax/sm80/lists.cuh"
+#include "softmax/sm80/sight.cuh"
 
+#include "core/gpu/streams.cuh"
 #include "core/gpu/tile.cuh"
 
 namespace hw::softmax::sm80 {
@@ -81,6 +83,7 @@ HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequ
   rows.count = static_cast<int>(min_of<int64_t>(count, 1 << 20));
   rows.columns = static_cast<int>(x.ref.size[3]);
   rows.aligned = x.aligned;
+  rows.whole = x.whole;
   return rows;
 }
 
@@ -93,6 +96,14 @@ HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const Place&
   return token_rows(x, w.at, w.key_head, w.at.k_begin + key, w.at.k_count - key);
 }
 
+// Numbers [B, Hq, S] (acc) of keys from `key` on.
+HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const Place& w,
+                                          int64_t key) {
+  if (!x) return {};
+  const Ref<const float, 3> from = x.as<const float>();
+  return {from.at(w.at.batch, w.head, w.at.k_begin + key), from.stride[2]};
+}
+
 // Starts loading numbers [B, Hq, S] (acc) of kCount keys or queries into `to`; none where absent.
 template <int kCount, int kThreads>
 HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
@@ -102,13 +113,13 @@ HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, con
   load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.k_begin + key),
                                  from.stride[2], w.at.k_count - key);
 }
-template <int kCount, int kThreads>
+template <int kCount, int kThreads, int kPitch>
 HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
                                        int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
-  load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.q_begin + row),
-                                 from.stride[2], w.at.q_count - row);
+  load_numbers<kCount, kThreads, kPitch>(to, from.at(w.at.batch, w.head, w.at.q_begin + row),
+                                         from.stride[2], w.at.q_count - row);
 }
 // The same of [B, Sq, Hq].
 template <int kCount, int kThreads>
@@ -141,11 +152,11 @@ struct ScoreInputs {
 // of which those are read that the call has. Listed: tokens and their extents in place of the
 // first.
 struct Spot {
+  bool seen = true, whole = false;  // Sight of the tile; where tokens are listed, they tell
   int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key
-  const float *statistic = nullptr, *extra = nullptr;    // per query: row statistic; D - d_L
-  const float* rest = nullptr;                           // per query: of the statistic, or null
+  const Vec<float, 4>* numbers = nullptr;                // per query: L or n, its rest, D - d_L
   const int *row_token = nullptr, *key_token = nullptr;
   const Extent *row_parts = nullptr, *key_parts = nullptr;  // of 16 each
 };
@@ -175,17 +186,8 @@ struct ScoreTile {
     if constexpr (Feed::kListed)
       return !may_meet(place.mask, row_extent(), key_extent(), feed.pad_keys());
     else
-      return unseen_in_order();
+      return !spot.seen;
   }
-  HW_DEVICE HW_INLINE bool unseen_in_order() const {
-    const Mask& m = place.mask;
-    const Range rows{spot.row, min_of(spot.row + kQueries, m.rows)};
-    const Range keys{spot.key, min_of(spot.key + kKeys, m.keys)};
-    if (rows.empty() || keys.empty()) return true;
-    const Range seen = m.keys_of(rows);
-    return seen.end <= keys.begin || seen.begin >= keys.end;
-  }
-
   HW_DEVICE HW_INLINE bool soft() const {
     return kPlain || Feed::kListed || is_softmax(p.activation);
   }
@@ -227,9 +229,7 @@ struct ScoreTile {
       hide_in_order(x);
   }
   HW_DEVICE HW_INLINE void hide_in_order(F& x) const {
-    const Mask& m = place.mask;
-    const Range rows{spot.row, spot.row + kQueries}, keys{spot.key, spot.key + kKeys};
-    if (rows.end <= m.rows && m.whole(rows, keys)) return;
+    if (spot.whole) return;
     HW_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       HW_UNROLL
@@ -251,68 +251,88 @@ struct ScoreTile {
   }
 
   // What p of a query is relative to: L (rows without weight: +inf), or 1 / n.
-  HW_DEVICE HW_INLINE float base(int q) const {
-    if (soft()) {
-      const float l = spot.statistic[q];
-      return l == -kInfinity ? kInfinity : l;
-    }
+  HW_DEVICE HW_INLINE float base_of(int q, float statistic) const {
+    if (soft()) return statistic == -kInfinity ? kInfinity : statistic;
     if (p.normalizer == Normalizer::none) return 1.0f;
-    if (p.normalizer == Normalizer::sum) {
-      const float n = spot.statistic[q];
-      return n != 0.0f && n < kInfinity ? 1.0f / n : 0.0f;
-    }
+    if (p.normalizer == Normalizer::sum)
+      return statistic != 0.0f && statistic < kInfinity ? 1.0f / statistic : 0.0f;
     const int64_t seen = place.mask.visible_keys(spot.row + q).count();
     return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
   }
 
-  // The rest of L, to base 2; 0 where L is infinite.
-  HW_DEVICE HW_INLINE float rest(int q) const {
-    const float l = spot.statistic[q];
-    return spot.rest != nullptr && l - l == 0.0f ? spot.rest[q] * kLog2e : 0.0f;
+  // What the lane's elements of a query have in common.
+  struct Terms {
+    float base, rest, extra;  // see base_of; of L, to base 2; D - d_L
+  };
+
+  HW_DEVICE HW_INLINE Terms terms_of(int q) const {
+    const Vec<float, 4> of_query = load_vector<4>(spot.numbers[q].v);
+    return {base_of(q, of_query.v[0]), of_query.v[1] * kLog2e, of_query.v[2]};
+  }
+
+  // f(terms, each), each(g): g(strip, j, i) of every element of the query.
+  template <class Visit>
+  HW_DEVICE HW_INLINE void each_query(Visit&& f) const {
+    if constexpr (kKeysDown) {
+      HW_UNROLL
+      for (int j = 0; j < kTiles; ++j) {
+        HW_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          f(terms_of(F::column(j, i)), [&](auto&& g) {
+            HW_UNROLL
+            for (int n = 0; n < 2 * kStrips; ++n) g(n / 2, j, i + n % 2 * 2);
+          });
+        }
+      }
+    } else {
+      HW_UNROLL
+      for (int n = 0; n < 2 * kStrips; ++n) {
+        const int s = n / 2, half = n % 2 * 2;
+        f(terms_of(F::row(s, half)), [&](auto&& g) {
+          HW_UNROLL
+          for (int m = 0; m < 2 * kTiles; ++m) g(s, m / 2, half + m % 2);
+        });
+      }
+    }
   }
 
   // From L to s in units of x. The difference comes first: it is exact where both are large.
-  HW_DEVICE HW_INLINE float distance(float x, int q) const {
-    if constexpr (kPlain) return fmaf(-base(q), in.inverse_scale, x);
-    return x - base(q);
+  HW_DEVICE HW_INLINE float distance(float x, const Terms& t) const {
+    if constexpr (kPlain) return fmaf(-t.base, in.inverse_scale, x);
+    return x - t.base;
   }
 
   // e^(s - L)
-  HW_DEVICE HW_INLINE float soft_weight(float x, int q, float unit) const {
-    return dev::exp2_fast(distance(x, q) * unit - rest(q));
+  HW_DEVICE HW_INLINE float soft_weight(float x, const Terms& t, float unit) const {
+    return dev::exp2_fast(fmaf(distance(x, t), unit, -t.rest));
   }
 
   // p of s (plain: of c) in place.
   HW_DEVICE HW_INLINE void weigh(F& x, float unit) const {
-    if (soft()) {
-      F::each([&](int s, int j, int i) {
-        x.at[s][j][i] = soft_weight(x.at[s][j][i], query(s, j, i), unit);
-      });
-    } else {
-      F::each([&](int s, int j, int i) {
-        const Fast a = activation(p.activation, Fast(x.at[s][j][i]));
-        x.at[s][j][i] = static_cast<float>(a) * base(query(s, j, i));
-      });
-    }
+    each_query([&](const Terms& t, auto&& each) {
+      each([&](int s, int j, int i) { x.at[s][j][i] = weight(x.at[s][j][i], t, unit); });
+    });
+  }
+
+  HW_DEVICE HW_INLINE float weight(float x, const Terms& t, float unit) const {
+    if (soft()) return soft_weight(x, t, unit);
+    return static_cast<float>(activation(p.activation, Fast(x))) * t.base;
   }
 
   // p in place of s, and ds in place of dp.
   HW_DEVICE HW_INLINE void differentiate(F& x, F& dp, float unit) const {
     if constexpr (Feed::kListed)
       if (feed.mask_self()) return differentiate_but_self(x, dp, unit);
-    if (soft()) {
-      weigh(x, unit);
-      F::each([&](int s, int j, int i) {
-        dp.at[s][j][i] = x.at[s][j][i] * (dp.at[s][j][i] - spot.extra[query(s, j, i)]);
+    each_query([&](const Terms& t, auto&& each) {
+      each([&](int s, int j, int i) {
+        const float score = x.at[s][j][i], p_ij = weight(score, t, unit);
+        const float slope =
+            soft() ? p_ij
+                   : static_cast<float>(activation_slope(p.activation, Fast(score))) * t.base;
+        x.at[s][j][i] = p_ij;
+        dp.at[s][j][i] = slope * (dp.at[s][j][i] - t.extra);
       });
-    } else {
-      F::each([&](int s, int j, int i) {
-        const int q = query(s, j, i);
-        const Fast slope = activation_slope(p.activation, Fast(x.at[s][j][i]));
-        dp.at[s][j][i] = static_cast<float>(slope) * base(q) * (dp.at[s][j][i] - spot.extra[q]);
-      });
-      weigh(x, unit);
-    }
+    });
   }
 
   // Whether dx differs from ds.
@@ -435,12 +455,13 @@ struct ScoreTile {
     HW_UNROLL
     for (int n = 0; n < 2 * kStrips; ++n)
       self[n / 2][n % 2] = met_by(lines[F::row(n / 2, n % 2 * 2)]).self;
-    F::each([&](int s, int j, int i) {
-      const int q = query(s, j, i);
-      const float weight = soft_weight(x.at[s][j][i], q, unit);
-      x.at[s][j][i] = weight;
-      const bool constant = columns[F::column(j, i)] == self[s][i / 2];
-      dp.at[s][j][i] = constant ? 0.0f : weight * (dp.at[s][j][i] - spot.extra[q]);
+    each_query([&](const Terms& t, auto&& each) {
+      each([&](int s, int j, int i) {
+        const float weight = soft_weight(x.at[s][j][i], t, unit);
+        x.at[s][j][i] = weight;
+        const bool constant = columns[F::column(j, i)] == self[s][i / 2];
+        dp.at[s][j][i] = constant ? 0.0f : weight * (dp.at[s][j][i] - t.extra);
+      });
     });
   }
 

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA kernels may take, which check_ptx.py compares with what the compiler made of them.
+
+BUDGETS has registers, shared memory and blocks of every kernel, WORK what the interior loop of
+those on tensor cores may cost per product. The first line whose expression is found in a kernel's
+name is that kernel's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The plan of a kernel: registers of a thread, bytes of shared memory, blocks side by side."""
+
+    kernel: str  # regular expression for the demangled name
+    registers: int
+    threads: int
+    blocks: int = 1
+    shared: int = 0
+    needs: tuple[str, ...] = ()
+
+
+OPERATORS80 = ("attention", "linear_attention", "routing_attention")
+TENSOR = ("mma", "ldmatrix", "cp.async")
+SM80 = "hw::linear_attention::sm80::"
+SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
+ROUTING = "hw::routing_attention::"
+LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
+TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
+
+BUDGETS = (
+    Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 216, 128, 2, 42 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::bf16, 128,", 216, 256, 1, 58 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 44 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 60 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"TotalsKernel<hw::b?f16, 64,", 168, 128, 3, 30 * KIB, TENSOR),
+    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 176, 256, 1, 46 * KIB, TENSOR),
+    Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 240, 128, 2, 78 * KIB, TENSOR),
+    Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
+    Budget(SM80 + r"RowsKernel<", 96, 256, 2),
+    Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
+    # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
+    Budget(LIST80 + "ForwardKernel" + TO_64 + ".*Listed<16>", 128, 32, 8, 20 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel.*Listed<16>", 128, 32, 7, 22 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + TO_64 + " true, .*Listed<64>", 128, 128, 3, 44 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel.*Listed<64>", 168, 128, 3, 52 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel.*Listed<128>", 255, 128, 2, 70 * KIB, TENSOR),
+    Budget(LIST80 + "QueryGradKernel" + TO_64 + ".*Listed<16>", 168, 32, 7, 23 * KIB, TENSOR),
+    Budget(LIST80 + "(QueryGrad|KeyGrad)Kernel.*<16>", 255, 32, 5, 30 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + " true,", 255, 128, 2, 66 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + " false,", 224, 256, 1, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel<", 255, 128, 1, 99 * KIB, TENSOR),
+    Budget(SOFT80 + "QueryGradKernel" + TO_64 + " true, .*Dense", 255, 128, 2, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "QueryGradKernel" + TO_64, 168, 128, 3, 52 * KIB, TENSOR),
+    Budget(SOFT80 + "QueryGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "KeyGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "ColumnsKernel" + TO_128, 255, 128, 2, 52 * KIB, TENSOR),
+    Budget(SOFT80 + "(QueryGrad|KeyGrad|Columns)Kernel<", 255, 128, 1, 99 * KIB, TENSOR),
+    Budget(SOFT80 + "BiasGradKernel<", 255, 128, 1, 99 * KIB, TENSOR),
+    Budget(SOFT80 + "MergeKernel<", 96, 128, 4),
+    Budget(SOFT + "RowsKernel<.*, 1>", 80, 256, 3),
+    Budget(SOFT + "(RowsKernel<|QueryGradKernel<|KeyGradKernel<.*, 1>)", 128, 256, 2),
+    Budget(SOFT + "KeyGradKernel<", 255, 256, 1),
+    Budget(ROUTING + "SumKernel<", 64, 256, 4),
+    Budget(ROUTING + "(Delta|Spans)Kernel", 64, 256, 4),
+    Budget(r"hw::CsrKernel<", 64, 512, 2),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a round of the interior loop (sass.py), per product: instructions and loads from shared
+    memory that are allowed, and those that are aimed at."""
+
+    kernel: str
+    instructions: float
+    loads: float
+    inner: int = 0  # loops within, which the counts have once
+    aim: tuple[float, float] | None = None
+
+
+FORWARD_128, FORWARD_64, BACKWARD = (4.5, 0.4), (5.5, 0.4), (5.0, 0.4)
+
+WORK = (
+    Work(SM80 + r"(Apply|Totals)Kernel<hw::bf16,", 6.9, 0.58),
+    Work(SM80 + r"(Apply|Totals)Kernel<hw::f16,", 9.2, 0.31),
+    Work(SM80 + r"GradientKernel<hw::bf16,", 13.6, 0.55),
+    Work(SM80 + r"GradientKernel<hw::f16,", 13.2, 0.29),
+    # fed with lists
+    Work(LIST80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128),.*<16>", 12.1, 1.28, 2),
+    Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128), true,", 8.6, 1.12, 2),
+    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128), true,", 7.2, 0.98, 2),
+    Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128), false,", 17.7, 2.25, 2),
+    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128), false,", 12.5, 1.64, 2),
+    # plain scores, rows and keys of a sequence
+    Work(SOFT80 + r"ForwardKernel<hw::b?f16, 64, true, .*Dense", 5.1, 0.34, 0, FORWARD_64),
+    Work(SOFT80 + r"ForwardKernel<hw::b?f16, 128, true, .*Dense", 4.1, 0.4, 0, FORWARD_128),
+    Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 64, true, .*Dense", 4.2, 0.38, 0, BACKWARD),
+    Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 128, true, .*Dense", 4.5, 0.73, 0, BACKWARD),
+    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, 64, true, .*Dense", 4.5, 0.47, 0, BACKWARD),
+    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, 128, true, .*Dense", 4.2, 0.72, 0, BACKWARD),
+    Work(SOFT80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, 256, true, .*Dense", 5.4, 0.93),
+    # other scores, and columns
+    Work(SOFT80 + r"(Forward|QueryGrad)Kernel<hw::b?f16, (64|128|256), false, .*Dense", 10.2, 1.12),
+    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, (64|128|256), false, .*Dense", 9.9, 1.12, 1),
+    Work(SOFT80 + r"ColumnsKernel<hw::b?f16, (64|128|256), true", 10.4, 0.88),
+)
+
+
+def budget_of(name: str, budgets: Iterable[Budget] = BUDGETS) -> Budget | None:
+    return next((b for b in budgets if re.search(b.kernel, name)), None)
+
+
+def work_of(name: str, work: Iterable[Work] = WORK) -> Work | None:
+    return next((w for w in work if re.search(w.kernel, name)), None)
