@@ -153,7 +153,7 @@ FAULTS = (
          "      dev::sync_block();", ".fill(smem.tokens.other[begin % 3]);", KMEANS),
     sm80("tokens_of_the_last_tile", f"{SOFT}/sm80/loop.cuh", "next(side, (tile + 1) * kOther)",
          "next(side, tile * kOther)", KMEANS),
-    sm80("padding_hidden", f"{SOFT}/sm80/score.cuh", "feed.pad_keys() ? kNoToken",
+    sm80("padding_hidden", f"{SOFT}/sm80/score.cuh", "source.pad_keys() ? kNoToken",
          "false ? kNoToken", BILEVEL),
     sm80("rows_of_one_listing", f"{ROUTING}_sm80_feed.cuh",
          "w.first_listing + slot / row_slots_of_list", "w.first_listing", BILEVEL),

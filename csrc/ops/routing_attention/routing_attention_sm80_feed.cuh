@@ -94,7 +94,7 @@ struct Listed {
     const int size = static_cast<int>(l.cells.size());
     return blocks(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
   }
-  HW_DEVICE HW_INLINE static int token(const Cells& c, int count, int slot, int64_t block) {
+  HW_DEVICE HW_INLINE static int token(const RegionGrid& c, int count, int slot, int64_t block) {
     if (block < 0 || block >= count) return kNoToken;
     const int size = static_cast<int>(c.size()), cell = static_cast<int>(block);
     if (size == 1) return cell;

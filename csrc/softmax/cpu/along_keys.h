@@ -133,7 +133,7 @@ class AlongKeys {
     bool all = true;
     bool any[kRows];
     if (soft_)
-      for (int i = 0; i < block.count(); i += kSide) soften(block, keys, i, sums);
+      for (int i = 0; i < block.count(); i += kSide) exponentiate(block, keys, i, sums);
     else
       for (int i = 0; i < block.count(); ++i) all &= any[i] = activate(i, sums);
     for (int64_t b = 0; v_ && b < values_; ++b)
@@ -230,7 +230,7 @@ class AlongKeys {
 
   // e^(s - shift) in place of s, of a vector of rows from i on; their sums and w move to the new
   // maximum. What is summed across lanes is so for all of them at once.
-  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, BlockSums<A>& sums) {
+  HW_NOINLINE void exponentiate(const Block& block, const Range& keys, int i, BlockSums<A>& sums) {
     const int rows = std::min(kSide, block.count() - i);
     const int wide = round_up(static_cast<int>(keys.count()), kSide);
     V most[kSide];

@@ -225,15 +225,15 @@ class Forward {
       if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      const bool any = soft_ ? soften(block, some, tile, s, state)
+      const bool any = soft_ ? exponentiate(block, some, tile, s, state)
                              : activate(block, some, tile.lanes(), s, state);
       if (any && v_) add_values(block, some, tile, s, state, room);
     }
   }
 
   // p relative to the running shift: in place of s, and as pairs where pairs are multiplied.
-  HW_NOINLINE bool soften(const Block& block, const Range& keys, Tile<T>& tile, A* s,
-                          State& state) {
+  HW_NOINLINE bool exponentiate(const Block& block, const Range& keys, Tile<T>& tile, A* s,
+                                State& state) {
     BlockSums<A>& r = *state.rows;
     const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());

@@ -125,13 +125,13 @@ struct KeySums {
 
 // The loop over one block's keys.
 template <class T>
-class Walk {
+class BlockGradients {
  public:
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  HW_NOINLINE explicit Walk(const BackwardParams& p)
+  HW_NOINLINE explicit BlockGradients(const BackwardParams& p)
       : p_(p), padded_(round_up(p.dim(), kLanes<A>)), tile_(p), cotangents_(p) {
     Scratch& scratch = Scratch::of_thread();
     x_ = scratch.take<A>(kTile);

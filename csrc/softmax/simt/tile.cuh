@@ -71,7 +71,7 @@ struct MaskedSequence {
 
 // A tensor whose rows go to a room.
 template <class Element>
-struct Side {
+struct OperandRows {
   Ref<const Element, 4> x;  // [B, S, heads, width]
   bool vectors = false;     // rows can be read 16 bytes at a time
 
@@ -80,7 +80,7 @@ struct Side {
 };
 
 template <class Element>
-Side<Element> make_side(const Ref<const void, 4>& x) {
+OperandRows<Element> operand_rows(const Ref<const void, 4>& x) {
   const Ref<const Element, 4> typed = x.as<const Element>();
   return {typed, x && has_vectors(typed)};
 }
@@ -89,8 +89,9 @@ Side<Element> make_side(const Ref<const void, 4>& x) {
 // and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything
 // but zeros.
 template <int kRows, bool kVote, bool kGaps, class Element, class RowOf>
-HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
-                                    int head, int column, int count, const RowOf& row_of) {
+HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const OperandRows<Element>& from,
+                                    int64_t batch, int head, int column, int count,
+                                    const RowOf& row_of) {
   using A = Accum<Element>;
   const int width = min_of(from.width() - column, kSide<A>);
   bool some = false;
@@ -209,7 +210,7 @@ HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weigh
   }
 }
 
-// ---- Rows of a thread --------------------------------------------------------------------------
+// ---- Rows of a thread ---------------------------------------------------------------------------
 
 // Register arrays [rows of a thread] that take turns: the row at work is always row 0.
 template <class A, int N>

@@ -32,32 +32,6 @@ struct Units {
   }
 };
 
-// Running sums of a row over the keys so far. Not softmaxes: sum = sum a(s), the others stay.
-struct RowSums {
-  float max = -kInfinity;                 // of the scores
-  float sum = 0;                          // sum e^(s - max)
-  float tilt = 0, squares = 0, mass = 0;  // sum e^(s - max) (s - max), sum e^2(s - max), sum e.. m
-
-  // Moves to another maximum; returns the factor of all that was summed, 1 before any score.
-  HW_DEVICE HW_INLINE float move(float to, float unit) {
-    const float gap = max == -kInfinity ? 0.0f : max - to;
-    const float factor = dev::exp2_fast(gap * unit);
-    max = to;
-    tilt = factor * (tilt + gap * sum);
-    sum *= factor;
-    squares *= factor * factor;
-    mass *= factor;
-    return factor;
-  }
-
-  HW_DEVICE HW_INLINE void add(const RowSums& x) {
-    sum += x.sum;
-    tilt += x.tilt;
-    squares += x.squares;
-    mass += x.mass;
-  }
-};
-
 // Partial results of the spans.
 struct Partials {
   float *values = nullptr, *sums = nullptr;  // [spans, rows, Dv], [spans, rows, kSumsOfRow]; of the
@@ -84,11 +58,10 @@ struct Finish {
 
   // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true);
   // returns the factor of its values.
-  HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums& r, bool writes) const {
+  HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums<float>& r, bool writes) const {
     if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
     const RowResult<float> x =
-        finalize_softmax<float>({r.max, r.sum, r.tilt, r.squares, r.mass},
-                                extra_logit<float>(f, place.at.batch, place.head), units);
+        finalize_softmax(r, extra_logit<float>(f, place.at.batch, place.head), units);
     if (writes) put(f.row, row, x.row), put(f.rest, row, x.rest);
     if constexpr (!kPlain) {
       if (writes) {
@@ -152,7 +125,7 @@ struct Finish {
     return {r.at(batch, token, place.head), {r.size[3]}, {r.stride[3]}};
   }
 
-  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums& r, bool writes) const {
+  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums<float>& r, bool writes) const {
     const float n = f.normalizer == Normalizer::sum ? r.sum
                     : f.normalizer == Normalizer::length
                         ? static_cast<float>(place.mask.visible_keys(row).count())
@@ -185,13 +158,14 @@ struct MergeKernel {
     const int head = static_cast<int>(index / p.f.max_q % heads);
     const Place place = place_of(p.f, index / p.f.max_q / heads, head);
     if (row >= place.at.q_count) return;
-    RowSums whole;
+    RowSums<float> whole;
+    whole.clear();
     for (int64_t span = 0; span < p.spans; ++span)
       whole.max = dev::larger(whole.max, p.partials.sums_of(span, index)[0]);
     const float top = whole.max;
     for (int64_t span = 0; span < p.spans; ++span) {
-      RowSums part = sums(p, span, index);
-      part.move(top, p.units.unit);
+      RowSums<float> part = sums(p, span, index);
+      part.move_to(top, p.units);
       whole.add(part);
     }
     const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
@@ -201,18 +175,19 @@ struct MergeKernel {
       float x[1][2] = {};
       for (int64_t span = 0; span < p.spans; ++span) {
         const float* value = p.partials.values_of(span, index) + column;
-        const float part = RowSums{p.partials.sums_of(span, index)[0]}.move(top, p.units.unit);
-        x[0][0] += part * value[0];
-        x[0][1] += part * value[1];  // behind an odd last column a number that is not stored
+        RowSums<float> part{p.partials.sums_of(span, index)[0], 0, 0, 0, 0};
+        const float share = part.move_to(top, p.units);
+        x[0][0] += share * value[0];
+        x[0][1] += share * value[1];  // behind an odd last column a number that is not stored
       }
       x[0][0] *= factor, x[0][1] *= factor;
       finish.write(row, column, x);
     }
   }
 
-  HW_DEVICE static HW_INLINE RowSums sums(const Params& p, int64_t span, int64_t index) {
+  HW_DEVICE static HW_INLINE RowSums<float> sums(const Params& p, int64_t span, int64_t index) {
     const float* s = p.partials.sums_of(span, index);
-    if constexpr (kPlain) return {s[0], s[1]};
+    if constexpr (kPlain) return {s[0], s[1], 0, 0, 0};
     return {s[0], s[1], s[2], s[3], s[4]};
   }
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on tensor cores: rows and keys that are not a sequence's in their order, but listed.
 //
-// Kernels take what they work on from a Feed. Dense is that of attention itself: rows first, first
+// Kernels take what they work on from a KeySource. DenseSource is that of attention itself: rows first, first
 // + 1, .. of a sequence meet keys 0, 1, .. of it. A listed one has, on either side, slots; a slot
 // holds a token or none. A tile is kCount slots from one of them on:
 //
@@ -12,7 +12,7 @@
 //             and the largest token of every 16 slots (Extent): tiles that nobody sees are not even
 //             loaded, tiles that everybody sees entirely are not masked
 //
-// A listed Feed has, besides kListed = true,
+// A listed KeySource has, besides kListed = true,
 //
 //   ForwardTiles, LoopTiles              as those of sm80/layout.h
 //   Place, place_of(p, n, head)          of task n, with what the following need
@@ -24,7 +24,7 @@
 //   first_result(place, slot)            Slots::results from a row on
 //   row_sums, key_sums, value_sums       fp32 [B, results, Hq, D | Dv]: what d_q, d_k and d_v are made
 //                                        from by the caller; absent: they are written themselves
-//   key_owners, heads_of_owner           as those of Dense
+//   key_owners, heads_of_owner           as those of DenseSource
 //   keys_in_order()                      slot = token for keys, none is beyond them
 //   pad_keys(), mask_self(), kSelfScore  as routing_attention.h has them
 #pragma once
@@ -101,13 +101,14 @@ struct Tokens {
 // it starts the copies of another tile, so that it does not wait. Side: of(slot) what a list has for
 // a slot, token(slot, listed) the token that follows from it, `slots` that there are.
 template <int kThreads, int kCount, class Side>
-struct Coming {
+struct TokenPrefetch {
   static_assert(kCount <= kThreads, "a slot per thread");
   const Side& side;
   int first;
   int64_t listed;
 
-  HW_DEVICE HW_INLINE Coming(const Side& from, int first_slot) : side(from), first(first_slot) {
+  HW_DEVICE HW_INLINE TokenPrefetch(const Side& from, int first_slot)
+      : side(from), first(first_slot) {
     listed = exists() ? side.of(first + dev::thread_index()) : kNoToken;
   }
   // Writes the tokens. Whole block; they are visible behind the next barrier.
@@ -130,19 +131,19 @@ struct Coming {
 };
 
 // The rows, the keys of a place.
-template <class Feed, bool kKeySide>
+template <class KeySource, bool kKeySide>
 struct Side {
-  const Feed& feed;
-  const typename Feed::Place& place;
+  const KeySource& source;
+  const typename KeySource::Place& place;
   int slots;
 
-  HW_DEVICE HW_INLINE Side(const Feed& f, const typename Feed::Place& w)
-      : feed(f), place(w), slots(kKeySide ? f.key_slots(w) : f.row_slots(w)) {}
+  HW_DEVICE HW_INLINE Side(const KeySource& f, const typename KeySource::Place& w)
+      : source(f), place(w), slots(kKeySide ? f.key_slots(w) : f.row_slots(w)) {}
   HW_DEVICE HW_INLINE int64_t of(int slot) const {
-    return kKeySide ? feed.listed_key(place, slot) : feed.listed_row(place, slot);
+    return kKeySide ? source.listed_key(place, slot) : source.listed_row(place, slot);
   }
   HW_DEVICE HW_INLINE int token(int slot, int64_t listed) const {
-    return kKeySide ? feed.key_token(place, slot, listed) : feed.row_token(place, slot, listed);
+    return kKeySide ? source.key_token(place, slot, listed) : source.row_token(place, slot, listed);
   }
 };
 
