@@ -2,8 +2,8 @@
 // Linear attention without tensor cores, forward: o, z and the final state.
 #pragma once
 
+#include "ops/linear_attention/linear_attention_simt_chunk_loop.cuh"
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
-#include "ops/linear_attention/linear_attention_simt_walk.cuh"
 
 #include "core/error.h"
 

@@ -3,7 +3,7 @@
 // f16.
 //
 //   _sm80_layout.cuh    what it takes, how it is cut
-//   _sm80_feed.cuh      tasks, tokens of slots, places of results
+//   _sm80_source.cuh    tasks, tokens of slots, places of results
 //   _slots.cuh          indices; sums over slots and over spans
 //   ops/attention/attention_sm80_*.cuh, of which the kernels are, fed with lists
 //
@@ -16,7 +16,7 @@
 
 #include "ops/attention/attention_sm80.cuh"
 #include "ops/routing_attention/routing_attention_slots.cuh"
-#include "ops/routing_attention/routing_attention_sm80_feed.cuh"
+#include "ops/routing_attention/routing_attention_sm80_source.cuh"
 
 #include "core/gpu/launch.h"
 

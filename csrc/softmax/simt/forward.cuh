@@ -100,7 +100,7 @@ class ForwardBlock {
     const auto row = [&](int r) {
       HW_UNROLL
       for (int u = 0; u < kV; ++u) s[0][u] = tile.score(r, u, s[0][u]).s;
-      factor[0] = soft ? soften(r, s[0]) : activate(s[0]);
+      factor[0] = soft ? exponentiate(r, s[0]) : activate(s[0]);
       HW_UNROLL
       for (int u = 0; u < kV; ++u) some |= s[0][u] != A(0);
     };
@@ -112,7 +112,7 @@ class ForwardBlock {
   }
 
   // p relative to the running maximum, in place of s; returns the factor of what was summed before.
-  HW_DEVICE HW_INLINE A soften(int r, A (&s)[kV]) {
+  HW_DEVICE HW_INLINE A exponentiate(int r, A (&s)[kV]) {
     LaneSums<A>& sum = sums[0];
     A top = sum.max;
     HW_UNROLL

@@ -192,7 +192,7 @@ class ScoreTile {
   // ---- Products
 
   // c = own rows times other rows. kKeep: no other product of the walk has this own side, so that a
-  // single slice of it stays in its room. With kVote the answer is whether the rows' side of this
+  // single slice of it stays in its buffer. With kVote the answer is whether the rows' side of this
   // product, or one of the rows' extra numbers, has anything but zeros; the same in all threads.
   template <bool kKeep, bool kVote>
   HW_DEVICE HW_INLINE bool multiply(Micro& c, const OperandRows<Element>& own_side,
@@ -229,7 +229,7 @@ class ScoreTile {
   }
 
   // acc[n] += weights times slice first + n of the other side. kHeld: it is the other side of the
-  // last product, whose last slice is in its room.
+  // last product, whose last slice is in its buffer.
   template <bool kHeld, int kCount>
   HW_DEVICE HW_INLINE void apply(A (&acc)[kCount][kOwn][kOther], const OperandRows<Element>& side,
                                  int first) {
@@ -311,7 +311,7 @@ class ScoreTile {
   };
   static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable_v<Source>);
 
-  // Shared memory: work, votes, rooms, weights, terms; if listed tokens, and votes about the own
+  // Shared memory: work, votes, buffers, weights, terms; if listed tokens, and votes about the own
   // ones.
   HW_DEVICE HW_INLINE static Work& work() { return *dev::shared<Work>(); }
   HW_DEVICE HW_INLINE static int* flags() {
@@ -402,10 +402,10 @@ class ScoreTile {
 
   // Rows or keys of `range` to scratch memory.
   template <bool kRows, int kCount, bool kVote>
-  HW_DEVICE HW_INLINE void load_rows(A* room, const OperandRows<Element>& side, const Range& range,
-                                     int column) {
+  HW_DEVICE HW_INLINE void load_rows(A* buffer, const OperandRows<Element>& side,
+                                     const Range& range, int column) {
     const bool some = load_slice<kCount, kVote, kListed>(
-        room, side, source().batch(), kRows ? head() : key_head(), column,
+        buffer, side, source().batch(), kRows ? head() : key_head(), column,
         static_cast<int>(range.count()), [&range](int i) -> int64_t {
           if constexpr (kListed) return tokens<kRows == kOwnRows>()[i];
           return kRows ? source().row(range.begin + i) : source().key(range.begin + i);

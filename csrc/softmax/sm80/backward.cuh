@@ -80,8 +80,8 @@ struct QueryGradKernel {
       return p.inputs.in.scale;
     };
     if constexpr (KeySource::kListed)
-      if (p.row_sums.ref) return loop.store(p.row_sums, loop.place.head, d_q, factor);
-    loop.store(p.d_q, loop.place.head, d_q, factor);
+      if (p.row_sums.ref) return loop.store(p.row_sums, loop.item.head, d_q, factor);
+    loop.store(p.d_q, loop.item.head, d_q, factor);
   }
 
  private:
@@ -91,7 +91,7 @@ struct QueryGradKernel {
                                              const Score& score, const Pairs& ds) {
     const Ref<float, 4> to = b.d_bias.template as<float>();
     if constexpr (KeySource::kListed) {
-      float* origin = to.at(loop.place.at.batch, loop.place.head);
+      float* origin = to.at(loop.item.at.batch, loop.item.head);
       Pairs::each([&](int s, int j, int i) {
         const int q = score.operands.row_token[Pairs::row(s, i)];
         const int k = score.operands.key_token[Pairs::column(j, i)];
@@ -100,8 +100,8 @@ struct QueryGradKernel {
       return;
     }
     const int64_t row = score.operands.row, key = score.operands.key;
-    float* origin = to.at(loop.place.at.batch, loop.place.head, row, key);
-    const int64_t rows = loop.place.mask.rows - row, keys = loop.place.mask.keys - key;
+    float* origin = to.at(loop.item.at.batch, loop.item.head, row, key);
+    const int64_t rows = loop.item.mask.rows - row, keys = loop.item.mask.keys - key;
     Pairs::each([&](int s, int j, int i) {
       const int q = Pairs::row(s, i), k = Pairs::column(j, i);
       if (q < rows && k < keys) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
@@ -124,8 +124,8 @@ struct QueryGradKernel {
       sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
       const int64_t at = loop.result_row(half);
       if (dev::lane() % 4 == 0 && at >= 0)
-        b.d_row_temperature.template as<float>()(loop.place.at.batch, loop.place.at.q_begin + at,
-                                                 loop.place.head) = sum;
+        b.d_row_temperature.template as<float>()(loop.item.at.batch, loop.item.at.q_begin + at,
+                                                 loop.item.head) = sum;
     }
   }
 };
@@ -230,8 +230,8 @@ struct BiasGradKernel {
   static constexpr int kThreads = L::kThreads;
 
   // Batch entries, heads or tiles of keys that have results of their own.
-  HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
-    return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], side);
+  HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t edge) {
+    return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], edge);
   }
   static Grid grid(const Params& p) {
     const BackwardParams& b = p.b;

@@ -59,7 +59,7 @@ struct ColumnsKernel {
         largest = larger(dev::shuffle_xor(largest, mask), largest);
       if (c.max) loop.store_of_key(c.max, half, largest);
     }
-    if (c.x) loop.store(p.y, loop.place.head, y, [](int) { return 1.0f; });
+    if (c.x) loop.store(p.y, loop.item.head, y, [](int) { return 1.0f; });
   }
 
  private:

@@ -53,7 +53,7 @@ struct Finish {
   const ForwardParams& f;
   const Output<Element>& o;
   const Output<Element>& w;
-  const Place& place;
+  const WorkItem& item;
   Units units;
 
   // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true);
@@ -61,7 +61,7 @@ struct Finish {
   HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums<float>& r, bool writes) const {
     if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
     const RowResult<float> x =
-        finalize_softmax(r, extra_logit<float>(f, place.at.batch, place.head), units);
+        finalize_softmax(r, extra_logit<float>(f, item.at.batch, item.head), units);
     if (writes) put(f.row, row, x.row), put(f.rest, row, x.rest);
     if constexpr (!kPlain) {
       if (writes) {
@@ -77,12 +77,12 @@ struct Finish {
   // x[j][i]: columns first + 8 j + i of w (before gate and mix).
   template <int kTiles>
   HW_DEVICE HW_INLINE void write(int64_t row, int first, float (&x)[kTiles][2]) const {
-    const int64_t batch = place.at.batch, token = place.at.q_begin + row;
+    const int64_t batch = item.at.batch, token = item.at.q_begin + row;
     if constexpr (kMixes) {
       if (f.w) store_pairs(row_of(w, batch, token), first, w.paired, x);
       if (f.identity_mix) mix(token, first, x);
       if (f.head_gate) {
-        const float g = f.head_gate.template as<const float>()(batch, token, place.head);
+        const float g = f.head_gate.template as<const float>()(batch, token, item.head);
         HW_UNROLL
         for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
       }
@@ -95,9 +95,9 @@ struct Finish {
   // once need more registers than there are.
   template <int kTiles>
   HW_DEVICE HW_INLINE void mix(int64_t token, int first, float (&x)[kTiles][2]) const {
-    const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);
+    const float u = f.identity_mix.template as<const float>()(item.at.batch, item.head);
     const Ref<const Element, 4> v = f.v.template as<const Element>();
-    const Element* own = v.at(place.at.batch, token, place.key_head, first);
+    const Element* own = v.at(item.at.batch, token, item.key_head, first);
     const int end = static_cast<int>(f.value_dim()) - first;
     const int64_t step = v.stride[3];
     constexpr int kTogether = min_of(kTiles, 4);
@@ -122,20 +122,20 @@ struct Finish {
   HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t batch,
                                              int64_t token) const {
     const Ref<Element, 4>& r = to.ref;
-    return {r.at(batch, token, place.head), {r.size[3]}, {r.stride[3]}};
+    return {r.at(batch, token, item.head), {r.size[3]}, {r.stride[3]}};
   }
 
   HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums<float>& r, bool writes) const {
     const float n = f.normalizer == Normalizer::sum ? r.sum
                     : f.normalizer == Normalizer::length
-                        ? static_cast<float>(place.mask.visible_keys(row).count())
+                        ? static_cast<float>(item.mask.visible_keys(row).count())
                         : 1.0f;
     if (writes && f.normalizer == Normalizer::sum) put(f.row, row, n), put(f.rest, row, 0.0f);
     return n != 0.0f ? 1.0f / n : 0.0f;
   }
 
   HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, int64_t row, float value) const {
-    if (to) to.template as<float>()(place.at.batch, place.head, place.at.q_begin + row) = value;
+    if (to) to.template as<float>()(item.at.batch, item.head, item.at.q_begin + row) = value;
   }
 };
 
@@ -156,8 +156,8 @@ struct MergeKernel {
     if (index >= p.partials.rows) return;
     const int64_t row = index % p.f.max_q, heads = p.f.query_heads();
     const int head = static_cast<int>(index / p.f.max_q % heads);
-    const Place place = place_of(p.f, index / p.f.max_q / heads, head);
-    if (row >= place.at.q_count) return;
+    const WorkItem item = work_item(p.f, index / p.f.max_q / heads, head);
+    if (row >= item.at.q_count) return;
     RowSums<float> whole;
     whole.clear();
     for (int64_t span = 0; span < p.spans; ++span)
@@ -168,7 +168,7 @@ struct MergeKernel {
       part.move_to(top, p.units);
       whole.add(part);
     }
-    const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
+    const Finish<Element, kPlain> finish{p.f, p.o, p.w, item, p.units};
     const float factor = finish.finalize(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {

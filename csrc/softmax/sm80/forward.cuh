@@ -23,7 +23,7 @@ namespace hw::softmax::sm80 {
 template <class Element, int kDim, bool kPlain, class KeySource = DenseSource>
 struct ForwardKernel {
   using Tiles = typename KeySource::template ForwardTiles<kDim>;
-  using Place = typename KeySource::Place;
+  using WorkItem = typename KeySource::WorkItem;
   static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
   static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
   static constexpr int kKeys = Tiles::kKeys;
@@ -53,7 +53,7 @@ struct ForwardKernel {
     Tile<Element, kRows, kDim> q;
     Stage stage[2];
     If<!kPlain, float[kRows]> tau;
-    Place place;
+    WorkItem item;
     int64_t first;  // row of the block, in its sequence or list
     If<KeySource::kListed, ListedTiles<kRows, kKeys>> tokens;
   };
@@ -81,7 +81,7 @@ struct ForwardKernel {
   struct Block {
     const Params& p;
     Smem& smem;
-    const Place& place;    // in shared memory: registers are short
+    const WorkItem& item;  // in shared memory: registers are short
     const int64_t& first;  // likewise
     int warp_row;          // of this warp, in the block
     RowSums<float> sums[kStrips]
@@ -93,19 +93,19 @@ struct ForwardKernel {
     If<!KeySource::kListed && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
 
     HW_DEVICE HW_INLINE Block(const Params& params, Smem& s)
-        : p(params), smem(s), place(s.place), first(s.first) {
+        : p(params), smem(s), item(s.item), first(s.first) {
       warp_row = dev::warp() * kStrips * 16;
       Scores::each_row([&](int strip, int half) { sums[strip][half].clear(); });
       const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
       if (dev::thread_index() == 0) {
-        smem.place = p.place_of(p.f, task / heads, static_cast<int>(task % heads));
+        smem.item = p.work_item(p.f, task / heads, static_cast<int>(task % heads));
         // The last rows see most keys: they come first.
         smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
       }
       dev::sync_block();
       if constexpr (KeySource::kListed) {
-        const Side<KeySource, false> side(p, place);
-        TokenPrefetch<kThreads, kRows, Side<KeySource, false>>(side, static_cast<int>(first))
+        const SlotList<KeySource, false> list(p, item);
+        TokenPrefetch<kThreads, kRows, SlotList<KeySource, false>>(list, static_cast<int>(first))
             .fill(smem.tokens.own);
         dev::sync_block();
       }
@@ -113,9 +113,9 @@ struct ForwardKernel {
 
     HW_DEVICE HW_INLINE Range rows() const {
       if constexpr (KeySource::kListed)
-        return {first, min_of<int64_t>(first + kRows, p.row_slots(place))};
+        return {first, min_of<int64_t>(first + kRows, p.row_slots(item))};
       else
-        return {first, min_of(first + kRows, place.mask.rows)};
+        return {first, min_of(first + kRows, item.mask.rows)};
     }
 
     // Whether a block of listed rows has none: it has nothing to write but zeros of slots.
@@ -132,7 +132,7 @@ struct ForwardKernel {
     // Tiles [begin, end) of the block's span.
     HW_DEVICE HW_INLINE Range tiles() const {
       if constexpr (KeySource::kListed) return listed_tiles();
-      Range keys = place.mask.keys_of(rows());
+      Range keys = item.mask.keys_of(rows());
       const int64_t from = dev::block_index_y() * p.plan.span;
       keys = {max_of(keys.begin, from), min_of(keys.end, from + p.plan.span)};
       if (keys.empty()) return {0, 0};
@@ -141,9 +141,9 @@ struct ForwardKernel {
 
     HW_DEVICE HW_INLINE Range listed_tiles() const {
       if (idle()) return {0, 0};
-      const int slots = p.key_slots(place);
+      const int slots = p.key_slots(item);
       if (!p.keys_in_order()) return {0, ceil_div(slots, kKeys)};
-      const Range keys = place.mask.keys_of(smem.tokens.own.extent().range());
+      const Range keys = item.mask.keys_of(smem.tokens.own.extent().range());
       return keys.empty() ? Range{0, 0}
                           : Range{keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
     }
@@ -153,14 +153,14 @@ struct ForwardKernel {
       if constexpr (kPlain || KeySource::kListed) return false;
       const ForwardParams& f = p.f;
       if (!f.skip_dead) return false;
-      const int64_t b = place.at.batch;
-      if (f.identity_mix && f.identity_mix.template as<const float>()(b, place.head) == 1.0f)
+      const int64_t b = item.at.batch;
+      if (f.identity_mix && f.identity_mix.template as<const float>()(b, item.head) == 1.0f)
         return true;
       if (!f.head_gate) return false;
       const Ref<const float, 3> g = f.head_gate.template as<const float>();
       bool some = false;
       for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp)
-        some |= g(b, place.at.q_begin + i, place.head) != 0.0f;
+        some |= g(b, item.at.q_begin + i, item.head) != 0.0f;
       return !dev::any(some);
     }
 
@@ -179,17 +179,18 @@ struct ForwardKernel {
     }
 
     HW_DEVICE HW_INLINE void prefetch_queries() {
-      load_tile<kThreads>(smem.q, query_rows(p.in.q, place, own_rows()));
+      load_tile<kThreads>(smem.q, query_rows(p.in.q, item, own_rows()));
       if constexpr (!kPlain)
-        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, own_rows());
+        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, item, own_rows());
     }
 
     // Listed: the tile's tokens are there; those of the next one follow.
     HW_DEVICE HW_INLINE void prefetch_listed(int tile) {
-      const Side<KeySource, true> side(p, place);
-      const TokenPrefetch<kThreads, kKeys, Side<KeySource, true>> next(side, (tile + 1) * kKeys);
+      const SlotList<KeySource, true> list(p, item);
+      const TokenPrefetch<kThreads, kKeys, SlotList<KeySource, true>> next(list,
+                                                                           (tile + 1) * kKeys);
       const Extent keys = smem.tokens.other[tile % 3].extent();
-      if (may_meet(place.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
+      if (may_meet(item.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
       next.fill(smem.tokens.other[(tile + 1) % 3]);
     }
 
@@ -197,18 +198,18 @@ struct ForwardKernel {
       Stage& s = smem.stage[tile & 1];
       const auto key = keys_of(tile);
       if constexpr (KeySource::kListed) {
-        load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
-        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
+        load_tile<kThreads>(s.k, key_rows(p.in.k, item, key));
+        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, item, key));
         if constexpr (!kPlain) {
-          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, place, key);
-          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, place, key);
-          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, place, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, item, key);
         }
       } else {
-        const int count = static_cast<int>(min_of<int64_t>(place.at.k_count - key, kKeys));
-        load_next<kThreads>(s.k, keys, p.in.k, count, [&] { return key_rows(p.in.k, place, key); });
+        const int count = static_cast<int>(min_of<int64_t>(item.at.k_count - key, kKeys));
+        load_next<kThreads>(s.k, keys, p.in.k, count, [&] { return key_rows(p.in.k, item, key); });
         if (kPlain || p.f.v)
-          load_next<kThreads>(s.v, values, p.v, count, [&] { return key_rows(p.v, place, key); });
+          load_next<kThreads>(s.v, values, p.v, count, [&] { return key_rows(p.v, item, key); });
         if constexpr (!kPlain) numbers.load(s.numbers.of[0], count);
       }
     }
@@ -218,22 +219,22 @@ struct ForwardKernel {
       prefetch_queries();
       const int begin = static_cast<int>(tiles.begin), end = static_cast<int>(tiles.end);
       if constexpr (KeySource::kListed) {
-        const Side<KeySource, true> side(p, place);
-        TokenPrefetch<kThreads, kKeys, Side<KeySource, true>>(side, begin * kKeys)
+        const SlotList<KeySource, true> list(p, item);
+        TokenPrefetch<kThreads, kKeys, SlotList<KeySource, true>>(list, begin * kKeys)
             .fill(smem.tokens.other[begin % 3]);
         dev::sync_block();
         walk_stages(
             begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
       } else {
-        sight = sight_of<false, kKeys>(place.mask, first + warp_row, 16 * kStrips);
-        keys = Stream(key_rows(p.in.k, place, keys_of(begin)));
-        if (kPlain || p.f.v) values = Stream(key_rows(p.v, place, keys_of(begin)));
+        sight = sight_of<false, kKeys>(item.mask, first + warp_row, 16 * kStrips);
+        keys = Stream(key_rows(p.in.k, item, keys_of(begin)));
+        if (kPlain || p.f.v) values = Stream(key_rows(p.v, item, keys_of(begin)));
         if constexpr (!kPlain)
           numbers.start([&](int n) {
             const Ref<const void, 3>& x = n == 0   ? p.f.key_bias
                                           : n == 1 ? p.f.key_gain
                                                    : p.f.mass_keys;
-            return key_array(x, place, keys_of(begin));
+            return key_array(x, item, keys_of(begin));
           });
         walk_stages(begin, end, [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
       }
@@ -255,7 +256,7 @@ struct ForwardKernel {
         operands.key_bias = stage.numbers.of[0];
         operands.key_gain = stage.numbers.of[1];
       }
-      const Score score{p.f, p.in, place, p, operands};
+      const Score score{p.f, p.in, item, p, operands};
       if (score.unseen()) return;
       Scores s;
       s.clear();
@@ -366,7 +367,7 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish() {
-      const Finish<Element, kPlain, !kPlain || KeySource::kListed> finish{p.f, p.o, p.w, place,
+      const Finish<Element, kPlain, !kPlain || KeySource::kListed> finish{p.f, p.o, p.w, item,
                                                                           p.units};
       Scores::each_row([&](int strip, int half) {
         const int line = warp_row + Scores::row(strip, 2 * half);
@@ -397,9 +398,9 @@ struct ForwardKernel {
     HW_DEVICE HW_INLINE int64_t result_row(int line) const {
       const int64_t row = first + line;
       if constexpr (KeySource::kListed)
-        return p.result_row(place, static_cast<int>(row), smem.tokens.own.at[line]);
+        return p.result_row(item, static_cast<int>(row), smem.tokens.own.at[line]);
       else
-        return row < place.mask.rows ? row : -1;
+        return row < item.mask.rows ? row : -1;
     }
 
     HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums<float>& r,

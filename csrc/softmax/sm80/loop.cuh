@@ -32,7 +32,7 @@ template <class Element, int kDim, bool kPlain, bool kKeysAsRows_, bool kOwnSeco
           class KeySource = DenseSource>
 struct Loop {
   using Tiles = typename KeySource::LoopTiles;
-  using Place = typename KeySource::Place;
+  using WorkItem = typename KeySource::WorkItem;
   static constexpr bool kKeysAsRows = kKeysAsRows_, kOwnSecond = kOwnSecond_;
   static constexpr int strips() {
     if constexpr (KeySource::kListed || !kOwnSecond)
@@ -54,8 +54,8 @@ struct Loop {
   using Score = ScoreTile<Element, kPlain, kKeysAsRows, kStrips, kOther / 8, KeySource>;
   using Values = Fragment<kStrips, kDim / 8>;  // [own 16 kStrips, columns]: what a warp sums up
 
-  using OwnSide = Side<KeySource, kKeysAsRows>;
-  using OtherSide = Side<KeySource, !kKeysAsRows>;
+  using OwnList = SlotList<KeySource, kKeysAsRows>;
+  using OtherList = SlotList<KeySource, !kKeysAsRows>;
 
   struct QueryNumbers {
     Vec<float, 4> of[kQueries];  // statistic, its rest, extra, nothing
@@ -77,7 +77,7 @@ struct Loop {
     If<kOwnSecond, Tile<Element, kOwn, kDim>> second_own;
     Stage stage[2];
     OwnNumbers numbers;
-    Place place;
+    WorkItem item;
     int64_t first;  // own row of the block, in its sequence or list
     If<!KeySource::kListed, Sight[kWarps]> sight;
     If<KeySource::kListed, ListedTiles<kOwn, kOther>> tokens;
@@ -88,7 +88,7 @@ struct Loop {
   const LoopInputs<Element>& inputs;
   const KeySource& source;
   Smem& smem;
-  const Place& place;    // in shared memory: registers are short
+  const WorkItem& item;  // in shared memory: registers are short
   const int64_t& first;  // likewise
   If<!KeySource::kListed, UnitStream<kOther, kDim / 8, kThreads, Element>> first_units,
       second_units;
@@ -98,20 +98,20 @@ struct Loop {
 
   HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in,
                            const KeySource& from, Smem& s)
-      : p(params), inputs(in), source(from), smem(s), place(s.place), first(s.first) {}
+      : p(params), inputs(in), source(from), smem(s), item(s.item), first(s.first) {}
 
   // Goes to the own rows from `first_row` on of a head of a sequence, once all warps are done with
   // those before.
   HW_DEVICE HW_INLINE void go(int64_t sequence, int head, int64_t first_row) {
     dev::sync_block();
     if (dev::thread_index() == 0) {
-      smem.place = source.place_of(p, sequence, head);
+      smem.item = source.work_item(p, sequence, head);
       smem.first = first_row;
     }
     dev::sync_block();
     if constexpr (KeySource::kListed) {
-      const OwnSide side(source, place);
-      TokenPrefetch<kThreads, kOwn, OwnSide>(side, static_cast<int>(first_row))
+      const OwnList list(source, item);
+      TokenPrefetch<kThreads, kOwn, OwnList>(list, static_cast<int>(first_row))
           .fill(smem.tokens.own);
       dev::sync_block();
     }
@@ -122,23 +122,23 @@ struct Loop {
 
   HW_DEVICE HW_INLINE Range own() const {
     if constexpr (KeySource::kListed)
-      return {first, min_of<int64_t>(first + kOwn, OwnSide(source, place).slots)};
+      return {first, min_of<int64_t>(first + kOwn, OwnList(source, item).slots)};
     else
-      return {first, min_of(first + kOwn, kKeysAsRows ? place.mask.keys : place.mask.rows)};
+      return {first, min_of(first + kOwn, kKeysAsRows ? item.mask.keys : item.mask.rows)};
   }
 
   // What the own rows meet.
   HW_DEVICE HW_INLINE Range others() const {
     if constexpr (KeySource::kListed) return listed_others();
-    const Range meets = kKeysAsRows ? place.mask.rows_of(own()) : place.mask.keys_of(own());
+    const Range meets = kKeysAsRows ? item.mask.rows_of(own()) : item.mask.keys_of(own());
     return meets.empty() ? Range{0, 0} : meets;
   }
 
   HW_DEVICE HW_INLINE Range listed_others() const {
     const Extent tokens = smem.tokens.own.extent();
     if (tokens.none()) return {0, 0};
-    if (kKeysAsRows || !source.keys_in_order()) return {0, OtherSide(source, place).slots};
-    const Range keys = place.mask.keys_of(tokens.range());
+    if (kKeysAsRows || !source.keys_in_order()) return {0, OtherList(source, item).slots};
+    const Range keys = item.mask.keys_of(tokens.range());
     return keys.empty() ? Range{0, 0} : keys;
   }
 
@@ -151,8 +151,8 @@ struct Loop {
     const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
     if constexpr (!KeySource::kListed) start_streams(begin);
     if constexpr (KeySource::kListed) {
-      const OtherSide side(source, place);
-      TokenPrefetch<kThreads, kOther, OtherSide>(side, begin * kOther)
+      const OtherList list(source, item);
+      TokenPrefetch<kThreads, kOther, OtherList>(list, begin * kOther)
           .fill(smem.tokens.other[begin % 3]);
       dev::sync_block();
     }
@@ -160,7 +160,7 @@ struct Loop {
         begin, end, [&](int tile) { prefetch_tile(tile); },
         [&](int tile) {
           const Stage& stage = smem.stage[tile & 1];
-          const Score score{p, inputs.in, place, source, operands(stage, tile)};
+          const Score score{p, inputs.in, item, source, operands(stage, tile)};
           if (!score.unseen()) visit(stage, score);
         });
   }
@@ -187,9 +187,9 @@ struct Loop {
     if constexpr (KeySource::kListed) {
       const int token = own_token(half), slot = static_cast<int>(at);
       if constexpr (kKeysAsRows)
-        return source.result_key(place, slot, token);
+        return source.result_key(item, slot, token);
       else
-        return source.result_row(place, slot, token);
+        return source.result_row(item, slot, token);
     } else {
       return at < own().end ? at : -1;
     }
@@ -201,8 +201,8 @@ struct Loop {
   // Row `at` of the own side's tensor [B, S, heads, columns].
   template <class T>
   HW_DEVICE HW_INLINE Ref<T, 1> row_of(const Ref<T, 4>& x, int64_t at, int head) const {
-    const int64_t token = (kKeysAsRows ? place.at.k_begin : place.at.q_begin) + at;
-    return {x.at(place.at.batch, token, head), {x.size[3]}, {x.stride[3]}};
+    const int64_t token = (kKeysAsRows ? item.at.k_begin : item.at.q_begin) + at;
+    return {x.at(item.at.batch, token, head), {x.size[3]}, {x.stride[3]}};
   }
 
   // Writes factor(half) times the sums of the own rows that exist.
@@ -233,20 +233,20 @@ struct Loop {
   HW_DEVICE HW_INLINE void store_of_key(const Ref<void, 3>& to, int half, float value) const {
     const int64_t at = result_row(half);
     if (dev::lane() % 4 == 0 && at >= 0)
-      to.template as<float>()(place.at.batch, place.head, place.at.k_begin + at) = value;
+      to.template as<float>()(item.at.batch, item.head, item.at.k_begin + at) = value;
   }
 
  private:
   // What the loads of the own side, of a tile of the other side go by.
   HW_DEVICE HW_INLINE auto own_at() const {
     if constexpr (KeySource::kListed)
-      return Slots{smem.tokens.own.at, source.first_result(place, static_cast<int>(first))};
+      return Slots{smem.tokens.own.at, source.first_result(item, static_cast<int>(first))};
     else
       return int64_t{first};
   }
   HW_DEVICE HW_INLINE auto others_at(int tile) const {
     if constexpr (KeySource::kListed)
-      return Slots{smem.tokens.other[tile % 3].at, source.first_result(place, tile * kOther)};
+      return Slots{smem.tokens.other[tile % 3].at, source.first_result(item, tile * kOther)};
     else
       return static_cast<int64_t>(tile) * kOther;
   }
@@ -255,10 +255,10 @@ struct Loop {
   HW_DEVICE HW_INLINE void prefetch_tile(int tile) {
     Stage& stage = smem.stage[tile & 1];
     if constexpr (KeySource::kListed) {
-      const OtherSide side(source, place);
-      const TokenPrefetch<kThreads, kOther, OtherSide> next(side, (tile + 1) * kOther);
+      const OtherList list(source, item);
+      const TokenPrefetch<kThreads, kOther, OtherList> next(list, (tile + 1) * kOther);
       const Extent own = smem.tokens.own.extent(), other = smem.tokens.other[tile % 3].extent();
-      if (may_meet(place.mask, kKeysAsRows ? other : own, kKeysAsRows ? own : other,
+      if (may_meet(item.mask, kKeysAsRows ? other : own, kKeysAsRows ? own : other,
                    source.pad_keys()))
         prefetch(stage, others_at(tile));
       next.fill(smem.tokens.other[(tile + 1) % 3]);
@@ -275,24 +275,24 @@ struct Loop {
     return kKeysAsRows ? inputs.of_queries : inputs.of_keys;
   }
   HW_DEVICE HW_INLINE Rows<Element> other_rows(const Input<Element>& x, int64_t at) const {
-    return kKeysAsRows ? query_rows(x, place, at) : key_rows(x, place, at);
+    return kKeysAsRows ? query_rows(x, item, at) : key_rows(x, item, at);
   }
 
   HW_DEVICE HW_INLINE void start_streams(int tile) {
     if (dev::lane() == 0)
       smem.sight[dev::warp()] =
-          sight_of<kKeysAsRows, kOther>(place.mask, first + warp_row(), 16 * kStrips);
+          sight_of<kKeysAsRows, kOther>(item.mask, first + warp_row(), 16 * kStrips);
     const int64_t at = others_at(tile);
     first_units = decltype(first_units)(other_rows(first_others(), at));
     if (second_others().ref) second_units = decltype(second_units)(other_rows(second_others(), at));
     if constexpr (kKeysAsRows) query_stream.start([&](int array) { return array_of(array, at); });
     if constexpr (!kKeysAsRows && !kPlain)
       key_stream.start(
-          [&](int n) { return key_array(n == 0 ? p.key_bias : p.key_gain, place, at); });
+          [&](int n) { return key_array(n == 0 ? p.key_bias : p.key_gain, item, at); });
   }
 
   HW_DEVICE HW_INLINE void prefetch_next(Stage& stage, int64_t at) {
-    const int64_t all = kKeysAsRows ? place.at.q_count : place.at.k_count;
+    const int64_t all = kKeysAsRows ? item.at.q_count : item.at.k_count;
     const int count = static_cast<int>(min_of<int64_t>(all - at, kOther));
     load_next<kThreads>(stage.first, first_units, first_others(), count,
                         [&] { return other_rows(first_others(), at); });
@@ -312,20 +312,20 @@ struct Loop {
     const Ref<const void, 3>& x = n == 0 ? inputs.statistic : n == 1 ? inputs.rest : inputs.extra;
     if (!x) return {};
     const Ref<const float, 3> from = x.template as<const float>();
-    return {from.at(place.at.batch, place.head, place.at.q_begin + row), from.stride[2]};
+    return {from.at(item.at.batch, item.head, item.at.q_begin + row), from.stride[2]};
   }
 
   HW_DEVICE HW_INLINE void prefetch_own() {
     const auto at = own_at();
     if constexpr (kKeysAsRows) {
-      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, place, at));
+      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, item, at));
       if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, place, at));
+        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, item, at));
       load_key_numbers(smem.numbers, at);
     } else {
-      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, place, at));
+      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, item, at));
       if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, place, at));
+        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, item, at));
       load_query_numbers(smem.numbers, at);
     }
   }
@@ -334,35 +334,35 @@ struct Loop {
   HW_DEVICE HW_INLINE void prefetch(Stage& stage, const At& at) {
     const Input<Element>& second = kKeysAsRows ? inputs.of_queries : inputs.of_keys;
     if constexpr (kKeysAsRows) {
-      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, place, at));
-      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, place, at));
+      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, item, at));
+      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, item, at));
       load_query_numbers(stage.numbers, at);
     } else {
-      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, place, at));
-      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, place, at));
+      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, item, at));
+      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, item, at));
       load_key_numbers(stage.numbers, at);
     }
   }
 
   template <class At>
   HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
-    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, place, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, item, at);
     if (inputs.rest)
-      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, place, at);
+      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, item, at);
     else
       for (int i = dev::thread_index(); i < kQueries; i += kThreads) to.of[i].v[1] = 0.0f;
-    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, place, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, item, at);
     load_temperatures(to, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_temperatures(QueryNumbers& to, const At& at) const {
-    if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, place, at);
+    if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, item, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, const At& at) const {
     if constexpr (!kPlain) {
-      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, place, at);
-      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, place, at);
+      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, item, at);
+      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, item, at);
     }
   }
 

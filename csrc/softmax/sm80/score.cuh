@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores: the place of a block, and scores in fragments.
+// Attention on tensor cores: what a block works on, and scores in fragments.
 //
 // A fragment of products c lies one of two ways:
 //   queries as rows  rows are queries, columns keys   (forward, d_q, d_bias)
@@ -50,7 +50,7 @@ HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
 
 // ---- Where a block is ---------------------------------------------------------------------------
 
-HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) {
+HW_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
   const Sequence at = sequence(p, n);
   return {at, mask_of(p, at), head, head / p.group()};
 }
@@ -58,13 +58,13 @@ HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) {
 // Where rows and keys come from: here those of a sequence, in their order (others: sm80/lists.cuh).
 struct DenseSource {
   static constexpr bool kListed = false;
-  using Place = sm80::Place;
+  using WorkItem = sm80::WorkItem;
   template <int kDim>
   using ForwardTiles = sm80::ForwardTiles<kDim>;
   using LoopTiles = sm80::LoopTiles;
 
-  HW_DEVICE HW_INLINE static Place place_of(const ScoreParams& p, int64_t n, int head) {
-    return sm80::place_of(p, n, head);
+  HW_DEVICE HW_INLINE static WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
+    return sm80::work_item(p, n, head);
   }
   // Keys have owners: how many there are in a sequence, and the query heads that each one walks.
   HW_DEVICE HW_INLINE static int key_owners(const ScoreParams& p) { return p.key_heads(); }
@@ -88,16 +88,18 @@ HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequ
 }
 
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const Place& w, int64_t row) {
+HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const WorkItem& w,
+                                             int64_t row) {
   return token_rows(x, w.at, w.head, w.at.q_begin + row, w.at.q_count - row);
 }
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const Place& w, int64_t key) {
+HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const WorkItem& w,
+                                           int64_t key) {
   return token_rows(x, w.at, w.key_head, w.at.k_begin + key, w.at.k_count - key);
 }
 
 // Numbers [B, Hq, S] (acc) of keys from `key` on.
-HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const WorkItem& w,
                                           int64_t key) {
   if (!x) return {};
   const Ref<const float, 3> from = x.as<const float>();
@@ -106,7 +108,7 @@ HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const Pla
 
 // Starts loading numbers [B, Hq, S] (acc) of kCount keys or queries into `to`; none where absent.
 template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                      int64_t key) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -114,7 +116,7 @@ HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, con
                                  from.stride[2], w.at.k_count - key);
 }
 template <int kCount, int kThreads, int kPitch>
-HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                        int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -123,7 +125,7 @@ HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, c
 }
 // The same of [B, Sq, Hq].
 template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                       int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -170,7 +172,7 @@ struct ScoreTile {
 
   const ScoreParams& p;
   const ScoreInputs<Element>& in;
-  const typename KeySource::Place& place;
+  const typename KeySource::WorkItem& item;
   const KeySource& source;
   TileOperands operands;
 
@@ -184,7 +186,7 @@ struct ScoreTile {
   // Whether no query of the fragment sees a key of it.
   HW_DEVICE HW_INLINE bool unseen() const {
     if constexpr (KeySource::kListed)
-      return !may_meet(place.mask, row_extent(), key_extent(), source.pad_keys());
+      return !may_meet(item.mask, row_extent(), key_extent(), source.pad_keys());
     else
       return !operands.seen;
   }
@@ -256,7 +258,7 @@ struct ScoreTile {
     if (p.normalizer == Normalizer::none) return 1.0f;
     if (p.normalizer == Normalizer::sum)
       return statistic != 0.0f && statistic < kInfinity ? 1.0f / statistic : 0.0f;
-    const int64_t seen = place.mask.visible_keys(operands.row + q).count();
+    const int64_t seen = item.mask.visible_keys(operands.row + q).count();
     return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
   }
 
@@ -374,11 +376,11 @@ struct ScoreTile {
   // Indices beyond the sequence read its last element; what they give is hidden.
   HW_DEVICE HW_INLINE void add_bias(F& x) const {
     const Ref<const Element, 4> b = p.bias.template as<const Element>();
-    const Element* from = b.at(place.at.batch, place.head, operands.row, operands.key);
+    const Element* from = b.at(item.at.batch, item.head, operands.row, operands.key);
     const int last_query =
-        static_cast<int>(min_of<int64_t>(place.mask.rows - operands.row, 1 << 20)) - 1;
+        static_cast<int>(min_of<int64_t>(item.mask.rows - operands.row, 1 << 20)) - 1;
     const int last_key =
-        static_cast<int>(min_of<int64_t>(place.mask.keys - operands.key, 1 << 20)) - 1;
+        static_cast<int>(min_of<int64_t>(item.mask.keys - operands.key, 1 << 20)) - 1;
     F::each([&](int s, int j, int i) {
       const int q = min_of(query(s, j, i), last_query), k = min_of(key(s, j, i), last_key);
       x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
@@ -407,7 +409,7 @@ struct ScoreTile {
   // What is added where there is no token is hidden.
   HW_DEVICE HW_INLINE void add_bias_of_tokens(F& x) const {
     const Ref<const Element, 4> b = p.bias.template as<const Element>();
-    const Element* from = b.at(place.at.batch, place.head);
+    const Element* from = b.at(item.at.batch, item.head);
     F::each([&](int s, int j, int i) {
       const int q = max_of(operands.row_token[query(s, j, i)], 0);
       const int k = max_of(operands.key_token[key(s, j, i)], 0);
@@ -417,7 +419,7 @@ struct ScoreTile {
 
   // Also replaces the scores of tokens with themselves. A key without token has the score 0.
   HW_DEVICE HW_INLINE void hide_tokens(F& x) const {
-    if (all_meet(place.mask, row_extent(), key_extent(), source.mask_self())) return;
+    if (all_meet(item.mask, row_extent(), key_extent(), source.mask_self())) return;
     const int *lines = line_tokens(), *columns = column_tokens();
     const int pad = !kKeysAsRows && source.pad_keys() ? kNoToken : kNever;
     int begin[kStrips][2], end[kStrips][2], self[kStrips][2];  // columns that a line meets
@@ -444,7 +446,7 @@ struct ScoreTile {
   };
   HW_DEVICE HW_INLINE Met met_by(int token) const {
     if (token < 0) return {0, 0, kNever};
-    const Mask& m = place.mask;
+    const Mask& m = item.mask;
     const Range range = kKeysAsRows ? m.seeing_rows(token) : m.visible_keys(token);
     const int gap = static_cast<int>(m.keys - m.rows),
               self = kKeysAsRows ? token - gap : token + gap;
@@ -473,7 +475,7 @@ struct ScoreTile {
 
   // The columns that a row of the fragment meets; of one that is not there any.
   HW_DEVICE HW_INLINE Range seen_by_line(int line) const {
-    const Mask& m = place.mask;
+    const Mask& m = item.mask;
     if constexpr (kKeysAsRows) {
       const Range rows = m.seeing_rows(operands.key + line);
       return {rows.begin - operands.row, rows.end - operands.row};
