@@ -35,18 +35,23 @@ template <class P>
 inline char kParamsTag = 0;
 
 // What may be asked about a call beyond what its list says; all from shapes, dtypes and the device.
+// What an operator does not answer has these answers.
 template <class P>
 struct Questions {
   // Fills in what follows from other arguments.
-  void (*complete)(P&, const Call&) = nullptr;
+  void (*complete)(P&, const Call&) = [](P&, const Call&) {};
   // What the list cannot say, common to all backends; throws Error.
-  void (*check)(const P&, const Call&) = nullptr;
+  void (*check)(const P&, const Call&) = [](const P&, const Call&) {};
   // Limits of a backend beyond dtype, dim and device; empty when it can.
-  std::string (*why_not)(const P&, const Call&, Backend) = nullptr;
+  std::string (*why_not)(const P&, const Call&, Backend) = [](const P&, const Call&, Backend) {
+    return std::string();
+  };
   // The number compared with the DIMS of the CMake line (smallest DIM >= this is taken).
-  int (*dim)(const P&, const Call&, Backend) = nullptr;
+  int (*dim)(const P&, const Call&, Backend) = [](const P&, const Call&, Backend) { return 0; };
   // Bytes of workspace on a CUDA backend.
-  int64_t (*workspace)(const P&, const Call&, Backend) = nullptr;
+  int64_t (*workspace)(const P&, const Call&, Backend) = [](const P&, const Call&, Backend) {
+    return int64_t{0};
+  };
 };
 
 // A function without the type of its parameters.
@@ -70,25 +75,19 @@ consteval Function function(const char* name) {
   f.read = [](const Call& call, const Sizes& sizes, void* params) {
     P& p = *new (params) P;
     kList.read(call, sizes, p);
-    if constexpr (kQuestions.complete != nullptr) kQuestions.complete(p, call);
+    kQuestions.complete(p, call);
   };
   f.check = [](const void* p, const Call& call) {
-    if constexpr (kQuestions.check != nullptr) kQuestions.check(*static_cast<const P*>(p), call);
+    kQuestions.check(*static_cast<const P*>(p), call);
   };
-  f.why_not = [](const void* p, const Call& call, Backend b) -> std::string {
-    if constexpr (kQuestions.why_not != nullptr)
-      return kQuestions.why_not(*static_cast<const P*>(p), call, b);
-    return {};
+  f.why_not = [](const void* p, const Call& call, Backend b) {
+    return kQuestions.why_not(*static_cast<const P*>(p), call, b);
   };
-  f.dim = [](const void* p, const Call& call, Backend b) -> int {
-    if constexpr (kQuestions.dim != nullptr)
-      return kQuestions.dim(*static_cast<const P*>(p), call, b);
-    return 0;
+  f.dim = [](const void* p, const Call& call, Backend b) {
+    return kQuestions.dim(*static_cast<const P*>(p), call, b);
   };
-  f.workspace = [](const void* p, const Call& call, Backend b) -> int64_t {
-    if constexpr (kQuestions.workspace != nullptr)
-      return kQuestions.workspace(*static_cast<const P*>(p), call, b);
-    return 0;
+  f.workspace = [](const void* p, const Call& call, Backend b) {
+    return kQuestions.workspace(*static_cast<const P*>(p), call, b);
   };
   return f;
 }
