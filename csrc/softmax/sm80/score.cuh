@@ -18,7 +18,7 @@
 #include "softmax/score.h"
 #include "softmax/sm80/layout.h"
 #include "softmax/sm80/lists.cuh"
-#include "softmax/sm80/sight.cuh"
+#include "softmax/sm80/sight.h"
 
 #include "core/gpu/streams.cuh"
 #include "core/gpu/tile.cuh"
