@@ -79,6 +79,8 @@ struct Loop {
     OwnNumbers numbers;
     Place place;
     int64_t first;  // own row of the block, in its sequence or list
+    int64_t sequence;
+    int owner;  // of keys
     If<!Feed::kListed, Sight[kWarps]> sight;
     If<Feed::kListed, ListedTiles<kOwn, kOther>> tokens;
   };
@@ -103,14 +105,23 @@ struct Loop {
   // those before.
   HW_DEVICE HW_INLINE void go(int64_t sequence, int head, int64_t first_row) {
     dev::sync_block();
-    if (dev::thread_index() == 0) {
-      smem.place = feed.place_of(p, sequence, head);
-      smem.first = first_row;
-    }
+    start(sequence, first_row);
+    take(head);
+  }
+
+  // The same in two steps, for one head after the other of the same rows: what is in shared memory
+  // takes no registers meanwhile.
+  HW_DEVICE HW_INLINE void start(int64_t sequence, int64_t first_row, int owner = 0) {
+    if (dev::thread_index() != 0) return;
+    smem.sequence = sequence, smem.first = first_row, smem.owner = owner;
+  }
+  HW_DEVICE HW_INLINE void take(int head) {
+    dev::sync_block();
+    if (dev::thread_index() == 0) smem.place = feed.place_of(p, smem.sequence, head);
     dev::sync_block();
     if constexpr (Feed::kListed) {
       const OwnSide side(feed, place);
-      Coming<kThreads, kOwn, OwnSide>(side, static_cast<int>(first_row)).fill(smem.tokens.own);
+      Coming<kThreads, kOwn, OwnSide>(side, static_cast<int>(first)).fill(smem.tokens.own);
       dev::sync_block();
     }
   }
