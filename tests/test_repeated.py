@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -107,6 +109,47 @@ def test_a_call_that_comes_again_knows_equal_options_apart(wrong, none_ready):
         with pytest.raises(TypeError):
             hw.bilevel_routing_attention(q, k, v, **{**right, **wrong})
     assert none_ready() == 1
+
+
+def ready_calls(monkeypatch, module, op):
+    """As if nothing had been called; the calls that are ready, to be looked at."""
+    repeated = Repeated(op)
+    monkeypatch.setattr(import_module(f"headworks.ops.{module}"), "_repeated", repeated)
+    return repeated._calls
+
+
+def test_a_step_that_comes_again(monkeypatch):
+    """The state is written to, and autograd told, whichever way a call takes."""
+    ready = ready_calls(monkeypatch, "linear.linear_attention_step", "linear_attention_step")
+    states = [hw.LinearState.initial(2, 3, 8, 16, dtype=torch.float64) for _ in range(2)]
+    for token in range(4):
+        q, k = (randn(2, 3, 8, seed=token + 10 * i) for i in range(2))
+        v = randn(2, 3, 16, seed=token + 20)
+        made = hw.linear_attention_step(q, k, v, states[0], scale=0.5)
+        want = hw.linear_attention_step(q, k, v, states[1], scale=0.5, backend="reference")
+        for x, y in ((made, want), *zip(*states, strict=True)):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        assert [x._version for x in states[0]] == [token + 1] * 2
+        assert len(ready) == (token > 0)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        hw.linear_attention_step(q.requires_grad_(), k, v, states[0], scale=0.5)
+    with pytest.raises(ValueError, match="memory of its own"):
+        spread = hw.LinearState(*(x[:1].expand_as(x) for x in states[0]))
+        hw.linear_attention_step(q.detach(), k, v, spread, scale=0.5)
+
+
+def test_row_statistics_that_come_again(monkeypatch):
+    ready = ready_calls(monkeypatch, "attention.attention_lse", "attention_lse")
+    for seed in range(3):
+        q, k = randn(2, 7, 4, 8, seed=seed), randn(2, 9, 2, 8, seed=seed + 5)
+        for options in ({}, {"window_size": (2, 1)}, {"is_causal": True, "activation": "softmax1"}):
+            made = hw.attention_lse(q, k, **options)
+            want = hw.attention_lse(q, k, backend="reference", **options)
+            torch.testing.assert_close(made, want, rtol=1e-12, atol=1e-12)
+        with pytest.raises(TypeError):
+            hw.attention_lse(q, k, is_causal=1)
+        hw.attention_lse(q, k, key_bias=randn(1, 1, 9))  # a tensor more: never ready
+    assert len(ready) == 3
 
 
 def test_only_so_many_calls_are_kept():

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cells of an image: rectangles of tokens, counted row by row from the upper left, as tokens of the
-// image are, and tokens of a cell.
+// Regions of an image: a grid of rectangles of tokens, counted row by row from the upper left, as
+// tokens of the image are, and the tokens of one of them.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace hw {
 
 // How an image is cut into cells. The cells of the last row and column may reach beyond it.
-struct Cells {
+struct RegionGrid {
   int64_t columns = 1;            // cells in a row of cells
   int64_t height = 1, width = 1;  // of a cell
   int64_t rows_of_image = 1, columns_of_image = 1;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Floating-point numbers as unsigned integers of the same order, for selection and sorting.
 //
-//   order_key(x) < order_key(y)   exactly if x < y; NaN is the smallest, below -inf; -0 equals 0
+//   sort_key(x) < sort_key(y)   exactly if x < y; NaN is the smallest, below -inf; -0 equals 0
 //
 // Non-negative numbers get their sign bit set, negative ones all bits turned. Key 0 is that of NaN
 // alone.
@@ -17,39 +17,39 @@ namespace hw {
 
 // An unsigned integer of the size of T, and the bits of infinity.
 template <class T>
-struct OrderKeyOf;
+struct SortKeyOf;
 template <>
-struct OrderKeyOf<double> {
+struct SortKeyOf<double> {
   using type = uint64_t;
   static constexpr type infinity = 0x7ff0000000000000u;
 };
 template <>
-struct OrderKeyOf<float> {
+struct SortKeyOf<float> {
   using type = uint32_t;
   static constexpr type infinity = 0x7f800000u;
 };
 template <>
-struct OrderKeyOf<bf16> {
+struct SortKeyOf<bf16> {
   using type = uint16_t;
   static constexpr type infinity = 0x7f80u;
 };
 template <>
-struct OrderKeyOf<f16> {
+struct SortKeyOf<f16> {
   using type = uint16_t;
   static constexpr type infinity = 0x7c00u;
 };
 template <class T>
-using OrderKey = typename OrderKeyOf<T>::type;
+using SortKey = typename SortKeyOf<T>::type;
 
 // Integer operations alone, without a branch: loops over it become vector instructions.
 template <class T>
-HW_HOST_DEVICE HW_INLINE OrderKey<T> order_key(T x) {
-  using Key = OrderKey<T>;
+HW_HOST_DEVICE HW_INLINE SortKey<T> sort_key(T x) {
+  using Key = SortKey<T>;
   constexpr Key kSign = static_cast<Key>(Key{1} << (8 * sizeof(Key) - 1));
   const Key bits = std::bit_cast<Key>(x), magnitude = static_cast<Key>(bits & ~kSign);
   const bool negative = bits != magnitude && magnitude != 0;
   const Key key = static_cast<Key>(negative ? ~bits : magnitude | kSign);
-  return magnitude > OrderKeyOf<T>::infinity ? Key{0} : key;
+  return magnitude > SortKeyOf<T>::infinity ? Key{0} : key;
 }
 
 }  // namespace hw

@@ -71,6 +71,14 @@ struct RowSums {
     max = to;
     return factor;
   }
+
+  // What was summed over other keys, relative to the same maximum.
+  HW_HOST_DEVICE HW_INLINE void add(const RowSums& part) {
+    sum += part.sum;
+    tilt += part.tilt;
+    squares += part.squares;
+    mass += part.mass;
+  }
 };
 
 // What becomes of a row of a softmax.

@@ -38,14 +38,15 @@ void check_tile(int n, int rows) {
   std::vector<float> tile(kTile, std::numeric_limits<float>::quiet_NaN()), two(kRows, 2.0f);
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < rows; ++i) tile[static_cast<size_t>(j * kRows + i)] = value(j, i);
-  std::vector<Bf16Pair> room = used_room(kTile / 2);
+  std::vector<Bf16Pair> buffer = used_room(kTile / 2);
   const int width = round_up(rows, kLanes<float>);
-  const Bf16Pair* keys = pairs_over_keys(tile.data(), n, width, room.data());
+  const Bf16Pair* keys = pairs_over_keys(tile.data(), n, width, buffer.data());
   for (int p = 0; p < steps<Bf16Pair>(n); ++p)
     for (int i = 0; i < rows; ++i)
       expect_pair(keys[p * kRows + i], value(2 * p, i), inside(2 * p + 1, i, n, rows), "keys", p,
                   i);
-  const auto a = pairs_over_rows(tile.data(), n, rows, LaneFactors<float>{two.data()}, room.data());
+  const auto a =
+      pairs_over_rows(tile.data(), n, rows, LaneFactors<float>{two.data()}, buffer.data());
   for (int j = 0; j < n; ++j)
     for (int p = 0; p < steps<Bf16Pair>(rows); ++p)
       expect_pair(at(a, j, p), 2 * value(j, 2 * p), 2 * inside(j, 2 * p + 1, n, rows), "rows", j,
@@ -70,8 +71,8 @@ struct Tensor {
 
 void check_rows(int n, int width, int stride, int gap) {
   const Tensor t(n, width, stride, gap);
-  std::vector<Bf16Pair> room = used_room(operand_room<bf16>(n, width));
-  const Rows<bf16> rows{t.x, 0, 1, n, 1, room.data()};
+  std::vector<Bf16Pair> buffer = used_room(operand_size<bf16>(n, width));
+  const Rows<bf16> rows{t.x, 0, 1, n, 1, buffer.data()};
   const auto a = over_width(rows);
   for (int i = 0; i < n; ++i)
     for (int p = 0; p < steps<Bf16Pair>(width); ++p)

@@ -8,17 +8,17 @@
 
 namespace {
 
-using hw::Cells;
+using hw::RegionGrid;
 
 constexpr int64_t kMost = int64_t{1} << 31;
 
-Cells cells(int64_t columns, int64_t height, int64_t width, int64_t rows_of_image,
-            int64_t columns_of_image) {
+RegionGrid cells(int64_t columns, int64_t height, int64_t width, int64_t rows_of_image,
+                 int64_t columns_of_image) {
   return {columns, height, width, rows_of_image, columns_of_image};
 }
 
 // Token (y, x) by hand: place t of cell (r, c) is (r height + t / width, c width + t % width).
-int64_t by_hand(const Cells& c, int64_t block, int64_t t) {
+int64_t by_hand(const RegionGrid& c, int64_t block, int64_t t) {
   const int64_t y = block / c.columns * c.height + t / c.width;
   const int64_t x = block % c.columns * c.width + t % c.width;
   const bool there = y < c.rows_of_image && x < c.columns_of_image;
@@ -28,8 +28,8 @@ int64_t by_hand(const Cells& c, int64_t block, int64_t t) {
 }  // namespace
 
 TEST(cells_of_an_image) {
-  for (const Cells& c : {cells(3, 2, 3, 5, 7), cells(2, 1, 4, 3, 5), cells(4, 3, 1, 4, 4),
-                         cells(6, 1, 1, 1, 6), cells(1, 1, 1, 1, 1), cells(2, 2, 2, 2, 4)}) {
+  for (const RegionGrid& c : {cells(3, 2, 3, 5, 7), cells(2, 1, 4, 3, 5), cells(4, 3, 1, 4, 4),
+                              cells(6, 1, 1, 1, 6), cells(1, 1, 1, 1, 1), cells(2, 2, 2, 2, 4)}) {
     const int64_t tokens = c.rows_of_image * c.columns_of_image;
     EXPECT(c.within(tokens) && c.size() == c.height * c.width);
     EXPECT(c.count() == c.columns * ((c.rows_of_image + c.height - 1) / c.height));
@@ -52,12 +52,12 @@ TEST(cells_of_an_image) {
 }
 
 TEST(cells_of_one_token_may_leave_columns_out) {
-  const Cells c = cells(2, 1, 1, 2, 3);
+  const RegionGrid c = cells(2, 1, 1, 2, 3);
   for (int64_t block = 0; block < 4; ++block) EXPECT(c.token(block, 0) == by_hand(c, block, 0));
 }
 
 TEST(cells_that_are_not_there_have_no_token) {
-  for (const Cells& c : {cells(3, 2, 3, 5, 7), cells(6, 1, 1, 1, 6)})
+  for (const RegionGrid& c : {cells(3, 2, 3, 5, 7), cells(6, 1, 1, 1, 6)})
     for (const int64_t block : {int64_t{-1}, c.columns * c.rows_of_image, kMost}) {
       EXPECT(c.token(block, 0) == -1, "block ", block);
       c.each_token(block, [&](int64_t token) { EXPECT(token == -1, "block ", block); });

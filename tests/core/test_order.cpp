@@ -11,7 +11,7 @@
 
 namespace {
 
-using hw::order_key;
+using hw::sort_key;
 
 // x before y: the smaller, NaN before every number.
 template <class T>
@@ -26,7 +26,7 @@ template <class T>
 void check_all_pairs(const std::vector<T>& values) {
   for (size_t i = 0; i < values.size(); ++i)
     for (size_t j = 0; j < values.size(); ++j)
-      EXPECT((order_key(values[i]) < order_key(values[j])) == precedes(values[i], values[j]), i,
+      EXPECT((sort_key(values[i]) < sort_key(values[j])) == precedes(values[i], values[j]), i,
              " and ", j);
 }
 
@@ -37,7 +37,7 @@ void check_patterns() {
   for (int bits = 0; bits < 65536; ++bits) {
     T x, y;
     x.bits = static_cast<uint16_t>(bits), y.bits = static_cast<uint16_t>(bits + 1);
-    EXPECT((order_key(x) < order_key(y)) == precedes(x, y), "pattern ", bits);
+    EXPECT((sort_key(x) < sort_key(y)) == precedes(x, y), "pattern ", bits);
     if (bits % 509 == 0) some.push_back(x);
   }
   check_all_pairs(some);
@@ -58,8 +58,8 @@ TEST(order_keys) {
   check_patterns<hw::f16>();
   check_all_pairs(corners<float>());
   check_all_pairs(corners<double>());
-  EXPECT(order_key(0.0f) == order_key(-0.0f), "zeros");
-  EXPECT(order_key(std::numeric_limits<float>::quiet_NaN()) == 0u, "NaN");
+  EXPECT(sort_key(0.0f) == sort_key(-0.0f), "zeros");
+  EXPECT(sort_key(std::numeric_limits<float>::quiet_NaN()) == 0u, "NaN");
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ void check_swizzle() {
     }
   for (int row = 0; row < kTestRows; ++row)
     for (int u = 0; u < T::kUnits; ++u)
-      EXPECT(dev::by(tile.unit(row, u % 2), T::detour(u - u % 2)) == tile.unit(row, u), "width ",
+      EXPECT(dev::by(tile.unit(row, u % 2), T::offset(u - u % 2)) == tile.unit(row, u), "width ",
              kColumns, " row ", row, " unit ", u);
 }
 

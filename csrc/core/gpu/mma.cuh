@@ -29,44 +29,44 @@ namespace hw::dev {
 
 // A row's address that differs from another one by constants: bits `flip` of it exclusive-ored,
 // then `shift` bytes. A few rows of a swizzled tile thus share one register.
-struct Detour {
+struct AddressOffset {
   int flip = 0, shift = 0;
 };
 
 #if defined(HW_EMULATE)
-inline const void* by(const void* row, Detour detour) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(row) ^ static_cast<uintptr_t>(detour.flip);
-  return reinterpret_cast<const void*>(at + static_cast<uintptr_t>(detour.shift));
+inline const void* by(const void* row, AddressOffset offset) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(row) ^ static_cast<uintptr_t>(offset.flip);
+  return reinterpret_cast<const void*>(at + static_cast<uintptr_t>(offset.shift));
 }
 #else
-HW_DEVICE HW_INLINE uint32_t by(const void* row, Detour detour) {
-  return (shared_address(row) ^ static_cast<uint32_t>(detour.flip)) +
-         static_cast<uint32_t>(detour.shift);
+HW_DEVICE HW_INLINE uint32_t by(const void* row, AddressOffset offset) {
+  return (shared_address(row) ^ static_cast<uint32_t>(offset.flip)) +
+         static_cast<uint32_t>(offset.shift);
 }
 #endif
 
 // Four matrices; every lane gives a row.                      ldmatrix.sync.aligned.m8n8.x4 (sm_75)
 HW_DEVICE HW_INLINE void load_matrix_x4(
-    uint32_t regs[4], const void* row, Detour detour = {} HW_AND_SITE) {
+    uint32_t regs[4], const void* row, AddressOffset offset = {} HW_AND_SITE) {
 #if defined(HW_EMULATE)
-  emu::load_matrix(emu::kLoadMatrixX4, regs, by(row, detour), site);
+  emu::load_matrix(emu::kLoadMatrixX4, regs, by(row, offset), site);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
-               : "r"(by(row, detour))
+               : "r"(by(row, offset))
                : "memory");
 #endif
 }
 
 // The same, each matrix transposed.
 HW_DEVICE HW_INLINE void load_matrix_x4_transposed(
-    uint32_t regs[4], const void* row, Detour detour = {} HW_AND_SITE) {
+    uint32_t regs[4], const void* row, AddressOffset offset = {} HW_AND_SITE) {
 #if defined(HW_EMULATE)
-  emu::load_matrix(emu::kLoadMatrixX4Transposed, regs, by(row, detour), site);
+  emu::load_matrix(emu::kLoadMatrixX4Transposed, regs, by(row, offset), site);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
-               : "r"(by(row, detour))
+               : "r"(by(row, offset))
                : "memory");
 #endif
 }

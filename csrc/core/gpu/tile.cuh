@@ -275,7 +275,7 @@ struct Tile {
   alignas(128) Element at[kRows * kColumns];
 
   // From unit 0 or 1 of a row to the unit that is `even` units further on.
-  static constexpr dev::Detour detour(int even) {
+  static constexpr dev::AddressOffset offset(int even) {
     return {(even & (kGroup - 1)) * 16, (even & -kGroup) * 16};
   }
   // The 8 elements (row, 8 unit ..).
@@ -346,6 +346,39 @@ struct Fragment {
       x[j][1] = at[s][j][2 * half + 1] * times;
     }
   }
+  // f(s, half) of every row that the lane has a share of: row(s, 2 * half)
+  template <class F>
+  HW_DEVICE static HW_INLINE void each_row(F&& f) {
+    HW_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      HW_UNROLL
+      for (int half = 0; half < 2; ++half) f(s, half);
+    }
+  }
+  // The largest number of a row and of `from`, in each of its four lanes.
+  HW_DEVICE HW_INLINE float row_max(int s, int half, float from) const {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j)
+      from = dev::larger(from, dev::larger(at[s][j][2 * half], at[s][j][2 * half + 1]));
+    return dev::warp_max<4>(from);
+  }
+  // The sum of a row, in each of its four lanes.
+  HW_DEVICE HW_INLINE float row_sum(int s, int half) const {
+    float sum = 0;
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      sum += at[s][j][2 * half];
+      sum += at[s][j][2 * half + 1];
+    }
+    return dev::warp_sum<4>(sum);
+  }
+  HW_DEVICE HW_INLINE void scale_row(int s, int half, float factor) {
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      at[s][j][2 * half] *= factor;
+      at[s][j][2 * half + 1] *= factor;
+    }
+  }
   // f(s, j, i) of every element
   template <class F>
   HW_DEVICE static HW_INLINE void each(F&& f) {
@@ -398,16 +431,16 @@ struct MatrixLoads {
     const int lane = dev::lane();
     return {tile.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
   }
-  HW_DEVICE static HW_INLINE dev::Detour detour(int down, int step) {
-    dev::Detour to = T::detour(2 * step);
+  HW_DEVICE static HW_INLINE dev::AddressOffset offset(int down, int step) {
+    dev::AddressOffset to = T::offset(2 * step);
     to.shift += down * T::kUnits * 16;
     return to;
   }
   HW_DEVICE HW_INLINE void load(uint32_t regs[4], int down, int step) const {
-    dev::load_matrix_x4(regs, first, detour(down, step));
+    dev::load_matrix_x4(regs, first, offset(down, step));
   }
   HW_DEVICE HW_INLINE void load_transposed(uint32_t regs[4], int down, int step) const {
-    dev::load_matrix_x4_transposed(regs, first, detour(down, step));
+    dev::load_matrix_x4_transposed(regs, first, offset(down, step));
   }
 };
 

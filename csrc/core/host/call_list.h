@@ -58,11 +58,11 @@ struct Argument {
 struct NoRest {};
 
 // An argument and its place in the parameters.
-template <class Place, class Rest = NoRest>
+template <class Accessor, class Rest = NoRest>
 struct Entry {
   Argument argument;
-  Place place;
-  Rest rest_place{};
+  Accessor access;
+  Rest rest_access{};
 
   consteval Entry optional() const {
     Entry e = *this;
@@ -72,8 +72,8 @@ struct Entry {
   consteval Entry wide() const { return of(Kind::wide); }
   consteval Entry index() const { return of(Kind::index); }
   template <class Other>
-  consteval Entry<Place, Other> with(Other rest) const {
-    Entry<Place, Other> e{argument, place, rest};
+  consteval Entry<Accessor, Other> with(Other rest) const {
+    Entry<Accessor, Other> e{argument, access, rest};
     e.argument.has_rest = 1;
     return e;
   }
@@ -88,49 +88,49 @@ struct Entry {
 
 namespace list {
 
-template <class Place>
-consteval Entry<Place> tensor(const char* name, Place place, const char* sizes, Way way) {
+template <class Accessor>
+consteval Entry<Accessor> tensor(const char* name, Accessor access, const char* sizes, Way way) {
   Argument a;
   a.name = name, a.sizes = sizes, a.way = way;
-  return {a, place};
+  return {a, access};
 }
-template <class Place>
-consteval Entry<Place> scalar(const char* name, Place place, Kind kind, int choices = 0) {
+template <class Accessor>
+consteval Entry<Accessor> scalar(const char* name, Accessor access, Kind kind, int choices = 0) {
   Argument a;
   a.name = name, a.kind = kind, a.choices = choices;
-  return {a, place};
+  return {a, access};
 }
 
 }  // namespace list
 
-template <class Place>
-consteval auto in(const char* name, Place place, const char* sizes) {
-  return list::tensor(name, place, sizes, Way::in);
+template <class Accessor>
+consteval auto in(const char* name, Accessor access, const char* sizes) {
+  return list::tensor(name, access, sizes, Way::in);
 }
-template <class Place>
-consteval auto out(const char* name, Place place, const char* sizes) {
-  return list::tensor(name, place, sizes, Way::out);
+template <class Accessor>
+consteval auto out(const char* name, Accessor access, const char* sizes) {
+  return list::tensor(name, access, sizes, Way::out);
 }
-template <class Place>
-consteval auto inout(const char* name, Place place, const char* sizes) {
-  return list::tensor(name, place, sizes, Way::inout);
+template <class Accessor>
+consteval auto inout(const char* name, Accessor access, const char* sizes) {
+  return list::tensor(name, access, sizes, Way::inout);
 }
-template <class Place>
-consteval auto number(const char* name, Place place) {
-  return list::scalar(name, place, Kind::number);
+template <class Accessor>
+consteval auto number(const char* name, Accessor access) {
+  return list::scalar(name, access, Kind::number);
 }
-template <class Place>
-consteval auto flag(const char* name, Place place) {
-  return list::scalar(name, place, Kind::flag);
+template <class Accessor>
+consteval auto flag(const char* name, Accessor access) {
+  return list::scalar(name, access, Kind::flag);
 }
-template <class Place>
-consteval auto integer(const char* name, Place place) {
-  return list::scalar(name, place, Kind::integer);
+template <class Accessor>
+consteval auto integer(const char* name, Accessor access) {
+  return list::scalar(name, access, Kind::integer);
 }
 // An enum with the values 0 .. choices - 1.
-template <class Place>
-consteval auto choice(const char* name, Place place, int choices) {
-  return list::scalar(name, place, Kind::choice, choices);
+template <class Accessor>
+consteval auto choice(const char* name, Accessor access, int choices) {
+  return list::scalar(name, access, Kind::choice, choices);
 }
 
 // A part of lists.
@@ -174,14 +174,14 @@ void read(Ref<T, N>& to, const Argument& a, const Tensor& from, int first, const
   }
 }
 
-template <class Params, class Place, class Rest>
-void read_tensor(const Entry<Place, Rest>& e, const Argument& a, const Tensor& from,
+template <class Params, class Accessor, class Rest>
+void read_tensor(const Entry<Accessor, Rest>& e, const Argument& a, const Tensor& from,
                  const Sizes& sizes, Params& p) {
-  auto& to = std::invoke(e.place, p);
+  auto& to = std::invoke(e.access, p);
   const int first = from.ndim == a.rank + 1 ? 1 : 0;
   read(to, a, from, first, sizes);
   if constexpr (!std::is_same_v<Rest, NoRest>) {
-    auto& rest = std::invoke(e.rest_place, p);
+    auto& rest = std::invoke(e.rest_access, p);
     rest = {};
     if (first == 0) return;
     rest = to;
@@ -248,16 +248,16 @@ struct CallList {
   }
 
  private:
-  template <class Place, class Rest>
-  static void read_entry(const Entry<Place, Rest>& e, const Argument& a, const Call& call,
+  template <class Accessor, class Rest>
+  static void read_entry(const Entry<Accessor, Rest>& e, const Argument& a, const Call& call,
                          const Sizes& sizes, size_t& tensor, size_t& scalar, P& p) {
-    using Member = std::remove_reference_t<std::invoke_result_t<Place, P&>>;
+    using Member = std::remove_reference_t<std::invoke_result_t<Accessor, P&>>;
     if constexpr (list::IsRef<Member>::value) {
       list::read_tensor(e, a, call.tensors[tensor++], sizes, p);
     } else if constexpr (std::is_floating_point_v<Member>) {
-      std::invoke(e.place, p) = call.scalars[scalar++].number;
+      std::invoke(e.access, p) = call.scalars[scalar++].number;
     } else {
-      std::invoke(e.place, p) = static_cast<Member>(call.scalars[scalar++].integer);
+      std::invoke(e.access, p) = static_cast<Member>(call.scalars[scalar++].integer);
     }
   }
 
@@ -281,7 +281,7 @@ struct CallList {
   template <size_t kAt>
   consteval void check_one() const {
     using E = std::tuple_element_t<kAt, std::tuple<Entries...>>;
-    using Member = std::remove_reference_t<std::invoke_result_t<decltype(E::place), P&>>;
+    using Member = std::remove_reference_t<std::invoke_result_t<decltype(E::access), P&>>;
     const Argument& a = arguments[kAt];
     if constexpr (list::IsRef<Member>::value) {
       if (!a.is_tensor() || a.rank != list::IsRef<Member>::kRank) throw "the rank is another one";
@@ -301,9 +301,9 @@ struct CallList {
 
 namespace list {
 
-template <class Place, class Rest>
-consteval auto as_part(const Entry<Place, Rest>& e) {
-  return std::tuple<Entry<Place, Rest>>(e);
+template <class Accessor, class Rest>
+consteval auto as_part(const Entry<Accessor, Rest>& e) {
+  return std::tuple<Entry<Accessor, Rest>>(e);
 }
 template <class... Entries>
 consteval auto as_part(const std::tuple<Entries...>& part) {

@@ -2,7 +2,7 @@
 // Attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16. In softmax/sm80/:
 //
 //   layout.h       what it takes, how it is cut, workspace
-//   score.cuh      place of a block, scores in fragments
+//   score.cuh      what a block works on, scores in fragments
 //   epilogue.cuh   outputs of a row, merge of partial results
 //   forward.cuh    loop R: rows with a running softmax
 //   loop.cuh       loops R2 and C: rows or keys, given the row statistics

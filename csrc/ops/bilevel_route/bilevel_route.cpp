@@ -29,7 +29,7 @@ bool contiguous(const Ref<T, 4>& x) {
 }
 
 void check_means(const MeansParams& p, const Call&) {
-  const Cells& c = p.cells;
+  const RegionGrid& c = p.cells;
   check(c.rows_of_image == p.x.size[1] && c.columns_of_image == p.x.size[2] &&
             c.within(p.x.size[1] * p.x.size[2]) && p.m.size[1] == c.count(),
         ErrorKind::value, "bilevel_route: cells of ", c.height, " x ", c.width,

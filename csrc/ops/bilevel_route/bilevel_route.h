@@ -23,7 +23,7 @@ namespace hw::bilevel_route {
 struct MeansParams {
   Ref<const void, 5> x;  // [B, Y, X, H, D]
   Ref<void, 4> m;        // [B, R, H, D]  out, acc, contiguous
-  Cells cells;
+  RegionGrid cells;
 
   HW_HOST_DEVICE int64_t channels() const { return m.size[2] * m.size[3]; }
 

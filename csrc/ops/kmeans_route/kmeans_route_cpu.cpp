@@ -96,7 +96,7 @@ class Similarity {
 template <class T>
 class Prefix {
  public:
-  using Key = OrderKey<T>;
+  using Key = SortKey<T>;
 
   Prefix(const PrefixParams& p, int threads) : p_(p), d_(p_.d.as<const T>()), threads_(threads) {}
 
@@ -146,7 +146,7 @@ class Prefix {
     int64_t* const end = slot + p_.window() * p_.index.stride[1];
     int64_t excess = 0;  // quota L - (t + 1) W, from 0 to L - 1
     for (int64_t t = 0; t < p_.tokens() && slot != end; ++t) {
-      const Token token{order_key(d_(row, t)), t};
+      const Token token{sort_key(d_(row, t)), t};
       excess -= p_.window();
       const bool grows = excess < 0;
       if (grows) excess += p_.length;

@@ -162,7 +162,7 @@ struct SimilarityKernel {
 
 template <class Element>
 struct PrefixKernel {
-  using Key = OrderKey<Element>;
+  using Key = SortKey<Element>;
   static constexpr int kThreads = 256, kWarps = kThreads / dev::kWarp;
   static constexpr int kVector = 16 / static_cast<int>(sizeof(Key));
 
@@ -181,7 +181,7 @@ struct PrefixKernel {
 
     // That of NaN beyond the last token.
     HW_DEVICE HW_INLINE Key key(int64_t t) const {
-      return t < f.tokens() ? order_key(d(row, t)) : Key{0};
+      return t < f.tokens() ? sort_key(d(row, t)) : Key{0};
     }
 
     // How many tokens before t = begin + own thread outrank it. All keys pass through two rooms:
@@ -220,10 +220,10 @@ struct PrefixKernel {
       for (int64_t begin = 0; begin < f.tokens() && members < f.window(); begin += kThreads) {
         const int64_t t = begin + dev::thread_index();
         const bool joins = outranked(begin, key(t)) < f.quota(t) && t < f.tokens();
-        const dev::Place place = dev::place_of<kThreads>(joins, smem.votes);
-        const int64_t slot = members + place.before;
+        const dev::BlockRank rank = dev::block_rank<kThreads>(joins, smem.votes);
+        const int64_t slot = members + rank.before;
         if (joins && slot < f.window()) f.index(row, slot) = t;
-        members += place.all;
+        members += rank.all;
       }
       for (int64_t slot = members + dev::thread_index(); slot < f.window(); slot += kThreads)
         f.index(row, slot) = -1;

@@ -84,7 +84,7 @@ void check_backward(const BackwardParams& p, const Call& call) {
   check_inputs(p, call);
   check_state(p.d_kv1, p.d_z1, p.sequences(), p.features());
   check_state(p.d_kv0, p.d_z0, p.sequences(), p.features());
-  const bool some = p.batch() * p.tokens() * p.query_heads() > 0;
+  const bool some = p.q.size[0] * p.q.size[1] * p.q.size[2] > 0;
   check(!p.normalize || p.z || !some, ErrorKind::value, "linear_attention: z is missing");
 }
 
@@ -112,7 +112,7 @@ int value_tile(const P& p, const Call& call, Backend b) {
   return b == Backend::sm80 ? sm80::dim(p, kGradients, call) : 0;
 }
 
-int64_t workspace(const ForwardParams& p, const Shape& s, bool gradients, const Call& call,
+int64_t workspace(const ForwardParams& p, const CallSizes& s, bool gradients, const Call& call,
                   Backend b) {
   if (b == Backend::sm80)
     return sm80::workspace_bytes(gradients, s, sm80::tile_of(p, gradients, call));

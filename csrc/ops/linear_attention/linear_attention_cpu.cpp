@@ -60,8 +60,8 @@ struct Segment {
 // ---- states between tensors [N, H, F, Dv], [N, H, F] and padded arrays ----
 
 template <class A>
-HW_NOINLINE void load_state(const Shape<A>& s, Ref<const A, 4> kv, Ref<const A, 3> z, int64_t n,
-                            int h, State<A>& to) {
+HW_NOINLINE void load_state(const FeatureSizes<A>& s, Ref<const A, 4> kv, Ref<const A, 3> z,
+                            int64_t n, int h, State<A>& to) {
   to.zero = !kv;
   if (to.zero) return;
   for (int f = 0; f < s.features; ++f) {
@@ -73,8 +73,8 @@ HW_NOINLINE void load_state(const Shape<A>& s, Ref<const A, 4> kv, Ref<const A, 
 }
 
 template <class A>
-HW_NOINLINE void store_state(const Shape<A>& s, const State<A>& from, Ref<A, 4> kv, Ref<A, 3> z,
-                             int64_t n, int h) {
+HW_NOINLINE void store_state(const FeatureSizes<A>& s, const State<A>& from, Ref<A, 4> kv,
+                             Ref<A, 3> z, int64_t n, int h) {
   if (!kv) return;
   for (int f = 0; f < s.features; ++f) {
     for (int j = 0; j < s.dv; ++j) kv(n, h, f, j) = from.zero ? A(0) : from.kv[f * s.dvp + j];
@@ -86,7 +86,7 @@ HW_NOINLINE void store_state(const Shape<A>& s, const State<A>& from, Ref<A, 4> 
 template <class A>
 class StateArray {
  public:
-  StateArray(const Shape<A>& s, int64_t count) : shape_(s) {
+  StateArray(const FeatureSizes<A>& s, int64_t count) : shape_(s) {
     memory_.reserve(Scratch::bytes_of<A>(count * State<A>::count(s)));
     zero_.reserve(count);
   }
@@ -107,7 +107,7 @@ class StateArray {
     return State<A>::at(shape_, reinterpret_cast<A*>(memory_.data()) + i * State<A>::count(shape_));
   }
 
-  const Shape<A> shape_;
+  const FeatureSizes<A> shape_;
   Buffer memory_, zero_;  // zero_: a char per state
 };
 
@@ -129,8 +129,8 @@ class Sweep {
  public:
   using A = Accum<T>;
 
-  Sweep(const BackwardParams& p, const Shape<A>& shape, const Plan& plan, const Ends<A>& ends,
-        int threads, const Pass& pass)
+  Sweep(const BackwardParams& p, const FeatureSizes<A>& shape, const Plan& plan,
+        const Ends<A>& ends, int threads, const Pass& pass)
       : p_(p),
         shape_(shape),
         plan_(plan),
@@ -249,7 +249,7 @@ class Sweep {
   }
 
   const BackwardParams& p_;
-  const Shape<A> shape_;
+  const FeatureSizes<A> shape_;
   const Plan plan_;
   const Ends<A> ends_;
   const int threads_;
@@ -266,7 +266,7 @@ void forward(const ForwardParams& f, const Call& call) {
   static_cast<ForwardParams&>(p) = f;
   const int threads = call.context.num_threads;
   const Plan plan = make_plan(p, p.kv0 || p.kv1, threads);
-  const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
+  const FeatureSizes<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
   const Ends<A> ends{p.kv0.as<const A>(), p.z0.as<const A>(), p.kv1.as<A>(), p.z1.as<A>()};
   Sweep<T>(p, shape, plan, ends, threads, {.apply = true, .grad = false, .reverse = false}).run();
 }
@@ -276,7 +276,7 @@ void backward(const BackwardParams& p, const Call& call) {
   using A = Accum<T>;
   const int threads = call.context.num_threads;
   const Plan plan = make_plan(p, p.kv0 || p.d_kv1 || p.d_kv0, threads);
-  const Shape<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
+  const FeatureSizes<A> shape(p.map, p.dim(), p.value_dim(), plan.capacity, p.scale);
   const Ends<A> earlier{p.kv0.as<const A>(), p.z0.as<const A>(), {}, {}};
   const Ends<A> later{p.d_kv1.as<const A>(), p.d_z1.as<const A>(), p.d_kv0.as<A>(), p.d_z0.as<A>()};
   Sweep<T>(p, shape, plan, earlier, threads, {.apply = false, .grad = true, .reverse = false})

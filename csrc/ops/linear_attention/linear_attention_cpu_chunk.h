@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CPU loops of linear attention do with one chunk of rows of one head.
 //
-// A chunk has n <= capacity rows. `Side` is such a chunk of the query or of the key side, widened
-// to the accumulation type A and laid out twice, because the products want both:
+// A chunk has n <= capacity rows. `ChunkOperands` is such a chunk of the query or of the key side,
+// widened to the accumulation type A and laid out twice, because the products want both:
 //   query side   x = pre(q)   value = g = do / z   extra = dz = -<do, o> / z
 //   key side     x = pre(k)   value = v            extra = 1
 // In every pass one side reads (a: rows of the output) and the other is summed over (b).
@@ -22,14 +22,14 @@ namespace {
 
 // Sizes of a problem that all chunk work shares; "p" sizes are padded to whole vectors.
 template <class A>
-struct Shape {
+struct FeatureSizes {
   FeatureMap map;
   int d, dp, dv, dvp, features;
   int capacity;  // rows of a chunk
   int ld;        // distance of rows-along-lanes arrays; not a power of two when large
   A scale;
 
-  Shape(FeatureMap map, int d, int dv, int capacity, double scale)
+  FeatureSizes(FeatureMap map, int d, int dv, int capacity, double scale)
       : map(map),
         d(d),
         dp(round_up(d, kLanes<A>)),
@@ -48,16 +48,16 @@ struct Coefficients {
 };
 
 template <class A>
-Coefficients<A> query_coefficients(const Shape<A>& s) {
+Coefficients<A> query_coefficients(const FeatureSizes<A>& s) {
   return {s.scale, s.scale * s.scale / 2, s.scale * s.scale};
 }
 template <class A>
-Coefficients<A> key_coefficients(const Shape<A>&) {
+Coefficients<A> key_coefficients(const FeatureSizes<A>&) {
   return {1, 1, 1};
 }
 
 template <class A>
-struct Side {
+struct ChunkOperands {
   A* xt;      // [D, ld]         pre-mapped q or k, rows along lanes
   A* x;       // [capacity, Dp]
   A* value;   // [capacity, Dvp]
@@ -65,12 +65,12 @@ struct Side {
   A* extra;   // [ld], zero beyond n
   Coefficients<A> c;
 
-  static int64_t bytes(const Shape<A>& s) {
+  static int64_t bytes(const FeatureSizes<A>& s) {
     return Scratch::bytes_of<A>(s.d * s.ld) + Scratch::bytes_of<A>(s.capacity * s.dp) +
            Scratch::bytes_of<A>(s.capacity * s.dvp) + Scratch::bytes_of<A>(s.dv * s.ld) +
            Scratch::bytes_of<A>(s.ld);
   }
-  void take(Scratch& scratch, const Shape<A>& s) {
+  void take(Scratch& scratch, const FeatureSizes<A>& s) {
     xt = scratch.take<A>(s.d * s.ld);
     x = scratch.take<A>(s.capacity * s.dp);
     value = scratch.take<A>(s.capacity * s.dvp);
@@ -89,8 +89,8 @@ HW_NOINLINE void clear_tail(A* t, int rows, int n, int ld) {
 
 // Rows [begin, begin + n) of x [S, D] into side.x and side.xt, mapped by pre().
 template <class T, class A>
-HW_NOINLINE void pack_x(const Shape<A>& s, Ref<const T, 2> x, int64_t begin, int n, int64_t ahead,
-                        Side<A>& side) {
+HW_NOINLINE void pack_x(const FeatureSizes<A>& s, Ref<const T, 2> x, int64_t begin, int n,
+                        int64_t ahead, ChunkOperands<A>& side) {
   for (int i = 0; i < n; ++i) {
     A* row = side.x + i * s.dp;
     prefetch_row(x, begin + i + ahead);
@@ -105,8 +105,8 @@ HW_NOINLINE void pack_x(const Shape<A>& s, Ref<const T, 2> x, int64_t begin, int
 
 // Rows of v [S, Dv] into side.value; extra = 1.
 template <class T, class A>
-HW_NOINLINE void pack_value(const Shape<A>& s, Ref<const T, 2> v, int64_t begin, int n,
-                            int64_t ahead, Side<A>& side) {
+HW_NOINLINE void pack_value(const FeatureSizes<A>& s, Ref<const T, 2> v, int64_t begin, int n,
+                            int64_t ahead, ChunkOperands<A>& side) {
   for (int i = 0; i < n; ++i) {
     prefetch_row(v, begin + i + ahead);
     widen(side.value + i * s.dvp, v.at(begin + i), s.dv, v.stride[1]);
@@ -118,9 +118,9 @@ HW_NOINLINE void pack_value(const Shape<A>& s, Ref<const T, 2> v, int64_t begin,
 // value = g = do / z and extra = dz = -<do, o> / z; without z (not normalised) g = do, dz = 0.
 // `row` is room for [Dvp].
 template <class T, class A>
-HW_NOINLINE void pack_cotangent(const Shape<A>& s, Ref<const T, 2> d_o, Ref<const T, 2> o,
+HW_NOINLINE void pack_cotangent(const FeatureSizes<A>& s, Ref<const T, 2> d_o, Ref<const T, 2> o,
                                 Ref<const A, 1> z, int64_t begin, int n, int64_t ahead, A* row,
-                                Side<A>& side) {
+                                ChunkOperands<A>& side) {
   for (int i = 0; i < s.ld; ++i) side.extra[i] = 0;
   for (int i = 0; i < n; ++i) {
     A* g = side.value + i * s.dvp;
@@ -139,15 +139,15 @@ HW_NOINLINE void pack_cotangent(const Shape<A>& s, Ref<const T, 2> d_o, Ref<cons
 }
 
 template <class A>
-HW_NOINLINE void pack_value_transposed(const Shape<A>& s, int n, Side<A>& side) {
+HW_NOINLINE void pack_value_transposed(const FeatureSizes<A>& s, int n, ChunkOperands<A>& side) {
   transpose(side.value, s.dvp, n, s.dv, side.valuet, s.ld);
   clear_tail(side.valuet, s.dv, n, s.ld);
 }
 
 // phi[f, i] = c_f m_f(x_i)        phi [F, ld]
 template <class A>
-HW_NOINLINE void expand(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt, int n,
-                        A* __restrict phi) {
+HW_NOINLINE void expand(const FeatureSizes<A>& s, const Coefficients<A>& c, const A* __restrict xt,
+                        int n, A* __restrict phi) {
   const int columns = round_up(n, kLanes<A>);
   const bool quadratic = s.map == FeatureMap::taylor2;
   for (int i = 0; i < columns; i += kLanes<A>) {
@@ -169,8 +169,9 @@ HW_NOINLINE void expand(const Shape<A>& s, const Coefficients<A>& c, const A* __
 
 // The chain through expand: dx[a, i] = sum_f dphi[f, i] d phi_f / d x_a       dxt [D, ld]
 template <class A>
-HW_NOINLINE void contract(const Shape<A>& s, const Coefficients<A>& c, const A* __restrict xt,
-                          int n, const A* __restrict dphi, A* __restrict dxt) {
+HW_NOINLINE void contract(const FeatureSizes<A>& s, const Coefficients<A>& c,
+                          const A* __restrict xt, int n, const A* __restrict dphi,
+                          A* __restrict dxt) {
   const int columns = round_up(n, kLanes<A>);
   const bool quadratic = s.map == FeatureMap::taylor2;
   for (int i = 0; i < columns; i += kLanes<A>) {
@@ -195,7 +196,7 @@ HW_NOINLINE void contract(const Shape<A>& s, const Coefficients<A>& c, const A* 
 
 // out[f] += sum_{i < n} phi[f, i] extra[i]
 template <class A>
-HW_NOINLINE void add_rows(const Shape<A>& s, const A* phi, const A* extra, int n, A* out) {
+HW_NOINLINE void add_rows(const FeatureSizes<A>& s, const A* phi, const A* extra, int n, A* out) {
   const int columns = round_up(n, kLanes<A>);
   for (int f = 0; f < s.features; ++f) {
     Vec<A> total{};

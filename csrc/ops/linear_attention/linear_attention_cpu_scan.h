@@ -29,17 +29,17 @@ struct State {
   A* z = nullptr;   // [F]
   bool zero = true;
 
-  static int64_t count(const Shape<A>& s) {
+  static int64_t count(const FeatureSizes<A>& s) {
     return static_cast<int64_t>(s.features) * s.dvp + round_up(s.features, kLanes<A>);
   }
-  static State at(const Shape<A>& s, A* memory) {
+  static State at(const FeatureSizes<A>& s, A* memory) {
     return {memory, memory + static_cast<int64_t>(s.features) * s.dvp, true};
   }
 };
 
 // to += from, element by element.
 template <class A>
-HW_NOINLINE void accumulate(const Shape<A>& s, const State<A>& from, State<A>& to) {
+HW_NOINLINE void accumulate(const FeatureSizes<A>& s, const State<A>& from, State<A>& to) {
   if (from.zero) return;
   const int64_t n = State<A>::count(s);
   for (int64_t i = 0; i < n; i += kLanes<A>)
@@ -58,8 +58,8 @@ class Scan {
   using A = Accum<T>;
 
   // Of batch entry `batch` and key head `head`.
-  HW_NOINLINE Scan(const Shape<A>& shape, const BackwardParams& p, const Pass& pass, int64_t batch,
-                   int head)
+  HW_NOINLINE Scan(const FeatureSizes<A>& shape, const BackwardParams& p, const Pass& pass,
+                   int64_t batch, int head)
       : s_(shape), p_(p), pass_(pass), group_(p.group()), batch_(batch), head_(head) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(bytes());
@@ -115,7 +115,7 @@ class Scan {
     const int64_t arrays = 2 * f_ld + s_.d * s_.ld + s_.capacity * (2 * s_.dp + s_.dvp) + s_.ld +
                            2 * kRowBlock * s_.ld + 2 * State<A>::count(s_) + s_.dvp;
     constexpr int64_t kRounding = 16 * 64;  // each array starts on a 64-byte line
-    return 2 * Side<A>::bytes(s_) + arrays * static_cast<int64_t>(sizeof(A)) + kRounding;
+    return 2 * ChunkOperands<A>::bytes(s_) + arrays * static_cast<int64_t>(sizeof(A)) + kRounding;
   }
 
   // Rows of the i-th chunk that the scan meets in [begin, end), counted from begin.
@@ -138,18 +138,18 @@ class Scan {
   // out = S_kv^T phi(x_a), dx = contract(S_kv value_a + S_z extra_a), then the chunk's own rows.
   HW_NOINLINE void output_rows(int g, int64_t first, int n, const State<A>& state, Visible visible,
                                bool within_chunk) {
-    Side<A>& a = pack_a(g, first, n);
+    ChunkOperands<A>& a = pack_a(g, first, n);
     read_state(a, n, state);
     if (within_chunk)
       for (int h = 0; h < (pass_.reverse ? group_ : 1); ++h) {
-        Side<A>& b = pack_b(h, first, n);
+        ChunkOperands<A>& b = pack_b(h, first, n);
         for (int r = 0; r < n; r += kRowBlock)
           read_chunk(a, b, r, min_of(n, r + kRowBlock), n, visible);
       }
     write_rows(g, first, n);
   }
 
-  HW_NOINLINE void read_state(const Side<A>& a, int n, const State<A>& state) {
+  HW_NOINLINE void read_state(const ChunkOperands<A>& a, int n, const State<A>& state) {
     const int columns = round_up(n, kLanes<A>);
     if (state.zero) {
       if (pass_.apply) clear_columns(out_, s_.dvp, n, 0, s_.dvp);
@@ -177,8 +177,8 @@ class Scan {
   }
 
   // Rows [r0, r1) of a against the visible rows of b, both of the same chunk.
-  HW_NOINLINE void read_chunk(const Side<A>& a, const Side<A>& b, int r0, int r1, int n,
-                              Visible visible) {
+  HW_NOINLINE void read_chunk(const ChunkOperands<A>& a, const ChunkOperands<A>& b, int r0, int r1,
+                              int n, Visible visible) {
     const Range seen = columns_of(visible, r0, r1, n);
     const int count = seen.end - seen.begin, columns = round_up(count, kLanes<A>), rows = r1 - r0;
     multiply<false>(rows, columns, s_.d, transposed(a.xt + r0, s_.ld), b.xt + seen.begin, s_.ld,
@@ -238,7 +238,7 @@ class Scan {
   // local += the features of the b side's rows, outer product with their values.
   HW_NOINLINE void add_chunk(int64_t first, int n) {
     for (int h = 0; h < (pass_.reverse ? group_ : 1); ++h) {
-      Side<A>& b = pack_b(h, first, n);
+      ChunkOperands<A>& b = pack_b(h, first, n);
       expand(s_, b.c, b.xt, n, phi_);
       if (local_.zero) {
         multiply<false>(s_.features, s_.dvp, n, row_major(phi_, s_.ld), b.value, s_.dvp, local_.kv,
@@ -257,14 +257,14 @@ class Scan {
 
   // ---- packing: which tensors make the two sides ----
 
-  Side<A>& pack_a(int g, int64_t first, int n) {
+  ChunkOperands<A>& pack_a(int g, int64_t first, int n) {
     return pass_.reverse ? pack_key(first, n) : pack_query(g, first, n);
   }
-  Side<A>& pack_b(int g, int64_t first, int n) {
+  ChunkOperands<A>& pack_b(int g, int64_t first, int n) {
     return pass_.reverse ? pack_query(g, first, n) : pack_key(first, n);
   }
 
-  HW_NOINLINE Side<A>& pack_query(int g, int64_t first, int n) {
+  HW_NOINLINE ChunkOperands<A>& pack_query(int g, int64_t first, int n) {
     if (first == query_first_ && g == query_group_) return query_;
     query_first_ = first, query_group_ = g;
     const int head = head_ * group_ + g;
@@ -278,7 +278,7 @@ class Scan {
     return query_;
   }
 
-  HW_NOINLINE Side<A>& pack_key(int64_t first, int n) {
+  HW_NOINLINE ChunkOperands<A>& pack_key(int64_t first, int n) {
     if (first == key_first_) return key_;
     key_first_ = first;
     pack_x<T>(s_, rows_of<const T>(p_.k, head_), first, n, ahead(), key_);
@@ -354,14 +354,14 @@ class Scan {
     return r;
   }
 
-  const Shape<A> s_;
+  const FeatureSizes<A> s_;
   const BackwardParams& p_;
   const Pass pass_;
   const int group_;
   const int64_t batch_;
   const int head_;
 
-  Side<A> key_, query_;  // what they hold: the chunk that begins at
+  ChunkOperands<A> key_, query_;  // what they hold: the chunk that begins at
   int64_t key_first_ = -1, query_first_ = -1;
   int query_group_ = -1;
 

@@ -14,7 +14,7 @@ constexpr int kStepVectors = 4;  // columns of the state that are updated togeth
 
 // out[f] = c_f m_f(x)
 template <class A>
-void expand_row(const Shape<A>& s, const Coefficients<A>& c, const A* x, A* out) {
+void expand_row(const FeatureSizes<A>& s, const Coefficients<A>& c, const A* x, A* out) {
   if (s.map == FeatureMap::taylor2) *out++ = 1;
   for (int a = 0; a < s.d; ++a) *out++ = c.linear * x[a];
   if (s.map != FeatureMap::taylor2) return;
@@ -68,7 +68,7 @@ void step_elements(int features, const StepRows<A>& r, A* kv, int64_t kv_row, in
 }
 
 template <bool kUpdate, class A>
-void step_state(const Shape<A>& s, StepRows<A> r, A* kv, int64_t kv_row, int64_t kv_column) {
+void step_state(const FeatureSizes<A>& s, StepRows<A> r, A* kv, int64_t kv_row, int64_t kv_column) {
   int j = 0;
   if (kv_column == 1) {
     constexpr int kWide = kStepVectors * kLanes<A>;
@@ -84,7 +84,7 @@ void step_state(const Shape<A>& s, StepRows<A> r, A* kv, int64_t kv_row, int64_t
 
 // One (batch entry, key head).
 template <class T>
-void step_head(const StepParams& p, const Shape<Accum<T>>& s, int64_t b, int h) {
+void step_head(const StepParams& p, const FeatureSizes<Accum<T>>& s, int64_t b, int h) {
   using A = Accum<T>;
   Scratch& scratch = Scratch::of_thread();
   scratch.reset(2 * Scratch::bytes_of<A>(s.features) + 2 * Scratch::bytes_of<A>(s.dvp) +
@@ -124,7 +124,7 @@ void step_head(const StepParams& p, const Shape<Accum<T>>& s, int64_t b, int h) 
 
 template <class T>
 void step(const StepParams& p, const Call& call) {
-  const Shape<Accum<T>> shape(p.map, p.dim(), p.value_dim(), kLanes<Accum<T>>, p.scale);
+  const FeatureSizes<Accum<T>> shape(p.map, p.dim(), p.value_dim(), kLanes<Accum<T>>, p.scale);
   const int heads = p.key_heads();
   parallel_tasks(p.batch() * heads, call.context.num_threads, [&](int64_t task) {
     step_head<T>(p, shape, task / heads, static_cast<int>(task % heads));

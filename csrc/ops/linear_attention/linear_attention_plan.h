@@ -37,7 +37,7 @@ inline constexpr int64_t kDirectTokens = 512;  // longest sequence for the direc
 enum class Schedule : int { direct = 0, single = 1, split = 2 };
 
 // The shapes that decide.
-struct Shape {
+struct CallSizes {
   int64_t batch = 0, tokens = 0, sequences = 0;
   int query_heads = 0, key_heads = 0, dim = 0, value_dim = 0, features = 0;
   bool packed = false, causal = false, normalize = false, any_state = false;
@@ -71,8 +71,8 @@ struct Segment {
 };
 
 // `any_state`: whether a state is passed in or out.
-inline Shape shape_of(const ForwardParams& p, bool any_state, const Context& context) {
-  Shape s;
+inline CallSizes shape_of(const ForwardParams& p, bool any_state, const Context& context) {
+  CallSizes s;
   s.batch = p.q.size[0];
   s.tokens = p.tokens();
   s.packed = bool(p.cu_seqlens);
@@ -89,15 +89,15 @@ inline Shape shape_of(const ForwardParams& p, bool any_state, const Context& con
   return s;
 }
 
-inline Shape forward_shape(const ForwardParams& p, const Context& context) {
+inline CallSizes forward_shape(const ForwardParams& p, const Context& context) {
   return shape_of(p, p.kv0 || p.kv1, context);
 }
-inline Shape backward_shape(const BackwardParams& p, const Context& context) {
+inline CallSizes backward_shape(const BackwardParams& p, const Context& context) {
   return shape_of(p, p.kv0 || p.d_kv1 || p.d_kv0, context);
 }
 
 // Longest sequence for which tiles cost less than states: (D + Dv) S / 2 < 2 F Dv (causal).
-HW_HOST_DEVICE inline int64_t direct_limit(const Shape& s) {
+HW_HOST_DEVICE inline int64_t direct_limit(const CallSizes& s) {
   const int64_t states = (s.causal ? 4 : 2) * static_cast<int64_t>(s.features) * s.value_dim;
   const int64_t limit = states / max_of<int64_t>(s.dim + s.value_dim, 1);
   return min_of(max_of(limit, kChunk), kDirectTokens);
@@ -105,7 +105,7 @@ HW_HOST_DEVICE inline int64_t direct_limit(const Shape& s) {
 
 // `slices`: blocks that share one segment of one key head. `direct_rows`: rows of one block in the
 // direct schedule.
-inline Plan make_plan(const Shape& s, int64_t slices, int64_t direct_rows) {
+inline Plan make_plan(const CallSizes& s, int64_t slices, int64_t direct_rows) {
   Plan p;
   p.packed = s.packed;
   p.causal = s.causal;
@@ -186,7 +186,7 @@ struct StateLayout {
   HW_HOST_DEVICE int64_t size() const { return slots * heads * features * (value_dim + 1); }
 };
 
-inline StateLayout state_layout(const Shape& s, const Plan& p) {
+inline StateLayout state_layout(const CallSizes& s, const Plan& p) {
   return {p.num_slots, s.key_heads, s.features, s.value_dim};
 }
 

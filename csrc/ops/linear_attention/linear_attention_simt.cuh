@@ -4,7 +4,7 @@
 //   _simt_layout.h      tile sizes, shared memory, workspace
 //   _simt_tiles.cuh     the pieces: loading, scores, products with tiles and states
 //   _simt_state.cuh     parameters, the work of a block, the state it carries
-//   _simt_walk.cuh      the walk over chunks: o, dq, dk, dv
+//   _simt_chunk_loop.cuh  the walk over chunks: o, dq, dk, dv
 //   _simt_totals.cuh    states of the segments and their prefix
 //   _simt_forward.cuh   _simt_backward.cuh   _simt_step.cuh     the functions
 #pragma once

@@ -40,7 +40,7 @@ struct RowsKernel {
 };
 
 template <class Element>
-void find_row_gradients(const BackwardParams& b, const Shape& s, Accum<Element>* d_z,
+void find_row_gradients(const BackwardParams& b, const CallSizes& s, Accum<Element>* d_z,
                         const Context& context) {
   using Acc = Accum<Element>;
   using Kernel = RowsKernel<Element>;
@@ -65,13 +65,13 @@ void run_backward(const WalkParams<Element>& queries, const WalkParams<Element>&
 template <class Element>
 void backward(const BackwardParams& b, const Call& call) {
   using Acc = Accum<Element>;
-  const Shape s = backward_shape(b, call.context);
+  const CallSizes s = backward_shape(b, call.context);
   const Geometry g = make_geometry<Acc>(s, b.map, true);
   Arena arena(call.workspace, "linear_attention.backward");
   const Workspace<Acc> w = lay_out<Acc>(arena, s, g, true);
 
-  Side<Element> query = make_side<Element>(b.q, b.d_o, true);
-  const Side<Element> key = make_side<Element>(b.k, b.v, false);
+  OperandRows<Element> query = operand_rows<Element>(b.q, b.d_o, true);
+  const OperandRows<Element> key = operand_rows<Element>(b.k, b.v, false);
   if (b.normalize) {
     query.z = b.z.template as<const Acc>();
     query.d_z = w.d_z;

@@ -2,8 +2,8 @@
 // Linear attention without tensor cores, forward: o, z and the final state.
 #pragma once
 
+#include "ops/linear_attention/linear_attention_simt_chunk_loop.cuh"
 #include "ops/linear_attention/linear_attention_simt_totals.cuh"
-#include "ops/linear_attention/linear_attention_simt_walk.cuh"
 
 #include "core/error.h"
 
@@ -11,7 +11,7 @@ namespace hw::linear_attention::simt {
 
 // What both directions of a call have in common.
 template <class Element>
-WalkParams<Element> walk_params(const ForwardParams& f, const Shape& s, const Geometry& g) {
+WalkParams<Element> walk_params(const ForwardParams& f, const CallSizes& s, const Geometry& g) {
   using Acc = Accum<Element>;
   WalkParams<Element> p{};
   p.cu_seqlens = f.cu_seqlens;
@@ -41,14 +41,14 @@ void run_forward(const WalkParams<Element>& p, const Context& context) {
 template <class Element>
 void forward(const ForwardParams& f, const Call& call) {
   using Acc = Accum<Element>;
-  const Shape s = forward_shape(f, call.context);
+  const CallSizes s = forward_shape(f, call.context);
   const Geometry g = make_geometry<Acc>(s, f.map, false);
   Arena arena(call.workspace, "linear_attention.forward");
   const Workspace<Acc> w = lay_out<Acc>(arena, s, g, false);
 
   WalkParams<Element> p = walk_params<Element>(f, s, g);
-  p.outer = make_side<Element>(f.q, {}, true);
-  p.inner = make_side<Element>(f.k, f.v, false);
+  p.outer = operand_rows<Element>(f.q, {}, true);
+  p.inner = operand_rows<Element>(f.k, f.v, false);
   p.split_heads = g.plan.schedule == Schedule::direct;
   p.start_kv = f.kv0.template as<const Acc>();
   p.start_z = f.z0.template as<const Acc>();

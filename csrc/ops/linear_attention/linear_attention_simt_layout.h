@@ -104,7 +104,7 @@ SharedLayout shared_layout(const Geometry& g, int features, bool gradients) {
 }
 
 template <class Acc>
-Geometry make_geometry(const Shape& s, FeatureMap map, bool gradients) {
+Geometry make_geometry(const CallSizes& s, FeatureMap map, bool gradients) {
   Geometry g;
   g.tile_dim = min_of(s.dim, kTileDim);
   g.dim_tiles = max_of(ceil_div(s.dim, kTileDim), 1);
@@ -139,7 +139,7 @@ struct Workspace {
 };
 
 template <class Acc>
-Workspace<Acc> lay_out(Arena& arena, const Shape& s, const Geometry& g, bool gradients) {
+Workspace<Acc> lay_out(Arena& arena, const CallSizes& s, const Geometry& g, bool gradients) {
   Workspace<Acc> w;
   const int64_t rows = s.batch * s.tokens;
   const int64_t sums = g.keeps_sums ? rows * s.dim : 0;
@@ -151,7 +151,7 @@ Workspace<Acc> lay_out(Arena& arena, const Shape& s, const Geometry& g, bool gra
 }
 
 // Bytes of workspace of a call, forward or with gradients; `step` needs none.
-inline int64_t workspace_bytes(const Shape& s, FeatureMap map, DType element, bool gradients) {
+inline int64_t workspace_bytes(const CallSizes& s, FeatureMap map, DType element, bool gradients) {
   Arena arena;
   if (element == DType::f64)
     lay_out<double>(arena, s, make_geometry<double>(s, map, gradients), gradients);

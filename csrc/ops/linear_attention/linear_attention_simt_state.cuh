@@ -11,7 +11,7 @@ namespace hw::linear_attention::simt {
 template <class Element>
 struct WalkParams {
   using Acc = Accum<Element>;
-  Side<Element> outer, inner;
+  OperandRows<Element> outer, inner;
   Ref<const int64_t, 1> cu_seqlens;
   int64_t num_tokens;
   FeatureMap map;

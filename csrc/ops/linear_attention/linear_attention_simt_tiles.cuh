@@ -52,7 +52,7 @@ HW_DEVICE HW_INLINE void load_row(const Element* row, int64_t stride, bool vecto
 
 // q with do and z, or k with v: what a kernel needs to know of the outer and of the inner rows.
 template <class Element>
-struct Side {
+struct OperandRows {
   using Acc = Accum<Element>;
   Ref<const Element, 4> key;    // [B, S, heads, D]    q or k
   Ref<const Element, 4> value;  // [B, S, heads, Dv]   do or v; absent where not needed
@@ -63,9 +63,9 @@ struct Side {
 };
 
 template <class Element>
-Side<Element> make_side(const Ref<const void, 4>& key, const Ref<const void, 4>& value,
-                        bool query) {
-  Side<Element> s;
+OperandRows<Element> operand_rows(const Ref<const void, 4>& key, const Ref<const void, 4>& value,
+                                  bool query) {
+  OperandRows<Element> s;
   s.key = key.as<const Element>();
   s.value = value.as<const Element>();
   s.query = query;
@@ -75,7 +75,7 @@ Side<Element> make_side(const Ref<const void, 4>& key, const Ref<const void, 4>&
 }
 
 // Up to kRows rows of one head from row `first`; rows from `end` on count as zero.
-struct Rows {
+struct TileRows {
   int64_t batch, first, end;
   int head;
 
@@ -84,8 +84,9 @@ struct Rows {
 
 // tile[a][row] = pre(key[row, column + a]) (times scale for q), a < count; tile[ones][row] = 1.
 template <class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE void load_keys(Acc* tile, const Side<Element>& side, FeatureMap map, Acc scale,
-                                   const Rows& rows, int column, int count, int ones) {
+HW_DEVICE HW_INLINE void load_keys(Acc* tile, const OperandRows<Element>& side, FeatureMap map,
+                                   Acc scale, const TileRows& rows, int column, int count,
+                                   int ones) {
   const Acc factor = side.query ? scale : Acc(1);
   // The columns of a row are a loop: unrolled, rows are more code, but not more loads in flight.
   HW_UNROLL_BY(1)
@@ -103,8 +104,8 @@ HW_DEVICE HW_INLINE void load_keys(Acc* tile, const Side<Element>& side, Feature
 // tile[row][c] = value[row, column + c] (of queries: divided by z), c < kColumns; and extra[row],
 // the companion of z: 1 for keys, dz for queries.
 template <int kColumns, class Element, class Acc = Accum<Element>>
-HW_DEVICE HW_INLINE void load_values(Acc* tile, Acc* extra, const Side<Element>& side,
-                                     const Rows& rows, int column) {
+HW_DEVICE HW_INLINE void load_values(Acc* tile, Acc* extra, const OperandRows<Element>& side,
+                                     const TileRows& rows, int column) {
   const int available = static_cast<int>(side.value.size[3]) - column;
   HW_UNROLL_BY(1)
   for (int row = row_group(); row < kRows; row += kGroups) {

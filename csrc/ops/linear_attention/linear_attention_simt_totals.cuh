@@ -40,7 +40,7 @@ struct TotalsKernel {
   }
 
  private:
-  HW_DEVICE HW_INLINE static void add_rows(const Params& p, const Work& work, const Rows& rows,
+  HW_DEVICE HW_INLINE static void add_rows(const Params& p, const Work& work, const TileRows& rows,
                                            const State<Acc>& state, const FeaturePair* pairs) {
     const Geometry& g = p.geometry;
     Acc* shared = dev::shared<Acc>();

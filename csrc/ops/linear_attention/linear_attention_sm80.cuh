@@ -26,7 +26,7 @@ namespace hw::linear_attention::sm80 {
 template <class Params>
 struct Work {
   const Params& params;
-  Shape shape;
+  CallSizes shape;
   Plan plan;
   Workspace at;
   const Context& context;
@@ -127,7 +127,7 @@ void set_output(LoopParams<Element>& p, const Ref<void, 4>& y) {
 }
 
 template <class Params>
-Work<Params> work_of(const Params& params, const Shape& shape, bool gradients, const Call& call,
+Work<Params> work_of(const Params& params, const CallSizes& shape, bool gradients, const Call& call,
                      int tile) {
   const Plan plan = plan_of(shape, tile);
   Arena arena(call.workspace, "linear_attention");

@@ -360,7 +360,7 @@ struct GradientKernel {
 
   HW_DEVICE static void main(const Params& p) {
     Smem& smem = *dev::shared<Smem>();
-    if (!find_walk<kQueries>(smem.chunks.walk, p, p.group)) return;
+    if (!find_chunks<kQueries>(smem.chunks.walk, p, p.group)) return;
     Block block(p, smem);
     const Stream& stream = block.stream;
     const bool reads_start = p.before.kv || p.before.z;

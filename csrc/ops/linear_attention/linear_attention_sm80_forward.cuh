@@ -269,7 +269,7 @@ struct ApplyKernel {
 
   HW_DEVICE static void main(const Params& p) {
     Smem& smem = *dev::shared<Smem>();
-    if (!find_walk<kQueries>(smem.chunks.walk, p, p.group)) return;
+    if (!find_chunks<kQueries>(smem.chunks.walk, p, p.group)) return;
     Block block(p, smem, dev::block_index_z() * kDim);
     const Stream& stream = block.stream;
     // Asked anew for every chunk: registers are short.
@@ -310,9 +310,9 @@ struct TotalsKernel {
 
   HW_DEVICE static void main(const Params& p) {
     Smem& smem = *dev::shared<Smem>();
-    const Walk& walk = smem.walk;
+    const ChunkRange& walk = smem.walk;
     // Blocks are per key head: a walk over keys of one head, or over the queries of its group.
-    if (!find_walk<kQueries>(smem.walk, p, kQueries ? p.group : 1)) return;
+    if (!find_chunks<kQueries>(smem.walk, p, kQueries ? p.group : 1)) return;
     const Stream stream{p, smem, walk, dev::block_index_z() * kDim};
     State<Element, kWarps> state;
     state.clear();

@@ -59,7 +59,7 @@ inline std::string why_not_backward(const BackwardParams& p) {
 // it is what fills the device.
 inline constexpr int64_t kAlwaysDirect = 256;
 
-inline Plan plan_of(Shape s, int tile) {
+inline Plan plan_of(CallSizes s, int tile) {
   const int64_t slices = max_of(ceil_div(s.value_dim, tile), 1);
   const bool full = s.sequences * s.key_heads * slices >= 2 * s.multiprocessors;
   s.any_state |= s.tokens > kAlwaysDirect && full;
@@ -75,7 +75,8 @@ struct Workspace {
   float* sum = nullptr;     // [B, S, Hq, kMaxDim] dq, then dk, while slices of v are added up
 };
 
-inline Workspace lay_out(Arena& arena, bool gradients, const Shape& s, const Plan& plan, int tile) {
+inline Workspace lay_out(Arena& arena, bool gradients, const CallSizes& s, const Plan& plan,
+                         int tile) {
   Workspace w;
   w.states = state_layout(s, plan);
   const int64_t queries = gradients ? s.batch * s.tokens * s.query_heads : 0;
@@ -87,7 +88,7 @@ inline Workspace lay_out(Arena& arena, bool gradients, const Shape& s, const Pla
   return w;
 }
 
-inline int64_t workspace_bytes(bool gradients, const Shape& s, int tile) {
+inline int64_t workspace_bytes(bool gradients, const CallSizes& s, int tile) {
   Arena arena;
   lay_out(arena, gradients, s, plan_of(s, tile), tile);
   return arena.bytes();

@@ -52,7 +52,7 @@ struct Item {
 // The chunks that a block visits. The rows of a are those of the item's chunk, whose earlier ones
 // the state stands for; in the direct schedule they are chunk `own` for all items, and there is no
 // state.
-struct Walk {
+struct ChunkRange {
   Segment segment;
   int64_t begin = 0, end = 0;  // tokens that chunks are counted in: segment, direct: sequence
   int chunks = 0;              // of b
@@ -102,11 +102,11 @@ HW_DEVICE HW_INLINE int64_t state_index(const LoopParams<Element>& p, const Segm
 // every chunk: the compiler would keep it, and the addresses it leads to, in registers that the
 // state needs.
 template <bool kQueries, class Element>
-HW_DEVICE HW_INLINE bool find_walk(Walk& shared, const LoopParams<Element>& p, int group) {
+HW_DEVICE HW_INLINE bool find_chunks(ChunkRange& shared, const LoopParams<Element>& p, int group) {
   if (dev::thread_index() == 0) {
     const Segment s = locate(p.plan, p.tokens, dev::block_index_x());
     const int head = dev::block_index_y();
-    Walk w;
+    ChunkRange w;
     w.segment = s;
     w.direct = p.plan.schedule == Schedule::direct;
     w.begin = w.direct ? s.sequence_begin : s.begin;
@@ -128,8 +128,8 @@ HW_DEVICE HW_INLINE bool find_walk(Walk& shared, const LoopParams<Element>& p, i
 
 // Rows of a chunk: `columns` columns from `column` on.
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk& w, int chunk,
-                                             int head, int64_t column) {
+HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const ChunkRange& w,
+                                             int chunk, int head, int64_t column) {
   Rows<Element> rows;
   rows.origin = x.ref.at(w.segment.batch, w.token(chunk, 0), head, column);
   rows.row = x.ref.stride[1] * w.step;
@@ -144,7 +144,7 @@ HW_DEVICE HW_INLINE Rows<Element> chunk_rows(const Input<Element>& x, const Walk
 // 1 / z and -<do, o> of the queries of a chunk; 0 beyond its end.
 template <class Element>
 HW_DEVICE HW_INLINE void load_scalars(float* factor, float* delta, const LoopParams<Element>& p,
-                                      const Walk& w, int chunk, int head) {
+                                      const ChunkRange& w, int chunk, int head) {
   const int i = dev::thread_index();
   if (i >= kTile) return;
   const bool valid = i < w.count(chunk);
@@ -179,7 +179,7 @@ struct ChunkSmem {
   Stage<Element, kDim, kLoop, kQueries> stage[2];
   Turned<Element> b;
   If<kLoop != Loop::totals, Turned<Element>> a;
-  Walk walk;
+  ChunkRange walk;
   SlotFeatures features;
 };
 
@@ -189,7 +189,7 @@ struct Chunks {
 
   const LoopParams<Element>& p;
   ChunkSmem<Element, kDim, kLoop, kQueries>& smem;
-  const Walk& walk;
+  const ChunkRange& walk;
   int first;  // first column of the block
 
   HW_DEVICE HW_INLINE auto& stage(Item item) const { return smem.stage[item.stage]; }

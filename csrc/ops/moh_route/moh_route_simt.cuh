@@ -29,9 +29,9 @@ struct RowsKernel {
     for (int64_t begin = 0; begin < p.tokens(); begin += kThreads) {
       const int64_t t = begin + dev::thread_index();
       const bool chosen = t < p.tokens() && gate(b, t, head) != Element(0);
-      const dev::Place place = dev::place_of<kThreads>(chosen, smem.votes);
-      if (chosen) p.rows(b, head, listed + place.before) = t;
-      listed += place.all;
+      const dev::BlockRank rank = dev::block_rank<kThreads>(chosen, smem.votes);
+      if (chosen) p.rows(b, head, listed + rank.before) = t;
+      listed += rank.all;
     }
     for (int64_t i = listed + dev::thread_index(); i < p.tokens(); i += kThreads)
       p.rows(b, head, i) = -1;

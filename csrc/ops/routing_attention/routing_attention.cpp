@@ -61,7 +61,7 @@ void complete(P& p, const Call&) {
 }
 
 void check_lists(const char* which, const Lists& l, int64_t tokens) {
-  const Cells& c = l.cells;
+  const RegionGrid& c = l.cells;
   check(c.within(tokens), ErrorKind::value, "routing_attention: an image of ", c.rows_of_image,
         " x ", c.columns_of_image, " tokens in cells of ", c.height, " x ", c.width,
         " does not fit the ", tokens, " tokens of the ", which);
@@ -120,7 +120,7 @@ void check_backward(const BackwardParams& p, const Call& call) {
 // Numbers of tokens and slots have 32 bits on CUDA.
 template <class P>
 std::string why_not_many(const P& p) {
-  const Shape s = shape_of(p);
+  const RoutingSizes s = shape_of(p);
   const int64_t slots = max_of(s.row_slots, s.key_slots);
   const int64_t most = max_of(max_of(s.rows, s.keys), s.groups * slots);
   if (most >= INT32_MAX || s.key_regions >= INT32_MAX)

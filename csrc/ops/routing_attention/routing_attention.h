@@ -52,7 +52,7 @@ inline constexpr double kSelfScore = -5e4;
 // Lists of rows or of keys: absent, all tokens in their order are the one list.
 struct Lists {
   Ref<const int64_t, 4> blocks;  // [B, Hq, G, N]; zero strides where lists are shared
-  Cells cells;
+  RegionGrid cells;
 
   HW_HOST_DEVICE explicit operator bool() const { return static_cast<bool>(blocks); }
   HW_HOST_DEVICE int64_t slots() const { return blocks.size[3] * cells.size(); }

@@ -62,8 +62,8 @@ class Group {
   }
 
   // The tensors that a pass over the group reads its keys from: any batch entry, its heads.
-  Ref<const void, 4> keys() const { return side_by_side(k_, k_room_); }
-  Ref<const void, 4> values() const { return side_by_side(v_, v_room_); }
+  Ref<const void, 4> keys() const { return side_by_side(k_, k_copy_); }
+  Ref<const void, 4> values() const { return side_by_side(v_, v_copy_); }
 
   int64_t rows() const { return now_.rows.count; }
   int64_t key_count() const { return now_.keys.count; }
@@ -110,7 +110,7 @@ class Group {
     std::swap(now_, next_);
     for (int64_t i = 0; i < rows(); ++i)
       result_[i] = routing_.by_slot ? now_.group * most_rows_ + row_slot(i) : row_token(i);
-    if (!in_place_) gather(k_, k_room_), gather(v_, v_room_);
+    if (!in_place_) gather(k_, k_copy_), gather(v_, v_copy_);
     if (ordered_) find_seen();
   }
   void load(int64_t batch, int head, int64_t group) {
@@ -148,8 +148,8 @@ class Group {
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
     const int64_t gathered = in_place_ ? 0 : ceil_div(heads_, heads_per_key_) * most_keys_;
-    k_room_ = l.take<T>(gathered * k_.size[3]);
-    v_room_ = l.take<T>(gathered * v_.size[3]);
+    k_copy_ = l.take<T>(gathered * k_.size[3]);
+    v_copy_ = l.take<T>(gathered * v_.size[3]);
   }
 
   int key_head(int head) const { return head / heads_per_key_; }
@@ -157,10 +157,10 @@ class Group {
   int key_heads() const { return key_head(now_.head + now_.heads - 1) - first_key_head() + 1; }
 
   // One head stands for all.
-  HW_NOINLINE Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* room) const {
+  HW_NOINLINE Ref<const void, 4> side_by_side(const Ref<const T, 4>& x, const T* base) const {
     if (in_place_) return x.template as<const void>();
     const int64_t head = heads_ > 1 ? most_keys_ * x.size[3] : 0;
-    return {room - first_key_head() * head,
+    return {base - first_key_head() * head,
             {x.size[0], most_keys_, x.size[2], x.size[3]},
             {0, x.size[3], head, 1}};
   }
@@ -260,7 +260,7 @@ class Group {
   int64_t* result_ = nullptr;  // [rows] where results of a row lie
   Place* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]
-  T *k_room_ = nullptr, *v_room_ = nullptr;  // [heads, keys, D | Dv]
+  T *k_copy_ = nullptr, *v_copy_ = nullptr;  // [heads, keys, D | Dv]
 };
 
 }  // namespace

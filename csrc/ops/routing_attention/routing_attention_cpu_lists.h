@@ -177,33 +177,33 @@ class Mean {
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-// A head of a gradient [B, S, heads, width] that a task adds to: rows of whole vectors in `room`,
+// A head of a gradient [B, S, heads, width] that a task adds to: rows of whole vectors in `base`,
 // or where they lie if that will do.
 template <class T>
 class TokenSums {
  public:
   using A = Accum<T>;
 
-  // A room is used if there is one; of in_place(to) none is needed. `given`: of each token, whether
+  // `base` is used if there is one; of in_place(to) none is needed. `given`: of each token, whether
   // anything was added; between begin() and end() its row is not there before.
-  TokenSums(const Ref<void, 4>& to, int64_t batch, int head, A* room, bool* given)
+  TokenSums(const Ref<void, 4>& to, int64_t batch, int head, A* base, bool* given)
       : to_(to.as<T>()),
         batch_(batch),
         head_(head),
         padded_(padded(to)),
-        room_(room),
+        sums_(base),
         given_(given) {
-    at_ = room;
+    at_ = base;
     ld_ = padded_;
     if constexpr (std::is_same_v<T, A>)
-      if (room == nullptr) at_ = to_.at(batch, 0, head), ld_ = to_.stride[1];
+      if (base == nullptr) at_ = to_.at(batch, 0, head), ld_ = to_.stride[1];
   }
 
   static bool in_place(const Ref<void, 4>& to) {
     return std::is_same_v<T, A> && to.stride[3] == 1 && padded(to) == to.size[3];
   }
   static int64_t padded(const Ref<void, 4>& to) { return round_up<int64_t>(to.size[3], kLanes<A>); }
-  static int64_t room(const Ref<void, 4>& to) { return to.size[1] * padded(to); }
+  static int64_t sums_size(const Ref<void, 4>& to) { return to.size[1] * padded(to); }
 
   void begin() { std::fill_n(given_, to_.size[1], false); }
   HW_NOINLINE void end() {
@@ -235,7 +235,7 @@ class TokenSums {
   }
   // Rows to where they belong.
   HW_NOINLINE void write() const {
-    for (int64_t i = 0; room_ != nullptr && i < to_.size[1]; ++i)
+    for (int64_t i = 0; sums_ != nullptr && i < to_.size[1]; ++i)
       narrow(to_.at(batch_, i, head_), at_ + i * ld_, to_.size[3], to_.stride[3]);
   }
 
@@ -244,7 +244,7 @@ class TokenSums {
   const int64_t batch_;
   const int head_;
   const int64_t padded_;
-  A* const room_;
+  A* const sums_;
   bool* const given_;  // [S]
   A* at_;
   int64_t ld_;
@@ -274,10 +274,10 @@ class GroupsBackward {
       parallel_tasks(pairs_, threads_, [&](int64_t pair) { work(pair); });
       return;
     }
-    memory_.reserve(pairs_ * parts_ * room() * static_cast<int64_t>(sizeof(A)));
+    memory_.reserve(pairs_ * parts_ * sums_size() * static_cast<int64_t>(sizeof(A)));
     parallel_tasks(pairs_ * parts_, threads_, [&](int64_t task) {
-      A* room = reinterpret_cast<A*>(memory_.data()) + task * this->room();
-      add_groups(task / parts_, task % parts_, room);
+      A* base = reinterpret_cast<A*>(memory_.data()) + task * this->sums_size();
+      add_groups(task / parts_, task % parts_, base);
     });
     parallel_tasks(pairs_, threads_, [&](int64_t pair) { add_parts(pair); });
   }
@@ -288,31 +288,31 @@ class GroupsBackward {
     TokenSums<T> d_k, d_v;
     GroupsBackward* pass;
     int64_t pair;
-    A* d_q_room;
+    A* d_q_sums;
     bool* given;  // [S], those of d_q
 
     TokenSums<T> d_q(int h) const {
       const Ref<void, 4>& to = pass->p_.d_q;
-      A* room = d_q_room == nullptr ? nullptr : d_q_room + h * TokenSums<T>::room(to);
+      A* base = d_q_sums == nullptr ? nullptr : d_q_sums + h * TokenSums<T>::sums_size(to);
       const int64_t head = pair % pass->heads_ * pass->group_ + h;
-      return {to, pair / pass->heads_, static_cast<int>(head), room, given};
+      return {to, pair / pass->heads_, static_cast<int>(head), base, given};
     }
   };
 
-  int64_t room() const {
-    return TokenSums<T>::room(p_.d_k) + TokenSums<T>::room(p_.d_v) +
-           group_ * TokenSums<T>::room(p_.d_q);
+  int64_t sums_size() const {
+    return TokenSums<T>::sums_size(p_.d_k) + TokenSums<T>::sums_size(p_.d_v) +
+           group_ * TokenSums<T>::sums_size(p_.d_q);
   }
 
-  // `given`: room for marks of the tokens, [2 Sk + Sq]; null for what has come to its end.
-  HW_NOINLINE Sums sums_of(int64_t pair, A* room, bool* given) {
+  // `given`: memory for marks of the tokens, [2 Sk + Sq]; null for what has come to its end.
+  HW_NOINLINE Sums sums_of(int64_t pair, A* base, bool* given) {
     const int64_t batch = pair / heads_;
     const int head = static_cast<int>(pair % heads_);
-    A* d_v = room == nullptr ? nullptr : room + TokenSums<T>::room(p_.d_k);
-    A* d_q = room == nullptr ? nullptr : d_v + TokenSums<T>::room(p_.d_v);
+    A* d_v = base == nullptr ? nullptr : base + TokenSums<T>::sums_size(p_.d_k);
+    A* d_q = base == nullptr ? nullptr : d_v + TokenSums<T>::sums_size(p_.d_v);
     bool *of_d_v = given, *of_d_q = given;
     if (given != nullptr) of_d_v += p_.k.size[1], of_d_q += 2 * p_.k.size[1];
-    return {{p_.d_k, batch, head, room, given},
+    return {{p_.d_k, batch, head, base, given},
             {p_.d_v, batch, head, d_v, of_d_v},
             this,
             pair,
@@ -323,20 +323,20 @@ class GroupsBackward {
   // A key head whose parts are worked on one after another.
   void work(int64_t pair) {
     Buffer memory;
-    const int64_t rooms = (in_place_ ? 0 : 1) + (parts_ > 1 ? 1 : 0);
-    if (rooms > 0) memory.reserve(rooms * room() * static_cast<int64_t>(sizeof(A)));
-    A* room = in_place_ ? nullptr : reinterpret_cast<A*>(memory.data());
-    A* more = reinterpret_cast<A*>(memory.data()) + (in_place_ ? 0 : this->room());
-    const Sums whole = add_groups(pair, 0, room);
+    const int64_t copies = (in_place_ ? 0 : 1) + (parts_ > 1 ? 1 : 0);
+    if (copies > 0) memory.reserve(copies * sums_size() * static_cast<int64_t>(sizeof(A)));
+    A* base = in_place_ ? nullptr : reinterpret_cast<A*>(memory.data());
+    A* more = reinterpret_cast<A*>(memory.data()) + (in_place_ ? 0 : this->sums_size());
+    const Sums whole = add_groups(pair, 0, base);
     for (int64_t part = 1; part < parts_; ++part) add(whole, add_groups(pair, part, more));
     write(whole);
   }
 
   // Sums over a part of the groups, complete.
-  HW_NOINLINE Sums add_groups(int64_t pair, int64_t part, A* room) {
+  HW_NOINLINE Sums add_groups(int64_t pair, int64_t part, A* base) {
     Buffer marks;
     marks.reserve(2 * p_.k.size[1] + p_.q.size[1]);
-    Sums sums = sums_of(pair, room, reinterpret_cast<bool*>(marks.data()));
+    Sums sums = sums_of(pair, base, reinterpret_cast<bool*>(marks.data()));
     sums.d_k.begin();
     sums.d_v.begin();
     Groups groups(*this);
@@ -350,14 +350,14 @@ class GroupsBackward {
     }
     sums.d_k.end();
     sums.d_v.end();
-    return sums_of(pair, room, nullptr);
+    return sums_of(pair, base, nullptr);
   }
 
   HW_NOINLINE void add_parts(int64_t pair) {
-    A* rooms = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * room();
-    const Sums whole = sums_of(pair, rooms, nullptr);
+    A* part_sums = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * sums_size();
+    const Sums whole = sums_of(pair, part_sums, nullptr);
     for (int64_t part = 1; part < parts_; ++part)
-      add(whole, sums_of(pair, rooms + part * room(), nullptr));
+      add(whole, sums_of(pair, part_sums + part * sums_size(), nullptr));
     write(whole);
   }
 
@@ -413,7 +413,7 @@ class GroupsBackward {
     }
 
    private:
-    // What the walk reads; and room for it in scratch memory.
+    // What the walk reads; and memory for it in scratch memory.
     HW_NOINLINE softmax::BackwardParams engine_params() {
       const int64_t keys = p_.keys.slots(), slots = p_.groups() * p_.rows.slots();
       const int64_t deltas = p_.by_slot ? slots : 0;
@@ -430,7 +430,7 @@ class GroupsBackward {
         e.delta.data = delta_;  // of any batch entry and head
         e.delta.stride[2] = 1;
       }
-      Scratch::of_thread().reset(softmax::Walk<T>::bytes(e));
+      Scratch::of_thread().reset(softmax::BlockGradients<T>::bytes(e));
       return e;
     }
 
@@ -458,7 +458,7 @@ class GroupsBackward {
     A* delta_;               // [G Wq], by slot
     const softmax::BackwardParams engine_;
     const Ref<const A, 3> factor_;
-    softmax::Walk<T> walk_;
+    softmax::BlockGradients<T> walk_;
   };
 
   const BackwardParams& p_;
@@ -468,7 +468,7 @@ class GroupsBackward {
   int64_t parts_ = 1;
   bool apart_ = false;  // parts are tasks of their own
   bool in_place_;
-  Buffer memory_;  // rooms of all tasks, if there are parts
+  Buffer memory_;  // sums of the parts of all tasks, if there are parts
 };
 
 }  // namespace

@@ -46,9 +46,9 @@ void forward(const ForwardParams& f, const Call& call) {
   p.f = f;
   if (f.by_slot) p.f.o = f.w, p.f.w = {};
   p.plan = plan_of<Accum<Element>>(f);
-  p.q = softmax::simt::make_side<Element>(f.q);
-  p.k = softmax::simt::make_side<Element>(f.k);
-  p.v = softmax::simt::make_side<Element>(f.v);
+  p.q = softmax::simt::operand_rows<Element>(f.q);
+  p.k = softmax::simt::operand_rows<Element>(f.k);
+  p.v = softmax::simt::operand_rows<Element>(f.v);
   p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
   p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
   softmax::simt::run_rows(p, call.context);

@@ -25,7 +25,7 @@
 namespace hw::routing_attention {
 
 // Sizes of a call.
-struct Shape {
+struct RoutingSizes {
   int64_t batch, heads, rows, keys, dim, value_dim;  // rows, keys: tokens
   int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
   int64_t key_blocks, key_cell, key_regions;         // N, n and R of the keys
@@ -33,8 +33,8 @@ struct Shape {
 };
 
 template <class Params>
-Shape shape_of(const Params& p) {
-  Shape s{};
+RoutingSizes shape_of(const Params& p) {
+  RoutingSizes s{};
   s.batch = p.q.size[0], s.rows = p.q.size[1], s.heads = p.q.size[2], s.dim = p.q.size[3];
   s.keys = p.k.size[1], s.value_dim = p.v.size[3];
   s.keys_listed = bool(p.keys), s.by_slot = p.by_slot;
@@ -74,7 +74,7 @@ struct Regions {
   }
 };
 
-inline Regions regions_in(Arena& arena, const Shape& s) {
+inline Regions regions_in(Arena& arena, const RoutingSizes& s) {
   Regions r;
   const int64_t items = s.groups * s.key_blocks, regions = s.key_regions;
   r.listed = csr_in(arena, s.batch, s.heads, regions, items);
@@ -91,7 +91,7 @@ struct ForwardWorkspace {
   Csr rows;  // slots of tokens, by slot only
 };
 
-inline ForwardWorkspace forward_workspace(Arena& arena, const Shape& s) {
+inline ForwardWorkspace forward_workspace(Arena& arena, const RoutingSizes& s) {
   ForwardWorkspace w;
   if (s.by_slot) w.rows = csr_in(arena, s.batch, s.heads, s.rows, s.groups * s.row_slots);
   return w;
@@ -108,7 +108,7 @@ struct BackwardWorkspace {
 };
 
 template <class A>
-BackwardWorkspace<A> backward_workspace(Arena& arena, const Shape& s) {
+BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
   BackwardWorkspace<A> w;
   int64_t places = 0;  // of d_k and d_v
   if (s.by_slot) {

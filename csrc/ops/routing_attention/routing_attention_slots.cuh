@@ -137,7 +137,7 @@ struct SlotsOfToken {
 // The places t n + (place in the cell) of a key in the spans t of its region.
 struct SpansOfToken {
   Regions regions;
-  Cells cells;
+  RegionGrid cells;
   struct Places {
     int64_t cell, in_cell;
     int32_t begin, end;
@@ -231,7 +231,7 @@ void sum_slots(const Csr& csr, const Ref<Accum<Element>, 4>& from, const Ref<voi
 
 // A gradient per key [B, Sk, H, width] from those of spans [B, T n, Hq, width].
 template <class Element>
-void sum_spans(const Regions& regions, const Cells& cells, const Ref<Accum<Element>, 4>& from,
+void sum_spans(const Regions& regions, const RegionGrid& cells, const Ref<Accum<Element>, 4>& from,
                const Ref<void, 4>& to, const Context& context) {
   using A = Accum<Element>;
   using Kernel = SumKernel<A, Element, SpansOfToken>;

@@ -3,7 +3,7 @@
 // f16.
 //
 //   _sm80_layout.cuh    what it takes, how it is cut
-//   _sm80_feed.cuh      tasks, tokens of slots, places of results
+//   _sm80_source.cuh    tasks, tokens of slots, places of results
 //   _slots.cuh          indices; sums over slots and over spans
 //   ops/attention/attention_sm80_*.cuh, of which the kernels are, fed with lists
 //
@@ -16,7 +16,7 @@
 
 #include "ops/attention/attention_sm80.cuh"
 #include "ops/routing_attention/routing_attention_slots.cuh"
-#include "ops/routing_attention/routing_attention_sm80_feed.cuh"
+#include "ops/routing_attention/routing_attention_sm80_source.cuh"
 
 #include "core/gpu/launch.h"
 
@@ -24,13 +24,13 @@ namespace hw::routing_attention::sm80 {
 
 template <int kOwn, class Params>
 Listed<kOwn> listed(const Params& p) {
-  Listed<kOwn> feed{};
-  feed.lists = p;
-  feed.row_slots_of_list = static_cast<int>(p.max_q);
-  feed.key_slots_of_list = static_cast<int>(p.max_k);
-  feed.row_cells = static_cast<int>(p.rows.cells.count());
-  feed.key_cells = static_cast<int>(p.keys.cells.count());
-  return feed;
+  Listed<kOwn> source{};
+  source.lists = p;
+  source.row_slots_of_list = static_cast<int>(p.max_q);
+  source.key_slots_of_list = static_cast<int>(p.max_k);
+  source.row_cells = static_cast<int>(p.rows.cells.count());
+  source.key_cells = static_cast<int>(p.keys.cells.count());
+  return source;
 }
 
 // Gates do not change scores: mixtures of heads are plain too.
@@ -78,11 +78,11 @@ void forward(const ForwardParams& p, const Call& call) {
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-inline Ref<const void, 3> row_numbers(const float* data, const Shape& s) {
+inline Ref<const void, 3> row_numbers(const float* data, const RoutingSizes& s) {
   const int64_t slots = s.groups * s.row_slots;
   return {data, {s.batch, s.heads, slots}, {s.heads * slots, slots, 1}};
 }
-inline Output<float> sums_of(float* data, const Shape& s, int64_t places, int64_t width) {
+inline Output<float> sums_of(float* data, const RoutingSizes& s, int64_t places, int64_t width) {
   if (!data) return {};
   return {place_array(data, s.batch, places, s.heads, width), true};
 }
@@ -92,7 +92,7 @@ template <class Element>
 struct Backward {
   const Context& context;
   const BackwardParams& b;
-  const Shape& s;
+  const RoutingSizes& s;
   const BackwardWorkspace<float>&
       at;  // by slot or span: where sums that are still to be made begin
   softmax::sm80::LoopInputs<Element> inputs;
@@ -100,10 +100,10 @@ struct Backward {
 
   bool by_span() const { return s.keys_listed && !s.by_slot; }
 
-  // Gradients fed with `feed`.
-  template <class Feed>
-  softmax::sm80::GradientParams<Element, Feed> params(const Feed& feed) const {
-    return {feed,
+  // Gradients of what `source` gives.
+  template <class KeySource>
+  softmax::sm80::GradientParams<Element, KeySource> params(const KeySource& source) const {
+    return {source,
             b,
             inputs,
             output_of<Element>(b.d_q),
@@ -117,31 +117,33 @@ struct Backward {
 template <class Element, int kDim, bool kPlain, int kOwn>
 void query_gradients(const Backward<Element>& x) {
   using Kernel = softmax::sm80::QueryGradKernel<Element, kDim, kPlain, Listed<kOwn>>;
-  const Shape& s = x.s;
-  Listed<kOwn> feed = listed<kOwn>(x.b);
-  feed.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
-  softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(feed), s.row_slots,
+  const RoutingSizes& s = x.s;
+  Listed<kOwn> source = listed<kOwn>(x.b);
+  source.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(source), s.row_slots,
                                        x.context);
 }
 
 template <class Element, int kDim, bool kPlain, int kOwn>
 void key_gradients(const Backward<Element>& x) {
-  using Feed = ListedKeys<kOwn>;
-  using Kernel = softmax::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, Feed>;
-  const Shape& s = x.s;
-  Feed feed{};
-  static_cast<Listed<kOwn>&>(feed) = listed<kOwn>(x.b);
-  feed.regions = x.at.regions;
-  feed.by_span = x.by_span();
-  feed.blocks_of_list = static_cast<int>(s.key_blocks), feed.cell = static_cast<int>(s.key_cell);
-  const int64_t groups = feed.by_span ? x.at.regions.spans : s.groups;
-  const int64_t slots = feed.by_span ? s.key_cell : s.key_slots;
+  using KeySource = ListedKeys<kOwn>;
+  using Kernel = softmax::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, KeySource>;
+  const RoutingSizes& s = x.s;
+  KeySource source{};
+  static_cast<Listed<kOwn>&>(source) = listed<kOwn>(x.b);
+  source.regions = x.at.regions;
+  source.by_span = x.by_span();
+  source.blocks_of_list = static_cast<int>(s.key_blocks),
+  source.cell = static_cast<int>(s.key_cell);
+  const int64_t groups = source.by_span ? x.at.regions.spans : s.groups;
+  const int64_t slots = source.by_span ? s.key_cell : s.key_slots;
   if (s.keys_listed) {
-    feed.key_sums = sums_of(x.at.d_k, s, groups * slots, s.dim);
-    feed.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
+    source.key_sums = sums_of(x.at.d_k, s, groups * slots, s.dim);
+    source.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
   }
   const int64_t owners = s.keys_listed ? s.heads : x.b.key_heads();
-  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(feed), slots, x.context);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(source), slots,
+                                       x.context);
 }
 
 template <class Element, int kDim>
@@ -166,7 +168,7 @@ void gradients(const Backward<Element>& x) {
 
 template <class Element, int kDim>
 void backward(const BackwardParams& b, const Call& call) {
-  const Shape s = shape_of(b);
+  const RoutingSizes s = shape_of(b);
   const Context& context = call.context;
   Arena arena(call.workspace, "routing_attention.backward");
   BackwardWorkspace<float> at = backward_workspace<float>(arena, s);
@@ -192,7 +194,7 @@ void backward(const BackwardParams& b, const Call& call) {
     sum_slots<Element>(at.keys, places(at.d_k, slots, s.dim), b.d_k, context);
     if (b.d_v) sum_slots<Element>(at.keys, places(at.d_v, slots, s.value_dim), b.d_v, context);
   } else if (s.keys_listed) {
-    const Cells& cells = b.keys.cells;
+    const RegionGrid& cells = b.keys.cells;
     const int64_t slots = at.regions.spans * s.key_cell;
     sum_spans<Element>(at.regions, cells, places(at.d_k, slots, s.dim), b.d_k, context);
     if (b.d_v)

@@ -21,7 +21,7 @@ namespace {
 template <class T>
 class Select {
  public:
-  using Key = OrderKey<T>;
+  using Key = SortKey<T>;
   static constexpr int kBits = 8 * static_cast<int>(sizeof(Key));
 
   Select(const ForwardParams& p, int threads)
@@ -40,9 +40,9 @@ class Select {
     Key* keys = scratch.take<Key>(n);
     const T* from = score_.at(row, 0);
     if (score_.stride[1] == 1)
-      for (int64_t i = 0; i < n; ++i) keys[i] = order_key(from[i]);
+      for (int64_t i = 0; i < n; ++i) keys[i] = sort_key(from[i]);
     else
-      for (int64_t i = 0; i < n; ++i) keys[i] = order_key(from[i * score_.stride[1]]);
+      for (int64_t i = 0; i < n; ++i) keys[i] = sort_key(from[i * score_.stride[1]]);
     take(keys, threshold(keys), p_.index.at(row, 0));
     if (!p_.keep_order) rank(keys, p_.index.at(row, 0));
   }

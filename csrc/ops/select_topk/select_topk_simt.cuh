@@ -4,8 +4,8 @@
 //   digits of 8 bits from the top   a histogram of the keys that share the digits found so far; one
 //                                   warp finds the bin of the k-th largest
 //   the row once more, in order     256 scores at a time; votes of the warps give every selected
-//                                   score its place
-//   rank (if asked for)             place = number of selected that come before
+//                                   score its rank
+//   rank (if asked for)             rank = number of selected that come before
 //
 // Counters are integers, so atomic additions in any order give the same bins. Scores are read again
 // in every pass: rows of routing scores stay in L2.
@@ -25,7 +25,7 @@ inline constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
 
 template <class Element>
 struct SelectKernel {
-  using Key = OrderKey<Element>;
+  using Key = SortKey<Element>;
   static constexpr int kThreads = 256, kWarps = kThreads / dev::kWarp;
   static constexpr int kBits = 8 * static_cast<int>(sizeof(Key));
 
@@ -47,7 +47,7 @@ struct SelectKernel {
     Ref<const Element, 2> score;
     int64_t row;
 
-    HW_DEVICE HW_INLINE Key key(int64_t i) const { return order_key(score(row, i)); }
+    HW_DEVICE HW_INLINE Key key(int64_t i) const { return sort_key(score(row, i)); }
 
     // The key of the k-th largest, and how many of its equals are selected.
     HW_DEVICE HW_INLINE Threshold<Key> threshold() const {
@@ -102,9 +102,9 @@ struct SelectKernel {
         const int64_t i = begin + dev::thread_index();
         const Key x = i < f.count() ? key(i) : Key{0};
         const bool equal = i < f.count() && x == t.key;
-        const dev::Place e = dev::place_of<kThreads>(equal, smem.equal);
+        const dev::BlockRank e = dev::block_rank<kThreads>(equal, smem.equal);
         const bool takes = i < f.count() && (equal ? equals + e.before < t.ties : x > t.key);
-        const dev::Place s = dev::place_of<kThreads>(takes, smem.taken);
+        const dev::BlockRank s = dev::block_rank<kThreads>(takes, smem.taken);
         if (takes) to[(count + s.before) * step] = i;
         equals += e.all;
         count += s.all;

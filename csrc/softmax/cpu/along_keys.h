@@ -55,8 +55,8 @@ class AlongKeys {
         values_(values) {
     Scratch& scratch = Scratch::of_thread();
     q_rows_ = scratch.take<A>(kRows * padded_);
-    k_room_ = scratch.take<A>(kKeys * padded_);
-    v_room_ = scratch.take<A>(kKeys * padded_values_);
+    k_buffer_ = scratch.take<A>(kKeys * padded_);
+    v_buffer_ = scratch.take<A>(kKeys * padded_values_);
     columns_ = scratch.take<A>(kKeys * padded_);
     p_tile_ = scratch.take<A>(kTile);
     zeros_ = scratch.take<A>(std::max(padded_, padded_values_));
@@ -119,7 +119,7 @@ class AlongKeys {
 
   void tile(const Block& block, const Range& keys, BlockSums<A>& sums, Requests& meanwhile) {
     const int n = static_cast<int>(keys.count()), key_head = block.head / p_.group();
-    with_rows(k_, block, block.at.batch, keys, key_head, k_room_,
+    with_rows(k_, block, block.at.batch, keys, key_head, k_buffer_,
               [&](const auto& k) { products(k, block.count(), n, meanwhile); });
     if constexpr (kPaired<T>)
       for (int i = 0; i < block.count(); ++i)
@@ -133,11 +133,11 @@ class AlongKeys {
     bool all = true;
     bool any[kRows];
     if (soft_)
-      for (int i = 0; i < block.count(); i += kSide) soften(block, keys, i, sums);
+      for (int i = 0; i < block.count(); i += kSide) exponentiate(block, keys, i, sums);
     else
       for (int i = 0; i < block.count(); ++i) all &= any[i] = activate(i, sums);
     for (int64_t b = 0; v_ && b < values_; ++b)
-      with_rows(v_, block, block.at.batch + b, keys, key_head, v_room_, [&](const auto& v) {
+      with_rows(v_, block, block.at.batch + b, keys, key_head, v_buffer_, [&](const auto& v) {
         if (all)
           add_values(v, block.count(), n, w_of(b, 0), meanwhile);
         else
@@ -151,7 +151,7 @@ class AlongKeys {
   // f(rows) with the tile's rows of x in vectors.
   template <class F>
   void with_rows(const Ref<const T, 4>& x, const Block& block, int64_t batch, const Range& keys,
-                 int head, A* room, F f) const {
+                 int head, A* buffer, F f) const {
     const int n = static_cast<int>(keys.count());
     if constexpr (std::is_same_v<T, A>)
       if (block.keys_at != nullptr) {
@@ -165,7 +165,7 @@ class AlongKeys {
     const Ref<const T, 2> rows = rows_of_head(x, batch, head);
     for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.at.k_count); ++j)
       prefetch_row(rows, block.key(j));
-    f(vector_rows(x, batch, block.key(keys.begin), n, head, room));
+    f(vector_rows(x, batch, block.key(keys.begin), n, head, buffer));
   }
 
   // x of n keys in lanes; beyond them in whole vectors anything, which is hidden.
@@ -230,7 +230,7 @@ class AlongKeys {
 
   // e^(s - shift) in place of s, of a vector of rows from i on; their sums and w move to the new
   // maximum. What is summed across lanes is so for all of them at once.
-  HW_NOINLINE void soften(const Block& block, const Range& keys, int i, BlockSums<A>& sums) {
+  HW_NOINLINE void exponentiate(const Block& block, const Range& keys, int i, BlockSums<A>& sums) {
     const int rows = std::min(kSide, block.count() - i);
     const int wide = round_up(static_cast<int>(keys.count()), kSide);
     V most[kSide];
@@ -358,14 +358,15 @@ class AlongKeys {
   const bool shaped_, soft_;
   const int padded_, padded_values_;
   const int64_t values_;
-  A* q_rows_;            // [kRows, padded D]
-  A *k_room_, *v_room_;  // a tile's rows where they are not read in place, [kKeys, padded D | Dv]
-  A* columns_;           // k of a tile, [D, kKeys]
-  A* p_tile_;            // [rows, kKeys]
-  A* zeros_;             // the row of a zero key, [padded D or Dv]
-  A* w_ = nullptr;       // [values, kRows, padded Dv]
-  bool empty_ = true;    // nothing was added to w
-  A factor_[kRows];      // scale tau
+  A* q_rows_;  // [kRows, padded D]
+  A *k_buffer_,
+      *v_buffer_;      // a tile's rows where they are not read in place, [kKeys, padded D | Dv]
+  A* columns_;         // k of a tile, [D, kKeys]
+  A* p_tile_;          // [rows, kKeys]
+  A* zeros_;           // the row of a zero key, [padded D or Dv]
+  A* w_ = nullptr;     // [values, kRows, padded Dv]
+  bool empty_ = true;  // nothing was added to w
+  A factor_[kRows];    // scale tau
 };
 
 }  // namespace

@@ -115,8 +115,8 @@ class Backward {
     const Sequence at = sequence(p_, pair / heads_);
     const Cut cut = cut_of(at);
     Scratch& scratch = Scratch::of_thread();
-    scratch.reset(Walk<T>::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
-    Walk<T> walk(p_);
+    scratch.reset(BlockGradients<T>::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
+    BlockGradients<T> walk(p_);
     A* total = scratch.take<A>(kRows * padded_);
     each_block(pair, {0, at.k_count}, [&](const Block& block, const KeySums<A>& sums) {
       walk.block(block, cut.span(0, at.k_count), sums);
@@ -134,8 +134,8 @@ class Backward {
     const Sequence at = sequence(p_, pair / heads_);
     const Cut cut = cut_of(at);
     if (span >= cut.spans) return;
-    Scratch::of_thread().reset(Walk<T>::bytes(p_));
-    Walk<T> walk(p_);
+    Scratch::of_thread().reset(BlockGradients<T>::bytes(p_));
+    BlockGradients<T> walk(p_);
     const Range keys = cut.span(span, at.k_count);
     each_block(pair, keys, [&](const Block& block, const KeySums<A>& sums) {
       walk.block(block, keys, sums);
@@ -210,7 +210,7 @@ class Backward {
   }
 
   // `sums` [rows, padded]: of all keys.
-  void write_queries(const Block& block, A* sums, Walk<T>& walk) {
+  void write_queries(const Block& block, A* sums, BlockGradients<T>& walk) {
     for (int i = 0; i < block.count(); ++i)
       write_query(block, i, sums + i * padded_, walk.factor(i), walk.row());
   }

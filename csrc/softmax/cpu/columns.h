@@ -47,13 +47,13 @@ class Columns {
   void work(const Sequence& at, int head, const Range& keys) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
-                  Scratch::bytes_of<E>(operand_room<T>(kRows, width_)) +
+                  Scratch::bytes_of<E>(operand_size<T>(kRows, width_)) +
                   Scratch::bytes_of<A>(kColumnKeys * padded_) +
                   2 * Scratch::bytes_of<A>(kColumnKeys * kLanes<A>));
     Tile<T> tile(p_);
     Replay<T> replay(p_, p_.row, p_.rest);
     A* s = scratch.take<A>(kTile);
-    E* room = scratch.take<E>(operand_room<T>(kRows, width_));
+    E* buffer = scratch.take<E>(operand_size<T>(kRows, width_));
     const Sums sums{scratch.take<A>(kColumnKeys * padded_),
                     scratch.take<A>(kColumnKeys * kLanes<A>),
                     scratch.take<A>(kColumnKeys * kLanes<A>)};
@@ -65,18 +65,18 @@ class Columns {
       const Block block{at, mask, head, {i, std::min<int64_t>(i + kRows, at.q_count)}};
       tile.load_queries(block);
       replay.load_rows(block, tile.width());
-      add_block(block, keys, tile, replay, s, room, sums);
+      add_block(block, keys, tile, replay, s, buffer, sums);
     }
     write(at, head, keys, sums);
   }
 
   HW_NOINLINE void add_block(const Block& block, const Range& keys, Tile<T>& tile,
-                             const Replay<T>& replay, A* s, E* room, const Sums& sums) {
+                             const Replay<T>& replay, A* s, E* buffer, const Sums& sums) {
     alignas(64) A weight[kRows] = {};
     for (int i = 0; i < block.count(); ++i) weight[i] = weight_of(block, i);
     Panel<E> x{};
     if (x_)
-      x = over_rows(Rows<T>{x_, block.at.batch, block.row(0), block.count(), block.head, room});
+      x = over_rows(Rows<T>{x_, block.at.batch, block.row(0), block.count(), block.head, buffer});
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
       if (!tile.move_to(some)) continue;

@@ -142,7 +142,7 @@ class Forward {
   HW_NOINLINE Scratch& reserve() const {
     Scratch& scratch = Scratch::of_thread();
     const int64_t tile = Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
-                         Scratch::bytes_of<E>(operand_room<T>(kKeys, value_dim_));
+                         Scratch::bytes_of<E>(operand_size<T>(kKeys, value_dim_));
     scratch.reset(std::max(tile, AlongKeys<T>::bytes(p_)) + partial_bytes() +
                   2 * Scratch::bytes_of<A>(kRows * padded_values()));
     return scratch;
@@ -218,22 +218,22 @@ class Forward {
     tile.meanwhile = meanwhile;
     tile.packed = packed;
     A* s = scratch.take<A>(kTile);
-    E* room = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
+    E* buffer = scratch.take<E>(operand_size<T>(kKeys, value_dim_));
     tile.load_queries(block);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
       if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      const bool any = soft_ ? soften(block, some, tile, s, state)
+      const bool any = soft_ ? exponentiate(block, some, tile, s, state)
                              : activate(block, some, tile.lanes(), s, state);
-      if (any && v_) add_values(block, some, tile, s, state, room);
+      if (any && v_) add_values(block, some, tile, s, state, buffer);
     }
   }
 
   // p relative to the running shift: in place of s, and as pairs where pairs are multiplied.
-  HW_NOINLINE bool soften(const Block& block, const Range& keys, Tile<T>& tile, A* s,
-                          State& state) {
+  HW_NOINLINE bool exponentiate(const Block& block, const Range& keys, Tile<T>& tile, A* s,
+                                State& state) {
     BlockSums<A>& r = *state.rows;
     const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());
@@ -329,11 +329,11 @@ class Forward {
 
   // w^T += v^T p^T of the tile.
   HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s,
-                              State& state, E* room) {
+                              State& state, E* buffer) {
     const int n = static_cast<int>(keys.count());
     const E* p = kPaired<T> && soft_ ? tile.pairs() : tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
-      Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), room};
+      Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), buffer};
       if (tile.packed != nullptr) tile.packed->find_v(keys, v);
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
                      kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,

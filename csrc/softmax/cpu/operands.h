@@ -119,21 +119,21 @@ Operand<E> transposed(const Operand<E>& a) {
 }
 
 // The rows of one head of a tensor that an operand is made of, and room for it if it is not read
-// where it lies: operand_room<T>(n, width) elements.
+// where it lies: operand_size<T>(n, width) elements.
 template <class T>
 struct Rows {
   const Ref<const T, 4>& x;
   int64_t batch, first;
   int n, head;
-  Multiplied<T>* room;
-  bool made = false;  // the operand is in `room` already
+  Multiplied<T>* buffer;
+  bool made = false;  // the operand is in `buffer` already
 
   int width() const { return static_cast<int>(x.size[3]); }
   const T* row(int64_t i) const { return x.at(batch, first + i, head); }
 };
 
 template <class T>
-constexpr int64_t operand_room(int n, int width) {
+constexpr int64_t operand_size(int n, int width) {
   return steps<Multiplied<T>>(n) * round_up(std::max(width, 1), kLanes<Accum<T>>);
 }
 
@@ -157,32 +157,32 @@ HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
   if constexpr (std::is_same_v<T, E>) {
     return {rows.row(0), x.stride[1], x.stride[3]};
   } else if constexpr (kPaired<T>) {
-    T* room = reinterpret_cast<T*>(rows.room);
+    T* buffer = reinterpret_cast<T*>(rows.buffer);
     const int padded = round_up(width, 2);
-    if (rows.made) return {rows.room, padded / 2, 1};
-    for (int i = 0; i < rows.n; ++i) copy_row(room + i * padded, rows.row(i), width, x.stride[3]);
-    clear_columns(room, padded, rows.n, width, padded);
-    return {rows.room, padded / 2, 1};
+    if (rows.made) return {rows.buffer, padded / 2, 1};
+    for (int i = 0; i < rows.n; ++i) copy_row(buffer + i * padded, rows.row(i), width, x.stride[3]);
+    clear_columns(buffer, padded, rows.n, width, padded);
+    return {rows.buffer, padded / 2, 1};
   } else {
     for (int i = 0; i < rows.n && !rows.made; ++i)
-      widen(rows.room + i * width, rows.row(i), width, x.stride[3]);
-    return {rows.room, width, 1};
+      widen(rows.buffer + i * width, rows.row(i), width, x.stride[3]);
+    return {rows.buffer, width, 1};
   }
 }
 
 // Rows in vectors and in the accumulation type, padded with zeros to whole ones: [n, padded].
 template <class T>
 HW_NOINLINE Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first,
-                                        int n, int head, Accum<T>* room) {
+                                        int n, int head, Accum<T>* buffer) {
   using A = Accum<T>;
   const int width = static_cast<int>(x.size[3]), padded = round_up(width, kLanes<A>);
   if constexpr (std::is_same_v<T, A>) {
     if (x.stride[3] == 1 && width == padded) return {x.at(batch, first, head), x.stride[1]};
   }
   for (int i = 0; i < n; ++i)
-    widen(room + i * padded, x.at(batch, first + i, head), width, x.stride[3]);
-  clear_columns(room, padded, n, width, padded);
-  return {room, padded};
+    widen(buffer + i * padded, x.at(batch, first + i, head), width, x.stride[3]);
+  clear_columns(buffer, padded, n, width, padded);
+  return {buffer, padded};
 }
 
 // Rows in vectors, as the operand of a product over them: [steps(n), padded].
@@ -191,11 +191,11 @@ Panel<Multiplied<T>> over_rows(const Rows<T>& r) {
   if constexpr (kPaired<T>) {
     const int width = r.width(), padded = round_up(width, kLanes<Multiplied<T>>);
     for (int i = 0; i < r.n && !r.made; i += 2)
-      zip_rows(r.room + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
+      zip_rows(r.buffer + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
                r.x.stride[3]);
-    return {r.room, padded};
+    return {r.buffer, padded};
   } else {
-    return vector_rows(r.x, r.batch, r.first, r.n, r.head, r.room);
+    return vector_rows(r.x, r.batch, r.first, r.n, r.head, r.buffer);
   }
 }
 
@@ -214,29 +214,29 @@ Operand<Multiplied<T>> over_rows_transposed(const Rows<T>& rows) {
 // A tile [n, kRows] from its lane on, p or dx, as the operand of a product over keys:
 // [steps(n), kRows].
 template <class E, class A>
-HW_NOINLINE const E* pairs_over_keys(const A* tile, int n, int width, E* room) {
+HW_NOINLINE const E* pairs_over_keys(const A* tile, int n, int width, E* buffer) {
   if constexpr (std::is_same_v<E, A>) {
     return tile;
   } else {
     for (int j = 0; j < n; j += 2)
       for (int l = 0; l < width; l += kLanes<A>) {
         const A* at = tile + j * kRows + l;
-        store(room + j / 2 * kRows + l, zip(load(at), j + 1 < n ? load(at + kRows) : Vec<A>{}));
+        store(buffer + j / 2 * kRows + l, zip(load(at), j + 1 < n ? load(at + kRows) : Vec<A>{}));
       }
-    return room;
+    return buffer;
   }
 }
 
 // The same times factors of the rows, as the operand of a product over rows: [n, steps(rows)].
 template <class E, class A, class Factors>
-HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors factors, E* room) {
+HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors factors, E* buffer) {
   if constexpr (std::is_same_v<E, A>) {
     static_assert(std::is_same_v<Factors, NoFactors>);
     return row_major(tile, kRows);
   } else {
     constexpr int kLane = kLanes<A>;
     for (int j = 0; j < n; ++j) {
-      E* to = room + j * (kRows / 2);
+      E* to = buffer + j * (kRows / 2);
       for (int l = 0; l < rows; l += 2 * kLane) {
         const A* at = tile + j * kRows + l;
         const Vec<A> low = factors(load(at), l);
@@ -245,7 +245,7 @@ HW_NOINLINE Operand<E> pairs_over_rows(const A* tile, int n, int rows, Factors f
       }
       if (rows % 2 != 0) to[rows / 2].second = {};
     }
-    return row_major(static_cast<const E*>(room), kRows / 2);
+    return row_major(static_cast<const E*>(buffer), kRows / 2);
   }
 }
 
@@ -260,13 +260,13 @@ class BlockRows {
     Scratch& scratch = Scratch::of_thread();
     rows_ = scratch.take<Row>(kRows * padded_);
     columns_ = scratch.take<E>(std::max(steps<E>(width), 1) * kRows);
-    if (kPaired<T>) zipped_ = scratch.take<E>(operand_room<T>(kRows, width));
+    if (kPaired<T>) zipped_ = scratch.take<E>(operand_size<T>(kRows, width));
   }
 
   static int64_t bytes(int width) {
     return Scratch::bytes_of<Row>(kRows * round_up(width, kLanes<E>)) +
            Scratch::bytes_of<E>(std::max(steps<E>(width), 1) * kRows) +
-           (kPaired<T> ? Scratch::bytes_of<E>(operand_room<T>(kRows, width)) : 0);
+           (kPaired<T> ? Scratch::bytes_of<E>(operand_size<T>(kRows, width)) : 0);
   }
 
   int padded() const { return padded_; }            // the width in whole vectors

@@ -25,7 +25,7 @@ class PackedKeys {
 
   // Room for `keys` keys of a head.
   HW_NOINLINE void reserve(int64_t keys, int dim, int value_dim) {
-    k_room_ = room_of(dim), v_room_ = room_of(value_dim);
+    k_buffer_ = room_of(dim), v_buffer_ = room_of(value_dim);
     tiles_ = ceil_div<int64_t>(keys, kKeys);
     rooms_.reserve(bytes(keys, dim, value_dim));
     made_.reserve(2 * tiles_);
@@ -38,26 +38,26 @@ class PackedKeys {
     std::fill_n(made_.data(), 2 * tiles_, char{0});
   }
 
-  // Gives `rows`, the tile `keys` of k or v, its room, and says whether the operand is there. Of
+  // Gives `rows`, the tile `keys` of k or v, its buffer, and says whether the operand is there. Of
   // another number of keys it is not: the last pair of an odd number has a zero.
   HW_NOINLINE void find_k(const Range& keys, Rows<T>& rows) { find(keys, false, rows); }
   HW_NOINLINE void find_v(const Range& keys, Rows<T>& rows) { find(keys, true, rows); }
 
  private:
   static int64_t room_of(int width) {
-    return round_up<int64_t>(operand_room<T>(kKeys, width), 64 / sizeof(E));
+    return round_up<int64_t>(operand_size<T>(kKeys, width), 64 / sizeof(E));
   }
 
   void find(const Range& keys, bool value, Rows<T>& rows) {
     const int64_t tile = keys.begin / kKeys;
     char& made = made_.data()[2 * tile + (value ? 1 : 0)];
-    rows.room =
-        reinterpret_cast<E*>(rooms_.data()) + tile * (k_room_ + v_room_) + (value ? k_room_ : 0);
+    rows.buffer = reinterpret_cast<E*>(rooms_.data()) + tile * (k_buffer_ + v_buffer_) +
+                  (value ? k_buffer_ : 0);
     rows.made = made == rows.n;
     made = static_cast<char>(rows.n);
   }
 
-  int64_t tiles_ = 0, k_room_ = 0, v_room_ = 0;
+  int64_t tiles_ = 0, k_buffer_ = 0, v_buffer_ = 0;
   int64_t batch_ = -1, first_ = -1;
   int head_ = -1;
   Buffer rooms_, made_;  // made_: keys in each operand, k and v in turn

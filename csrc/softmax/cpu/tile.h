@@ -52,8 +52,8 @@ class Tile {
         dim_(p.dim()),
         queries_(p.dim()) {
     Scratch& scratch = Scratch::of_thread();
-    k_room_ = scratch.take<E>(operand_room<T>(kKeys, dim_));
-    if (kPaired<T>) tile_room_ = scratch.take<E>(kTile / 2);
+    k_buffer_ = scratch.take<E>(operand_size<T>(kKeys, dim_));
+    if (kPaired<T>) tile_buffer_ = scratch.take<E>(kTile / 2);
     if (bias_) {
       bias_rows_ = scratch.take<A>(kTile);
       bias_tile_ = scratch.take<A>(kTile);
@@ -62,7 +62,7 @@ class Tile {
 
   // Scratch memory that the constructor takes.
   static int64_t bytes(const ScoreParams& p) {
-    return BlockRows<T>::bytes(p.dim()) + Scratch::bytes_of<E>(operand_room<T>(kKeys, p.dim())) +
+    return BlockRows<T>::bytes(p.dim()) + Scratch::bytes_of<E>(operand_size<T>(kKeys, p.dim())) +
            (kPaired<T> ? Scratch::bytes_of<E>(kTile / 2) : 0) + 2 * Scratch::bytes_of<A>(kTile);
   }
 
@@ -161,16 +161,16 @@ class Tile {
   const E* q_over_rows() { return queries_.over_rows(); }  // all of the block's
   Panel<E> k_over_keys(const Range& keys) { return over_rows(key_rows(keys)); }
   // Room for p as pairs, as over_keys() makes it.
-  E* pairs() { return tile_room_; }
+  E* pairs() { return tile_buffer_; }
   const E* over_keys(const A* tile, int n) {
-    return pairs_over_keys<E>(tile + lanes_.begin, n, lanes_.count(), tile_room_);
+    return pairs_over_keys<E>(tile + lanes_.begin, n, lanes_.count(), tile_buffer_);
   }
   Operand<E> p_over_rows(const A* p, int n) {
-    return pairs_over_rows<E>(p + lanes_.begin, n, rows(), NoFactors{}, tile_room_);
+    return pairs_over_rows<E>(p + lanes_.begin, n, rows(), NoFactors{}, tile_buffer_);
   }
   Operand<E> dc_over_rows(const A* dx, int n) {
     return pairs_over_rows<E>(dx + lanes_.begin, n, rows(), factors().from(lanes_.begin),
-                              tile_room_);
+                              tile_buffer_);
   }
   int rows() const { return std::min(lanes_.end, block_.count()) - lanes_.begin; }
 
@@ -179,7 +179,7 @@ class Tile {
  private:
   Rows<T> key_rows(const Range& keys) const {
     return {k_,         block_.at.batch, block_.key(keys.begin), static_cast<int>(keys.count()),
-            key_head(), k_room_};
+            key_head(), k_buffer_};
   }
 
   // What products with q have to be multiplied by still.
@@ -257,7 +257,7 @@ class Tile {
   Block block_{};
   int width_ = 0;
   Lanes lanes_{};
-  E *k_room_, *tile_room_ = nullptr;
+  E *k_buffer_, *tile_buffer_ = nullptr;
   A *bias_rows_ = nullptr, *bias_tile_ = nullptr;
   alignas(64) A factor_[kRows], gain_rows_[kRows], first_[kRows], last_[kRows];
 };

@@ -29,13 +29,13 @@ class Cotangents {
         value_dim_(p.value_dim()),
         rows_(p.value_dim()) {
     Scratch& scratch = Scratch::of_thread();
-    v_room_ = scratch.take<E>(operand_room<T>(kKeys, value_dim_));
+    v_buffer_ = scratch.take<E>(operand_size<T>(kKeys, value_dim_));
     slope_ = scratch.take<A>(kTile);
   }
 
   static int64_t bytes(const BackwardParams& p) {
     return BlockRows<T>::bytes(p.value_dim()) +
-           Scratch::bytes_of<E>(operand_room<T>(kKeys, p.value_dim())) +
+           Scratch::bytes_of<E>(operand_size<T>(kKeys, p.value_dim())) +
            Scratch::bytes_of<A>(kTile);
   }
 
@@ -68,7 +68,7 @@ class Cotangents {
       replay_.weights(n, lanes, s);
     else
       replay_.weights_and_slopes(n, lanes, s, slope_);
-    const Rows<T> v{v_, block.at.batch, block.key(keys.begin), n, key_head, v_room_};
+    const Rows<T> v{v_, block.at.batch, block.key(keys.begin), n, key_head, v_buffer_};
     multiply<false>(n, lanes.count(), steps<E>(value_dim_), over_width(v),
                     rows_.over_width() + lanes.begin, kRows, ds + lanes.begin, kRows);
     const A* slope = soft ? s : slope_;
@@ -88,7 +88,7 @@ class Cotangents {
   Replay<T> replay_;
   const int value_dim_;
   BlockRows<T> rows_;  // d_w
-  E* v_room_;
+  E* v_buffer_;
   A* slope_;
   alignas(64) A delta_of_[kRows];
 };
@@ -125,13 +125,13 @@ struct KeySums {
 
 // The loop over one block's keys.
 template <class T>
-class Walk {
+class BlockGradients {
  public:
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  HW_NOINLINE explicit Walk(const BackwardParams& p)
+  HW_NOINLINE explicit BlockGradients(const BackwardParams& p)
       : p_(p), padded_(round_up(p.dim(), kLanes<A>)), tile_(p), cotangents_(p) {
     Scratch& scratch = Scratch::of_thread();
     x_ = scratch.take<A>(kTile);

@@ -54,7 +54,7 @@ struct QueryGradKernel {
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = 2;
-  using Rows = Tile<Element, Source, kOwn, true>;
+  using ForwardBlock = ScoreTile<Element, Source, kOwn, true>;
 
   HW_DEVICE static void main(const Params& p) {
     const typename Source::BackwardParams& b = p.b;
@@ -62,8 +62,9 @@ struct QueryGradKernel {
     const int64_t heads = b.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    Rows tile(b, Source::of(b, group / p.parts / heads),
-              (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta, nullptr);
+    ForwardBlock tile(b, Source::of(b, group / p.parts / heads),
+                      (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta,
+                      nullptr);
     if (tile.own().empty()) return;
 
     A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
@@ -72,7 +73,7 @@ struct QueryGradKernel {
     const bool writes_bias = b.d_bias && !p.shared_bias && part == 0;
     tile.start(head);
     tile.walk(tile.source().keys_of(tile.own()), [&] {
-      typename Rows::Micro c, dp;
+      typename ForwardBlock::Micro c, dp;
       if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
       tile.template multiply<false, false>(c, p.q, p.k);
       for_gradients(
@@ -101,7 +102,7 @@ struct QueryGradKernel {
 
  private:
   // d_bias is zeros where it was not visited.
-  HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const Rows& tile, int r,
+  HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const ForwardBlock& tile, int r,
                                            int u) {
     const int64_t i = tile.row_token(r, u), j = tile.key_token(r, u);
     return b.d_bias.template as<A>().at(tile.source().batch(), tile.head(), i, j);
@@ -116,7 +117,7 @@ struct KeyGradKernel {
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = kCount == 1 ? 2 : 1;
-  using Keys = Tile<Element, Source, kOwn, false>;
+  using Keys = ScoreTile<Element, Source, kOwn, false>;
 
   HW_DEVICE static void main(const Params& p) {
     const typename Source::BackwardParams& b = p.b;
@@ -190,7 +191,7 @@ struct BiasGradKernel {
   using Params = GradParams<Element, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
-  using Rows = Tile<Element, Source, kOwn, true>;
+  using ForwardBlock = ScoreTile<Element, Source, kOwn, true>;
 
   // Tiles, batch entries or heads that have results of their own.
   HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
@@ -217,7 +218,7 @@ struct BiasGradKernel {
     const int64_t head = take(owners(b, 1, 1)), batch = rest;
     const bool all_keys = b.d_bias.stride[3] == 0;
 
-    typename Rows::Micro sum;
+    typename ForwardBlock::Micro sum;
     clear(sum);
     for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
       const Source source = Source::of(b, n);
@@ -230,8 +231,8 @@ struct BiasGradKernel {
  private:
   HW_DEVICE HW_INLINE static void visit(const Params& p, const Source& source, int head,
                                         int64_t first, int64_t key_tile, bool all_keys,
-                                        typename Rows::Micro& sum) {
-    Rows tile(p.b, source, first, &p.b.row, &p.b.rest, &p.b.delta, nullptr);
+                                        typename ForwardBlock::Micro& sum) {
+    ForwardBlock tile(p.b, source, first, &p.b.row, &p.b.rest, &p.b.delta, nullptr);
     Range keys = source.keys_of(tile.own());
     if (!all_keys) {  // the whole tile: keys stay where their sums are
       const int64_t begin = key_tile * kSide<A>, end = min_of(begin + kSide<A>, source.keys());
@@ -240,7 +241,7 @@ struct BiasGradKernel {
     if (keys.empty()) return;
     tile.start(head);
     tile.walk(keys, [&] {
-      typename Rows::Micro c, dp;
+      typename ForwardBlock::Micro c, dp;
       if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
       tile.template multiply<false, false>(c, p.q, p.k);
       for_gradients(
@@ -251,7 +252,7 @@ struct BiasGradKernel {
   // Sums over lanes where keys are broadcast.
   HW_DEVICE HW_INLINE static void store(const BackwardParams& b, int64_t batch, int64_t head,
                                         int64_t first_row, int64_t first_key, bool all_keys,
-                                        typename Rows::Micro& sum) {
+                                        typename ForwardBlock::Micro& sum) {
     const Ref<A, 4> to = b.d_bias.template as<A>();
     const int64_t rows = to.size[2], keys = all_keys ? 1 : to.size[3];
     if (all_keys) {
@@ -310,10 +311,10 @@ void run_bias_grad(const GradParams<Element, MaskedSequence>& p, const Context& 
 // What the kernels need of the tensors of p.b.
 template <class Element, class Source>
 void describe_tensors(GradParams<Element, Source>& p) {
-  p.q = make_side<Element>(p.b.q);
-  p.k = make_side<Element>(p.b.k);
-  p.v = make_side<Element>(p.b.v);
-  p.d_w = make_side<Element>(p.b.d_w);
+  p.q = operand_rows<Element>(p.b.q);
+  p.k = operand_rows<Element>(p.b.k);
+  p.v = operand_rows<Element>(p.b.v);
+  p.d_w = operand_rows<Element>(p.b.d_w);
   const auto vectors = [](const Ref<void, 4>& x, bool wide) {
     if (wide) return x && has_vectors(x.template as<Accum<Element>>());
     return x && has_vectors(x.template as<Element>());

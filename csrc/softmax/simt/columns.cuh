@@ -15,7 +15,7 @@ namespace hw::softmax::simt {
 template <class Element>
 struct ColumnsKernelParams {
   ColumnsParams c;
-  Side<Element> q, k, x;
+  OperandRows<Element> q, k, x;
   bool y_vectors;
   int64_t blocks, parts;  // tiles of keys; of the columns of x
 };
@@ -26,7 +26,7 @@ struct ColumnsKernel {
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = 2;
-  using Keys = Tile<Element, Source, kOwn, false>;
+  using Keys = ScoreTile<Element, Source, kOwn, false>;
 
   HW_DEVICE static void main(const Params& p) {
     const ColumnsParams& f = p.c;
@@ -96,9 +96,9 @@ void columns(const ColumnsParams& c, const Call& call) {
   using A = Accum<Element>;
   ColumnsKernelParams<Element> p{};
   p.c = c;
-  p.q = make_side<Element>(p.c.q);
-  p.k = make_side<Element>(p.c.k);
-  p.x = make_side<Element>(p.c.x);
+  p.q = operand_rows<Element>(p.c.q);
+  p.k = operand_rows<Element>(p.c.k);
+  p.x = operand_rows<Element>(p.c.x);
   p.y_vectors = p.c.y && has_vectors(p.c.y.template as<Element>());
   p.blocks = ceil_div<int64_t>(p.c.max_k, kSide<A>);
   p.parts = ceil_div(slices_of<A>(p.c.x ? p.x.width() : 0), kSlices);

@@ -20,7 +20,7 @@ template <class Element, class Source>
 struct RowsParams {
   typename Source::ForwardParams f;
   ForwardPlan plan;
-  Side<Element> q, k, v;
+  OperandRows<Element> q, k, v;
   bool o_vectors, w_vectors;
   Accum<Element>* partials;  // [tasks, spans, plan.partial_size()]
 };
@@ -49,12 +49,12 @@ HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element, Source>
 }
 
 template <class Element, class Source, int kOwn>
-class Rows {
+class ForwardBlock {
  public:
   using A = Accum<Element>;
   static constexpr int kV = kVector<A>;
 
-  HW_DEVICE HW_INLINE Rows(const RowsParams<Element, Source>& params, const RowsTask& t)
+  HW_DEVICE HW_INLINE ForwardBlock(const RowsParams<Element, Source>& params, const RowsTask& t)
       : p(params),
         f(params.f),
         task(t),
@@ -93,14 +93,14 @@ class Rows {
   }
 
   HW_DEVICE HW_INLINE void step() {
-    typename Tile<Element, Source, kOwn, true>::Micro s;
+    typename ScoreTile<Element, Source, kOwn, true>::Micro s;
     tile.template multiply<true, false>(s, p.q, p.k);
     bool some = false;
     A factor[kOwn];
     const auto row = [&](int r) {
       HW_UNROLL
       for (int u = 0; u < kV; ++u) s[0][u] = tile.score(r, u, s[0][u]).s;
-      factor[0] = soft ? soften(r, s[0]) : activate(s[0]);
+      factor[0] = soft ? exponentiate(r, s[0]) : activate(s[0]);
       HW_UNROLL
       for (int u = 0; u < kV; ++u) some |= s[0][u] != A(0);
     };
@@ -112,7 +112,7 @@ class Rows {
   }
 
   // p relative to the running maximum, in place of s; returns the factor of what was summed before.
-  HW_DEVICE HW_INLINE A soften(int r, A (&s)[kV]) {
+  HW_DEVICE HW_INLINE A exponentiate(int r, A (&s)[kV]) {
     LaneSums<A>& sum = sums[0];
     A top = sum.max;
     HW_UNROLL
@@ -189,7 +189,7 @@ class Rows {
   const RowsParams<Element, Source>& p;
   const typename Source::ForwardParams& f;
   const RowsTask task;
-  Tile<Element, Source, kOwn, true> tile;
+  ScoreTile<Element, Source, kOwn, true> tile;
   const bool soft;
   LaneSums<A> sums[kOwn];       // max: of the row; the others: this lane's share
   A values[kSlices][kOwn][kV];  // w before the division
@@ -203,7 +203,7 @@ struct RowsKernel {
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = dev::block_index_x();
     const RowsTask task = rows_task(p.f, p.plan, index / p.plan.spans, index % p.plan.spans);
-    Rows<Element, Source, kOwn>(p, task).run();
+    ForwardBlock<Element, Source, kOwn>(p, task).run();
   }
 };
 
@@ -223,7 +223,7 @@ struct MergeKernel {
     LaneSums<A> whole;
     whole.clear();
     for (int64_t span = 0; span < p.plan.spans; ++span)
-      whole.add(LaneSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
+      whole.merge(LaneSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
     const A top = whole.max;
     const RowEnd<Element, Source> end(p.f, source, task.head, place, source.row(place));
     const A factor = end.finalize(whole, task.part == 0 && dev::lane() == 0);
@@ -267,9 +267,9 @@ void forward(const ForwardParams& f, const Call& call) {
   RowsParams<Element, MaskedSequence> p{};
   p.f = f;
   p.plan = forward_plan<A>(f, call);
-  p.q = make_side<Element>(f.q);
-  p.k = make_side<Element>(f.k);
-  p.v = make_side<Element>(f.v);
+  p.q = operand_rows<Element>(f.q);
+  p.k = operand_rows<Element>(f.k);
+  p.v = operand_rows<Element>(f.v);
   p.o_vectors = f.o && has_vectors(f.o.template as<Element>());
   p.w_vectors = f.w && has_vectors(f.w.template as<Element>());
   p.partials = Arena(call.workspace, "attention.forward").take<A>(p.plan.workspace());

@@ -14,7 +14,7 @@ namespace hw::softmax::simt {
 template <class Element, class Source>
 struct GradParams {
   typename Source::BackwardParams b;
-  Side<Element> q, k, v, d_w;
+  OperandRows<Element> q, k, v, d_w;
   bool d_q_vectors, d_k_vectors, d_v_vectors;
   bool shared_bias;  // d_bias has a kernel of its own
   // Listed: d_q, or d_k and d_v, are of slots, in the accumulation type; keys' of each query head.

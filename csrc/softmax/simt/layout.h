@@ -4,15 +4,15 @@
 //
 // All loops work on tiles of 64 rows x 64 keys (fp64: 32 x 32), held as 16 x 16 threads that each
 // own 4 x 4 (2 x 2) scores. Dims are walked in slices of as many columns, so that any D and Dv runs
-// in three rooms of shared memory: 52 KB, within the 64 KB that sm_75 has.
+// in three buffers of shared memory: 52 KB, within the 64 KB that sm_75 has.
 //
-//   own room      [side, slice]   rows of what the block computes      q, d_w; columns: k, v
-//   other room    [side, slice]   rows of what it walks over           k, v; columns: q, d_w
+//   own buffer    [side, slice]   rows of what the block computes      q, d_w; columns: k, v
+//   other buffer  [side, slice]   rows of what it walks over           k, v; columns: q, d_w
 //   weights       [own, other]    p, or dc
 //
-// A product of two rooms and a product of weights with the other room are all there is; both read
-// 16 bytes at a time along rows. Accumulators are registers: up to two slices of columns a block;
-// wider outputs are cut into parts, whose blocks compute the scores again.
+// A product of two buffers and a product of weights with the other buffer are all there is; both
+// read 16 bytes at a time along rows. Accumulators are registers: up to two slices of columns a
+// block; wider outputs are cut into parts, whose blocks compute the scores again.
 #pragma once
 
 #include <cstdint>
@@ -36,12 +36,12 @@ inline constexpr int kVector = 16 / static_cast<int>(sizeof(A));
 // Rows, keys and columns of a tile.
 template <class A>
 inline constexpr int kSide = kLanes * kVector<A>;
-// Distance of rows in a room: rows that follow each other start in different banks.
+// Distance of rows in a buffer: rows that follow each other start in different banks.
 template <class A>
 inline constexpr int kStride = kSide<A> + kVector<A>;
 
 // Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the
-// rooms, the terms.
+// buffers, the terms.
 inline constexpr int kWorkBytes = 128;
 inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>

@@ -64,7 +64,7 @@ enum class Term : int { factor, gain_row, statistic, rest, extra, key_gain, key_
 static_assert(static_cast<int>(Term::count) == kTerms);
 
 template <class Element, class Source, int kOwn, bool kOwnRows>
-class Tile {
+class ScoreTile {
  public:
   using A = Accum<Element>;
   static constexpr int kOther = kVector<A>, kOwnSide = kOwn * kLanes, kOtherSide = kSide<A>;
@@ -73,9 +73,10 @@ class Tile {
 
   // `row`, `rest`, `extra`: row statistic and its rest, and one more number per row (D - dL, or a
   // weight); `key_extra`: one more per key (m of the read-out mass). Each may be absent.
-  HW_DEVICE HW_INLINE Tile(const ScoreParams& params, const Source& s, int64_t first,
-                           const Ref<const void, 3>* row, const Ref<const void, 3>* rest,
-                           const Ref<const void, 3>* extra, const Ref<const void, 3>* key_extra)
+  HW_DEVICE HW_INLINE ScoreTile(const ScoreParams& params, const Source& s, int64_t first,
+                                const Ref<const void, 3>* row, const Ref<const void, 3>* rest,
+                                const Ref<const void, 3>* extra,
+                                const Ref<const void, 3>* key_extra)
       : p(params),
         row_(row),
         rest_(rest),
@@ -191,11 +192,11 @@ class Tile {
   // ---- Products
 
   // c = own rows times other rows. kKeep: no other product of the walk has this own side, so that a
-  // single slice of it stays in its room. With kVote the answer is whether the rows' side of this
+  // single slice of it stays in its buffer. With kVote the answer is whether the rows' side of this
   // product, or one of the rows' extra numbers, has anything but zeros; the same in all threads.
   template <bool kKeep, bool kVote>
-  HW_DEVICE HW_INLINE bool multiply(Micro& c, const Side<Element>& own_side,
-                                    const Side<Element>& other_side) {
+  HW_DEVICE HW_INLINE bool multiply(Micro& c, const OperandRows<Element>& own_side,
+                                    const OperandRows<Element>& other_side) {
     clear(c);
     const int width = own_side.width();
     const bool kept = kKeep && (kListed ? started_ : tile_ > 0) && width <= kSide<A>;
@@ -228,9 +229,9 @@ class Tile {
   }
 
   // acc[n] += weights times slice first + n of the other side. kHeld: it is the other side of the
-  // last product, whose last slice is in its room.
+  // last product, whose last slice is in its buffer.
   template <bool kHeld, int kCount>
-  HW_DEVICE HW_INLINE void apply(A (&acc)[kCount][kOwn][kOther], const Side<Element>& side,
+  HW_DEVICE HW_INLINE void apply(A (&acc)[kCount][kOwn][kOther], const OperandRows<Element>& side,
                                  int first) {
     const bool held = kHeld && side.slices() == 1;
     if (held) dev::sync_warp();
@@ -310,7 +311,7 @@ class Tile {
   };
   static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable_v<Source>);
 
-  // Shared memory: work, votes, rooms, weights, terms; if listed tokens, and votes about the own
+  // Shared memory: work, votes, buffers, weights, terms; if listed tokens, and votes about the own
   // ones.
   HW_DEVICE HW_INLINE static Work& work() { return *dev::shared<Work>(); }
   HW_DEVICE HW_INLINE static int* flags() {
@@ -399,12 +400,12 @@ class Tile {
     }
   }
 
-  // Rows or keys of `range` to a room.
+  // Rows or keys of `range` to scratch memory.
   template <bool kRows, int kCount, bool kVote>
-  HW_DEVICE HW_INLINE void load_rows(A* room, const Side<Element>& side, const Range& range,
-                                     int column) {
+  HW_DEVICE HW_INLINE void load_rows(A* buffer, const OperandRows<Element>& side,
+                                     const Range& range, int column) {
     const bool some = load_slice<kCount, kVote, kListed>(
-        room, side, source().batch(), kRows ? head() : key_head(), column,
+        buffer, side, source().batch(), kRows ? head() : key_head(), column,
         static_cast<int>(range.count()), [&range](int i) -> int64_t {
           if constexpr (kListed) return tokens<kRows == kOwnRows>()[i];
           return kRows ? source().row(range.begin + i) : source().key(range.begin + i);

@@ -21,14 +21,12 @@ struct LaneSums : RowSums<A> {
   using RowSums<A>::max, RowSums<A>::sum, RowSums<A>::tilt, RowSums<A>::squares, RowSums<A>::mass;
   using RowSums<A>::move_to;
 
-  HW_DEVICE HW_INLINE void add(LaneSums part) {
+  // What was summed over other keys, whatever its maximum.
+  HW_DEVICE HW_INLINE void merge(LaneSums part) {
     const A top = dev::larger(max, part.max);
     move_to(top);
     part.move_to(top);
-    sum += part.sum;
-    tilt += part.tilt;
-    squares += part.squares;
-    mass += part.mass;
+    this->add(part);
   }
 
   // From shares of the lanes that have a row in common to the whole.

@@ -2,7 +2,7 @@
 // Attention without tensor cores: the pieces that all loops are made of.
 //
 //   MaskedSequence   which rows and keys meet, and where they lie
-//   load_slice       room[i][c] = x[row i, column + c]
+//   load_slice       buffer[i][c] = x[row i, column + c]
 //   add_dot          acc[r][u] += <own row g + 16 r, other row l + 16 u>
 //   add_weighted     acc[r][c] += sum_j weights[own row g + 16 r][j] x[j, columns V l + c]
 //   each_row         the rows of a thread, one after another
@@ -69,9 +69,9 @@ struct MaskedSequence {
 
 // ---- Loading ------------------------------------------------------------------------------------
 
-// A tensor whose rows go to a room.
+// A tensor whose rows go to a buffer.
 template <class Element>
-struct Side {
+struct OperandRows {
   Ref<const Element, 4> x;  // [B, S, heads, width]
   bool vectors = false;     // rows can be read 16 bytes at a time
 
@@ -80,17 +80,18 @@ struct Side {
 };
 
 template <class Element>
-Side<Element> make_side(const Ref<const void, 4>& x) {
+OperandRows<Element> operand_rows(const Ref<const void, 4>& x) {
   const Ref<const Element, 4> typed = x.as<const Element>();
   return {typed, x && has_vectors(typed)};
 }
 
-// room[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column on
-// and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw anything
-// but zeros.
+// buffer[i][c] = x[row_of(i), column + c] for i < kRows; zero from row `count` and x's last column
+// on and, with kGaps, where row_of is negative. Returns, with kVote, whether the thread saw
+// anything but zeros.
 template <int kRows, bool kVote, bool kGaps, class Element, class RowOf>
-HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& from, int64_t batch,
-                                    int head, int column, int count, const RowOf& row_of) {
+HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* buffer, const OperandRows<Element>& from,
+                                    int64_t batch, int head, int column, int count,
+                                    const RowOf& row_of) {
   using A = Accum<Element>;
   const int width = min_of(from.width() - column, kSide<A>);
   bool some = false;
@@ -119,7 +120,7 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
             wide.v[v] = static_cast<A>(x[n].v[e + v]);
             if constexpr (kVote) some |= wide.v[v] != A(0);
           }
-          store_vector(room + i * kStride<A> + c + e, wide);
+          store_vector(buffer + i * kStride<A> + c + e, wide);
         }
       }
     }
@@ -131,7 +132,7 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* room, const Side<Element>& f
     A wide = 0;
     if (i < count && c < width && (!kGaps || row_of(i) >= 0))
       wide = static_cast<A>(*from.x.at(batch, row_of(i), head, column + c));
-    room[i * kStride<A> + c] = wide;
+    buffer[i * kStride<A> + c] = wide;
     if constexpr (kVote) some |= wide != A(0);
   }
   return some;
@@ -209,7 +210,7 @@ HW_DEVICE HW_INLINE void add_weighted(A (&acc)[kOwn][kVector<A>], const A* weigh
   }
 }
 
-// ---- Rows of a thread --------------------------------------------------------------------------
+// ---- Rows of a thread ---------------------------------------------------------------------------
 
 // Register arrays [rows of a thread] that take turns: the row at work is always row 0.
 template <class A, int N>

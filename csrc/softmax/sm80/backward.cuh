@@ -18,8 +18,8 @@
 
 namespace hw::softmax::sm80 {
 
-template <class Element, class Feed = Dense>
-struct GradientParams : Feed {
+template <class Element, class KeySource = DenseSource>
+struct GradientParams : KeySource {
   BackwardParams b;
   LoopInputs<Element> inputs;
   Output<Element> d_q, d_k, d_v;
@@ -38,11 +38,11 @@ HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c,
   score.differentiate(c, dp, unit);
 }
 
-template <class Element, int kDim, bool kPlain, class Feed = Dense>
+template <class Element, int kDim, bool kPlain, class KeySource = DenseSource>
 struct QueryGradKernel {
-  using L = Loop<Element, kDim, kPlain, false, true, Feed>;
+  using L = Loop<Element, kDim, kPlain, false, true, KeySource>;
   using Pairs = typename L::Pairs;
-  using Params = GradientParams<Element, Feed>;
+  using Params = GradientParams<Element, KeySource>;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads;
   static constexpr int kBlocks = L::kStrips == 2 ? 2 : kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1;
@@ -66,7 +66,7 @@ struct QueryGradKernel {
       loop.second_products(dp, stage);
       differentiate(score, p.inputs.unit, c, dp, y);
       if (!kPlain && b.d_bias && !p.shared_bias) store_bias(b, loop, score, dp);
-      if (score.bends()) score.chain(dp, y);
+      if (score.is_nonlinear()) score.chain(dp, y);
       multiply_columns<Element>(d_q, pack<Element>(dp), stage.first);
     });
     // Rows that meet no keys were not loaded: nothing of them may be read.
@@ -79,9 +79,9 @@ struct QueryGradKernel {
                  loop.smem.numbers.tau[loop.warp_row() + L::Pairs::row(0, 2 * half)];
       return p.inputs.in.scale;
     };
-    if constexpr (Feed::kListed)
-      if (p.row_sums.ref) return loop.store(p.row_sums, loop.place.head, d_q, factor);
-    loop.store(p.d_q, loop.place.head, d_q, factor);
+    if constexpr (KeySource::kListed)
+      if (p.row_sums.ref) return loop.store(p.row_sums, loop.item.head, d_q, factor);
+    loop.store(p.d_q, loop.item.head, d_q, factor);
   }
 
  private:
@@ -90,18 +90,18 @@ struct QueryGradKernel {
   HW_DEVICE HW_INLINE static void store_bias(const BackwardParams& b, const L& loop,
                                              const Score& score, const Pairs& ds) {
     const Ref<float, 4> to = b.d_bias.template as<float>();
-    if constexpr (Feed::kListed) {
-      float* origin = to.at(loop.place.at.batch, loop.place.head);
+    if constexpr (KeySource::kListed) {
+      float* origin = to.at(loop.item.at.batch, loop.item.head);
       Pairs::each([&](int s, int j, int i) {
-        const int q = score.spot.row_token[Pairs::row(s, i)];
-        const int k = score.spot.key_token[Pairs::column(j, i)];
+        const int q = score.operands.row_token[Pairs::row(s, i)];
+        const int k = score.operands.key_token[Pairs::column(j, i)];
         if (q >= 0 && k >= 0) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
       });
       return;
     }
-    const int64_t row = score.spot.row, key = score.spot.key;
-    float* origin = to.at(loop.place.at.batch, loop.place.head, row, key);
-    const int64_t rows = loop.place.mask.rows - row, keys = loop.place.mask.keys - key;
+    const int64_t row = score.operands.row, key = score.operands.key;
+    float* origin = to.at(loop.item.at.batch, loop.item.head, row, key);
+    const int64_t rows = loop.item.mask.rows - row, keys = loop.item.mask.keys - key;
     Pairs::each([&](int s, int j, int i) {
       const int q = Pairs::row(s, i), k = Pairs::column(j, i);
       if (q < rows && k < keys) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
@@ -124,20 +124,20 @@ struct QueryGradKernel {
       sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
       const int64_t at = loop.result_row(half);
       if (dev::lane() % 4 == 0 && at >= 0)
-        b.d_row_temperature.template as<float>()(loop.place.at.batch, loop.place.at.q_begin + at,
-                                                 loop.place.head) = sum;
+        b.d_row_temperature.template as<float>()(loop.item.at.batch, loop.item.at.q_begin + at,
+                                                 loop.item.head) = sum;
     }
   }
 };
 
 // kKeyGrads: d_k and the sums of keys, kValueGrads: d_v; at least one of them.
 template <class Element, int kDim, bool kPlain, bool kKeyGrads, bool kValueGrads,
-          class Feed = Dense>
+          class KeySource = DenseSource>
 struct KeyGradKernel {
-  using L = Loop<Element, kDim, kPlain, true, kKeyGrads, Feed>;
+  using L = Loop<Element, kDim, kPlain, true, kKeyGrads, KeySource>;
   using Pairs = typename L::Pairs;
   using Values = typename L::Values;
-  using Params = GradientParams<Element, Feed>;
+  using Params = GradientParams<Element, KeySource>;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads;
   static constexpr int kMinBlocks = (kDim <= 128 ? 2 : 1) * 128 / kThreads;
@@ -163,7 +163,7 @@ struct KeyGradKernel {
     if constexpr (kValueGrads) sums.d_v.clear();
     HW_UNROLL_BY(1)
     for (int head = owner * p.heads_of_owner(b); head < (owner + 1) * p.heads_of_owner(b);
-         head = loop.place.head + 1) {
+         head = loop.item.head + 1) {
       loop.take(head);
       if (loop.own().empty()) return;
       HW_UNROLL
@@ -177,7 +177,7 @@ struct KeyGradKernel {
     }
     const auto scale = [&](int) { return p.inputs.in.scale; };
     const auto one = [](int) { return 1.0f; };
-    if constexpr (Feed::kListed) {
+    if constexpr (KeySource::kListed) {
       static_assert(kKeyGrads && kValueGrads, "listed keys are visited once");
       if (p.key_sums.ref) {
         loop.store(p.key_sums, owner, sums.d_k, scale);
@@ -212,8 +212,8 @@ struct KeyGradKernel {
       if constexpr (!kPlain) {
         if (b.d_key_bias) add(sums.d_bias, dp);
         if (b.d_key_gain) score.add_gain_gradients(sums.d_gain, dp, y);
-        if (score.bends()) score.chain(dp, y);
-        score.heat(dp);
+        if (score.is_nonlinear()) score.chain(dp, y);
+        score.apply_temperature(dp);
       }
       multiply_columns<Element>(sums.d_k, pack<Element>(dp), stage.first);
     }
@@ -235,8 +235,8 @@ struct BiasGradKernel {
   static constexpr int kThreads = L::kThreads;
 
   // Batch entries, heads or tiles of keys that have results of their own.
-  HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
-    return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], side);
+  HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t edge) {
+    return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], edge);
   }
   static Grid grid(const Params& p) {
     const BackwardParams& b = p.b;
@@ -287,18 +287,16 @@ struct BiasGradKernel {
     HW_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t row = loop.own_row(half);
-      float total = 0;
       HW_UNROLL
       for (int j = 0; j < Pairs::kTiles; ++j) {
         HW_UNROLL
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          total += sum.at[0][j][i];
           const int64_t at = key + Pairs::column(j, i);
           if (!all_keys && row < to.size[2] && at < to.size[3])
             to(batch, head, row, at) = sum.at[0][j][i];
         }
       }
-      total = dev::warp_sum<4>(total);
+      const float total = sum.row_sum(0, half);
       if (all_keys && row < to.size[2] && dev::lane() % 4 == 0) to(batch, head, row, 0) = total;
     }
   }

@@ -17,7 +17,7 @@ struct ColumnsKernel {
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 128 ? 2 : 1;
 
-  struct Params : Dense {
+  struct Params : DenseSource {
     ColumnsParams c;
     LoopInputs<Element> inputs;  // extra: row weights
     Output<Element> y;
@@ -44,7 +44,7 @@ struct ColumnsKernel {
       score.weigh(weights, p.inputs.unit);
       Pairs::each([&](int s, int j, int i) {
         const float w = weights.at[s][j][i];
-        sum[i / 2] += c.row_weight ? w * score.spot.numbers[Pairs::column(j, i)].v[2] : w;
+        sum[i / 2] += c.row_weight ? w * score.operands.numbers[Pairs::column(j, i)].v[2] : w;
         top[i / 2] = larger(w, top[i / 2]);
       });
       if (c.x) multiply_columns<Element>(y, pack<Element>(weights), stage.second);
@@ -59,7 +59,7 @@ struct ColumnsKernel {
         largest = larger(dev::shuffle_xor(largest, mask), largest);
       if (c.max) loop.store_of_key(c.max, half, largest);
     }
-    if (c.x) loop.store(p.y, loop.place.head, y, [](int) { return 1.0f; });
+    if (c.x) loop.store(p.y, loop.item.head, y, [](int) { return 1.0f; });
   }
 
  private:

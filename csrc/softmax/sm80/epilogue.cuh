@@ -32,32 +32,6 @@ struct Units {
   }
 };
 
-// Running sums of a row over the keys so far. Not softmaxes: sum = sum a(s), the others stay.
-struct RowSums {
-  float max = -kInfinity;                 // of the scores
-  float sum = 0;                          // sum e^(s - max)
-  float tilt = 0, squares = 0, mass = 0;  // sum e^(s - max) (s - max), sum e^2(s - max), sum e.. m
-
-  // Moves to another maximum; returns the factor of all that was summed, 1 before any score.
-  HW_DEVICE HW_INLINE float move(float to, float unit) {
-    const float gap = max == -kInfinity ? 0.0f : max - to;
-    const float factor = dev::exp2_fast(gap * unit);
-    max = to;
-    tilt = factor * (tilt + gap * sum);
-    sum *= factor;
-    squares *= factor * factor;
-    mass *= factor;
-    return factor;
-  }
-
-  HW_DEVICE HW_INLINE void add(const RowSums& x) {
-    sum += x.sum;
-    tilt += x.tilt;
-    squares += x.squares;
-    mass += x.mass;
-  }
-};
-
 // Partial results of the spans.
 struct Partials {
   float *values = nullptr, *sums = nullptr;  // [spans, rows, Dv], [spans, rows, kSumsOfRow]; of the
@@ -79,16 +53,15 @@ struct Finish {
   const ForwardParams& f;
   const Output<Element>& o;
   const Output<Element>& w;
-  const Place& place;
+  const WorkItem& item;
   Units units;
 
   // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true);
   // returns the factor of its values.
-  HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums& r, bool writes) const {
+  HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums<float>& r, bool writes) const {
     if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
     const RowResult<float> x =
-        finalize_softmax<float>({r.max, r.sum, r.tilt, r.squares, r.mass},
-                                extra_logit<float>(f, place.at.batch, place.head), units);
+        finalize_softmax(r, extra_logit<float>(f, item.at.batch, item.head), units);
     if (writes) put(f.row, row, x.row), put(f.rest, row, x.rest);
     if constexpr (!kPlain) {
       if (writes) {
@@ -104,12 +77,12 @@ struct Finish {
   // x[j][i]: columns first + 8 j + i of w (before gate and mix).
   template <int kTiles>
   HW_DEVICE HW_INLINE void write(int64_t row, int first, float (&x)[kTiles][2]) const {
-    const int64_t batch = place.at.batch, token = place.at.q_begin + row;
+    const int64_t batch = item.at.batch, token = item.at.q_begin + row;
     if constexpr (kMixes) {
       if (f.w) store_pairs(row_of(w, batch, token), first, w.paired, x);
       if (f.identity_mix) mix(token, first, x);
       if (f.head_gate) {
-        const float g = f.head_gate.template as<const float>()(batch, token, place.head);
+        const float g = f.head_gate.template as<const float>()(batch, token, item.head);
         HW_UNROLL
         for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
       }
@@ -122,9 +95,9 @@ struct Finish {
   // once need more registers than there are.
   template <int kTiles>
   HW_DEVICE HW_INLINE void mix(int64_t token, int first, float (&x)[kTiles][2]) const {
-    const float u = f.identity_mix.template as<const float>()(place.at.batch, place.head);
+    const float u = f.identity_mix.template as<const float>()(item.at.batch, item.head);
     const Ref<const Element, 4> v = f.v.template as<const Element>();
-    const Element* own = v.at(place.at.batch, token, place.key_head, first);
+    const Element* own = v.at(item.at.batch, token, item.key_head, first);
     const int end = static_cast<int>(f.value_dim()) - first;
     const int64_t step = v.stride[3];
     constexpr int kTogether = min_of(kTiles, 4);
@@ -149,20 +122,20 @@ struct Finish {
   HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t batch,
                                              int64_t token) const {
     const Ref<Element, 4>& r = to.ref;
-    return {r.at(batch, token, place.head), {r.size[3]}, {r.stride[3]}};
+    return {r.at(batch, token, item.head), {r.size[3]}, {r.stride[3]}};
   }
 
-  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums& r, bool writes) const {
+  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums<float>& r, bool writes) const {
     const float n = f.normalizer == Normalizer::sum ? r.sum
                     : f.normalizer == Normalizer::length
-                        ? static_cast<float>(place.mask.visible_keys(row).count())
+                        ? static_cast<float>(item.mask.visible_keys(row).count())
                         : 1.0f;
     if (writes && f.normalizer == Normalizer::sum) put(f.row, row, n), put(f.rest, row, 0.0f);
     return n != 0.0f ? 1.0f / n : 0.0f;
   }
 
   HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, int64_t row, float value) const {
-    if (to) to.template as<float>()(place.at.batch, place.head, place.at.q_begin + row) = value;
+    if (to) to.template as<float>()(item.at.batch, item.head, item.at.q_begin + row) = value;
   }
 };
 
@@ -183,36 +156,38 @@ struct MergeKernel {
     if (index >= p.partials.rows) return;
     const int64_t row = index % p.f.max_q, heads = p.f.query_heads();
     const int head = static_cast<int>(index / p.f.max_q % heads);
-    const Place place = place_of(p.f, index / p.f.max_q / heads, head);
-    if (row >= place.at.q_count) return;
-    RowSums whole;
+    const WorkItem item = work_item(p.f, index / p.f.max_q / heads, head);
+    if (row >= item.at.q_count) return;
+    RowSums<float> whole;
+    whole.clear();
     for (int64_t span = 0; span < p.spans; ++span)
       whole.max = dev::larger(whole.max, p.partials.sums_of(span, index)[0]);
     const float top = whole.max;
     for (int64_t span = 0; span < p.spans; ++span) {
-      RowSums part = sums(p, span, index);
-      part.move(top, p.units.unit);
+      RowSums<float> part = sums(p, span, index);
+      part.move_to(top, p.units);
       whole.add(part);
     }
-    const Finish<Element, kPlain> finish{p.f, p.o, p.w, place, p.units};
+    const Finish<Element, kPlain> finish{p.f, p.o, p.w, item, p.units};
     const float factor = finish.finalize(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
       float x[1][2] = {};
       for (int64_t span = 0; span < p.spans; ++span) {
         const float* value = p.partials.values_of(span, index) + column;
-        const float part = RowSums{p.partials.sums_of(span, index)[0]}.move(top, p.units.unit);
-        x[0][0] += part * value[0];
-        x[0][1] += part * value[1];  // behind an odd last column a number that is not stored
+        RowSums<float> part{p.partials.sums_of(span, index)[0], 0, 0, 0, 0};
+        const float share = part.move_to(top, p.units);
+        x[0][0] += share * value[0];
+        x[0][1] += share * value[1];  // behind an odd last column a number that is not stored
       }
       x[0][0] *= factor, x[0][1] *= factor;
       finish.write(row, column, x);
     }
   }
 
-  HW_DEVICE static HW_INLINE RowSums sums(const Params& p, int64_t span, int64_t index) {
+  HW_DEVICE static HW_INLINE RowSums<float> sums(const Params& p, int64_t span, int64_t index) {
     const float* s = p.partials.sums_of(span, index);
-    if constexpr (kPlain) return {s[0], s[1]};
+    if constexpr (kPlain) return {s[0], s[1], 0, 0, 0};
     return {s[0], s[1], s[2], s[3], s[4]};
   }
 };

@@ -13,26 +13,26 @@
 // k and v have two stages: while one is multiplied, cp.async fills the other; one barrier per tile.
 // Warps whose own queries see nothing of a tile skip it; masks are applied on edge tiles only.
 //
-// Feed: where queries and keys come from (sm80/lists.cuh).
+// KeySource: where queries and keys come from (sm80/lists.cuh).
 #pragma once
 
 #include "softmax/sm80/epilogue.cuh"
 
 namespace hw::softmax::sm80 {
 
-template <class Element, int kDim, bool kPlain, class Feed = Dense>
+template <class Element, int kDim, bool kPlain, class KeySource = DenseSource>
 struct ForwardKernel {
-  using Tiles = typename Feed::template ForwardTiles<kDim>;
-  using Place = typename Feed::Place;
+  using Tiles = typename KeySource::template ForwardTiles<kDim>;
+  using WorkItem = typename KeySource::WorkItem;
   static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
   static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
   static constexpr int kKeys = Tiles::kKeys;
   static constexpr int kMinBlocks = Tiles::blocks(kPlain);
   using Scores = Fragment<kStrips, kKeys / 8>;
-  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8, Feed>;
+  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8, KeySource>;
   using Values = Fragment<kStrips, kDim / 8>;
 
-  struct Params : Feed {
+  struct Params : KeySource {
     ForwardParams f;
     ScoreInputs<Element> in;
     Input<Element> v;
@@ -53,9 +53,9 @@ struct ForwardKernel {
     Tile<Element, kRows, kDim> q;
     Stage stage[2];
     If<!kPlain, float[kRows]> tau;
-    Place place;
+    WorkItem item;
     int64_t first;  // row of the block, in its sequence or list
-    If<Feed::kListed, ListedTiles<kRows, kKeys>> tokens;
+    If<KeySource::kListed, ListedTiles<kRows, kKeys>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
@@ -65,7 +65,7 @@ struct ForwardKernel {
     static constexpr float kLarge = 1 << 24;  // beyond it, more than a bit would be rounded off
 
     // Kept, where there are registers for it.
-    If<!Feed::kListed, float[kStrips][2]> kept = {};
+    If<!KeySource::kListed, float[kStrips][2]> kept = {};
     bool large = false;  // that of any row of the warp: there the difference comes first
 
     HW_DEVICE HW_INLINE static bool is_large(float reference) {
@@ -86,44 +86,46 @@ struct ForwardKernel {
   struct Block {
     const Params& p;
     Smem& smem;
-    const Place& place;        // in shared memory: registers are short
-    const int64_t& first;      // likewise
-    int warp_row;              // of this warp, in the block
-    RowSums sums[kStrips][2];  // rows g and g + 8 of each strip; over this lane's columns, but max
-    Values w;                  // before the division
+    const WorkItem& item;  // in shared memory: registers are short
+    const int64_t& first;  // likewise
+    int warp_row;          // of this warp, in the block
+    RowSums<float> sums[kStrips]
+                       [2];  // rows g, g + 8 of each strip; over this lane's columns, but max
+    Values w;                // before the division
     If<kPlain, References> references;
-    If<!Feed::kListed, Sight> sight;
-    If<!Feed::kListed, Stream> keys, values;
-    If<!Feed::kListed && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
+    If<!KeySource::kListed, Sight> sight;
+    If<!KeySource::kListed, Stream> keys, values;
+    If<!KeySource::kListed && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
 
     HW_DEVICE HW_INLINE Block(const Params& params, Smem& s)
-        : p(params), smem(s), place(s.place), first(s.first) {
+        : p(params), smem(s), item(s.item), first(s.first) {
       warp_row = dev::warp() * kStrips * 16;
+      Scores::each_row([&](int strip, int half) { sums[strip][half].clear(); });
       const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
       if (dev::thread_index() == 0) {
-        smem.place = p.place_of(p.f, task / heads, static_cast<int>(task % heads));
+        smem.item = p.work_item(p.f, task / heads, static_cast<int>(task % heads));
         // The last rows see most keys: they come first.
         smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
       }
       dev::sync_block();
-      if constexpr (Feed::kListed) {
-        const Side<Feed, false> side(p, place);
-        Coming<kThreads, kRows, Side<Feed, false>>(side, static_cast<int>(first))
+      if constexpr (KeySource::kListed) {
+        const SlotList<KeySource, false> list(p, item);
+        TokenPrefetch<kThreads, kRows, SlotList<KeySource, false>>(list, static_cast<int>(first))
             .fill(smem.tokens.own);
         dev::sync_block();
       }
     }
 
     HW_DEVICE HW_INLINE Range rows() const {
-      if constexpr (Feed::kListed)
-        return {first, min_of<int64_t>(first + kRows, p.row_slots(place))};
+      if constexpr (KeySource::kListed)
+        return {first, min_of<int64_t>(first + kRows, p.row_slots(item))};
       else
-        return {first, min_of(first + kRows, place.mask.rows)};
+        return {first, min_of(first + kRows, item.mask.rows)};
     }
 
     // Whether a block of listed rows has none: it has nothing to write but zeros of slots.
     HW_DEVICE HW_INLINE bool idle() const {
-      if constexpr (Feed::kListed) return smem.tokens.own.extent().none();
+      if constexpr (KeySource::kListed) return smem.tokens.own.extent().none();
       return false;
     }
 
@@ -134,8 +136,8 @@ struct ForwardKernel {
 
     // Tiles [begin, end) of the block's span.
     HW_DEVICE HW_INLINE Range tiles() const {
-      if constexpr (Feed::kListed) return listed_tiles();
-      Range keys = place.mask.keys_of(rows());
+      if constexpr (KeySource::kListed) return listed_tiles();
+      Range keys = item.mask.keys_of(rows());
       const int64_t from = dev::block_index_y() * p.plan.span;
       keys = {max_of(keys.begin, from), min_of(keys.end, from + p.plan.span)};
       if (keys.empty()) return {0, 0};
@@ -144,74 +146,75 @@ struct ForwardKernel {
 
     HW_DEVICE HW_INLINE Range listed_tiles() const {
       if (idle()) return {0, 0};
-      const int slots = p.key_slots(place);
+      const int slots = p.key_slots(item);
       if (!p.keys_in_order()) return {0, ceil_div(slots, kKeys)};
-      const Range keys = place.mask.keys_of(smem.tokens.own.extent().range());
+      const Range keys = item.mask.keys_of(smem.tokens.own.extent().range());
       return keys.empty() ? Range{0, 0}
                           : Range{keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
     }
 
     // Whether nobody can see what the loop would find. Same for all warps.
     HW_DEVICE HW_INLINE bool dead() const {
-      if constexpr (kPlain || Feed::kListed) return false;
+      if constexpr (kPlain || KeySource::kListed) return false;
       const ForwardParams& f = p.f;
       if (!f.skip_dead) return false;
-      const int64_t b = place.at.batch;
-      if (f.identity_mix && f.identity_mix.template as<const float>()(b, place.head) == 1.0f)
+      const int64_t b = item.at.batch;
+      if (f.identity_mix && f.identity_mix.template as<const float>()(b, item.head) == 1.0f)
         return true;
       if (!f.head_gate) return false;
       const Ref<const float, 3> g = f.head_gate.template as<const float>();
       bool some = false;
       for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp)
-        some |= g(b, place.at.q_begin + i, place.head) != 0.0f;
+        some |= g(b, item.at.q_begin + i, item.head) != 0.0f;
       return !dev::any(some);
     }
 
     // What the loads of the rows, of a tile's keys go by.
     HW_DEVICE HW_INLINE auto own_rows() const {
-      if constexpr (Feed::kListed)
+      if constexpr (KeySource::kListed)
         return Slots{smem.tokens.own.at};
       else
         return int64_t{first};
     }
     HW_DEVICE HW_INLINE auto keys_of(int tile) const {
-      if constexpr (Feed::kListed)
+      if constexpr (KeySource::kListed)
         return Slots{smem.tokens.other[tile % 3].at};
       else
         return static_cast<int64_t>(tile) * kKeys;
     }
 
     HW_DEVICE HW_INLINE void prefetch_queries() {
-      load_tile<kThreads>(smem.q, query_rows(p.in.q, place, own_rows()));
+      load_tile<kThreads>(smem.q, query_rows(p.in.q, item, own_rows()));
       if constexpr (!kPlain)
-        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, place, own_rows());
+        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, item, own_rows());
     }
 
     // Listed: the tile's tokens are there; those of the next one follow.
     HW_DEVICE HW_INLINE void prefetch_listed(int tile) {
-      const Side<Feed, true> side(p, place);
-      const Coming<kThreads, kKeys, Side<Feed, true>> next(side, (tile + 1) * kKeys);
+      const SlotList<KeySource, true> list(p, item);
+      const TokenPrefetch<kThreads, kKeys, SlotList<KeySource, true>> next(list,
+                                                                           (tile + 1) * kKeys);
       const Extent keys = smem.tokens.other[tile % 3].extent();
-      if (may_meet(place.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
+      if (may_meet(item.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
       next.fill(smem.tokens.other[(tile + 1) % 3]);
     }
 
     HW_DEVICE HW_INLINE void prefetch(int tile) {
       Stage& s = smem.stage[tile & 1];
       const auto key = keys_of(tile);
-      if constexpr (Feed::kListed) {
-        load_tile<kThreads>(s.k, key_rows(p.in.k, place, key));
-        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, place, key));
+      if constexpr (KeySource::kListed) {
+        load_tile<kThreads>(s.k, key_rows(p.in.k, item, key));
+        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, item, key));
         if constexpr (!kPlain) {
-          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, place, key);
-          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, place, key);
-          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, place, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, item, key);
         }
       } else {
-        const int count = static_cast<int>(min_of<int64_t>(place.at.k_count - key, kKeys));
-        load_next<kThreads>(s.k, keys, p.in.k, count, [&] { return key_rows(p.in.k, place, key); });
+        const int count = static_cast<int>(min_of<int64_t>(item.at.k_count - key, kKeys));
+        load_next<kThreads>(s.k, keys, p.in.k, count, [&] { return key_rows(p.in.k, item, key); });
         if (kPlain || p.f.v)
-          load_next<kThreads>(s.v, values, p.v, count, [&] { return key_rows(p.v, place, key); });
+          load_next<kThreads>(s.v, values, p.v, count, [&] { return key_rows(p.v, item, key); });
         if constexpr (!kPlain) numbers.load(s.numbers.of[0], count);
       }
     }
@@ -220,23 +223,23 @@ struct ForwardKernel {
       if (tiles.empty()) return;
       prefetch_queries();
       const int begin = static_cast<int>(tiles.begin), end = static_cast<int>(tiles.end);
-      if constexpr (Feed::kListed) {
-        const Side<Feed, true> side(p, place);
-        Coming<kThreads, kKeys, Side<Feed, true>>(side, begin * kKeys)
+      if constexpr (KeySource::kListed) {
+        const SlotList<KeySource, true> list(p, item);
+        TokenPrefetch<kThreads, kKeys, SlotList<KeySource, true>>(list, begin * kKeys)
             .fill(smem.tokens.other[begin % 3]);
         dev::sync_block();
         walk_stages(
             begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
       } else {
-        sight = sight_of<false, kKeys>(place.mask, first + warp_row, 16 * kStrips);
-        keys = Stream(key_rows(p.in.k, place, keys_of(begin)));
-        if (kPlain || p.f.v) values = Stream(key_rows(p.v, place, keys_of(begin)));
+        sight = sight_of<false, kKeys>(item.mask, first + warp_row, 16 * kStrips);
+        keys = Stream(key_rows(p.in.k, item, keys_of(begin)));
+        if (kPlain || p.f.v) values = Stream(key_rows(p.v, item, keys_of(begin)));
         if constexpr (!kPlain)
           numbers.start([&](int n) {
             const Ref<const void, 3>& x = n == 0   ? p.f.key_bias
                                           : n == 1 ? p.f.key_gain
                                                    : p.f.mass_keys;
-            return key_array(x, place, keys_of(begin));
+            return key_array(x, item, keys_of(begin));
           });
         walk_stages(begin, end, [&](int tile) { prefetch(tile); }, [&](int tile) { step(tile); });
       }
@@ -244,21 +247,21 @@ struct ForwardKernel {
 
     HW_DEVICE HW_INLINE void step(int tile) {
       const Stage& stage = smem.stage[tile & 1];
-      Spot spot;
-      if constexpr (Feed::kListed) {
+      TileOperands operands;
+      if constexpr (KeySource::kListed) {
         const Tokens<kKeys>& keys = smem.tokens.other[tile % 3];
-        spot.row_token = smem.tokens.own.at + warp_row, spot.key_token = keys.at;
-        spot.row_parts = smem.tokens.own.parts + warp_row / 16, spot.key_parts = keys.parts;
+        operands.row_token = smem.tokens.own.at + warp_row, operands.key_token = keys.at;
+        operands.row_parts = smem.tokens.own.parts + warp_row / 16, operands.key_parts = keys.parts;
       } else {
-        spot.row = first + warp_row, spot.key = static_cast<int64_t>(tile) * kKeys;
-        spot.seen = sight.sees(tile), spot.whole = sight.whole(tile);
+        operands.row = first + warp_row, operands.key = static_cast<int64_t>(tile) * kKeys;
+        operands.seen = sight.sees(tile), operands.whole = sight.whole(tile);
       }
       if constexpr (!kPlain) {
-        spot.tau = smem.tau + warp_row;
-        spot.key_bias = stage.numbers.of[0];
-        spot.key_gain = stage.numbers.of[1];
+        operands.tau = smem.tau + warp_row;
+        operands.key_bias = stage.numbers.of[0];
+        operands.key_gain = stage.numbers.of[1];
       }
-      const Score score{p.f, p.in, place, p, spot};
+      const Score score{p.f, p.in, item, p, operands};
       if (score.unseen()) return;
       Scores s;
       s.clear();
@@ -266,67 +269,41 @@ struct ForwardKernel {
       score.shape_products(s);
       score.add_terms(s);
       score.hide(s);
-      const bool some = score.soft() ? soften(s, stage) : activate(s);
+      const bool some = score.soft() ? exponentiate(s, stage) : activate(s);
       if (some && (kPlain || p.f.v)) multiply_columns<Element>(w, pack<Element>(s), stage.v);
     }
 
     // e^(s - M) in place of s; sums and w move to the new maximum.
-    HW_DEVICE HW_INLINE bool soften(Scores& s, const Stage& stage) {
+    HW_DEVICE HW_INLINE bool exponentiate(Scores& s, const Stage& stage) {
       if constexpr (kPlain) {
-        soften_plain(s);
+        exponentiate_plain(s);
       } else {
-        each_row([&](int strip, int half) {
-          const float top = dev::warp_max<4>(largest(s.at[strip], half, sums[strip][half].max));
-          rescale(strip, half, sums[strip][half].move(top, p.units.unit));
-          exponentials(s.at[strip], half, sums[strip][half], stage);
+        Scores::each_row([&](int strip, int half) {
+          RowSums<float>& r = sums[strip][half];
+          w.scale_row(strip, half, r.move_to(s.row_max(strip, half, r.max), p.units));
+          exponentials(s.at[strip], half, r, stage);
         });
       }
       return true;
     }
 
-    template <class F>
-    HW_DEVICE static HW_INLINE void each_row(F&& f) {
-      HW_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) {
-        HW_UNROLL
-        for (int half = 0; half < 2; ++half) f(strip, half);
-      }
-    }
-
-    // Of this lane's part of a row.
-    HW_DEVICE static HW_INLINE float largest(const float (&s)[Scores::kTiles][4], int half,
-                                             float top) {
-      HW_UNROLL
-      for (int j = 0; j < Scores::kTiles; ++j)
-        top = dev::larger(top, dev::larger(s[j][2 * half], s[j][2 * half + 1]));
-      return top;
-    }
-
-    HW_DEVICE HW_INLINE void rescale(int strip, int half, float factor) {
-      HW_UNROLL
-      for (int j = 0; j < Values::kTiles; ++j) {
-        w.at[strip][j][2 * half] *= factor;
-        w.at[strip][j][2 * half + 1] *= factor;
-      }
-    }
-
     // The maximum of a row moves only when it has grown by more than kSlack, to base 2: until then
     // weights exceed 1, by at most e^kSlack, which all types hold, and nothing has to be rescaled.
-    HW_DEVICE HW_INLINE void soften_plain(Scores& s) {
+    HW_DEVICE HW_INLINE void exponentiate_plain(Scores& s) {
       constexpr float kSlack = 8;
       float top[kStrips][2];
       bool moves = false;
-      each_row([&](int strip, int half) {
+      Scores::each_row([&](int strip, int half) {
         const float before = sums[strip][half].max;
-        const float found = dev::warp_max<4>(largest(s.at[strip], half, -kInfinity));
+        const float found = s.row_max(strip, half, -kInfinity);
         const bool grown = (found - before) * p.units.unit > kSlack;
         top[strip][half] = grown ? found : before;
         moves |= grown;
       });
       if (dev::any(moves)) move_to(top);
       if (references.large) subtract_large(s);
-      each_row([&](int strip, int half) {
-        RowSums& r = sums[strip][half];
+      Scores::each_row([&](int strip, int half) {
+        RowSums<float>& r = sums[strip][half];
         const float reference = reference_of(strip, half);
         HW_UNROLL
         for (int n = 0; n < 2 * Scores::kTiles; ++n) {
@@ -338,7 +315,7 @@ struct ForwardKernel {
     }
 
     HW_DEVICE HW_INLINE float reference_of(int strip, int half) const {
-      if constexpr (Feed::kListed)
+      if constexpr (KeySource::kListed)
         return References::made(sums[strip][half].max, p.units.unit);
       else
         return references.kept[strip][half];
@@ -346,17 +323,17 @@ struct ForwardKernel {
 
     HW_DEVICE HW_INLINE void move_to(const float (&top)[kStrips][2]) {
       bool large = false;
-      each_row([&](int strip, int half) {
-        RowSums& r = sums[strip][half];
+      Scores::each_row([&](int strip, int half) {
+        RowSums<float>& r = sums[strip][half];
         const float to = top[strip][half], reference = to * p.units.unit, before = r.max;
-        float factor = r.move(to, p.units.unit);
+        float factor = r.move_to(to, p.units);
         if (before != -kInfinity && before != to) {
           const float more = References::rest(to, p.units.unit);
           const float shift = dev::exp2_fast(more - References::rest(before, p.units.unit));
           factor *= shift, r.sum *= shift;
         }
-        rescale(strip, half, factor);
-        if constexpr (!Feed::kListed)
+        w.scale_row(strip, half, factor);
+        if constexpr (!KeySource::kListed)
           references.kept[strip][half] = References::made(to, p.units.unit);
         large |= References::is_large(reference) && to != -kInfinity;
       });
@@ -372,8 +349,8 @@ struct ForwardKernel {
     }
 
     // One row of a fragment.
-    HW_DEVICE HW_INLINE void exponentials(float (&s)[Scores::kTiles][4], int half, RowSums& r,
-                                          const Stage& stage) {
+    HW_DEVICE HW_INLINE void exponentials(float (&s)[Scores::kTiles][4], int half,
+                                          RowSums<float>& r, const Stage& stage) {
       const float shift = r.max == -kInfinity ? 0.0f : r.max;
       HW_UNROLL
       for (int j = 0; j < Scores::kTiles; ++j) {
@@ -403,49 +380,44 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish() {
-      const Finish<Element, kPlain, !kPlain || Feed::kListed> finish{p.f, p.o, p.w, place, p.units};
-      HW_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) {
-        HW_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int line = warp_row + Scores::row(strip, 2 * half);
-          RowSums r = sums[strip][half];
-          r.sum = dev::warp_sum<4>(r.sum);
-          float times = 1;  // what w and the sum are relative to unit max
-          if constexpr (kPlain) {
-            times = dev::exp2_fast(-References::rest(r.max, p.units.unit));
-            r.sum *= times;
-          }
-          if constexpr (!kPlain) {
-            r.tilt = dev::warp_sum<4>(r.tilt);
-            r.squares = dev::warp_sum<4>(r.squares);
-            r.mass = dev::warp_sum<4>(r.mass);
-          }
-          const int64_t row = result_row(line);
-          if (row < 0) continue;
-          if (!Feed::kListed && p.plan.spans > 1) {
-            keep(strip, half, index() + line, r, times);
-          } else {
-            const float factor = finish.finalize(row, r, dev::lane() % 4 == 0);
-            if (!kPlain && !p.f.v) continue;
-            float x[Values::kTiles][2];
-            w.copy_row(x, strip, half, factor * times);
-            finish.write(row, Values::column(0, 0), x);
-          }
+      const Finish<Element, kPlain, !kPlain || KeySource::kListed> finish{p.f, p.o, p.w, item,
+                                                                          p.units};
+      Scores::each_row([&](int strip, int half) {
+        const int line = warp_row + Scores::row(strip, 2 * half);
+        RowSums<float> r = sums[strip][half];
+        r.sum = dev::warp_sum<4>(r.sum);
+        float times = 1;  // what w and the sum are relative to unit max
+        if constexpr (kPlain) {
+          times = dev::exp2_fast(-References::rest(r.max, p.units.unit));
+          r.sum *= times;
+        } else {
+          r.tilt = dev::warp_sum<4>(r.tilt);
+          r.squares = dev::warp_sum<4>(r.squares);
+          r.mass = dev::warp_sum<4>(r.mass);
         }
-      }
+        const int64_t row = result_row(line);
+        if (row < 0) return;
+        if (!KeySource::kListed && p.plan.spans > 1)
+          return keep(strip, half, index() + line, r, times);
+        const float factor = finish.finalize(row, r, dev::lane() % 4 == 0);
+        if (!kPlain && !p.f.v) return;
+        float x[Values::kTiles][2];
+        w.copy_row(x, strip, half, factor * times);
+        finish.write(row, Values::column(0, 0), x);
+      });
     }
 
     // Where results of a line of the block are; negative: nowhere.
     HW_DEVICE HW_INLINE int64_t result_row(int line) const {
       const int64_t row = first + line;
-      if constexpr (Feed::kListed)
-        return p.result_row(place, static_cast<int>(row), smem.tokens.own.at[line]);
+      if constexpr (KeySource::kListed)
+        return p.result_row(item, static_cast<int>(row), smem.tokens.own.at[line]);
       else
-        return row < place.mask.rows ? row : -1;
+        return row < item.mask.rows ? row : -1;
     }
 
-    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums& r, float times) {
+    HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums<float>& r,
+                                  float times) {
       const int64_t span = dev::block_index_y();
       if (dev::lane() % 4 == 0) {
         float* to = p.partials.sums_of(span, row);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on tensor cores: rows and keys that are not a sequence's in their order, but listed.
 //
-// Kernels take what they work on from a Feed. Dense is that of attention itself: rows first, first
+// Kernels take what they work on from a KeySource. DenseSource is that of attention itself: rows first, first
 // + 1, .. of a sequence meet keys 0, 1, .. of it. A listed one has, on either side, slots; a slot
 // holds a token or none. A tile is kCount slots from one of them on:
 //
@@ -12,19 +12,19 @@
 //             and the largest token of every 16 slots (Extent): tiles that nobody sees are not even
 //             loaded, tiles that everybody sees entirely are not masked
 //
-// A listed Feed has, besides kListed = true,
+// A listed KeySource has, besides kListed = true,
 //
 //   ForwardTiles, LoopTiles              as those of sm80/layout.h
-//   Place, place_of(p, n, head)          of task n, with what the following need
-//   row_slots(place), key_slots(place)   slots of either side
-//   listed_row(place, slot)              what the list has for a slot, listed_key of a key
-//   row_token(place, slot, listed)       its token, key_token of a key; kNoToken where it has none
-//   result_row(place, slot, token)       where results of a row are, result_key of a key; negative:
+//   WorkItem, work_item(p, n, head)      of task n, with what the following need
+//   row_slots(item), key_slots(item)     slots of either side
+//   listed_row(item, slot)               what the list has for a slot, listed_key of a key
+//   row_token(item, slot, listed)        its token, key_token of a key; kNoToken where it has none
+//   result_row(item, slot, token)        where results of a row are, result_key of a key; negative:
 //                                        nowhere
-//   first_result(place, slot)            Slots::results from a row on
+//   first_result(item, slot)             Slots::results from a row on
 //   row_sums, key_sums, value_sums       fp32 [B, results, Hq, D | Dv]: what d_q, d_k and d_v are made
 //                                        from by the caller; absent: they are written themselves
-//   key_owners, heads_of_owner           as those of Dense
+//   key_owners, heads_of_owner           as those of DenseSource
 //   keys_in_order()                      slot = token for keys, none is beyond them
 //   pad_keys(), mask_self(), kSelfScore  as routing_attention.h has them
 #pragma once
@@ -38,7 +38,8 @@
 
 namespace hw::softmax::sm80 {
 
-struct Place {
+// What a block works on: a head of a sequence.
+struct WorkItem {
   Sequence at;
   Mask mask;
   int head, key_head;  // of the queries, of the keys
@@ -98,23 +99,24 @@ struct Tokens {
 };
 
 // What a thread reads of the lists for the tokens of kCount slots from `first` on, asked for before
-// it starts the copies of another tile, so that it does not wait. Side: of(slot) what a list has for
-// a slot, token(slot, listed) the token that follows from it, `slots` that there are.
-template <int kThreads, int kCount, class Side>
-struct Coming {
+// it starts the copies of another tile, so that it does not wait. SlotList: of(slot) what a list
+// has for a slot, token(slot, listed) the token that follows from it, `slots` that there are.
+template <int kThreads, int kCount, class SlotList>
+struct TokenPrefetch {
   static_assert(kCount <= kThreads, "a slot per thread");
-  const Side& side;
+  const SlotList& list;
   int first;
   int64_t listed;
 
-  HW_DEVICE HW_INLINE Coming(const Side& from, int first_slot) : side(from), first(first_slot) {
-    listed = exists() ? side.of(first + dev::thread_index()) : kNoToken;
+  HW_DEVICE HW_INLINE TokenPrefetch(const SlotList& from, int first_slot)
+      : list(from), first(first_slot) {
+    listed = exists() ? list.of(first + dev::thread_index()) : kNoToken;
   }
   // Writes the tokens. Whole block; they are visible behind the next barrier.
   HW_DEVICE HW_INLINE void fill(Tokens<kCount>& to) const {
     const int i = dev::thread_index();
     if (i - dev::lane() >= kCount) return;  // the same for a warp
-    const int token = exists() ? side.token(first + i, listed) : kBeyond;
+    const int token = exists() ? list.token(first + i, listed) : kBeyond;
     const int high = dev::warp_max<16>(token);
     const int low = -dev::warp_max<16>(token < 0 ? -INT_MAX : -token);
     const uint32_t holes = dev::ballot(token < 0) >> (dev::lane() & 16) & 0xffff;
@@ -125,24 +127,24 @@ struct Coming {
 
  private:
   HW_DEVICE HW_INLINE bool exists() const {
-    return dev::thread_index() < kCount && first + dev::thread_index() < side.slots;
+    return dev::thread_index() < kCount && first + dev::thread_index() < list.slots;
   }
 };
 
-// The rows, the keys of a place.
-template <class Feed, bool kKeySide>
-struct Side {
-  const Feed& feed;
-  const typename Feed::Place& place;
+// The slots of rows, or of keys, of a work item.
+template <class KeySource, bool kKeySide>
+struct SlotList {
+  const KeySource& source;
+  const typename KeySource::WorkItem& item;
   int slots;
 
-  HW_DEVICE HW_INLINE Side(const Feed& f, const typename Feed::Place& w)
-      : feed(f), place(w), slots(kKeySide ? f.key_slots(w) : f.row_slots(w)) {}
+  HW_DEVICE HW_INLINE SlotList(const KeySource& f, const typename KeySource::WorkItem& w)
+      : source(f), item(w), slots(kKeySide ? f.key_slots(w) : f.row_slots(w)) {}
   HW_DEVICE HW_INLINE int64_t of(int slot) const {
-    return kKeySide ? feed.listed_key(place, slot) : feed.listed_row(place, slot);
+    return kKeySide ? source.listed_key(item, slot) : source.listed_row(item, slot);
   }
   HW_DEVICE HW_INLINE int token(int slot, int64_t listed) const {
-    return kKeySide ? feed.key_token(place, slot, listed) : feed.row_token(place, slot, listed);
+    return kKeySide ? source.key_token(item, slot, listed) : source.row_token(item, slot, listed);
   }
 };
 
@@ -161,7 +163,7 @@ struct Slots {
 
 // Rows of a tensor [B, S, heads, columns].
 template <class Element>
-HW_DEVICE HW_INLINE ListedRows<Element> listed_rows(const Input<Element>& x, const Place& w,
+HW_DEVICE HW_INLINE ListedRows<Element> listed_rows(const Input<Element>& x, const WorkItem& w,
                                                     int head, const Slots& slots) {
   ListedRows<Element> rows;
   rows.origin = x.ref.at(w.at.batch, 0, head);
@@ -174,19 +176,19 @@ HW_DEVICE HW_INLINE ListedRows<Element> listed_rows(const Input<Element>& x, con
   return rows;
 }
 template <class Element>
-HW_DEVICE HW_INLINE ListedRows<Element> query_rows(const Input<Element>& x, const Place& w,
+HW_DEVICE HW_INLINE ListedRows<Element> query_rows(const Input<Element>& x, const WorkItem& w,
                                                    const Slots& slots) {
   return listed_rows(x, w, w.head, slots);
 }
 template <class Element>
-HW_DEVICE HW_INLINE ListedRows<Element> key_rows(const Input<Element>& x, const Place& w,
+HW_DEVICE HW_INLINE ListedRows<Element> key_rows(const Input<Element>& x, const WorkItem& w,
                                                  const Slots& slots) {
   return listed_rows(x, w, w.key_head, slots);
 }
 
 // Numbers [B, Hq, S] (acc) of kCount keys; of queries, where they may be by slot.
 template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                      const Slots& slots) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -194,7 +196,7 @@ HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, con
                                     [&](int i) { return slots.token[i]; });
 }
 template <int kCount, int kThreads, int kPitch>
-HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                        const Slots& slots) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -206,7 +208,7 @@ HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, c
 }
 // The same of [B, Sq, Hq], by token.
 template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                       const Slots& slots) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();

@@ -2,9 +2,9 @@
 // Attention on tensor cores: the loop of all passes that know the row statistics.
 //
 // A block owns 64 queries and walks over tiles of the keys they see (loop R2), or owns 64 keys and
-// walks over tiles of the queries that see them (loop C, kKeysDown). Each side has a first tensor,
-// q or k, whose products are the scores, and may have a second one, d_w or x of the queries, v of
-// the keys. Each of 4 warps holds 16 own rows and, of a tile, in registers
+// walks over tiles of the queries that see them (loop C, kKeysAsRows). Each side has a first
+// tensor, q or k, whose products are the scores, and may have a second one, d_w or x of the
+// queries, v of the keys. Each of 4 warps holds 16 own rows and, of a tile, in registers
 //
 //   s, p      [own 16, other]   of first own times first other
 //   dp, ds    [own 16, other]   of second own times second other
@@ -28,34 +28,34 @@ struct LoopInputs {
   float unit;                          // exponents are unit (x - base) - rest, to base 2
 };
 
-template <class Element, int kDim, bool kPlain, bool kKeysDown_, bool kOwnSecond_,
-          class Feed = Dense>
+template <class Element, int kDim, bool kPlain, bool kKeysAsRows_, bool kOwnSecond_,
+          class KeySource = DenseSource>
 struct Loop {
-  using Tiles = typename Feed::LoopTiles;
-  using Place = typename Feed::Place;
-  static constexpr bool kKeysDown = kKeysDown_, kOwnSecond = kOwnSecond_;
+  using Tiles = typename KeySource::LoopTiles;
+  using WorkItem = typename KeySource::WorkItem;
+  static constexpr bool kKeysAsRows = kKeysAsRows_, kOwnSecond = kOwnSecond_;
   static constexpr int strips() {
-    if constexpr (Feed::kListed || !kOwnSecond)
+    if constexpr (KeySource::kListed || !kOwnSecond)
       return 1;
     else
       return Tiles::strips(kDim, kPlain);
   }
   static constexpr int others_of_tile() {
     if constexpr (strips() == 2)
-      return Tiles::others_of_two(kKeysDown);
+      return Tiles::others_of_two(kKeysAsRows);
     else
       return Tiles::others(kDim, kPlain);
   }
   static constexpr int kStrips = strips();
   static constexpr int kOwn = Tiles::kOwn * kStrips, kOther = others_of_tile();
   static constexpr int kWarps = Tiles::kOwn / 16, kThreads = kWarps * dev::kWarp;
-  static constexpr int kQueries = kKeysDown ? kOther : kOwn, kKeys = kKeysDown ? kOwn : kOther;
+  static constexpr int kQueries = kKeysAsRows ? kOther : kOwn, kKeys = kKeysAsRows ? kOwn : kOther;
   using Pairs = Fragment<kStrips, kOther / 8>;
-  using Score = ScoreTile<Element, kPlain, kKeysDown, kStrips, kOther / 8, Feed>;
+  using Score = ScoreTile<Element, kPlain, kKeysAsRows, kStrips, kOther / 8, KeySource>;
   using Values = Fragment<kStrips, kDim / 8>;  // [own 16 kStrips, columns]: what a warp sums up
 
-  using OwnSide = Side<Feed, kKeysDown>;
-  using OtherSide = Side<Feed, !kKeysDown>;
+  using OwnList = SlotList<KeySource, kKeysAsRows>;
+  using OtherList = SlotList<KeySource, !kKeysAsRows>;
 
   struct QueryNumbers {
     Vec<float, 4> of[kQueries];  // statistic, its rest, extra, nothing
@@ -65,8 +65,8 @@ struct Loop {
     float of[2][kKeys];  // bias, gain
   };
   using NoKeyNumbers = If<!kPlain, KeyNumbers>;
-  using OwnNumbers = std::conditional_t<kKeysDown, NoKeyNumbers, QueryNumbers>;
-  using OtherNumbers = std::conditional_t<kKeysDown, QueryNumbers, NoKeyNumbers>;
+  using OwnNumbers = std::conditional_t<kKeysAsRows, NoKeyNumbers, QueryNumbers>;
+  using OtherNumbers = std::conditional_t<kKeysAsRows, QueryNumbers, NoKeyNumbers>;
 
   struct Stage {
     Tile<Element, kOther, kDim> first, second;
@@ -77,29 +77,30 @@ struct Loop {
     If<kOwnSecond, Tile<Element, kOwn, kDim>> second_own;
     Stage stage[2];
     OwnNumbers numbers;
-    Place place;
+    WorkItem item;
     int64_t first;  // own row of the block, in its sequence or list
     int64_t sequence;
     int owner;  // of keys
-    If<!Feed::kListed, Sight[kWarps]> sight;
-    If<Feed::kListed, ListedTiles<kOwn, kOther>> tokens;
+    If<!KeySource::kListed, Sight[kWarps]> sight;
+    If<KeySource::kListed, ListedTiles<kOwn, kOther>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
   const ScoreParams& p;
   const LoopInputs<Element>& inputs;
-  const Feed& feed;
+  const KeySource& source;
   Smem& smem;
-  const Place& place;    // in shared memory: registers are short
+  const WorkItem& item;  // in shared memory: registers are short
   const int64_t& first;  // likewise
-  If<!Feed::kListed, UnitStream<kOther, kDim / 8, kThreads, Element>> first_units, second_units;
-  If<!Feed::kListed && kKeysDown, NumberStream<3, kQueries, 4, 1, kThreads>> query_stream;
-  If<!Feed::kListed && !kKeysDown && !kPlain, NumberStream<2, kKeys, 1, kKeys, kThreads>>
+  If<!KeySource::kListed, UnitStream<kOther, kDim / 8, kThreads, Element>> first_units,
+      second_units;
+  If<!KeySource::kListed && kKeysAsRows, NumberStream<3, kQueries, 4, 1, kThreads>> query_stream;
+  If<!KeySource::kListed && !kKeysAsRows && !kPlain, NumberStream<2, kKeys, 1, kKeys, kThreads>>
       key_stream;
 
   HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in,
-                           const Feed& from, Smem& s)
-      : p(params), inputs(in), feed(from), smem(s), place(s.place), first(s.first) {}
+                           const KeySource& from, Smem& s)
+      : p(params), inputs(in), source(from), smem(s), item(s.item), first(s.first) {}
 
   // Goes to the own rows from `first_row` on of a head of a sequence, once all warps are done with
   // those before.
@@ -117,11 +118,11 @@ struct Loop {
   }
   HW_DEVICE HW_INLINE void take(int head) {
     dev::sync_block();
-    if (dev::thread_index() == 0) smem.place = feed.place_of(p, smem.sequence, head);
+    if (dev::thread_index() == 0) smem.item = source.work_item(p, smem.sequence, head);
     dev::sync_block();
-    if constexpr (Feed::kListed) {
-      const OwnSide side(feed, place);
-      Coming<kThreads, kOwn, OwnSide>(side, static_cast<int>(first)).fill(smem.tokens.own);
+    if constexpr (KeySource::kListed) {
+      const OwnList list(source, item);
+      TokenPrefetch<kThreads, kOwn, OwnList>(list, static_cast<int>(first)).fill(smem.tokens.own);
       dev::sync_block();
     }
   }
@@ -130,24 +131,24 @@ struct Loop {
   HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16 * kStrips; }
 
   HW_DEVICE HW_INLINE Range own() const {
-    if constexpr (Feed::kListed)
-      return {first, min_of<int64_t>(first + kOwn, OwnSide(feed, place).slots)};
+    if constexpr (KeySource::kListed)
+      return {first, min_of<int64_t>(first + kOwn, OwnList(source, item).slots)};
     else
-      return {first, min_of(first + kOwn, kKeysDown ? place.mask.keys : place.mask.rows)};
+      return {first, min_of(first + kOwn, kKeysAsRows ? item.mask.keys : item.mask.rows)};
   }
 
   // What the own rows meet.
   HW_DEVICE HW_INLINE Range others() const {
-    if constexpr (Feed::kListed) return listed_others();
-    const Range meets = kKeysDown ? place.mask.rows_of(own()) : place.mask.keys_of(own());
+    if constexpr (KeySource::kListed) return listed_others();
+    const Range meets = kKeysAsRows ? item.mask.rows_of(own()) : item.mask.keys_of(own());
     return meets.empty() ? Range{0, 0} : meets;
   }
 
   HW_DEVICE HW_INLINE Range listed_others() const {
     const Extent tokens = smem.tokens.own.extent();
     if (tokens.none()) return {0, 0};
-    if (kKeysDown || !feed.keys_in_order()) return {0, OtherSide(feed, place).slots};
-    const Range keys = place.mask.keys_of(tokens.range());
+    if (kKeysAsRows || !source.keys_in_order()) return {0, OtherList(source, item).slots};
+    const Range keys = item.mask.keys_of(tokens.range());
     return keys.empty() ? Range{0, 0} : keys;
   }
 
@@ -158,17 +159,18 @@ struct Loop {
     prefetch_own();
     const int begin = static_cast<int>(range.begin / kOther);
     const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
-    if constexpr (!Feed::kListed) start_streams(begin);
-    if constexpr (Feed::kListed) {
-      const OtherSide side(feed, place);
-      Coming<kThreads, kOther, OtherSide>(side, begin * kOther).fill(smem.tokens.other[begin % 3]);
+    if constexpr (!KeySource::kListed) start_streams(begin);
+    if constexpr (KeySource::kListed) {
+      const OtherList list(source, item);
+      TokenPrefetch<kThreads, kOther, OtherList>(list, begin * kOther)
+          .fill(smem.tokens.other[begin % 3]);
       dev::sync_block();
     }
     walk_stages(
         begin, end, [&](int tile) { prefetch_tile(tile); },
         [&](int tile) {
           const Stage& stage = smem.stage[tile & 1];
-          const Score score{p, inputs.in, place, feed, spot(stage, tile)};
+          const Score score{p, inputs.in, item, source, operands(stage, tile)};
           if (!score.unseen()) visit(stage, score);
         });
   }
@@ -192,12 +194,12 @@ struct Loop {
   // Where results of that row are, among those of its sequence; negative: nowhere.
   HW_DEVICE HW_INLINE int64_t result_row(int half, int strip = 0) const {
     const int64_t at = own_row(half, strip);
-    if constexpr (Feed::kListed) {
+    if constexpr (KeySource::kListed) {
       const int token = own_token(half), slot = static_cast<int>(at);
-      if constexpr (kKeysDown)
-        return feed.result_key(place, slot, token);
+      if constexpr (kKeysAsRows)
+        return source.result_key(item, slot, token);
       else
-        return feed.result_row(place, slot, token);
+        return source.result_row(item, slot, token);
     } else {
       return at < own().end ? at : -1;
     }
@@ -209,8 +211,8 @@ struct Loop {
   // Row `at` of the own side's tensor [B, S, heads, columns].
   template <class T>
   HW_DEVICE HW_INLINE Ref<T, 1> row_of(const Ref<T, 4>& x, int64_t at, int head) const {
-    const int64_t token = (kKeysDown ? place.at.k_begin : place.at.q_begin) + at;
-    return {x.at(place.at.batch, token, head), {x.size[3]}, {x.stride[3]}};
+    const int64_t token = (kKeysAsRows ? item.at.k_begin : item.at.q_begin) + at;
+    return {x.at(item.at.batch, token, head), {x.size[3]}, {x.stride[3]}};
   }
 
   // Writes factor(half) times the sums of the own rows that exist.
@@ -230,7 +232,7 @@ struct Loop {
 
   // Adds up the lanes' shares of the own keys' sums, [B, Hq, Sk] where wanted.
   HW_DEVICE HW_INLINE void store_sums(const Ref<void, 3>& to, const float (&share)[2]) const {
-    static_assert(kKeysDown, "sums of keys");
+    static_assert(kKeysAsRows, "sums of keys");
     if (!to) return;
     HW_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -241,20 +243,20 @@ struct Loop {
   HW_DEVICE HW_INLINE void store_of_key(const Ref<void, 3>& to, int half, float value) const {
     const int64_t at = result_row(half);
     if (dev::lane() % 4 == 0 && at >= 0)
-      to.template as<float>()(place.at.batch, place.head, place.at.k_begin + at) = value;
+      to.template as<float>()(item.at.batch, item.head, item.at.k_begin + at) = value;
   }
 
  private:
   // What the loads of the own side, of a tile of the other side go by.
   HW_DEVICE HW_INLINE auto own_at() const {
-    if constexpr (Feed::kListed)
-      return Slots{smem.tokens.own.at, feed.first_result(place, static_cast<int>(first))};
+    if constexpr (KeySource::kListed)
+      return Slots{smem.tokens.own.at, source.first_result(item, static_cast<int>(first))};
     else
       return int64_t{first};
   }
   HW_DEVICE HW_INLINE auto others_at(int tile) const {
-    if constexpr (Feed::kListed)
-      return Slots{smem.tokens.other[tile % 3].at, feed.first_result(place, tile * kOther)};
+    if constexpr (KeySource::kListed)
+      return Slots{smem.tokens.other[tile % 3].at, source.first_result(item, tile * kOther)};
     else
       return static_cast<int64_t>(tile) * kOther;
   }
@@ -262,11 +264,12 @@ struct Loop {
   // Listed: the tile's tokens are there; those of the next one follow.
   HW_DEVICE HW_INLINE void prefetch_tile(int tile) {
     Stage& stage = smem.stage[tile & 1];
-    if constexpr (Feed::kListed) {
-      const OtherSide side(feed, place);
-      const Coming<kThreads, kOther, OtherSide> next(side, (tile + 1) * kOther);
+    if constexpr (KeySource::kListed) {
+      const OtherList list(source, item);
+      const TokenPrefetch<kThreads, kOther, OtherList> next(list, (tile + 1) * kOther);
       const Extent own = smem.tokens.own.extent(), other = smem.tokens.other[tile % 3].extent();
-      if (may_meet(place.mask, kKeysDown ? other : own, kKeysDown ? own : other, feed.pad_keys()))
+      if (may_meet(item.mask, kKeysAsRows ? other : own, kKeysAsRows ? own : other,
+                   source.pad_keys()))
         prefetch(stage, others_at(tile));
       next.fill(smem.tokens.other[(tile + 1) % 3]);
     } else {
@@ -276,37 +279,37 @@ struct Loop {
 
   // In order: what of the other side comes next, from `at` on, is a fixed step away from the last.
   HW_DEVICE HW_INLINE const Input<Element>& first_others() const {
-    return kKeysDown ? inputs.in.q : inputs.in.k;
+    return kKeysAsRows ? inputs.in.q : inputs.in.k;
   }
   HW_DEVICE HW_INLINE const Input<Element>& second_others() const {
-    return kKeysDown ? inputs.of_queries : inputs.of_keys;
+    return kKeysAsRows ? inputs.of_queries : inputs.of_keys;
   }
   HW_DEVICE HW_INLINE Rows<Element> other_rows(const Input<Element>& x, int64_t at) const {
-    return kKeysDown ? query_rows(x, place, at) : key_rows(x, place, at);
+    return kKeysAsRows ? query_rows(x, item, at) : key_rows(x, item, at);
   }
 
   HW_DEVICE HW_INLINE void start_streams(int tile) {
     if (dev::lane() == 0)
       smem.sight[dev::warp()] =
-          sight_of<kKeysDown, kOther>(place.mask, first + warp_row(), 16 * kStrips);
+          sight_of<kKeysAsRows, kOther>(item.mask, first + warp_row(), 16 * kStrips);
     const int64_t at = others_at(tile);
     first_units = decltype(first_units)(other_rows(first_others(), at));
     if (second_others().ref) second_units = decltype(second_units)(other_rows(second_others(), at));
-    if constexpr (kKeysDown) query_stream.start([&](int array) { return array_of(array, at); });
-    if constexpr (!kKeysDown && !kPlain)
+    if constexpr (kKeysAsRows) query_stream.start([&](int array) { return array_of(array, at); });
+    if constexpr (!kKeysAsRows && !kPlain)
       key_stream.start(
-          [&](int n) { return key_array(n == 0 ? p.key_bias : p.key_gain, place, at); });
+          [&](int n) { return key_array(n == 0 ? p.key_bias : p.key_gain, item, at); });
   }
 
   HW_DEVICE HW_INLINE void prefetch_next(Stage& stage, int64_t at) {
-    const int64_t all = kKeysDown ? place.at.q_count : place.at.k_count;
+    const int64_t all = kKeysAsRows ? item.at.q_count : item.at.k_count;
     const int count = static_cast<int>(min_of<int64_t>(all - at, kOther));
     load_next<kThreads>(stage.first, first_units, first_others(), count,
                         [&] { return other_rows(first_others(), at); });
     if (second_others().ref)
       load_next<kThreads>(stage.second, second_units, second_others(), count,
                           [&] { return other_rows(second_others(), at); });
-    if constexpr (kKeysDown) {
+    if constexpr (kKeysAsRows) {
       query_stream.load(stage.numbers.of[0].v, count);
       load_temperatures(stage.numbers, at);
     } else if constexpr (!kPlain) {
@@ -319,83 +322,84 @@ struct Loop {
     const Ref<const void, 3>& x = n == 0 ? inputs.statistic : n == 1 ? inputs.rest : inputs.extra;
     if (!x) return {};
     const Ref<const float, 3> from = x.template as<const float>();
-    return {from.at(place.at.batch, place.head, place.at.q_begin + row), from.stride[2]};
+    return {from.at(item.at.batch, item.head, item.at.q_begin + row), from.stride[2]};
   }
 
   HW_DEVICE HW_INLINE void prefetch_own() {
     const auto at = own_at();
-    if constexpr (kKeysDown) {
-      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, place, at));
+    if constexpr (kKeysAsRows) {
+      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, item, at));
       if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, place, at));
+        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, item, at));
       load_key_numbers(smem.numbers, at);
     } else {
-      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, place, at));
+      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, item, at));
       if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, place, at));
+        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, item, at));
       load_query_numbers(smem.numbers, at);
     }
   }
 
   template <class At>
   HW_DEVICE HW_INLINE void prefetch(Stage& stage, const At& at) {
-    const Input<Element>& second = kKeysDown ? inputs.of_queries : inputs.of_keys;
-    if constexpr (kKeysDown) {
-      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, place, at));
-      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, place, at));
+    const Input<Element>& second = kKeysAsRows ? inputs.of_queries : inputs.of_keys;
+    if constexpr (kKeysAsRows) {
+      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, item, at));
+      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, item, at));
       load_query_numbers(stage.numbers, at);
     } else {
-      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, place, at));
-      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, place, at));
+      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, item, at));
+      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, item, at));
       load_key_numbers(stage.numbers, at);
     }
   }
 
   template <class At>
   HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
-    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, place, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, item, at);
     if (inputs.rest)
-      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, place, at);
+      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, item, at);
     else
       for (int i = dev::thread_index(); i < kQueries; i += kThreads) to.of[i].v[1] = 0.0f;
-    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, place, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, item, at);
     load_temperatures(to, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_temperatures(QueryNumbers& to, const At& at) const {
-    if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, place, at);
+    if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, item, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, const At& at) const {
     if constexpr (!kPlain) {
-      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, place, at);
-      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, place, at);
+      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, item, at);
+      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, item, at);
     }
   }
 
   // The warp's pairs of a tile.
-  HW_DEVICE HW_INLINE Spot spot(const Stage& stage, int tile) const {
-    Spot at;
-    if constexpr (Feed::kListed) {
+  HW_DEVICE HW_INLINE TileOperands operands(const Stage& stage, int tile) const {
+    TileOperands at;
+    if constexpr (KeySource::kListed) {
       const Tokens<kOther>& other = smem.tokens.other[tile % 3];
       const int* mine = smem.tokens.own.at + warp_row();
       const Extent* part = smem.tokens.own.parts + warp_row() / 16;
-      at.row_token = kKeysDown ? other.at : mine, at.key_token = kKeysDown ? mine : other.at;
-      at.row_parts = kKeysDown ? other.parts : part, at.key_parts = kKeysDown ? part : other.parts;
+      at.row_token = kKeysAsRows ? other.at : mine, at.key_token = kKeysAsRows ? mine : other.at;
+      at.row_parts = kKeysAsRows ? other.parts : part,
+      at.key_parts = kKeysAsRows ? part : other.parts;
     } else {
       const int64_t mine = first + warp_row(), other = static_cast<int64_t>(tile) * kOther;
-      at.row = kKeysDown ? other : mine, at.key = kKeysDown ? mine : other;
+      at.row = kKeysAsRows ? other : mine, at.key = kKeysAsRows ? mine : other;
       const Sight sight = smem.sight[dev::warp()];
       at.seen = sight.sees(tile), at.whole = sight.whole(tile);
     }
-    if constexpr (kKeysDown) {
+    if constexpr (kKeysAsRows) {
       point_to(at, stage.numbers, 0, smem.numbers, warp_row());
     } else {
       point_to(at, smem.numbers, warp_row(), stage.numbers, 0);
     }
     return at;
   }
-  HW_DEVICE HW_INLINE void point_to(Spot& at, const QueryNumbers& queries, int query,
+  HW_DEVICE HW_INLINE void point_to(TileOperands& at, const QueryNumbers& queries, int query,
                                     const NoKeyNumbers& keys, int key) const {
     at.numbers = queries.of + query;
     if constexpr (!kPlain) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores: the place of a block, and scores in fragments.
+// Attention on tensor cores: what a block works on, and scores in fragments.
 //
 // A fragment of products c lies one of two ways:
-//   queries down    rows are queries, columns keys     (forward, d_q, d_bias)
-//   keys down       rows are keys, columns queries     (d_k and d_v, columns)
+//   queries as rows  rows are queries, columns keys   (forward, d_q, d_bias)
+//   keys as rows     rows are keys, columns queries   (d_k and d_v, columns)
 // so that what is multiplied next finds p or ds as its A operand in the registers where it is made.
 // All steps go through ScoreTile, which knows query and key of every element; the formulas are
 // those of attention_score.h, with fast functions by the type Fast.
@@ -50,21 +50,21 @@ HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
 
 // ---- Where a block is ---------------------------------------------------------------------------
 
-HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) {
+HW_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
   const Sequence at = sequence(p, n);
   return {at, mask_of(p, at), head, head / p.group()};
 }
 
 // Where rows and keys come from: here those of a sequence, in their order (others: sm80/lists.cuh).
-struct Dense {
+struct DenseSource {
   static constexpr bool kListed = false;
-  using Place = sm80::Place;
+  using WorkItem = sm80::WorkItem;
   template <int kDim>
   using ForwardTiles = sm80::ForwardTiles<kDim>;
   using LoopTiles = sm80::LoopTiles;
 
-  HW_DEVICE HW_INLINE static Place place_of(const ScoreParams& p, int64_t n, int head) {
-    return sm80::place_of(p, n, head);
+  HW_DEVICE HW_INLINE static WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
+    return sm80::work_item(p, n, head);
   }
   // Keys have owners: how many there are in a sequence, and the query heads that each one walks.
   HW_DEVICE HW_INLINE static int key_owners(const ScoreParams& p) { return p.key_heads(); }
@@ -88,16 +88,18 @@ HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequ
 }
 
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const Place& w, int64_t row) {
+HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const WorkItem& w,
+                                             int64_t row) {
   return token_rows(x, w.at, w.head, w.at.q_begin + row, w.at.q_count - row);
 }
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const Place& w, int64_t key) {
+HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const WorkItem& w,
+                                           int64_t key) {
   return token_rows(x, w.at, w.key_head, w.at.k_begin + key, w.at.k_count - key);
 }
 
 // Numbers [B, Hq, S] (acc) of keys from `key` on.
-HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const WorkItem& w,
                                           int64_t key) {
   if (!x) return {};
   const Ref<const float, 3> from = x.as<const float>();
@@ -106,7 +108,7 @@ HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const Pla
 
 // Starts loading numbers [B, Hq, S] (acc) of kCount keys or queries into `to`; none where absent.
 template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                      int64_t key) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -114,7 +116,7 @@ HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, con
                                  from.stride[2], w.at.k_count - key);
 }
 template <int kCount, int kThreads, int kPitch>
-HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                        int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -123,7 +125,7 @@ HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, c
 }
 // The same of [B, Sq, Hq].
 template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const Place& w,
+HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const WorkItem& w,
                                       int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
@@ -151,7 +153,7 @@ struct ScoreInputs {
 // First query and key of a fragment, in the sequence, and numbers in shared memory from these on,
 // of which those are read that the call has. Listed: tokens and their extents in place of the
 // first.
-struct Spot {
+struct TileOperands {
   bool seen = true, whole = false;  // Sight of the tile; where tokens are listed, they tell
   int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query
@@ -161,42 +163,42 @@ struct Spot {
   const Extent *row_parts = nullptr, *key_parts = nullptr;  // of 16 each
 };
 
-template <class Element, bool kPlain, bool kKeysDown, int kStrips, int kTiles, class Feed>
+template <class Element, bool kPlain, bool kKeysAsRows, int kStrips, int kTiles, class KeySource>
 struct ScoreTile {
   using F = Fragment<kStrips, kTiles>;
   static constexpr int kLines = 16 * kStrips, kColumns = 8 * kTiles;
-  static constexpr int kQueries = kKeysDown ? kColumns : kLines;
-  static constexpr int kKeys = kKeysDown ? kLines : kColumns;
+  static constexpr int kQueries = kKeysAsRows ? kColumns : kLines;
+  static constexpr int kKeys = kKeysAsRows ? kLines : kColumns;
 
   const ScoreParams& p;
   const ScoreInputs<Element>& in;
-  const typename Feed::Place& place;
-  const Feed& feed;
-  Spot spot;
+  const typename KeySource::WorkItem& item;
+  const KeySource& source;
+  TileOperands operands;
 
   HW_DEVICE static HW_INLINE int query(int s, int j, int i) {
-    return kKeysDown ? F::column(j, i) : F::row(s, i);
+    return kKeysAsRows ? F::column(j, i) : F::row(s, i);
   }
   HW_DEVICE static HW_INLINE int key(int s, int j, int i) {
-    return kKeysDown ? F::row(s, i) : F::column(j, i);
+    return kKeysAsRows ? F::row(s, i) : F::column(j, i);
   }
 
   // Whether no query of the fragment sees a key of it.
   HW_DEVICE HW_INLINE bool unseen() const {
-    if constexpr (Feed::kListed)
-      return !may_meet(place.mask, row_extent(), key_extent(), feed.pad_keys());
+    if constexpr (KeySource::kListed)
+      return !may_meet(item.mask, row_extent(), key_extent(), source.pad_keys());
     else
-      return !spot.seen;
+      return !operands.seen;
   }
   HW_DEVICE HW_INLINE bool soft() const {
-    return kPlain || Feed::kListed || is_softmax(p.activation);
+    return kPlain || KeySource::kListed || is_softmax(p.activation);
   }
 
   // y of c in place.
   HW_DEVICE HW_INLINE void shape_products(F& x) const {
     if constexpr (kPlain) return;
     F::each([&](int s, int j, int i) {
-      x.at[s][j][i] *= p.row_temperature ? in.scale * spot.tau[query(s, j, i)] : in.scale;
+      x.at[s][j][i] *= p.row_temperature ? in.scale * operands.tau[query(s, j, i)] : in.scale;
     });
     if (p.softcap > 0)
       F::each([&](int s, int j, int i) {
@@ -213,8 +215,8 @@ struct ScoreTile {
         x.at[s][j][i] = static_cast<float>(in.shape.score(Fast(x.at[s][j][i]), gain, 0.0f));
       });
     if (p.key_bias)
-      F::each([&](int s, int j, int i) { x.at[s][j][i] += spot.key_bias[key(s, j, i)]; });
-    if constexpr (Feed::kListed) {
+      F::each([&](int s, int j, int i) { x.at[s][j][i] += operands.key_bias[key(s, j, i)]; });
+    if constexpr (KeySource::kListed) {
       if (p.bias) add_bias_of_tokens(x);
     } else {
       if (p.bias) add_bias(x);
@@ -223,13 +225,13 @@ struct ScoreTile {
 
   // -inf where a query does not see a key.
   HW_DEVICE HW_INLINE void hide(F& x) const {
-    if constexpr (Feed::kListed)
+    if constexpr (KeySource::kListed)
       hide_tokens(x);
     else
       hide_in_order(x);
   }
   HW_DEVICE HW_INLINE void hide_in_order(F& x) const {
-    if (spot.whole) return;
+    if (operands.whole) return;
     HW_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       HW_UNROLL
@@ -256,7 +258,7 @@ struct ScoreTile {
     if (p.normalizer == Normalizer::none) return 1.0f;
     if (p.normalizer == Normalizer::sum)
       return statistic != 0.0f && statistic < kInfinity ? 1.0f / statistic : 0.0f;
-    const int64_t seen = place.mask.visible_keys(spot.row + q).count();
+    const int64_t seen = item.mask.visible_keys(operands.row + q).count();
     return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
   }
 
@@ -266,14 +268,14 @@ struct ScoreTile {
   };
 
   HW_DEVICE HW_INLINE Terms terms_of(int q) const {
-    const Vec<float, 4> of_query = load_vector<4>(spot.numbers[q].v);
+    const Vec<float, 4> of_query = load_vector<4>(operands.numbers[q].v);
     return {base_of(q, of_query.v[0]), of_query.v[1] * kLog2e, of_query.v[2]};
   }
 
   // f(terms, each), each(g): g(strip, j, i) of every element of the query.
   template <class Visit>
   HW_DEVICE HW_INLINE void each_query(Visit&& f) const {
-    if constexpr (kKeysDown) {
+    if constexpr (kKeysAsRows) {
       HW_UNROLL
       for (int j = 0; j < kTiles; ++j) {
         HW_UNROLL
@@ -321,8 +323,8 @@ struct ScoreTile {
 
   // p in place of s, and ds in place of dp.
   HW_DEVICE HW_INLINE void differentiate(F& x, F& dp, float unit) const {
-    if constexpr (Feed::kListed)
-      if (feed.mask_self()) return differentiate_but_self(x, dp, unit);
+    if constexpr (KeySource::kListed)
+      if (source.mask_self()) return differentiate_but_self(x, dp, unit);
     each_query([&](const Terms& t, auto&& each) {
       each([&](int s, int j, int i) {
         const float score = x.at[s][j][i], p_ij = weight(score, t, unit);
@@ -336,7 +338,7 @@ struct ScoreTile {
   }
 
   // Whether dx differs from ds.
-  HW_DEVICE HW_INLINE bool bends() const { return !kPlain && (p.softcap > 0 || p.key_gain); }
+  HW_DEVICE HW_INLINE bool is_nonlinear() const { return !kPlain && (p.softcap > 0 || p.key_gain); }
 
   // dx of ds in place.
   HW_DEVICE HW_INLINE void chain(F& ds, const F& y) const {
@@ -347,37 +349,38 @@ struct ScoreTile {
   }
 
   // dc / scale of dx in place, where queries have temperatures.
-  HW_DEVICE HW_INLINE void heat(F& dx) const {
+  HW_DEVICE HW_INLINE void apply_temperature(F& dx) const {
     if (kPlain || !p.row_temperature) return;
-    F::each([&](int s, int j, int i) { dx.at[s][j][i] *= spot.tau[query(s, j, i)]; });
+    F::each([&](int s, int j, int i) { dx.at[s][j][i] *= operands.tau[query(s, j, i)]; });
   }
 
-  // Adds ds |y| of the rows that key_gain is for to the sums of the lane's keys (keys down).
+  // Adds ds |y| of the rows that key_gain is for to the sums of the lane's keys (keys as rows).
   HW_DEVICE HW_INLINE void add_gain_gradients(float (&share)[2], const F& ds, const F& y) const {
-    static_assert(kKeysDown && kStrips == 1, "sums of keys");
+    static_assert(kKeysAsRows && kStrips == 1, "sums of keys");
     F::each([&](int s, int j, int i) {
       if (in_gain_rows(query(s, j, i))) share[i / 2] += ds.at[s][j][i] * hw::abs_of(y.at[s][j][i]);
     });
   }
 
   HW_DEVICE HW_INLINE bool in_gain_rows(int q) const {
-    if constexpr (Feed::kListed)
-      return spot.row_token[q] >= p.gain_begin && spot.row_token[q] < p.gain_end;
-    return spot.row + q >= p.gain_begin && spot.row + q < p.gain_end;
+    if constexpr (KeySource::kListed)
+      return operands.row_token[q] >= p.gain_begin && operands.row_token[q] < p.gain_end;
+    return operands.row + q >= p.gain_begin && operands.row + q < p.gain_end;
   }
 
  private:
   HW_DEVICE HW_INLINE float gain_of(int s, int j, int i) const {
-    return in_gain_rows(query(s, j, i)) ? spot.key_gain[key(s, j, i)] : 0.0f;
+    return in_gain_rows(query(s, j, i)) ? operands.key_gain[key(s, j, i)] : 0.0f;
   }
 
   // Indices beyond the sequence read its last element; what they give is hidden.
   HW_DEVICE HW_INLINE void add_bias(F& x) const {
     const Ref<const Element, 4> b = p.bias.template as<const Element>();
-    const Element* from = b.at(place.at.batch, place.head, spot.row, spot.key);
+    const Element* from = b.at(item.at.batch, item.head, operands.row, operands.key);
     const int last_query =
-        static_cast<int>(min_of<int64_t>(place.mask.rows - spot.row, 1 << 20)) - 1;
-    const int last_key = static_cast<int>(min_of<int64_t>(place.mask.keys - spot.key, 1 << 20)) - 1;
+        static_cast<int>(min_of<int64_t>(item.mask.rows - operands.row, 1 << 20)) - 1;
+    const int last_key =
+        static_cast<int>(min_of<int64_t>(item.mask.keys - operands.key, 1 << 20)) - 1;
     F::each([&](int s, int j, int i) {
       const int q = min_of(query(s, j, i), last_query), k = min_of(key(s, j, i), last_key);
       x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
@@ -386,37 +389,39 @@ struct ScoreTile {
 
   // ---- Listed
 
-  HW_DEVICE HW_INLINE Extent row_extent() const { return merged<kQueries / 16>(spot.row_parts); }
-  HW_DEVICE HW_INLINE Extent key_extent() const { return merged<kKeys / 16>(spot.key_parts); }
+  HW_DEVICE HW_INLINE Extent row_extent() const {
+    return merged<kQueries / 16>(operands.row_parts);
+  }
+  HW_DEVICE HW_INLINE Extent key_extent() const { return merged<kKeys / 16>(operands.key_parts); }
 
   // What stands for the score of a token with itself.
   HW_DEVICE HW_INLINE float self_score() const {
-    return kPlain ? Feed::kSelfScore / in.scale : Feed::kSelfScore;
+    return kPlain ? KeySource::kSelfScore / in.scale : KeySource::kSelfScore;
   }
 
   HW_DEVICE HW_INLINE const int* line_tokens() const {
-    return kKeysDown ? spot.key_token : spot.row_token;
+    return kKeysAsRows ? operands.key_token : operands.row_token;
   }
   HW_DEVICE HW_INLINE const int* column_tokens() const {
-    return kKeysDown ? spot.row_token : spot.key_token;
+    return kKeysAsRows ? operands.row_token : operands.key_token;
   }
 
   // What is added where there is no token is hidden.
   HW_DEVICE HW_INLINE void add_bias_of_tokens(F& x) const {
     const Ref<const Element, 4> b = p.bias.template as<const Element>();
-    const Element* from = b.at(place.at.batch, place.head);
+    const Element* from = b.at(item.at.batch, item.head);
     F::each([&](int s, int j, int i) {
-      const int q = max_of(spot.row_token[query(s, j, i)], 0);
-      const int k = max_of(spot.key_token[key(s, j, i)], 0);
+      const int q = max_of(operands.row_token[query(s, j, i)], 0);
+      const int k = max_of(operands.key_token[key(s, j, i)], 0);
       x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
     });
   }
 
   // Also replaces the scores of tokens with themselves. A key without token has the score 0.
   HW_DEVICE HW_INLINE void hide_tokens(F& x) const {
-    if (all_meet(place.mask, row_extent(), key_extent(), feed.mask_self())) return;
+    if (all_meet(item.mask, row_extent(), key_extent(), source.mask_self())) return;
     const int *lines = line_tokens(), *columns = column_tokens();
-    const int pad = !kKeysDown && feed.pad_keys() ? kNoToken : kNever;
+    const int pad = !kKeysAsRows && source.pad_keys() ? kNoToken : kNever;
     int begin[kStrips][2], end[kStrips][2], self[kStrips][2];  // columns that a line meets
     HW_UNROLL
     for (int s = 0; s < kStrips; ++s) {
@@ -441,11 +446,12 @@ struct ScoreTile {
   };
   HW_DEVICE HW_INLINE Met met_by(int token) const {
     if (token < 0) return {0, 0, kNever};
-    const Mask& m = place.mask;
-    const Range range = kKeysDown ? m.seeing_rows(token) : m.visible_keys(token);
-    const int gap = static_cast<int>(m.keys - m.rows), self = kKeysDown ? token - gap : token + gap;
+    const Mask& m = item.mask;
+    const Range range = kKeysAsRows ? m.seeing_rows(token) : m.visible_keys(token);
+    const int gap = static_cast<int>(m.keys - m.rows),
+              self = kKeysAsRows ? token - gap : token + gap;
     return {static_cast<int>(range.begin), static_cast<int>(range.end),
-            feed.mask_self() && self >= 0 ? self : kNever};
+            source.mask_self() && self >= 0 ? self : kNever};
   }
 
   // As differentiate; scores of tokens with themselves are constants.
@@ -469,13 +475,13 @@ struct ScoreTile {
 
   // The columns that a row of the fragment meets; of one that is not there any.
   HW_DEVICE HW_INLINE Range seen_by_line(int line) const {
-    const Mask& m = place.mask;
-    if constexpr (kKeysDown) {
-      const Range rows = m.seeing_rows(spot.key + line);
-      return {rows.begin - spot.row, rows.end - spot.row};
+    const Mask& m = item.mask;
+    if constexpr (kKeysAsRows) {
+      const Range rows = m.seeing_rows(operands.key + line);
+      return {rows.begin - operands.row, rows.end - operands.row};
     } else {
-      const Range keys = m.visible_keys(spot.row + line);
-      return {keys.begin - spot.key, keys.end - spot.key};
+      const Range keys = m.visible_keys(operands.row + line);
+      return {keys.begin - operands.key, keys.end - operands.key};
     }
   }
 };

@@ -12,7 +12,7 @@
 
 namespace hw::softmax::sm80 {
 
-// Of tiles of kOther keys (kKeysDown: of queries), those that some of a warp's lines meets, and
+// Of tiles of kOther keys (kKeysAsRows: of queries), those that some of a warp's lines meets, and
 // among them those that all of its lines meet entirely. Nobody looks at lines that are not there.
 struct alignas(16) Sight {
   int begin = 0, end = 0, whole_begin = 0, whole_end = 0;
@@ -21,12 +21,12 @@ struct alignas(16) Sight {
   HW_DEVICE HW_INLINE bool whole(int tile) const { return tile >= whole_begin && tile < whole_end; }
 };
 
-template <bool kKeysDown, int kOther>
+template <bool kKeysAsRows, int kOther>
 HW_DEVICE HW_INLINE Sight sight_of(const Mask& m, int64_t first, int lines) {
-  const Range own{first, min_of(first + lines, kKeysDown ? m.keys : m.rows)};
+  const Range own{first, min_of(first + lines, kKeysAsRows ? m.keys : m.rows)};
   if (own.empty()) return {};
   const auto met = [&](int64_t line) {
-    return kKeysDown ? m.seeing_rows(line) : m.visible_keys(line);
+    return kKeysAsRows ? m.seeing_rows(line) : m.visible_keys(line);
   };
   const Range top = met(own.begin), bottom = met(own.end - 1);
   if (bottom.end <= top.begin) return {};

@@ -156,6 +156,16 @@ def ready(q: Tensor, k: Tensor, v: Tensor, shape: Shape, backend: str) -> Ready:
     return Ready(FORWARD, backend, inputs, _output(q, v), (*shape, *_PLAIN), (q, k, v))
 
 
+def ready_row(score: Score, backend: str) -> Ready | None:
+    """The row statistic of other queries and keys like these, where no other tensor has a say."""
+    if _empty(score):
+        return None
+    want = Want(row=True, skip_dead=False)
+    made = outputs(score, None, None, want)
+    inputs, made, numbers = _forward_inputs(score, None, None, None, None, made, want)
+    return Ready(FORWARD, backend, inputs, made, numbers, (score.q, score.k))
+
+
 def _output(q: Tensor, v: Tensor) -> tuple[Any, ...]:
     size = (*q.shape[:3], v.shape[3])
     return torch.empty(size, dtype=q.dtype, device=q.device), *_NO_READ_OUTS

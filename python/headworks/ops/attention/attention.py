@@ -206,8 +206,7 @@ def attention(
         gain_rows=gain_rows, row_temperature=row_temperature, sink=sink, activation=activation,
         normalizer=normalizer, **unknown,
     )  # fmt: skip
-    gate = mix = mass_keys = None
-    aux = _NO_AUX
+    gate, mix, aux, mass_keys = None, None, _NO_AUX, None
     if head_gate is not None or identity_mix is not None or return_aux is not None:
         gate, mix, aux, mass_keys = _checked_rest(score, head_gate, identity_mix, return_aux)
     backend = backend_for(OP, backend, score.q)
@@ -222,8 +221,7 @@ def attention(
         return o if return_aux is None else (o, _result(aux, *(statistics or ())))
 
     has_width = bool(v.shape[3])
-    if not has_width:
-        v = widen(v)
+    v = v if has_width else widen(v)
     way = route(OP, (*score.tensors, v, gate, mix))
     if way == "autograd":
         o, *made = differentiable(*apart(
@@ -277,8 +275,7 @@ def _checked_rest(
 ) -> tuple[Maybe, Maybe, Aux, Maybe]:
     """What is beside the score, validated and in full shapes: gate mix aux mass_keys."""
     q, k = score.q, score.k
-    gate = mix = mass_keys = None
-    aux = _NO_AUX
+    gate, mix, aux, mass_keys = None, None, _NO_AUX, None
     if head_gate is not None:
         gate = broadcast(OP, "head_gate", head_gate, "[B, Sq, Hq]", q.shape[:3], 0, q)
     if identity_mix is not None:

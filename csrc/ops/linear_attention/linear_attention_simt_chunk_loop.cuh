@@ -25,11 +25,11 @@
 namespace hw::linear_attention::simt {
 
 template <class Element, int kColumns, bool kReverse, bool kApply, bool kGrad>
-class Walk {
+class ChunkLoop {
  public:
   using Acc = Accum<Element>;
 
-  HW_DEVICE HW_INLINE explicit Walk(const WalkParams<Element>& params)
+  HW_DEVICE HW_INLINE explicit ChunkLoop(const WalkParams<Element>& params)
       : p(params), g(params.geometry), work(find_work<kGrad>(params)) {}
 
   HW_DEVICE HW_INLINE void run() {
@@ -435,7 +435,7 @@ class Walk {
   FeaturePair* pairs;
   bool has_state;
   State<Acc> state;
-  Rows outer_rows, inner_rows;
+  TileRows outer_rows, inner_rows;
   Acc applied[2][kCount];  // of rows 2g, 2g + 1
   Acc row_sum[2];          // this lane's share of z of these rows
 };
@@ -448,7 +448,7 @@ struct WalkKernel {
   static constexpr bool kSlim = kColumns != kNarrow && sizeof(Accum<Element>) == 4;
   static constexpr int kMinBlocks = !kSlim ? 2 : kGrad ? 3 : 4;
   HW_DEVICE static void main(const Params& p) {
-    Walk<Element, kColumns, kReverse, kApply, kGrad>(p).run();
+    ChunkLoop<Element, kColumns, kReverse, kApply, kGrad>(p).run();
   }
 };
 

@@ -29,7 +29,7 @@ struct Listed {
   using ForwardTiles = sm80::ForwardTiles<kOwn, kDim>;
   using LoopTiles = sm80::LoopTiles<kOwn>;
 
-  struct Place : softmax::sm80::Place {
+  struct WorkItem : softmax::sm80::WorkItem {
     int group;                // g, or span t
     int region;               // of a span; -1: there is no such span
     int first_listing, list;  // of a span, in the lists of Regions
@@ -41,34 +41,34 @@ struct Listed {
   int row_cells, key_cells;                  // that there are
   Output<float> row_sums;                    // [B, G Wq, Hq, D]  by slot
 
-  HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) const {
+  HW_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
     const int64_t groups = lists.groups();
-    Place w = place_in(p, n / groups, head);
+    WorkItem w = place_in(p, n / groups, head);
     w.group = static_cast<int>(n % groups);
     return w;
   }
 
-  HW_DEVICE HW_INLINE int row_slots(const Place& w) const { return w.rows; }
-  HW_DEVICE HW_INLINE int key_slots(const Place& w) const { return w.keys; }
-  HW_DEVICE HW_INLINE int64_t listed_row(const Place& w, int slot) const {
+  HW_DEVICE HW_INLINE int row_slots(const WorkItem& w) const { return w.rows; }
+  HW_DEVICE HW_INLINE int key_slots(const WorkItem& w) const { return w.keys; }
+  HW_DEVICE HW_INLINE int64_t listed_row(const WorkItem& w, int slot) const {
     return block(lists.rows, w, w.group, slot);
   }
   // A list's slots are whole cells: of a span too, where slots of several lists follow each other.
-  HW_DEVICE HW_INLINE int row_token(const Place&, int slot, int64_t listed) const {
+  HW_DEVICE HW_INLINE int row_token(const WorkItem&, int slot, int64_t listed) const {
     return token(lists.rows.cells, row_cells, slot, listed);
   }
-  HW_DEVICE HW_INLINE int64_t listed_key(const Place& w, int slot) const {
+  HW_DEVICE HW_INLINE int64_t listed_key(const WorkItem& w, int slot) const {
     return keys_in_order() ? slot : block(lists.keys, w, w.group, slot);
   }
-  HW_DEVICE HW_INLINE int key_token(const Place&, int slot, int64_t listed) const {
+  HW_DEVICE HW_INLINE int key_token(const WorkItem&, int slot, int64_t listed) const {
     return keys_in_order() ? slot : token(lists.keys.cells, key_cells, slot, listed);
   }
 
-  HW_DEVICE HW_INLINE int64_t result_row(const Place& w, int slot, int token) const {
+  HW_DEVICE HW_INLINE int64_t result_row(const WorkItem& w, int slot, int token) const {
     if (!lists.by_slot) return token;
     return slot < w.rows ? int64_t{w.group} * w.rows + slot : -1;
   }
-  HW_DEVICE HW_INLINE int64_t first_result(const Place& w, int slot) const {
+  HW_DEVICE HW_INLINE int64_t first_result(const WorkItem& w, int slot) const {
     return lists.by_slot ? int64_t{w.group} * w.rows + slot : -1;
   }
 
@@ -78,8 +78,8 @@ struct Listed {
 
  protected:
   // All but what says which group it is.
-  HW_DEVICE HW_INLINE Place place_in(const ScoreParams& p, int64_t batch, int head) const {
-    Place w{};
+  HW_DEVICE HW_INLINE WorkItem place_in(const ScoreParams& p, int64_t batch, int head) const {
+    WorkItem w{};
     w.at = softmax::sequence(p, batch);
     w.mask = softmax::mask_of(p, w.at);
     w.head = head, w.key_head = head / p.group();
@@ -89,12 +89,12 @@ struct Listed {
 
   // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: cells that there
   // are.
-  HW_DEVICE HW_INLINE static int64_t block(const Lists& l, const Place& w, int group, int slot) {
+  HW_DEVICE HW_INLINE static int64_t block(const Lists& l, const WorkItem& w, int group, int slot) {
     const Ref<const int64_t, 4>& blocks = l.blocks;
     const int size = static_cast<int>(l.cells.size());
     return blocks(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
   }
-  HW_DEVICE HW_INLINE static int token(const Cells& c, int count, int slot, int64_t block) {
+  HW_DEVICE HW_INLINE static int token(const RegionGrid& c, int count, int slot, int64_t block) {
     if (block < 0 || block >= count) return kNoToken;
     const int size = static_cast<int>(c.size()), cell = static_cast<int>(block);
     if (size == 1) return cell;
@@ -110,7 +110,7 @@ template <int kOwn>
 struct ListedKeys : Listed<kOwn> {
   using Base = Listed<kOwn>;
   using Base::lists, Base::row_slots_of_list;
-  using typename Base::Place;
+  using typename Base::WorkItem;
 
   Regions regions;
   bool by_span;
@@ -118,9 +118,9 @@ struct ListedKeys : Listed<kOwn> {
   // [B, G Wk, Hq, D | Dv] by slot, [B, T n, Hq, D | Dv] by span
   Output<float> key_sums, value_sums;
 
-  HW_DEVICE HW_INLINE Place place_of(const ScoreParams& p, int64_t n, int head) const {
-    if (!by_span) return Base::place_of(p, n, head);
-    Place w = Base::place_in(p, n / regions.spans, head);
+  HW_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
+    if (!by_span) return Base::work_item(p, n, head);
+    WorkItem w = Base::place_in(p, n / regions.spans, head);
     const int64_t span = n % regions.spans;
     w.list = static_cast<int>(regions.listed.list(w.at.batch, head));
     const Range listings = regions.listings(w.list, span);
@@ -132,17 +132,17 @@ struct ListedKeys : Listed<kOwn> {
     return w;
   }
 
-  HW_DEVICE HW_INLINE int64_t listed_row(const Place& w, int slot) const {
+  HW_DEVICE HW_INLINE int64_t listed_row(const WorkItem& w, int slot) const {
     if (!by_span) return Base::listed_row(w, slot);
     const int listing = w.first_listing + slot / row_slots_of_list;
     const int group = regions.listed.items_of(w.list)[listing] / blocks_of_list;
     return Base::block(lists.rows, w, group, slot % row_slots_of_list);
   }
-  HW_DEVICE HW_INLINE int64_t listed_key(const Place& w, int slot) const {
+  HW_DEVICE HW_INLINE int64_t listed_key(const WorkItem& w, int slot) const {
     return by_span ? w.region : Base::listed_key(w, slot);
   }
 
-  HW_DEVICE HW_INLINE int64_t result_key(const Place& w, int slot, int token) const {
+  HW_DEVICE HW_INLINE int64_t result_key(const WorkItem& w, int slot, int token) const {
     if (token < 0 || !key_sums.ref) return token;
     return int64_t{w.group} * w.keys + slot;
   }
