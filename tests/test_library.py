@@ -429,9 +429,12 @@ def test_the_emulated_device_has_the_capability_that_was_set():
 
 
 @needs_emulator
-def test_plans_are_made_for_the_multiprocessors_that_were_set():
+@pytest.mark.parametrize(
+    "backend, dtype", [("emulate:simt", torch.float32), ("emulate:sm80", torch.bfloat16)]
+)
+def test_plans_are_made_for_the_multiprocessors_that_were_set(backend, dtype):
     """One query over many keys is split over the device: the partial results need workspace."""
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 4096, 1, 16)
+    q, k = (torch.randn(1, s, 1, 16, dtype=dtype) for s in (1, 4096))
     seen, asked = [], []
 
     def spy(size, like):
@@ -442,7 +445,7 @@ def test_plans_are_made_for_the_multiprocessors_that_were_set():
     try:
         for count in (1, 4, 132):
             _library.configure_emulator(multiprocessors=count)
-            seen.append(hw.attention(q, k, k, backend="emulate:simt"))
+            seen.append(hw.attention(q, k, k, backend=backend))
     finally:
         _library.configure_emulator()
         native.set_allocator(_library._workspace)

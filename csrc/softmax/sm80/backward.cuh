@@ -151,15 +151,20 @@ struct KeyGradKernel {
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
-    const int64_t group = dev::block_index_x() / p.blocks, heads = p.key_owners(b);
-    const int owner = static_cast<int>(group % heads);
+    // Of 32 bits, as blocks of a launch are: registers are short.
+    const int blocks = static_cast<int>(p.blocks), heads = static_cast<int>(p.key_owners(b));
+    const int block = dev::block_index_x(), group = block / blocks;
     L loop(b, p.inputs, p, *dev::shared<Smem>());
+    loop.start(group / heads, static_cast<int64_t>(block % blocks) * L::kOwn, group % heads);
+    dev::sync_block();
+    const int& owner = loop.smem.owner;
     Sums sums;
     if constexpr (kKeyGrads) sums.d_k.clear();
     if constexpr (kValueGrads) sums.d_v.clear();
     HW_UNROLL_BY(1)
-    for (int head = owner * p.heads_of_owner(b); head < (owner + 1) * p.heads_of_owner(b); ++head) {
-      loop.go(group / heads, head, dev::block_index_x() % p.blocks * L::kOwn);
+    for (int head = owner * p.heads_of_owner(b); head < (owner + 1) * p.heads_of_owner(b);
+         head = loop.item.head + 1) {
+      loop.take(head);
       if (loop.own().empty()) return;
       HW_UNROLL
       for (int half = 0; half < 2; ++half) sums.d_bias[half] = sums.d_gain[half] = 0.0f;

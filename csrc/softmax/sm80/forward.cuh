@@ -64,11 +64,16 @@ struct ForwardKernel {
   struct References {
     static constexpr float kLarge = 1 << 24;  // beyond it, more than a bit would be rounded off
 
-    float of[kStrips][2] = {};
+    // Kept, where there are registers for it.
+    If<!KeySource::kListed, float[kStrips][2]> kept = {};
     bool large = false;  // that of any row of the warp: there the difference comes first
 
     HW_DEVICE HW_INLINE static bool is_large(float reference) {
       return hw::abs_of(reference) > kLarge;
+    }
+    HW_DEVICE HW_INLINE static float made(float max, float unit) {
+      const float reference = max * unit;
+      return is_large(reference) ? 0.0f : reference;
     }
     // unit max less the reference
     HW_DEVICE HW_INLINE static float rest(float max, float unit) {
@@ -299,13 +304,21 @@ struct ForwardKernel {
       if (references.large) subtract_large(s);
       Scores::each_row([&](int strip, int half) {
         RowSums<float>& r = sums[strip][half];
+        const float reference = reference_of(strip, half);
         HW_UNROLL
         for (int n = 0; n < 2 * Scores::kTiles; ++n) {
           float& x = s.at[strip][n / 2][2 * half + n % 2];
-          x = dev::exp2_fast(fmaf(x, p.units.unit, -references.of[strip][half]));
+          x = dev::exp2_fast(fmaf(x, p.units.unit, -reference));
           r.sum += x;
         }
       });
+    }
+
+    HW_DEVICE HW_INLINE float reference_of(int strip, int half) const {
+      if constexpr (KeySource::kListed)
+        return References::made(sums[strip][half].max, p.units.unit);
+      else
+        return references.kept[strip][half];
     }
 
     HW_DEVICE HW_INLINE void move_to(const float (&top)[kStrips][2]) {
@@ -320,9 +333,9 @@ struct ForwardKernel {
           factor *= shift, r.sum *= shift;
         }
         w.scale_row(strip, half, factor);
-        const bool beyond = References::is_large(reference);
-        references.of[strip][half] = beyond ? 0.0f : reference;
-        large |= beyond && to != -kInfinity;
+        if constexpr (!KeySource::kListed)
+          references.kept[strip][half] = References::made(to, p.units.unit);
+        large |= References::is_large(reference) && to != -kInfinity;
       });
       references.large = dev::any(large);
     }

@@ -79,6 +79,8 @@ struct Loop {
     OwnNumbers numbers;
     WorkItem item;
     int64_t first;  // own row of the block, in its sequence or list
+    int64_t sequence;
+    int owner;  // of keys
     If<!KeySource::kListed, Sight[kWarps]> sight;
     If<KeySource::kListed, ListedTiles<kOwn, kOther>> tokens;
   };
@@ -104,15 +106,23 @@ struct Loop {
   // those before.
   HW_DEVICE HW_INLINE void go(int64_t sequence, int head, int64_t first_row) {
     dev::sync_block();
-    if (dev::thread_index() == 0) {
-      smem.item = source.work_item(p, sequence, head);
-      smem.first = first_row;
-    }
+    start(sequence, first_row);
+    take(head);
+  }
+
+  // The same in two steps, for one head after the other of the same rows: what is in shared memory
+  // takes no registers meanwhile.
+  HW_DEVICE HW_INLINE void start(int64_t sequence, int64_t first_row, int owner = 0) {
+    if (dev::thread_index() != 0) return;
+    smem.sequence = sequence, smem.first = first_row, smem.owner = owner;
+  }
+  HW_DEVICE HW_INLINE void take(int head) {
+    dev::sync_block();
+    if (dev::thread_index() == 0) smem.item = source.work_item(p, smem.sequence, head);
     dev::sync_block();
     if constexpr (KeySource::kListed) {
       const OwnList list(source, item);
-      TokenPrefetch<kThreads, kOwn, OwnList>(list, static_cast<int>(first_row))
-          .fill(smem.tokens.own);
+      TokenPrefetch<kThreads, kOwn, OwnList>(list, static_cast<int>(first)).fill(smem.tokens.own);
       dev::sync_block();
     }
   }
