@@ -152,6 +152,48 @@ def test_row_statistics_that_come_again(monkeypatch):
     assert len(ready) == 3
 
 
+@pytest.mark.parametrize("gate_dtype", [torch.float64, torch.float32])
+def test_a_mixture_that_comes_again(gate_dtype, monkeypatch):
+    """Which rows a gate chooses is seen anew in each call; a gate that is cast has no short way."""
+    ready = ready_calls(monkeypatch, "routing.moh_attention", "moh_attention")
+    for seed in range(4):
+        q = randn(2, 9, 4, 8, seed=seed)
+        k, v = (randn(2, 9, 2, 8, seed=seed + 5 * i) for i in (1, 2))
+        gate = randn(2, 9, 4, seed=seed + 20).clamp(min=0).to(gate_dtype)
+        for options in ({}, {"is_causal": True, "scale": 0.3}):
+            made = hw.moh_attention(q, k, v, gate, **options)
+            want = hw.moh_attention(q, k, v, gate, backend="reference", **options)
+            torch.testing.assert_close(made, want, rtol=1e-12, atol=1e-12)
+            assert made[gate == 0].count_nonzero() == 0
+    assert [call is not None for call in ready.values()] == [gate_dtype == torch.float64] * 2
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda q, k, v, **o: hw.attention(q, k, v, **o),
+        lambda q, k, v, **o: hw.attention_lse(q, k, **o),
+        lambda q, k, v, **o: hw.linear_attention(q, k, v, **o),
+        lambda q, k, v, **o: hw.key_scan(q[..., 0], v, **o),
+        lambda q, k, v, **o: hw.moh_attention(q, k, v, v[..., 0], **o),
+        lambda q, k, v, **o: hw.bilevel_routing_attention(
+            *(x[:, None] for x in (q, k, v)), num_regions=(1, 3), topk=2, **o
+        ),
+    ],
+    ids=["attention", "attention_lse", "linear_attention", "key_scan", "moh", "bilevel"],
+)
+def test_calls_without_options_inside_transforms(op):
+    """The reference composes with all of them; compiled backends say that they do not."""
+    q, k, v = (randn(1, 6, 2, 4, seed=seed) for seed in range(3))
+    plain = op(q, k, v, backend="reference")
+    mapped = torch.func.vmap(lambda q: op(q, k, v, backend="reference"))(q[None])
+    torch.testing.assert_close(mapped[0], plain, rtol=1e-12, atol=1e-12)
+    gradient = torch.func.grad(lambda q: op(q, k, v, backend="reference").sum())(q)
+    assert gradient.isfinite().all() and gradient.count_nonzero() > 0
+    with pytest.raises(NotImplementedError, match="reference"):
+        torch.func.vmap(lambda q: op(q, k, v))(q[None])
+
+
 def test_only_so_many_calls_are_kept():
     repeated = Repeated("some_operator", most=2)
     x = torch.zeros(3)

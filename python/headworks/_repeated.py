@@ -38,7 +38,10 @@ class Repeated(Generic[Call]):
         for x in tensors:
             if type(x) is not Tensor:
                 return None
-        if route(self._op, tensors) != "direct" or autocasts(tensors[0]):
+        try:
+            if route(self._op, tensors) != "direct" or autocasts(tensors[0]):
+                return None
+        except NotImplementedError:  # of compiled backends; the call may be the reference's
             return None
         return _library.repeat_key(tensors, (*options, _native.DEFAULT_BACKEND))
 

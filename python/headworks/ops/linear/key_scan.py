@@ -134,7 +134,7 @@ def key_scan(
     o1: Any
     lse1: Any
     if way == "direct":
-        if key is not None:
+        if key is not None and _repeated.comes_again(key):
             _repeated.keep(
                 key, Ready(FORWARD, backend, inputs, _outputs(s, v, False, False), (), (s, v))
             )

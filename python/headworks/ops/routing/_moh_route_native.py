@@ -17,7 +17,7 @@ def chosen_rows(gate: Tensor, backend: str) -> Tensor:
     """Of gate [B, S, H], in an accumulation dtype, the rows that are not 0, by position, and -1
     behind them: int64 [B, H, S]. No gradient."""
     direct = route("moh_attention", (gate,)) == "direct"
-    return (_rows if direct else torch.ops.headworks.moh_route.default)(gate, backend)
+    return (list_rows if direct else torch.ops.headworks.moh_route.default)(gate, backend)
 
 
 def unfilled_rows(gate: Tensor) -> Tensor:
@@ -26,7 +26,8 @@ def unfilled_rows(gate: Tensor) -> Tensor:
     return gate.new_empty((batch, heads, tokens), dtype=torch.int64)
 
 
-def _rows(gate: Tensor, backend: str) -> Tensor:
+def list_rows(gate: Tensor, backend: str) -> Tensor:
+    """`chosen_rows` of a gate whose checks have passed, by the native call."""
     rows = unfilled_rows(gate)
     if rows.numel():
         FORWARD.run(backend, (gate,), (rows,))
@@ -37,7 +38,7 @@ def _rows_operator(gate: Tensor, backend: str) -> Tensor:
     check_operands("moh_route", FORWARD.inputs, (gate,))
     wide = gate.dtype in ACCUMULATION.values()
     require("moh_route", "gate", gate.dtype, wide, "torch.float32 or torch.float64")
-    return _rows(gate, backend)
+    return list_rows(gate, backend)
 
 
 def _rows_fake(gate: Tensor, backend: str) -> Tensor:

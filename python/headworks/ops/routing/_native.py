@@ -18,7 +18,7 @@ from ..._native import Maybe, NativeCall, widen, without_products
 from ..attention._native import Want
 from ..attention._score import Score
 from ._grid import Grid
-from ._moh_route_native import chosen_rows, unfilled_rows
+from ._moh_route_native import chosen_rows, list_rows, unfilled_rows
 from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import (
     Routing,
@@ -98,7 +98,8 @@ def bilevel_prepared(
     pairs = (q, score.q), (k, score.k), (v, values), (graph, routing.keys)
     if not all(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs):
         return None
-    call = ready(score, values, routing, backend)
+    call = ready(score, values, None, routing, backend)
+    assert call is not None
     of_q, of_k, of_v, of_graph = ((y.shape, y.stride()) for _, y in pairs)
     made = q.new_empty((*q.shape[:4], v.shape[4]))
     of_o = made.shape, made.stride()
@@ -209,6 +210,24 @@ def _moh_arguments(
         covers=False,
     )
     return score, v if v.shape[3] else widen(v), gate, routing
+
+
+def moh_prepared(
+    score: Score, v: Tensor, gate: Tensor, backend: str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """`moh_attention` of a score without other tensors, as a function of q, k, v and gate like
+    these that want no gradient; None where there is no shorter way."""
+    if not v.shape[3]:
+        return None
+    call = ready(*_moh_arguments(score, v, gate, unfilled_rows(gate)), backend)
+    if call is None:
+        return None
+    choose = without_products(backend)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return call(q, k, v, gate, list_rows(gate, choose)[:, :, None])
+
+    return attend
 
 
 def moh_call(score: Score, v: Tensor, gate: Tensor, backend: str) -> NativeCall:

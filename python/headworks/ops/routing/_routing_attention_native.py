@@ -121,14 +121,17 @@ def _forward_numbers(score: Score, routing: Routing) -> tuple[Any, ...]:
     return FORWARD.numbers(score.numbers, skip_dead=False, **routing.numbers)
 
 
-def ready(score: Score, v: Tensor, routing: Routing, backend: str) -> Ready:
-    """`forward` for o alone, as a function of q, k, v and the lists of keys; of a call that is not
-    empty and whose lists cover the rows."""
-    assert routing.covers and not routing.by_slot and not _empty(score, routing)
-    assert routing.keys is not None
+def ready(score: Score, v: Tensor, gate: Maybe, routing: Routing, backend: str) -> Ready | None:
+    """`forward` for o alone, as a function of q, k, v, the gate if there is one, and the lists: of
+    keys, or of rows where there are none. None for a call that is empty, or whose native call does
+    not write all rows."""
+    assert not routing.by_slot
+    if _empty(score, routing) or _leaves_rows(routing, backend):
+        return None
     made = Forward(o=score.q.new_empty((*score.q.shape[:3], v.shape[3])))
-    given, numbers = _forward_inputs(score, v, None, routing), _forward_numbers(score, routing)
-    tensors = (score.q, score.k, v, routing.keys)
+    given, numbers = _forward_inputs(score, v, gate, routing), _forward_numbers(score, routing)
+    lists = routing.rows if routing.keys is None else routing.keys
+    tensors = (score.q, score.k, v, *(() if gate is None else (gate,)), lists)
     return Ready(FORWARD, backend, given, made, numbers, tensors)
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..._native import NATIVE_CALLS, NativeCall, as_written, backend_for
+from ..._repeated import Repeated
 from ...reference import moh_attention as reference
 from ..attention._checks import broadcast, cast, check_inputs, check_values
 from ..attention._score import Score, reference_options, score_of
@@ -71,15 +73,29 @@ def moh_attention(
         >>> o[:, :, 4:].count_nonzero()
         tensor(0)
     """
+    key = None
+    if bias is None and key_bias is None and row_temperature is None and sink is None:
+        options = is_causal, window_size, scale, softcap, backend
+        key = _repeated.key((q, k, v, gate), *options)
+        if (ready := _repeated.get(key)) is not None:
+            return ready(q, k, v, gate)
+    given = gate
     score, v, gate, backend = _checked(
         q, k, v, gate, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
         bias=bias, key_bias=key_bias, row_temperature=row_temperature, sink=sink, backend=backend,
     )  # fmt: skip
     if backend == "reference":
-        options: dict[str, Any] = reference_options(OP, score)
         with as_written(q):
-            return reference.moh_attention(score.q, score.k, v, gate, **options)
+            written: dict[str, Any] = reference_options(OP, score)
+            return reference.moh_attention(score.q, score.k, v, gate, **written)
+    if key is not None and _repeated.comes_again(key):
+        # Not where the gate is cast.
+        same = gate.dtype == given.dtype
+        _repeated.keep(key, native.moh_prepared(score, v, gate, backend) if same else None)
     return native.moh_attention(score, v, gate, backend)
+
+
+_repeated: Repeated[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = Repeated(OP)
 
 
 def _checked(
