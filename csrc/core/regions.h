@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Regions of an image: a grid of rectangles of tokens, counted row by row from the upper left, as
-// tokens of the image are, and the tokens of one of them.
+// Regions of an image: a grid of rectangles of tokens, its cells, counted row by row from the upper
+// left, as tokens of the image are, and the tokens of a cell.
 #pragma once
 
 #include <cstdint>

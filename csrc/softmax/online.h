@@ -4,9 +4,9 @@
 //   M = max s_j     l = sum e^{s_j - M}     t = sum e^{s_j - M} (s_j - M)     over the keys so far
 //   q = sum e^{2 (s_j - M)}     m = sum e^{s_j - M} m_j
 //
-// With a new maximum M' everything is multiplied by e^{M - M'} and t becomes
-// e^{M - M'} (t + (M - M') l). At the end, with a logit z besides the scores (-inf: none), whose
-// weight no value gets:
+// With a new maximum M' and f = e^{M - M'}, w, l and m become f times what they were, q f^2 times,
+// and t becomes f (t + (M - M') l). At the end, with a logit z besides the scores (-inf: none),
+// whose weight no value gets:
 //
 //   l' = l + e^{z - M}     L = M + log l'     w = (sum e^{s_j - M} v_j) / l'
 //   entropy = (l log l' - t) / l'     p_max = e^{M - L}     sum p^2 = q / l'^2     mass = m / l'

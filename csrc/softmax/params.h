@@ -23,7 +23,7 @@
 //   o_i  = g_i ((1 - u) w_i + u v_i)               head_gate g, identity_mix u of the head
 //
 // What a pass leaves per row for all later ones ("row statistic" l): L_i for the softmaxes, n_i with
-// normalizer sum; the others need none. It replays p by the same functor (attention_score.h).
+// normalizer sum; the others need none. It replays p by the same functor (softmax/score.h).
 //
 // Rounding L to the accumulation type costs up to half an ulp, 32 at 1e9: where all scores of a row
 // are large, log sum_j exp(s_ij - M_i) is lost. So what was lost, the "rest", is handed on beside L,

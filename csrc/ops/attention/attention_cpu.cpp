@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax-type attention on the CPU; the mathematics is in softmax/params.h. In softmax/cpu/:
 //
-//   tile.h       scores of 64 keys x 64 queries, and weights replayed from row statistics
-//   forward.h    rows with a running softmax; row_sums.h what is kept of a row,
-//                     outputs.h what becomes of it;
-//                     along_keys.h the same for a few rows, or for a few keys
-//   backward.h   gradients; walk.h those of one block of queries
-//   columns.h    columns given the row statistics; single weights
+//   tile.h          scores of 64 keys x 64 queries, and weights replayed from row statistics
+//   forward.h       rows with a running softmax
+//   along_keys.h    the same for a few rows, or for a few keys
+//   row_sums.h      what is kept of a row; outputs.h what becomes of it
+//   backward.h      gradients; walk.h those of one block of queries
+//   columns.h       columns given the row statistics; single weights
+//   operands.h      rows of a tensor as operands of products; packed_keys.h those that tasks share
 #include "softmax/cpu/backward.h"
 #include "softmax/cpu/columns.h"
 #include "softmax/cpu/forward.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Key scan on CUDA: every dtype, every Dv, sm_75 and later.
 //
-//   _simt_layout.h   units, segments, workspace
+//   _simt_layout.h     units, segments, workspace
 //   _simt_lanes.cuh    log-sums, the columns of a lane
 //   _simt_forward.cuh  _simt_backward.cuh   the functions
 #pragma once

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear attention in plain CUDA: every dtype, every D and Dv, sm_75 and later.
 //
-//   _simt_layout.h      tile sizes, shared memory, workspace
-//   _simt_tiles.cuh     the pieces: loading, scores, products with tiles and states
-//   _simt_state.cuh     parameters, the work of a block, the state it carries
-//   _simt_chunk_loop.cuh  the walk over chunks: o, dq, dk, dv
-//   _simt_totals.cuh    states of the segments and their prefix
-//   _simt_forward.cuh   _simt_backward.cuh   _simt_step.cuh     the functions
+//   _simt_layout.h        tile sizes, shared memory, workspace
+//   _simt_tiles.cuh       the pieces: loading, scores, products with tiles and states
+//   _simt_state.cuh       parameters, the work of a block, the state it carries
+//   _simt_chunk_loop.cuh  the loop over chunks: o, dq, dk, dv
+//   _simt_totals.cuh      states of the segments and their prefix
+//   _simt_forward.cuh     _simt_backward.cuh   _simt_step.cuh     the functions
 #pragma once
 
 #include "ops/linear_attention/linear_attention_simt_backward.cuh"

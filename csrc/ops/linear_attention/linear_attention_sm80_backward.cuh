@@ -8,8 +8,8 @@
 // with delta = -<do, o> of the query, and dz = delta / z. (dv is ApplyKernel over queries.)
 //
 // A block owns all columns of v and one segment of one head; its warps share the columns, 16 each,
-// and every warp has the state of its columns in registers, as in forward.cuh but with the slots as
-// rows, because now the columns of v are summed over:
+// and every warp has the state of its columns in registers, as in _sm80_forward.cuh but with the
+// slots as rows, because now the columns of v are summed over:
 //
 //   earlier chunks   D [64, 160] = U [64, 16] S^T [16, 160] (+ n delta, by one warp per strip)
 //                    is the gradient of Phi(a); it is chained to a block by block in registers,

@@ -18,7 +18,7 @@
 // Rounding: S is rounded once per chunk for the read (never what is accumulated), Phi(a), Phi(b)
 // and w once per element. One rounding of S costs what one rounding of o costs, because the 153
 // terms err independently; only the constant feature, which grows with the number of keys, is read
-// in two parts (tile.cuh).
+// in two parts (_sm80_tile.cuh).
 //
 // Per block: 2 stages of tiles by cp.async, three barriers a chunk. Traffic per token and head:
 // 2 (16 + 16 + Dv + Dv) bytes in this loop and 2 (16 + Dv) in the totals, of which there are none

@@ -47,7 +47,7 @@ inline std::string why_not(const ForwardParams& p) {
   return {};
 }
 inline std::string why_not_backward(const BackwardParams& p) {
-  // States over queries are kept without their coefficients: see state.cuh.
+  // States over queries are kept without their coefficients: see _sm80_state.cuh.
   const double scale = std::abs(p.scale);
   if (!(scale >= 1e-6 && scale <= 1e6) && (scale != 0 || p.d_kv1))
     return concat("|scale| = ", scale, " is not in 1e-6 .. 1e6 in the backward pass");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys: the loops of ops/attention fed with index lists.
+// Attention of listed queries to listed keys: the loops of csrc/softmax over index lists.
 //
 // Of every batch entry and query head there are G groups. Group g has a list of rows and a list of
 // keys; each row of the group attends to the group's keys. A list names blocks of n tokens:

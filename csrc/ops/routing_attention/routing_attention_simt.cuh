@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed queries to listed keys in plain CUDA: every dtype, every D and Dv, sm_75 and
-// later. The mathematics is in routing_attention.h; the loops are those of ops/attention, over
+// later. The mathematics is in routing_attention.h; the loops are those of softmax/simt, over
 // lists.
 //
-//   _simt_lists.cuh    where rows and keys lie            _simt_layout.cuh   workspace
+//   _simt_lists.cuh    where rows and keys lie            _simt_layout.h   workspace
 //   _slots.cuh         indices of slots and regions, sums over them
 //
 //   forward                       rows of groups (RowsKernel); by slot o is the mean of slots

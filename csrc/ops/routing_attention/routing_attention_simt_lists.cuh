@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed queries to listed keys without tensor cores: where rows and keys lie, for the
-// loops of ops/attention.
+// loops of softmax/simt.
 //
 // A sequence of the engine is one of
 //

@@ -2,10 +2,10 @@
 // Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and
 // f16.
 //
-//   _sm80_layout.cuh    what it takes, how it is cut
+//   _sm80_layout.h      what it takes, how it is cut
 //   _sm80_source.cuh    tasks, tokens of slots, places of results
 //   _slots.cuh          indices; sums over slots and over spans
-//   ops/attention/attention_sm80_*.cuh, of which the kernels are, fed with lists
+//   softmax/sm80/*.cuh, of which the kernels are, with a listed key source
 //
 // Results of what may be listed several times are by slot or by span, and then summed:
 //

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed queries to listed keys on tensor cores: what the engine of ops/attention is
-// fed with (attention_sm80_lists.cuh says what it asks for).
+// Attention of listed queries to listed keys on tensor cores: the key sources of the engine of
+// softmax/sm80 (its lists.cuh says what it asks of one).
 //
 //   Listed      task n = b G + g: the rows of group g and its keys            forward, d_q
 //   ListedKeys  task n as above, or, by token and with listed keys, n = b T + t: span t of those
@@ -8,7 +8,7 @@
 //
 // Slots of a span: listing l of it, row slot i of the group that lists  ->  l Wq + i.
 //
-// Symbols are those of routing_attention.h and routing_attention_simt_layout.cuh.
+// Symbols are those of routing_attention.h and routing_attention_simt_layout.h.
 #pragma once
 
 #include "ops/routing_attention/routing_attention_sm80_layout.h"

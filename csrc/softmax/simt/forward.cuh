@@ -235,7 +235,8 @@ struct MergeKernel {
       A sum[1] = {A(0)};
       for (int64_t span = 0; span < p.plan.spans; ++span) {
         const A* part = partial_of(p, task.index, span);
-        const A share = is_softmax(p.f.activation) ? decay(part[row * kRowSums], top) : A(1);
+        RowSums<A> of_span{part[row * kRowSums], A(0), A(0), A(0), A(0)};
+        const A share = is_softmax(p.f.activation) ? of_span.move_to(top) : A(1);
         sum[0] += share * part[p.plan.rows * kRowSums + row * p.plan.columns + c];
       }
       sum[0] *= factor;

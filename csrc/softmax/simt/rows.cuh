@@ -9,12 +9,6 @@
 
 namespace hw::softmax::simt {
 
-// e^{from - to} for from <= to; 0 where `from` is nothing.
-template <class A>
-HW_DEVICE HW_INLINE A decay(A from, A to) {
-  return from == -infinity<A>() ? A(0) : exp_of(from - to);
-}
-
 // The sums of a row in a block: the maximum is that of the row, the others are a lane's share.
 template <class A>
 struct LaneSums : RowSums<A> {

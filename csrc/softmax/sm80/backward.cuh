@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on tensor cores, backward. Every output has one owner that adds in a fixed order:
 //
-//   QueryGradKernel   a block: 64 queries of a head, walks keys (loop R2)    d_q, d_tau, own d_b
-//   KeyGradKernel     a block: 64 keys, walks the queries of the heads       d_k, d_v, d_beta,
+//   QueryGradKernel   a block: queries of a head, walks keys (loop R2)       d_q, d_tau, own d_b
+//   KeyGradKernel     a block: keys, walks the queries of the heads          d_k, d_v, d_beta,
 //                     that share them (loop C)                               d_gamma
 //   BiasGradKernel    a block: a tile of a bias that is broadcast, walks     d_b
 //                     all that share it

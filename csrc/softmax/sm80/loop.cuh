@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on tensor cores: the loop of all passes that know the row statistics.
 //
-// A block owns 64 queries and walks over tiles of the keys they see (loop R2), or owns 64 keys and
-// walks over tiles of the queries that see them (loop C, kKeysAsRows). Each side has a first
+// A block owns kOwn queries and walks over tiles of the keys they see (loop R2), or owns kOwn keys
+// and walks over tiles of the queries that see them (loop C, kKeysAsRows). Each side has a first
 // tensor, q or k, whose products are the scores, and may have a second one, d_w or x of the
-// queries, v of the keys. Each of 4 warps holds 16 own rows and, of a tile, in registers
+// queries, v of the keys. Each warp holds 16 kStrips own rows and, of a tile, in registers
 //
-//   s, p      [own 16, other]   of first own times first other
-//   dp, ds    [own 16, other]   of second own times second other
+//   s, p      [16 kStrips, kOther]   of first own times first other
+//   dp, ds    [16 kStrips, kOther]   of second own times second other
 //
 // which are then the A operands of products with the other side's tiles. The other side has two
 // stages, filled by cp.async in turn.

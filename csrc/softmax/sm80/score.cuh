@@ -6,7 +6,7 @@
 //   keys as rows     rows are keys, columns queries   (d_k and d_v, columns)
 // so that what is multiplied next finds p or ds as its A operand in the registers where it is made.
 // All steps go through ScoreTile, which knows query and key of every element; the formulas are
-// those of attention_score.h, with fast functions by the type Fast.
+// those of softmax/score.h, with fast functions by the type Fast.
 //
 // "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight
 // into the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is kept,
@@ -48,7 +48,7 @@ HW_DEVICE HW_INLINE Fast sign_of(Fast x) { return hw::sign_of(x.v); }
 HW_DEVICE HW_INLINE Fast positive_of(Fast x) { return hw::positive_of(x.v); }
 HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
 
-// ---- Where a block is ---------------------------------------------------------------------------
+// ---- Work items ---------------------------------------------------------------------------------
 
 HW_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
   const Sequence at = sequence(p, n);

@@ -6,9 +6,9 @@
     columns     P^T x, column sums and maxima
     probs       weights of chosen pairs
 
-Without a query, a key or a head
-nothing native is called: the results are those of rows that see no key. Each has beside it the
-call itself, for hw.explain, and its unfilled outputs, for the fake kernels.
+Without a query, a key or a head nothing native is called: the results are those of rows that see
+no key. Each has beside it the call itself, for hw.explain, and its unfilled outputs, for the fake
+kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from ._checks import SOFTMAXES, check_index_values
 from ._score import TENSORS, Score, check_values_of_bounds
 
 OP = "attention"
-
 
 FORWARD = NativeFunction("attention.forward")
 BACKWARD = NativeFunction("attention.backward")

@@ -41,19 +41,17 @@ def attention_lse(
 
     .. math::
         L_i = \log \sum_j e^{s_{ij}} \quad \text{(softmax1: } \log (1 + \sum_j e^{s_{ij}})
-        \text{)}
+        \text{; a sink: } \log (e^{z} + \sum_j e^{s_{ij}}) \text{)}
 
     Args:
         q: [B, Sq, Hq, D].
         k: [B, Sk, H, D].
         backend: as in hw.attention.
-        options: the score options of hw.attention: is_causal, window_size, scale, softcap,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bias, key_bias, key_gain,
-            gain_rows, row_temperature, activation ("softmax" or "softmax1").
+        options: the score options of hw.attention.
 
     Returns:
-        L [B, Hq, Sq], base e, float32 (float64 for float64 inputs); -inf for a row that sees no
-        key. Differentiable once.
+        L [B, Hq, Sq], base e, float32 (float64 for float64 inputs); -inf (with a sink z) for a
+        row that sees no key. Differentiable once.
 
     Raises:
         as hw.attention; ValueError for an activation that has no lse.
