@@ -220,6 +220,7 @@ struct IsRef : std::false_type {};
 template <class T, int N>
 struct IsRef<Ref<T, N>> : std::true_type {
   static constexpr int kRank = N;
+  static constexpr bool kConst = std::is_const_v<T>;
   static constexpr bool kIndex = std::is_same_v<std::remove_const_t<T>, int64_t>;
 };
 
@@ -286,6 +287,7 @@ struct CallList {
     if constexpr (list::IsRef<Member>::value) {
       if (!a.is_tensor() || a.rank != list::IsRef<Member>::kRank) throw "the rank is another one";
       if ((a.kind == Kind::index) != list::IsRef<Member>::kIndex) throw "index() is for int64";
+      if (list::IsRef<Member>::kConst && a.way != Way::in) throw "only inputs are const";
     } else {
       static_assert(std::is_same_v<Member, double> || std::is_same_v<Member, bool> ||
                         std::is_same_v<Member, int64_t> || std::is_enum_v<Member>,
