@@ -5,7 +5,7 @@
 //
 //   x_ij = scale tau_i c_ij                        tau: row_temperature
 //   y_ij = cap tanh(x_ij / cap)                    softcap; without one y = x
-//   s_ij = y_ij + gamma_j |y_ij| + b_ij + beta_j   key_gain (rows of gain_rows only), bias, key_bias
+//   s_ij = y_ij + gamma_j |y_ij| + b_ij + beta_j   key_gain (in gain_rows only), bias, key_bias
 //
 // Row i sees the keys [first_i, last_i) (visible_keys): causal and windows are aligned at the lower
 // right corner. Weights of the keys it sees; the others have weight 0:
@@ -22,13 +22,13 @@
 //   w_i  = sum_j p_ij v_j
 //   o_i  = g_i ((1 - u) w_i + u v_i)               head_gate g, identity_mix u of the head
 //
-// What a pass leaves per row for all later ones ("row statistic" l): L_i for the softmaxes, n_i with
-// normalizer sum; the others need none. It replays p by the same functor (softmax/score.h).
+// What a pass leaves per row for all later ones ("row statistic" l): L_i for the softmaxes, n_i
+// with normalizer sum; the others need none. It replays p by the same functor (softmax/score.h).
 //
 // Rounding L to the accumulation type costs up to half an ulp, 32 at 1e9: where all scores of a row
-// are large, log sum_j exp(s_ij - M_i) is lost. So what was lost, the "rest", is handed on beside L,
-// and p = exp((s - L) - rest) whatever the size of s. An L from elsewhere has no rest: its weights
-// are those of the rounded number.
+// are large, log sum_j exp(s_ij - M_i) is lost. So what was lost, the "rest", is handed on beside
+// L, and p = exp((s - L) - rest) whatever the size of s. An L from elsewhere has no rest: its
+// weights are those of the rounded number.
 //
 // Read-outs of a row, softmaxes only: entropy -sum p ln p, p_max, sum p^2, mass sum_j p_ij m_j. One
 // pass: with the running maximum M and l = sum e^{s-M}, t = sum e^{s-M} (s - M) is carried to M' as
@@ -46,9 +46,9 @@
 // Columns, given the row statistics, with row weights r_i (1 when absent):
 //   y_j = sum_i p_ij x_i        sum_j = sum_i r_i p_ij        max_j = max_i p_ij
 //
-// Symbols: B batch, N sequences (B, or the packed ones), Sq, Sk tokens, Hq query heads, H key heads,
-// G = Hq / H query heads that share a key head, D head dim of q and k, Dv of v. "acc": accumulation
-// type, fp32 (fp64 for fp64).
+// Symbols: B batch, N sequences (B, or the packed ones), Sq, Sk tokens, Hq query heads, H key
+// heads, G = Hq / H query heads that share a key head, D head dim of q and k, Dv of v. "acc":
+// accumulation type, fp32 (fp64 for fp64).
 #pragma once
 
 #include <cstdint>
@@ -129,8 +129,8 @@ struct ForwardParams : ScoreParams {
   HW_HOST_DEVICE int value_dim() const { return v ? static_cast<int>(v.size[3]) : 0; }
 };
 
-// "attention.backward". The caller makes d_w and delta from what it saved, and adds the gradients of
-// gate and mix. `factor` is no argument of this call.
+// "attention.backward". The caller makes d_w and delta from what it saved, and adds the gradients
+// of gate and mix. `factor` is no argument of this call.
 struct BackwardParams : ScoreParams {
   Ref<const void, 4> v;        // [B, Sk, H, Dv]
   Ref<const void, 4> d_w;      // [B, Sq, Hq, Dv], times

@@ -9,8 +9,9 @@
 //   multiply_rows       D += A B^T, both tiles
 //   multiply_columns    D += P B, P a fragment rounded to elements (pack), B a tile
 //
-// Swizzle: a row's units of 16 bytes are permuted by its number, so that the 8 rows of a matrix load
-// lie in different banks whatever the width (a multiple of 32 columns), and a tile has no padding.
+// Swizzle: a row's units of 16 bytes are permuted by its number, so that the 8 rows of a matrix
+// load lie in different banks whatever the width (a multiple of 32 columns), and a tile has no
+// padding.
 #pragma once
 
 #include <bit>
@@ -99,8 +100,8 @@ Output<Element> output_of(const Ref<void, 4>& x) {
   return {ref, rows_aligned(ref, 4)};
 }
 
-// Starts loading the first `valid` elements of a unit of 8, zeros in place of the others. `rows`: what
-// `from` belongs to.
+// Starts loading the first `valid` elements of a unit of 8, zeros in place of the others. `rows`:
+// what `from` belongs to.
 template <class Rows, class Element>
 HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element* from, int valid) {
   if (rows.aligned) {
@@ -111,13 +112,15 @@ HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element*
   }
 }
 
-// Whether kThreads threads load tiles of kRows rows of kUnits units evenly, each its own unit of rows.
+// Whether kThreads threads load tiles of kRows rows of kUnits units evenly, each its own unit of
+// rows.
 template <int kRows, int kUnits, int kThreads>
 inline constexpr bool kSharedEvenly = kThreads % kUnits == 0 && kRows * kUnits % kThreads == 0;
 
-// The thread's part of them, from its first unit on: of rows of which nothing but whole units exists,
-// `row` elements apart. `count` rows and `columns` columns exist; in place of the others come zeros.
-// `to(row, unit)`: the unit's place in shared memory, whose pattern is the same every 8 rows.
+// The thread's part of them, from its first unit on: of rows of which nothing but whole units
+// exists, `row` elements apart. `count` rows and `columns` columns exist; in place of the others
+// come zeros. `to(row, unit)`: the unit's place in shared memory, whose pattern is the same every 8
+// rows.
 template <int kRows, int kUnits, int kThreads, class Element, class To>
 HW_DEVICE HW_INLINE void load_whole_units(const Element* from, int row, int columns, int count,
                                           const To& to) {
@@ -209,7 +212,8 @@ HW_DEVICE HW_INLINE void load_numbers_at(float* to, const float* from, int64_t s
   }
 }
 
-// Stores two columns of a row, one word where the row allows it; columns beyond its end are dropped.
+// Stores two columns of a row, one word where the row allows it; columns beyond its end are
+// dropped.
 template <class Element>
 HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, bool paired,
                                     float lo, float hi) {
@@ -224,8 +228,8 @@ HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, 
 }
 
 // Stores x[j][i], columns first + 8 j + i of a row, `first` even: those of a lane in a row of a
-// fragment. Rows of whole words, as almost all are, take one store per pair; the others take turns in
-// a loop that is not unrolled, which keeps the kernels that end with this short.
+// fragment. Rows of whole words, as almost all are, take one store per pair; the others take turns
+// in a loop that is not unrolled, which keeps the kernels that end with this short.
 template <class Element, int kTiles>
 HW_DEVICE HW_INLINE void store_pairs(const Ref<Element, 1>& row, int first, bool paired,
                                      const float (&x)[kTiles][2]) {
@@ -287,8 +291,8 @@ struct Tile {
   }
 
  private:
-  // Units change places within groups of kGroup, so that addresses differ by constants from group to
-  // group, and within a group, which is aligned to its size, in fixed bits.
+  // Units change places within groups of kGroup, so that addresses differ by constants from group
+  // to group, and within a group, which is aligned to its size, in fixed bits.
   static constexpr int kGroup = kUnits % 8 == 0 ? 8 : 4;
   HW_DEVICE HW_INLINE static int place(int row, int u) {
     const int turn = kGroup == 8 ? row & 7 : (row >> 1) & 3;
@@ -303,8 +307,8 @@ HW_DEVICE HW_INLINE void load_tile(Tile<Element, kRows, kColumns>& tile, const S
 }
 
 // Tiles begin .. end - 1 through two stages: prefetch(tile) starts the copies of a tile to stage
-// tile % 2, visit(tile) reads it meanwhile the next is on its way. What was started before lands with
-// the first. One barrier per tile; none after the last. Whole block.
+// tile % 2, visit(tile) reads it meanwhile the next is on its way. What was started before lands
+// with the first. One barrier per tile; none after the last. Whole block.
 template <class Prefetch, class Visit>
 HW_DEVICE HW_INLINE void walk_stages(int begin, int end, const Prefetch& prefetch,
                                      const Visit& visit) {
@@ -414,8 +418,8 @@ HW_DEVICE HW_INLINE Packed<kStrips, kTiles / 2> pack(const Fragment<kStrips, kTi
   return p;
 }
 
-// Matrix loads of 16 x 16 elements of a tile. A lane's address of the first is computed once, those of
-// all others differ from it by constants: `down` rows (a multiple of 8) and 16 `step` columns.
+// Matrix loads of 16 x 16 elements of a tile. A lane's address of the first is computed once, those
+// of all others differ from it by constants: `down` rows (a multiple of 8) and 16 `step` columns.
 //   Left         A of rows x columns; transposed: B of rows x columns, regs[2 h], [2 h + 1] =
 //                (rows 2t, 2t+1 | + 8; column 8 h + g)
 //   Right        B of columns x rows: regs[2 h], [2 h + 1] = (columns 2t, 2t+1 | + 8; row 8 h + g)

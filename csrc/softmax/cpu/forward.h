@@ -7,8 +7,8 @@
 // partial results are merged in order. Cuts depend on the sizes of a sequence alone, so results
 // depend neither on the number of threads nor on the other sequences; whether the spans of a block
 // are tasks of their own may depend on both. Where q and k are the same for all batch entries (zero
-// strides), one task serves up to kPanels entries: scores and softmax are computed once. Blocks of a
-// few queries or of a few keys are walked by AlongKeys.
+// strides), one task serves up to kPanels entries: scores and softmax are computed once. Blocks of
+// a few queries or of a few keys are walked by AlongKeys.
 #pragma once
 
 #include "softmax/cpu/along_keys.h"

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Operands of the products that cpu/tile.h lists, made from tensors and from tiles.
 //
-// An operand consists of E = Multiplied<T> (core/cpu/bf16_dot.h): numbers of the accumulation type A, or
-// pairs of bf16 along the index that the product sums over. So its shape depends on that index:
+// An operand consists of E = Multiplied<T> (core/cpu/bf16_dot.h): numbers of the accumulation type
+// A, or pairs of bf16 along the index that the product sums over. So its shape depends on that
+// index:
 //
 //   over the width   k, v      [n, steps(width)]    q^T, d_w^T [steps(width), kRows]
 //   over keys        k, v      [steps(n), padded]   p^T, dx^T  [steps(n), kRows]

@@ -203,8 +203,8 @@ class Tile {
         store(s + j * kRows + l, load(x + j * kRows + l));
   }
 
-  // Bias of the tile, transposed, from where it lies or through rows of the accumulation type; written
-  // or added to what is there.
+  // Bias of the tile, transposed, from where it lies or through rows of the accumulation type;
+  // written or added to what is there.
   template <bool kAdd>
   HW_NOINLINE void transpose_bias(const Range& keys, A* to) {
     const int n = static_cast<int>(keys.count());

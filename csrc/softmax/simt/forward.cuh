@@ -5,8 +5,8 @@
 //                 them, up to two slices of the value columns
 //   MergeKernel   partial results of spans, in their order; a warp per row
 //
-// Where blocks alone would leave the device idle, as in decoding, the keys are cut into spans. Tiles
-// that the mask empties are not visited; where all weights of a tile are zero v is not read.
+// Where blocks alone would leave the device idle, as in decoding, the keys are cut into spans.
+// Tiles that the mask empties are not visited; where all weights of a tile are zero v is not read.
 // Traffic of a block: q once (again per tile if D has several slices), k and v once.
 #pragma once
 
@@ -25,7 +25,8 @@ struct RowsParams {
   Accum<Element>* partials;  // [tasks, spans, plan.partial_size()]
 };
 
-// What one block works on. Blocks of a head lie together, the last one, which sees most keys, first.
+// What one block works on. Blocks of a head lie together, the last one, which sees most keys,
+// first.
 struct RowsTask {
   int64_t index, span, sequence, first;  // first: row
   int head, part;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and scalars
-// only. No device code here: the host side asks `workspace_bytes`.
+// Attention on tensor cores: what it takes, how it is cut, and its workspace, from shapes and
+// scalars only. No device code here: the host side asks `workspace_bytes`.
 #pragma once
 
 #include "softmax/mask.h"
@@ -10,8 +10,8 @@
 
 namespace hw::softmax::sm80 {
 
-// Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of keys
-// half as often as one; scores that are not plain need the registers of the second.
+// Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of
+// keys half as often as one; scores that are not plain need the registers of the second.
 template <int kDim>
 struct ForwardTiles {
   static constexpr int kRows = kDim <= 128 ? 128 : 64, kKeys = kDim <= 64 ? 64 : 32;
@@ -78,8 +78,8 @@ inline Plan plan_of(const ForwardParams& f, int rows, int64_t multiprocessors) {
 
 inline constexpr int kSumsOfRow = 5;  // members of RowSums
 
-// Partial results, per span: w before its division [rows, Dv], RowSums [rows]; rows = [N, Hq, max_q].
-// Null where there is one span.
+// Partial results, per span: w before its division [rows, Dv], RowSums [rows]; rows = [N, Hq,
+// max_q]. Null where there is one span.
 struct Workspace {
   int64_t rows = 0, values = 0;  // values: Dv
   float *w = nullptr, *sums = nullptr;

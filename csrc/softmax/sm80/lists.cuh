@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on tensor cores: rows and keys that are not a sequence's in their order, but listed.
 //
-// Kernels take what they work on from a KeySource. DenseSource is that of attention itself: rows first, first
-// + 1, .. of a sequence meet keys 0, 1, .. of it. A listed one has, on either side, slots; a slot
-// holds a token or none. A tile is kCount slots from one of them on:
+// Kernels take what they work on from a KeySource. DenseSource is that of attention itself: rows
+// first, first + 1, .. of a sequence meet keys 0, 1, .. of it. A listed one has, on either side,
+// slots; a slot holds a token or none. A tile is kCount slots from one of them on:
 //
-//   tokens    in shared memory, filled a tile ahead of the copies that need them: three tiles of the
-//             other side, and one barrier more per walk than two stages of dense rows have
+//   tokens    in shared memory, filled a tile ahead of the copies that need them: three tiles of
+//             the other side, and one barrier more per walk than two stages of dense rows have
 //   loads     row i is that of token[i], zeros without one
 //   masks     by tokens; lists are in any order. What a whole tile can meet is decided by the least
 //             and the largest token of every 16 slots (Extent): tiles that nobody sees are not even
@@ -22,8 +22,8 @@
 //   result_row(item, slot, token)        where results of a row are, result_key of a key; negative:
 //                                        nowhere
 //   first_result(item, slot)             Slots::results from a row on
-//   row_sums, key_sums, value_sums       fp32 [B, results, Hq, D | Dv]: what d_q, d_k and d_v are made
-//                                        from by the caller; absent: they are written themselves
+//   row_sums, key_sums, value_sums       fp32 [B, results, Hq, D | Dv]: what d_q, d_k and d_v are
+//                                        made from by the caller; absent: they are written
 //   key_owners, heads_of_owner           as those of DenseSource
 //   keys_in_order()                      slot = token for keys, none is beyond them
 //   pad_keys(), mask_self(), kSelfScore  as routing_attention.h has them
@@ -48,7 +48,8 @@ struct WorkItem {
 // In place of tokens: a slot without one, a slot beyond the list, what no slot holds.
 inline constexpr int kNoToken = -1, kBeyond = -2, kNever = -3;
 
-// Tokens of some slots: the least, the largest (negative: there are none), and whether all have one.
+// Tokens of some slots: the least, the largest (negative: there are none), and whether all have
+// one.
 struct Extent {
   int low = INT_MAX, high = kBeyond;
   bool full = true;
