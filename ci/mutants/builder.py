@@ -96,7 +96,8 @@ __attribute__((visibility("default"))) void hw_mutant_set(int n) { hw_mutant_sta
 __attribute__((visibility("default"))) unsigned char* hw_mutant_table() { return hw_mutant_hits; }
 }
 """
-LINE = re.compile(r"hw_add_operator\((\w+)[^)]*\)\n")  # an operator's line in CMakeLists.txt
+# An operator's line in CMakeLists.txt: its name, its functions.
+LINE = re.compile(r"hw_add_operator\((\w+)\s+(FUNCTIONS(?: \w+)+)\n[^)]*\)\n")
 ERROR = re.compile(r"csrc/([\w./]+):(\d+):\d+:\s+(?:fatal )?(?:error|required|note)")
 # The line that asked for something of switch.h which does not compile.
 CALLED = re.compile(
@@ -202,7 +203,10 @@ class Build:
         _update(self.source / "csrc/core/mutants.cpp", (STATE % self.numbers).encode())
 
     def _line(self, match: re.Match[str]) -> str:
-        return match[0] if match[1] in self.part.operators else ""
+        """Of operators that are not built their lists remain, which Python reads at import."""
+        if match[1] in self.part.operators:
+            return match[0]
+        return f"hw_add_operator({match[1]} {match[2].strip()})\n"
 
     def _compile(self) -> tuple[int, str]:
         targets = ["python_package", *(p.name for p in self.programs)]
