@@ -3,9 +3,19 @@
 // and the activations. Every loop of every backend goes through these lines, so that a replayed
 // weight is the weight that was applied. The formulas are in softmax/params.h.
 //
+// What a score is besides the numbers of ScoreParams is the second axis of a loop, a ScoreKind:
+//
+//   PlainScore     scale > 0 times products, of a softmax: tensor-core kernels of their own
+//   FullScore      every option of ScoreParams
+//   SetScore       of an operator: one key of a row may have a constant for a score, which has no
+//                  gradient (ops/routing_attention: that of a token with itself)
+//
 // V is a number (CUDA, one score) or a CPU vector (lanes are queries); A the accumulation type.
 #pragma once
 
+#include <concepts>
+
+#include "softmax/mask.h"
 #include "softmax/params.h"
 
 #include "core/scalar_math.h"
@@ -14,6 +24,27 @@
 #endif
 
 namespace hw::softmax {
+
+// kSets: set_key(mask, row) is the position of the key whose score with a row is kSetScore;
+// negative: there is none. sets(): whether any row of the call has one.
+template <class S>
+concept ScoreKind = requires {
+  { S::kPlain } -> std::convertible_to<bool>;
+  { S::kSets } -> std::convertible_to<bool>;
+  requires !S::kSets || requires(const S& s, const Mask& mask, int64_t row) {
+    { S::kSetScore } -> std::convertible_to<double>;
+    { s.sets() } -> std::same_as<bool>;
+    { s.set_key(mask, row) } -> std::integral;
+  };
+};
+
+struct PlainScore {
+  static constexpr bool kPlain = true, kSets = false;
+};
+struct FullScore {
+  static constexpr bool kPlain = false, kSets = false;
+};
+static_assert(ScoreKind<PlainScore> && ScoreKind<FullScore>);
 
 // What a score needs besides x, fixed for a call.
 template <class A>

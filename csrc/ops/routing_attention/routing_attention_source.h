@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of listed queries to listed keys on CUDA: the key sources of the engine, for both
+// backends (softmax/key_source.h says what it asks of one).
+//
+//   GroupSource   sequence n = b G + g: the rows of group g and its keys          forward, d_q
+//   SpanSource    sequence n as above, or, by token and with listed keys, n = b T + t: span t of
+//                 those who list a key region meets the region's tokens           d_k, d_v
+//
+// Slots of a span: listing l of it, row slot i of the group that lists  ->  l Wq + i.
+//
+// Positions are tokens. Symbols are those of routing_attention.h and
+// routing_attention_simt_layout.h.
+#pragma once
+
+#include "ops/routing_attention/routing_attention_simt_layout.h"
+#include "softmax/key_source.h"
+#include "softmax/score.h"
+
+namespace hw::routing_attention {
+
+using softmax::kNoToken;
+using softmax::kZeroKey;
+using softmax::ScoreParams;
+
+struct GroupSource {
+  static constexpr bool kGathers = true, kInOrder = false;
+
+  struct WorkItem : softmax::WorkItem {
+    int group;                // g, or span t
+    int region;               // of a span; -1: there is no such span
+    int first_listing, list;  // of a span, in the lists of Regions
+    int rows, keys;           // slots
+  };
+
+  Routing lists;
+  int row_slots_of_list, key_slots_of_list;  // Wq, Wk
+  int row_cells, key_cells;                  // that there are
+
+  template <class Params>  // of a call
+  static GroupSource of(const Params& p) {
+    return {p, static_cast<int>(p.max_q), static_cast<int>(p.max_k),
+            static_cast<int>(p.rows.cells.count()), static_cast<int>(p.keys.cells.count())};
+  }
+
+  HW_HOST_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
+    const int64_t groups = lists.groups();
+    WorkItem w = item_of(p, n / groups, head);
+    w.group = static_cast<int>(n % groups);
+    return w;
+  }
+
+  HW_HOST_DEVICE HW_INLINE static int rows(const WorkItem& w) { return w.rows; }
+  HW_HOST_DEVICE HW_INLINE static int keys(const WorkItem& w) { return w.keys; }
+  HW_HOST_DEVICE HW_INLINE int64_t row_entry(const WorkItem& w, int slot) const {
+    return block(lists.rows, w, w.group, slot);
+  }
+  HW_HOST_DEVICE HW_INLINE int64_t key_entry(const WorkItem& w, int slot) const {
+    return keys_in_order() ? slot : block(lists.keys, w, w.group, slot);
+  }
+  // A list's slots are whole cells: of a span too, where slots of several lists follow each other.
+  HW_HOST_DEVICE HW_INLINE int row_token(const WorkItem&, int slot, int64_t entry) const {
+    return token(lists.rows.cells, row_cells, slot, entry, kNoToken);
+  }
+  HW_HOST_DEVICE HW_INLINE int key_token(const WorkItem&, int slot, int64_t entry) const {
+    if (keys_in_order()) return slot;
+    return token(lists.keys.cells, key_cells, slot, entry, lists.pad_keys ? kZeroKey : kNoToken);
+  }
+  HW_HOST_DEVICE HW_INLINE static int row_position(const WorkItem&, int, int token) {
+    return token;
+  }
+  HW_HOST_DEVICE HW_INLINE static int key_position(const WorkItem&, int, int token) {
+    return token;
+  }
+
+  // By slot those without token have results too.
+  HW_HOST_DEVICE HW_INLINE int64_t row_result(const WorkItem& w, int slot, int token) const {
+    if (!lists.by_slot) return token;
+    return slot < w.rows ? int64_t{w.group} * w.rows + slot : kNoToken;
+  }
+  HW_HOST_DEVICE HW_INLINE static int64_t key_result(const WorkItem&, int, int token) {
+    return token;
+  }
+  HW_HOST_DEVICE HW_INLINE static int64_t key_batch(const WorkItem& w) { return w.at.batch; }
+  HW_HOST_DEVICE HW_INLINE bool keys_in_order() const { return !lists.keys; }
+
+ protected:
+  // All but what says which group it is.
+  HW_HOST_DEVICE HW_INLINE WorkItem item_of(const ScoreParams& p, int64_t batch, int head) const {
+    WorkItem w{};
+    w.at = {batch, 0, p.q.size[1], 0, p.k.size[1]};
+    w.mask = softmax::mask_of(p, w.at);
+    w.head = head, w.key_head = head / p.group();
+    w.rows = row_slots_of_list, w.keys = key_slots_of_list;
+    return w;
+  }
+
+  // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: cells that there
+  // are, `absent`: in place of a token.
+  HW_HOST_DEVICE HW_INLINE static int64_t block(const Lists& l, const WorkItem& w, int group,
+                                                int slot) {
+    const Ref<const int64_t, 4>& blocks = l.blocks;
+    const int size = static_cast<int>(l.cells.size());
+    return blocks(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
+  }
+  HW_HOST_DEVICE HW_INLINE static int token(const RegionGrid& c, int count, int slot, int64_t block,
+                                            int absent) {
+    if (block < 0 || block >= count) return absent;
+    const int size = static_cast<int>(c.size()), cell = static_cast<int>(block);
+    if (size == 1) return cell;
+    const int at = slot % size, cells = static_cast<int>(c.columns);
+    const int width = static_cast<int>(c.width), columns = static_cast<int>(c.columns_of_image);
+    const int y = cell / cells * static_cast<int>(c.height) + at / width;
+    const int x = cell % cells * width + at % width;
+    return y < static_cast<int>(c.rows_of_image) && x < columns ? y * columns + x : absent;
+  }
+};
+static_assert(softmax::KeySource<GroupSource>);
+
+struct SpanSource : GroupSource {
+  Regions regions;
+  bool by_span;
+  bool keys_apart;           // results of keys are [B, G Wk] by slot, [B, T n] by span; else tokens
+  int blocks_of_list, cell;  // N and n of the keys
+
+  HW_HOST_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
+    if (!by_span) return GroupSource::work_item(p, n, head);
+    WorkItem w = item_of(p, n / regions.spans, head);
+    const int64_t span = n % regions.spans;
+    w.list = static_cast<int>(regions.listed.list(w.at.batch, head));
+    const Range listings = regions.listings(w.list, span);
+    w.group = static_cast<int>(span);
+    w.region = regions.regions_of(w.list)[span];
+    w.first_listing = static_cast<int>(listings.begin);
+    w.rows = static_cast<int>(listings.count()) * row_slots_of_list;
+    w.keys = w.region < 0 ? 0 : cell;
+    return w;
+  }
+
+  HW_HOST_DEVICE HW_INLINE int64_t row_entry(const WorkItem& w, int slot) const {
+    if (!by_span) return GroupSource::row_entry(w, slot);
+    const int listing = w.first_listing + slot / row_slots_of_list;
+    const int group = regions.listed.items_of(w.list)[listing] / blocks_of_list;
+    return block(lists.rows, w, group, slot % row_slots_of_list);
+  }
+  HW_HOST_DEVICE HW_INLINE int64_t key_entry(const WorkItem& w, int slot) const {
+    return by_span ? w.region : GroupSource::key_entry(w, slot);
+  }
+  HW_HOST_DEVICE HW_INLINE int64_t key_result(const WorkItem& w, int slot, int token) const {
+    return token < 0 || !keys_apart ? token : int64_t{w.group} * w.keys + slot;
+  }
+};
+static_assert(softmax::KeySource<SpanSource>);
+
+// The score of a token with itself, where mask_self says so.
+template <softmax::ScoreKind Base>
+struct SelfScore : Base {
+  static constexpr bool kSets = true;
+  static constexpr double kSetScore = kSelfScore;
+  bool mask_self;
+
+  HW_HOST_DEVICE HW_INLINE bool sets() const { return mask_self; }
+  HW_HOST_DEVICE HW_INLINE int64_t set_key(const Mask& mask, int64_t row) const {
+    return mask_self ? mask.diagonal(row) : kNoToken;
+  }
+};
+static_assert(softmax::ScoreKind<SelfScore<softmax::PlainScore>>);
+
+}  // namespace hw::routing_attention
