@@ -34,6 +34,9 @@ SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING = "hw::routing_attention::"
 LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
+PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
+DENSE = ".*Dense"
+NARROW, MEDIUM, WIDE = (f".*ListCut<{n}>" for n in (16, 64, 128))
 
 BUDGETS = (
     Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 216, 128, 2, 42 * KIB, TENSOR),
@@ -47,17 +50,17 @@ BUDGETS = (
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),
     Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
     # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
-    Budget(LIST80 + "ForwardKernel" + TO_64 + ".*Listed<16>", 128, 32, 8, 20 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel.*Listed<16>", 128, 32, 7, 22 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel" + TO_64 + " true, .*Listed<64>", 128, 128, 3, 44 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel.*Listed<64>", 168, 128, 3, 52 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel.*Listed<128>", 255, 128, 2, 70 * KIB, TENSOR),
-    Budget(LIST80 + "QueryGradKernel" + TO_64 + ".*Listed<16>", 168, 32, 7, 23 * KIB, TENSOR),
-    Budget(LIST80 + "(QueryGrad|KeyGrad)Kernel.*<16>", 255, 32, 5, 30 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + " true,", 255, 128, 2, 66 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + " false,", 224, 256, 1, 68 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + TO_64 + NARROW, 128, 32, 8, 20 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + NARROW, 128, 32, 7, 22 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + TO_64 + PLAIN + MEDIUM, 128, 128, 3, 44 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + MEDIUM, 168, 128, 3, 52 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + WIDE, 255, 128, 2, 70 * KIB, TENSOR),
+    Budget(LIST80 + "QueryGradKernel" + TO_64 + NARROW, 168, 32, 7, 23 * KIB, TENSOR),
+    Budget(LIST80 + "(QueryGrad|KeyGrad)Kernel" + NARROW, 255, 32, 5, 30 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + PLAIN, 255, 128, 2, 66 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + FULL, 224, 256, 1, 68 * KIB, TENSOR),
     Budget(SOFT80 + "ForwardKernel<", 255, 128, 1, 99 * KIB, TENSOR),
-    Budget(SOFT80 + "QueryGradKernel" + TO_64 + " true, .*Dense", 255, 128, 2, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "QueryGradKernel" + TO_64 + PLAIN + DENSE, 255, 128, 2, 68 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_64, 168, 128, 3, 52 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
     Budget(SOFT80 + "KeyGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
@@ -94,23 +97,25 @@ WORK = (
     Work(SM80 + r"GradientKernel<hw::bf16,", 13.6, 0.55),
     Work(SM80 + r"GradientKernel<hw::f16,", 13.2, 0.29),
     # fed with lists
-    Work(LIST80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128),.*<16>", 12.1, 1.28, 2),
-    Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128), true,", 8.6, 1.12, 2),
-    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128), true,", 7.2, 1.03, 2),
-    Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128), false,", 17.7, 2.25, 2),
-    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128), false,", 12.5, 1.64, 2),
+    Work(
+        LIST80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + NARROW, 12.1, 1.28, 2
+    ),
+    Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128)," + PLAIN, 8.6, 1.12, 2),
+    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + PLAIN, 7.2, 1.03, 2),
+    Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128)," + FULL, 18.0, 2.25, 2),
+    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + FULL, 12.7, 1.64, 2),
     # plain scores, rows and keys of a sequence
-    Work(SOFT80 + r"ForwardKernel<hw::b?f16, 64, true, .*Dense", 5.1, 0.34, 0, FORWARD_64),
-    Work(SOFT80 + r"ForwardKernel<hw::b?f16, 128, true, .*Dense", 4.1, 0.4, 0, FORWARD_128),
-    Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 64, true, .*Dense", 4.2, 0.38, 0, BACKWARD),
-    Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 128, true, .*Dense", 4.5, 0.73, 0, BACKWARD),
-    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, 64, true, .*Dense", 4.5, 0.47, 0, BACKWARD),
-    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, 128, true, .*Dense", 4.2, 0.72, 0, BACKWARD),
-    Work(SOFT80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, 256, true, .*Dense", 5.4, 0.93),
+    Work(SOFT80 + r"ForwardKernel<hw::b?f16, 64," + PLAIN + DENSE, 5.1, 0.34, 0, FORWARD_64),
+    Work(SOFT80 + r"ForwardKernel<hw::b?f16, 128," + PLAIN + DENSE, 4.1, 0.4, 0, FORWARD_128),
+    Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 64," + PLAIN + DENSE, 4.2, 0.38, 0, BACKWARD),
+    Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 128," + PLAIN + DENSE, 4.5, 0.73, 0, BACKWARD),
+    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, 64," + PLAIN + DENSE, 4.5, 0.47, 0, BACKWARD),
+    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, 128," + PLAIN + DENSE, 4.2, 0.72, 0, BACKWARD),
+    Work(SOFT80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, 256," + PLAIN + DENSE, 5.4, 0.93),
     # other scores, and columns
-    Work(SOFT80 + r"(Forward|QueryGrad)Kernel<hw::b?f16, (64|128|256), false, .*Dense", 10.2, 1.12),
-    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, (64|128|256), false, .*Dense", 9.9, 1.12, 1),
-    Work(SOFT80 + r"ColumnsKernel<hw::b?f16, (64|128|256), true", 10.4, 0.88),
+    Work(SOFT80 + r"(Forward|QueryGrad)Kernel<hw::b?f16, (64|128|256)," + FULL + DENSE, 10.2, 1.12),
+    Work(SOFT80 + r"KeyGradKernel<hw::b?f16, (64|128|256)," + FULL + DENSE, 9.9, 1.12, 1),
+    Work(SOFT80 + r"ColumnsKernel<hw::b?f16, (64|128|256)," + PLAIN, 10.4, 0.88),
 )
 
 

@@ -64,7 +64,8 @@ concept KeySource =
       { s.key_result(w, slot, slot) } -> std::integral;
       // The batch entry of k and v.
       { s.key_batch(w) } -> std::integral;
-      // Whether positions of keys are slots, of this call: a row sees a range of slots.
+      // Whether positions of keys are slots, of this call, and none is a zero key: then what a row
+      // sees is a range of slots.
       { s.keys_in_order() } -> std::same_as<bool>;
     };
 

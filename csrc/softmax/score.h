@@ -25,12 +25,17 @@
 
 namespace hw::softmax {
 
-// kSets: set_key(mask, row) is the position of the key whose score with a row is kSetScore;
-// negative: there is none. sets(): whether any row of the call has one.
+// kSoftmax: no call of the loop has another activation than a softmax.
+// kSets: set_key(mask, row) is the position of the key whose score with a row is kSetScore, which
+// never decreases from row to row; negative: there is none. sets(): whether any row of the call has
+// one.
 template <class S>
 concept ScoreKind = requires {
   { S::kPlain } -> std::convertible_to<bool>;
+  { S::kSoftmax } -> std::convertible_to<bool>;
   { S::kSets } -> std::convertible_to<bool>;
+  requires !S::kPlain || S::kSoftmax;
+  requires !S::kSets || S::kSoftmax;
   requires !S::kSets || requires(const S& s, const Mask& mask, int64_t row) {
     { S::kSetScore } -> std::convertible_to<double>;
     { s.sets() } -> std::same_as<bool>;
@@ -39,10 +44,10 @@ concept ScoreKind = requires {
 };
 
 struct PlainScore {
-  static constexpr bool kPlain = true, kSets = false;
+  static constexpr bool kPlain = true, kSoftmax = true, kSets = false;
 };
 struct FullScore {
-  static constexpr bool kPlain = false, kSets = false;
+  static constexpr bool kPlain = false, kSoftmax = false, kSets = false;
 };
 static_assert(ScoreKind<PlainScore> && ScoreKind<FullScore>);
 

@@ -2,17 +2,18 @@
 // Attention on tensor cores (mma, ldmatrix, cp.async): bf16 and f16. In softmax/sm80/:
 //
 //   layout.h       what it takes, how it is cut, workspace
-//   score.cuh      what a block works on, scores in fragments
+//   score.cuh      scores in fragments; gather.cuh tiles of slots whose tokens are looked up
 //   epilogue.cuh   outputs of a row, merge of partial results
 //   forward.cuh    loop R: rows with a running softmax
 //   loop.cuh       loops R2 and C: rows or keys, given the row statistics
 //   backward.cuh   gradients
 //   columns.cuh    sums, maxima, P^T x
 //
-// Compile-time choices: the dtype, the width that D and Dv are padded to, and whether scores are
-// plain, scale > 0 times products under a mask, which saves their registers and half of the
-// instructions per score. All options of scores that are not plain are run-time flags, the same for
-// all threads, looked at once per tile.
+// Compile-time choices: the dtype, the width that D and Dv are padded to, and the three axes of a
+// loop: the source of rows and keys, the kind of score, the cut. Plain scores, scale > 0 times
+// products under a mask, save the registers of the others and half of the instructions per score.
+// All options of scores that are not plain are run-time flags, the same for all threads, looked at
+// once per tile.
 #pragma once
 
 #include "softmax/sm80/backward.cuh"
@@ -23,12 +24,6 @@
 #include "core/host/workspace.h"
 
 namespace hw::softmax::sm80 {
-
-// Whether scores are scale > 0 times products, masked, and weights a softmax. 1 / scale is a float.
-inline bool has_plain_scores(const ScoreParams& p) {
-  return is_softmax(p.activation) && p.scale > 1e-30 && p.softcap == 0 && !p.bias && !p.key_bias &&
-         !p.key_gain && !p.row_temperature;
-}
 
 inline bool is_plain(const ForwardParams& f) {
   const bool more =
@@ -42,28 +37,37 @@ inline Units units_of(bool plain, const ScoreParams& p) {
   return {scale * kLog2e, scale, 1.0f / scale};
 }
 
-template <class Element, int kDim, bool kPlain>
-void forward(const ForwardParams& f, const Context& context, const hw::Workspace& memory) {
-  using Kernel = ForwardKernel<Element, kDim, kPlain>;
-  const Plan plan = plan_of(f, Kernel::kRows, context.multiprocessors);
-  Arena arena(memory, "attention.forward");
-  const Workspace at = lay_out(arena, f, plan);
-  const Units units = units_of(kPlain, f);
+// The forward pass of `sequences` of a source; `arena` has the partial results of its spans.
+template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
+void forward(const ForwardParams& f, const Source& source, const Kind& kind, int64_t sequences,
+             const Context& context, Arena& arena) {
+  using Kernel = ForwardKernel<Element, kDim, Kind, Source, Cut>;
+  const Plan plan = plan_of(f, sequences, Kernel::kRows, context.multiprocessors);
+  const Workspace at = lay_out(arena, f, sequences, plan);
+  const Units units = units_of(Kind::kPlain, f);
   const Partials partials{at.w, at.sums, at.rows, at.values};
   const Output<Element> o = output_of<Element>(f.o), w = output_of<Element>(f.w);
   const typename Kernel::Params params{
-      {}, f, ScoreInputs<Element>(f), input_of<Element>(f.v), o, w, units, plan, partials};
+      source, kind, f,       ScoreInputs<Element>(f), input_of<Element>(f.v), o, w,
+      units,  plan, partials};
   launch<Kernel>({plan.tasks, plan.spans, 1}, sizeof(typename Kernel::Smem), context, params);
   if (plan.spans == 1) return;
-  using Merge = MergeKernel<Element, kPlain>;
-  const typename Merge::Params merge{f, o, w, partials, plan.spans, units};
+  using Merge = MergeKernel<Element, Kind, Source>;
+  const typename Merge::Params merge{source, f, o, w, partials, plan.spans, units};
   launch<Merge>({ceil_div<int64_t>(at.rows, Merge::kWarps), 1, 1}, 0, context, merge);
+}
+
+template <class Element, int kDim, ScoreKind Kind>
+void forward_of_sequences(const ForwardParams& f, const Call& call) {
+  Arena arena(call.workspace, "attention.forward");
+  forward<Element, kDim, Kind, DenseSource, SequenceCut>(f, {}, {}, f.sequences(), call.context,
+                                                         arena);
 }
 
 template <class Element, int kDim>
 void forward(const ForwardParams& f, const Call& call) {
-  is_plain(f) ? forward<Element, kDim, true>(f, call.context, call.workspace)
-              : forward<Element, kDim, false>(f, call.context, call.workspace);
+  is_plain(f) ? forward_of_sequences<Element, kDim, PlainScore>(f, call)
+              : forward_of_sequences<Element, kDim, FullScore>(f, call);
 }
 
 // ---- Passes that know the row statistics --------------------------------------------------------
@@ -90,50 +94,61 @@ void launch_blocks(int64_t groups, typename Kernel::Params params, int64_t rows,
 
 // d_bias where it is broadcast.
 template <class Element, int kDim>
-void launch_bias(GradientParams<Element> p, const Context& context) {
+void launch_bias(const BackwardParams& b, const LoopInputs<Element>& inputs,
+                 const Context& context) {
   using Bias = BiasGradKernel<Element, kDim>;
+  typename Bias::Params p{{}, {}, b, inputs, {}, {}, {}, {}, {}, {}, true, 0};
   p.blocks = ceil_div<int64_t>(p.b.max_q, Bias::L::kOwn);
   launch<Bias>(Bias::grid(p), sizeof(typename Bias::Smem), context, p);
 }
 
-template <class Element, int kDim, bool kPlain>
-void backward(const BackwardParams& b, const Context& context) {
-  const GradientParams<Element> p{
+template <class Element, int kDim, ScoreKind Kind>
+void backward_of_sequences(const BackwardParams& b, const Context& context) {
+  using Source = DenseSource;
+  using Cut = SequenceCut;
+  const GradientParams<Element, Kind, Source> p{
+      {},
       {},
       b,
-      loop_inputs<Element>(b, kPlain, b.d_w, b.v, b.row, b.rest, b.delta),
+      loop_inputs<Element>(b, Kind::kPlain, b.d_w, b.v, b.row, b.rest, b.delta),
       output_of<Element>(b.d_q),
       output_of<Element>(b.d_k),
       output_of<Element>(b.d_v),
+      {},
+      {},
+      {},
       adds_up_bias(b),
       0};
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
-  launch_blocks<QueryGradKernel<Element, kDim, kPlain>>(queries, p, b.max_q, context);
+  launch_blocks<QueryGradKernel<Element, kDim, Kind, Source, Cut>>(queries, p, b.max_q, context);
   if constexpr (kDim <= 128) {
-    launch_blocks<KeyGradKernel<Element, kDim, kPlain, true, true>>(keys, p, b.max_k, context);
+    using Both = KeyGradKernel<Element, kDim, Kind, true, true, Source, Cut>;
+    launch_blocks<Both>(keys, p, b.max_k, context);
   } else {
-    launch_blocks<KeyGradKernel<Element, kDim, kPlain, true, false>>(keys, p, b.max_k, context);
-    if (b.d_v)
-      launch_blocks<KeyGradKernel<Element, kDim, kPlain, false, true>>(keys, p, b.max_k, context);
+    using Keys = KeyGradKernel<Element, kDim, Kind, true, false, Source, Cut>;
+    using Values = KeyGradKernel<Element, kDim, Kind, false, true, Source, Cut>;
+    launch_blocks<Keys>(keys, p, b.max_k, context);
+    if (b.d_v) launch_blocks<Values>(keys, p, b.max_k, context);
   }
-  if constexpr (!kPlain) {
-    if (p.shared_bias) launch_bias<Element, kDim>(p, context);
+  if constexpr (!Kind::kPlain) {
+    if (p.shared_bias) launch_bias<Element, kDim>(b, p.inputs, context);
   }
 }
 
 template <class Element, int kDim>
 void backward(const BackwardParams& b, const Call& call) {
-  has_plain_scores(b) ? backward<Element, kDim, true>(b, call.context)
-                      : backward<Element, kDim, false>(b, call.context);
+  has_plain_scores(b) ? backward_of_sequences<Element, kDim, PlainScore>(b, call.context)
+                      : backward_of_sequences<Element, kDim, FullScore>(b, call.context);
 }
 
-template <class Element, int kDim, bool kPlain>
-void columns(const ColumnsParams& c, const Context& context) {
-  using Kernel = ColumnsKernel<Element, kDim, kPlain>;
+template <class Element, int kDim, ScoreKind Kind>
+void columns_of_sequences(const ColumnsParams& c, const Context& context) {
+  using Kernel = ColumnsKernel<Element, kDim, Kind, DenseSource, SequenceCut>;
   const typename Kernel::Params p{
       {},
+      {},
       c,
-      loop_inputs<Element>(c, kPlain, c.x, {}, c.row, c.rest, c.row_weight),
+      loop_inputs<Element>(c, Kind::kPlain, c.x, {}, c.row, c.rest, c.row_weight),
       output_of<Element>(c.y),
       0};
   launch_blocks<Kernel>(c.sequences() * c.query_heads(), p, c.max_k, context);
@@ -141,8 +156,8 @@ void columns(const ColumnsParams& c, const Context& context) {
 
 template <class Element, int kDim>
 void columns(const ColumnsParams& c, const Call& call) {
-  has_plain_scores(c) ? columns<Element, kDim, true>(c, call.context)
-                      : columns<Element, kDim, false>(c, call.context);
+  has_plain_scores(c) ? columns_of_sequences<Element, kDim, PlainScore>(c, call.context)
+                      : columns_of_sequences<Element, kDim, FullScore>(c, call.context);
 }
 
 }  // namespace hw::softmax::sm80

@@ -78,9 +78,6 @@ void check_routing(const P& p, const Call& call) {
   if (listed) check_lists("keys", p.keys, p.k.size[1]);
   check(listed || (p.groups() == 1 && !p.by_slot), ErrorKind::value,
         "routing_attention: all keys go with one list of rows");
-  const bool plain =
-      !(p.softcap > 0) && !p.bias && !p.key_bias && !p.key_gain && !p.row_temperature;
-  check(!listed || plain, ErrorKind::value, "routing_attention: listed keys go with plain scores");
 }
 
 // Results of rows, `size` of them, where they are there: at slots or at tokens.
@@ -110,6 +107,16 @@ void check_backward(const BackwardParams& p, const Call& call) {
   check_results(p, bool(p.row), p.row.size[2]);
   check(bool(p.slots) == p.by_slot && bool(p.delta) != p.by_slot, ErrorKind::value,
         "routing_attention: by slot comes slots, otherwise delta");
+  // A key stands in several lists, and several times in one.
+  const auto of_all_keys = [&](const char* what, bool wanted) {
+    check(!wanted || !p.keys, ErrorKind::not_implemented, "routing_attention: ", what,
+          " of listed keys is not implemented; without lists of keys it is");
+  };
+  of_all_keys("d_bias", bool(p.d_bias));
+  of_all_keys("d_key_bias", bool(p.d_key_bias));
+  of_all_keys("d_key_gain", bool(p.d_key_gain));
+  check(!(p.by_slot && p.d_row_temperature), ErrorKind::not_implemented,
+        "routing_attention: d_row_temperature by slot is not implemented");
   check(!p.factor || call.element == DType::f32 || call.element == DType::f64, ErrorKind::type,
         "routing_attention: a factor of d_w comes beside elements of ", dtype_name(call.element),
         ", expected float32 or float64");
@@ -144,7 +151,10 @@ int width(const P& p, const Call&, Backend b) {
   return b == Backend::sm80 ? static_cast<int>(max_of(p.q.size[3], p.v.size[3])) : 0;
 }
 
-int64_t forward_bytes(const ForwardParams& p, const Call&, Backend) { return workspace_bytes(p); }
+int64_t forward_bytes(const ForwardParams& p, const Call& call, Backend b) {
+  if (b == Backend::sm80) return sm80::workspace_bytes(p, call.context.multiprocessors);
+  return workspace_bytes(p);
+}
 int64_t backward_bytes(const BackwardParams& p, const Call& call, Backend) {
   return workspace_bytes(p, call.element);
 }

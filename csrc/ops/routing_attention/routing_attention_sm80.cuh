@@ -3,9 +3,9 @@
 // f16.
 //
 //   _sm80_layout.h      what it takes, how it is cut
-//   _sm80_source.cuh    tasks, tokens of slots, places of results
+//   _source.h           sequences of the engine, tokens of slots, places of results
 //   _slots.cuh          indices; sums over slots and over spans
-//   softmax/sm80/*.cuh, of which the kernels are, with a listed key source
+//   softmax/sm80/*.cuh, of which the kernels are
 //
 // Results of what may be listed several times are by slot or by span, and then summed:
 //
@@ -16,63 +16,41 @@
 
 #include "ops/attention/attention_sm80.cuh"
 #include "ops/routing_attention/routing_attention_slots.cuh"
-#include "ops/routing_attention/routing_attention_sm80_source.cuh"
+#include "ops/routing_attention/routing_attention_sm80_layout.h"
+#include "ops/routing_attention/routing_attention_source.h"
 
 #include "core/gpu/launch.h"
 
 namespace hw::routing_attention::sm80 {
 
-template <int kOwn, class Params>
-Listed<kOwn> listed(const Params& p) {
-  Listed<kOwn> source{};
-  source.lists = p;
-  source.row_slots_of_list = static_cast<int>(p.max_q);
-  source.key_slots_of_list = static_cast<int>(p.max_k);
-  source.row_cells = static_cast<int>(p.rows.cells.count());
-  source.key_cells = static_cast<int>(p.keys.cells.count());
-  return source;
-}
+using softmax::FullScore;
+using softmax::PlainScore;
 
-// Gates do not change scores: mixtures of heads are plain too.
-inline bool is_plain(const softmax::ForwardParams& f) {
-  return softmax::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
-         !f.mass;
-}
-
-template <class Element, int kDim, bool kPlain, int kOwn>
-void forward(const Context& context, const ForwardParams& p, const softmax::ForwardParams& f) {
-  using Kernel = softmax::sm80::ForwardKernel<Element, kDim, kPlain, Listed<kOwn>>;
-  softmax::sm80::Plan plan;
-  plan.blocks = ceil_div<int64_t>(p.max_q, Kernel::kRows);
-  plan.tasks = plan.blocks * p.query_heads() * p.batch() * p.groups();
-  const typename Kernel::Params params{listed<kOwn>(p),
-                                       f,
-                                       softmax::sm80::ScoreInputs<Element>(f),
-                                       input_of<Element>(f.v),
-                                       output_of<Element>(f.o),
-                                       output_of<Element>(f.w),
-                                       softmax::sm80::units_of(kPlain, f),
-                                       plan,
-                                       {}};
-  launch<Kernel>({plan.tasks, 1, 1}, sizeof(typename Kernel::Smem), context, params);
+template <class Element, int kDim, softmax::ScoreKind Kind, int kOwn>
+void forward(const ForwardParams& p, const softmax::ForwardParams& f, const Context& context,
+             Arena& arena) {
+  const SelfScore<Kind> kind{{}, p.mask_self};
+  softmax::sm80::forward<Element, kDim, SelfScore<Kind>, GroupSource, ListCut<kOwn>>(
+      f, GroupSource::of(p), kind, p.batch() * p.groups(), context, arena);
 }
 
 template <class Element, int kDim>
 void forward(const ForwardParams& p, const Call& call) {
   const Context& context = call.context;
-  softmax::ForwardParams f = p;
-  if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
-  if (!is_plain(f))
-    forward<Element, kDim, false, kMedium>(context, p, f);
-  else if (p.max_q <= kNarrow)
-    forward<Element, kDim, true, kNarrow>(context, p, f);
-  else if (p.max_q <= kMedium)
-    forward<Element, kDim, true, kMedium>(context, p, f);
-  else
-    forward<Element, kDim, true, kWide>(context, p, f);
-  if (!p.by_slot) return;
   Arena arena(call.workspace, "routing_attention.forward");
   const ForwardWorkspace at = forward_workspace(arena, shape_of(p));
+  softmax::ForwardParams f = p;
+  if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
+  const int rows = rows_of_block(p);
+  if (!is_plain(p))
+    forward<Element, kDim, FullScore, kMedium>(p, f, context, arena);
+  else if (rows == kNarrow)
+    forward<Element, kDim, PlainScore, kNarrow>(p, f, context, arena);
+  else if (rows == kMedium)
+    forward<Element, kDim, PlainScore, kMedium>(p, f, context, arena);
+  else
+    forward<Element, kDim, PlainScore, kWide>(p, f, context, arena);
+  if (!p.by_slot) return;
   mean_slots<Element>(p, index_tokens(p.rows, at.rows, context), context);
 }
 
@@ -81,10 +59,6 @@ void forward(const ForwardParams& p, const Call& call) {
 inline Ref<const void, 3> row_numbers(const float* data, const RoutingSizes& s) {
   const int64_t slots = s.groups * s.row_slots;
   return {data, {s.batch, s.heads, slots}, {s.heads * slots, slots, 1}};
-}
-inline Output<float> sums_of(float* data, const RoutingSizes& s, int64_t places, int64_t width) {
-  if (!data) return {};
-  return {place_array(data, s.batch, places, s.heads, width), true};
 }
 
 // Everything that the kernels of the gradients have in common.
@@ -100,70 +74,78 @@ struct Backward {
 
   bool by_span() const { return s.keys_listed && !s.by_slot; }
 
+  Output<float> sums(float* data, int64_t places, int64_t width) const {
+    if (!data) return {};
+    return {place_array(data, s.batch, places, s.heads, width), true};
+  }
   // Gradients of what `source` gives.
-  template <class KeySource>
-  softmax::sm80::GradientParams<Element, KeySource> params(const KeySource& source) const {
+  template <softmax::ScoreKind Kind, softmax::KeySource Source>
+  softmax::sm80::GradientParams<Element, SelfScore<Kind>, Source> params(
+      const Source& source) const {
     return {source,
+            {{}, b.mask_self},
             b,
             inputs,
             output_of<Element>(b.d_q),
             output_of<Element>(b.d_k),
             output_of<Element>(b.d_v),
+            {},
+            {},
+            {},
             shared_bias,
             0};
   }
 };
 
-template <class Element, int kDim, bool kPlain, int kOwn>
+template <class Element, int kDim, softmax::ScoreKind Kind, int kOwn>
 void query_gradients(const Backward<Element>& x) {
-  using Kernel = softmax::sm80::QueryGradKernel<Element, kDim, kPlain, Listed<kOwn>>;
+  using Kernel =
+      softmax::sm80::QueryGradKernel<Element, kDim, SelfScore<Kind>, GroupSource, ListCut<kOwn>>;
   const RoutingSizes& s = x.s;
-  Listed<kOwn> source = listed<kOwn>(x.b);
-  source.row_sums = sums_of(x.at.d_q, s, s.groups * s.row_slots, s.dim);
-  softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, x.params(source), s.row_slots,
-                                       x.context);
+  auto p = x.template params<Kind>(GroupSource::of(x.b));
+  p.d_q_sums = x.sums(x.at.d_q, s.groups * s.row_slots, s.dim);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, p, s.row_slots, x.context);
 }
 
-template <class Element, int kDim, bool kPlain, int kOwn>
+template <class Element, int kDim, softmax::ScoreKind Kind, int kOwn>
 void key_gradients(const Backward<Element>& x) {
-  using KeySource = ListedKeys<kOwn>;
-  using Kernel = softmax::sm80::KeyGradKernel<Element, kDim, kPlain, true, true, KeySource>;
+  using Kernel = softmax::sm80::KeyGradKernel<Element, kDim, SelfScore<Kind>, true, true,
+                                              SpanSource, ListCut<kOwn>>;
   const RoutingSizes& s = x.s;
-  KeySource source{};
-  static_cast<Listed<kOwn>&>(source) = listed<kOwn>(x.b);
-  source.regions = x.at.regions;
-  source.by_span = x.by_span();
-  source.blocks_of_list = static_cast<int>(s.key_blocks),
-  source.cell = static_cast<int>(s.key_cell);
+  const SpanSource source{GroupSource::of(x.b),
+                          x.at.regions,
+                          x.by_span(),
+                          s.keys_listed,
+                          static_cast<int>(s.key_blocks),
+                          static_cast<int>(s.key_cell)};
   const int64_t groups = source.by_span ? x.at.regions.spans : s.groups;
   const int64_t slots = source.by_span ? s.key_cell : s.key_slots;
+  auto p = x.template params<Kind>(source);
   if (s.keys_listed) {
-    source.key_sums = sums_of(x.at.d_k, s, groups * slots, s.dim);
-    source.value_sums = sums_of(x.at.d_v, s, groups * slots, s.value_dim);
+    p.d_k_sums = x.sums(x.at.d_k, groups * slots, s.dim);
+    p.d_v_sums = x.sums(x.at.d_v, groups * slots, s.value_dim);
   }
   const int64_t owners = s.keys_listed ? s.heads : x.b.key_heads();
-  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, x.params(source), slots,
-                                       x.context);
+  softmax::sm80::launch_blocks<Kernel>(s.batch * groups * owners, p, slots, x.context);
 }
 
 template <class Element, int kDim>
 void gradients(const Backward<Element>& x) {
-  using softmax::sm80::has_plain_scores;
-  if (!has_plain_scores(x.b)) {
-    query_gradients<Element, kDim, false, kMedium>(x);
-    key_gradients<Element, kDim, false, kMedium>(x);
+  if (!softmax::sm80::has_plain_scores(x.b)) {
+    query_gradients<Element, kDim, FullScore, kMedium>(x);
+    key_gradients<Element, kDim, FullScore, kMedium>(x);
     if (!x.shared_bias) return;
     // Rows that are not listed weigh nothing: their statistic is +inf.
     softmax::BackwardParams all = x.b;
     all.max_q = x.s.rows, all.max_k = x.s.keys;
-    softmax::sm80::launch_bias<Element, kDim>({{}, all, x.inputs, {}, {}, {}, true, 0}, x.context);
+    softmax::sm80::launch_bias<Element, kDim>(all, x.inputs, x.context);
     return;
   }
-  x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, true, kNarrow>(x)
-                           : query_gradients<Element, kDim, true, kMedium>(x);
+  x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, PlainScore, kNarrow>(x)
+                           : query_gradients<Element, kDim, PlainScore, kMedium>(x);
   (x.by_span() ? x.s.key_cell : x.s.key_slots) <= kNarrow
-      ? key_gradients<Element, kDim, true, kNarrow>(x)
-      : key_gradients<Element, kDim, true, kMedium>(x);
+      ? key_gradients<Element, kDim, PlainScore, kNarrow>(x)
+      : key_gradients<Element, kDim, PlainScore, kMedium>(x);
 }
 
 template <class Element, int kDim>

@@ -14,6 +14,8 @@ namespace hw::routing_attention::sm80 {
 //   kMedium     of the shorter lists, warps without tokens only help to load
 //   kWide       two strips read a tile of keys half as often as one: forward, plain scores
 //
+// Few blocks leave a device idle: then keys are cut into spans, as those of attention are.
+//
 // Blocks that fit into a multiprocessor of sm_80 by registers and shared memory, plain scores:
 //
 //   width           32    64   128
@@ -33,12 +35,45 @@ struct ForwardTiles {
   }
 };
 
-template <int kSlots>
-struct LoopTiles : softmax::sm80::LoopTiles {};
-template <>
-struct LoopTiles<kNarrow> {
-  static constexpr int kOwn = kNarrow;
-  static constexpr int others(int dim, bool) { return dim <= 64 ? 32 : 16; }
+template <int kOwn_>
+struct LoopTiles {
+  static constexpr int kOwn = kOwn_;
+  static constexpr int others(int dim, bool plain) {
+    if (kOwn == kNarrow) return dim <= 64 ? 32 : 16;
+    return softmax::sm80::LoopTiles::others(dim, plain);
+  }
+  static constexpr int strips(int, bool) { return 1; }
 };
+
+// The cut of blocks of kOwn slots.
+template <int kOwn>
+struct ListCut {
+  template <int kDim>
+  using Forward = ForwardTiles<kOwn, kDim>;
+  using Loop = LoopTiles<kOwn>;
+};
+
+// Gates do not change scores: mixtures of heads are plain too.
+inline bool is_plain(const softmax::ForwardParams& f) {
+  return softmax::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
+         !f.mass;
+}
+
+// Slots of a block of the forward pass.
+inline int rows_of_block(const ForwardParams& p) {
+  if (!is_plain(p)) return kMedium;
+  return p.max_q <= kNarrow ? kNarrow : p.max_q <= kMedium ? kMedium : kWide;
+}
+
+// Bytes of workspace of a forward call: behind what both CUDA backends have, partial results of the
+// spans of keys.
+inline int64_t workspace_bytes(const ForwardParams& p, int64_t multiprocessors) {
+  const int64_t sequences = p.batch() * p.groups();
+  Arena arena;
+  static_cast<void>(forward_workspace(arena, shape_of(p)));
+  softmax::sm80::lay_out(arena, p, sequences,
+                         softmax::sm80::plan_of(p, sequences, rows_of_block(p), multiprocessors));
+  return arena.bytes();
+}
 
 }  // namespace hw::routing_attention::sm80

@@ -154,7 +154,7 @@ static_assert(softmax::KeySource<SpanSource>);
 // The score of a token with itself, where mask_self says so.
 template <softmax::ScoreKind Base>
 struct SelfScore : Base {
-  static constexpr bool kSets = true;
+  static constexpr bool kSoftmax = true, kSets = true;
   static constexpr double kSetScore = kSelfScore;
   bool mask_self;
 

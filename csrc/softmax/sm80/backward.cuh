@@ -18,13 +18,24 @@
 
 namespace hw::softmax::sm80 {
 
-template <class Element, class KeySource = DenseSource>
-struct GradientParams : KeySource {
+template <class Element, ScoreKind Kind, KeySource Source>
+struct GradientParams {
+  Source source;
+  Kind kind;
   BackwardParams b;
   LoopInputs<Element> inputs;
   Output<Element> d_q, d_k, d_v;
+  // [B, results, Hq, D | Dv], of which the caller makes d_q, of d_k and d_v, which then are not
+  // written; keys have results for each query head there. Of sources that gather.
+  Output<float> d_q_sums, d_k_sums, d_v_sums;
   bool shared_bias;  // d_bias has a kernel of its own
-  int64_t blocks;    // of own rows, per head of a sequence
+  int64_t blocks;    // of own slots, per head of a sequence
+
+  HW_DEVICE HW_INLINE bool sums_queries() const { return Source::kGathers && d_q_sums.ref; }
+  HW_DEVICE HW_INLINE bool sums_keys() const { return Source::kGathers && d_k_sums.ref; }
+  // Heads that have results of keys, and the query heads of each.
+  HW_DEVICE HW_INLINE int owners() const { return sums_keys() ? b.query_heads() : b.key_heads(); }
+  HW_DEVICE HW_INLINE int heads_of_owner() const { return sums_keys() ? 1 : b.group(); }
 };
 
 // Gradients of one tile: p in place of c = <q, k>, ds in place of dp = <d_w, v>, and y.
@@ -38,12 +49,13 @@ HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c,
   score.differentiate(c, dp, unit);
 }
 
-template <class Element, int kDim, bool kPlain, class KeySource = DenseSource>
+template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
 struct QueryGradKernel {
-  using L = Loop<Element, kDim, kPlain, false, true, KeySource>;
+  using L = Loop<Element, kDim, Kind, false, true, Source, Cut>;
   using Pairs = typename L::Pairs;
-  using Params = GradientParams<Element, KeySource>;
+  using Params = GradientParams<Element, Kind, Source>;
   using Smem = typename L::Smem;
+  static constexpr bool kPlain = Kind::kPlain;
   static constexpr int kThreads = L::kThreads;
   static constexpr int kBlocks = L::kStrips == 2 ? 2 : kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1;
   static constexpr int kMinBlocks = kBlocks * 128 / kThreads;
@@ -51,7 +63,7 @@ struct QueryGradKernel {
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
     const int64_t group = dev::block_index_x() / p.blocks, heads = b.query_heads();
-    L loop(b, p.inputs, p, *dev::shared<Smem>());
+    L loop(b, p.inputs, p.source, p.kind, *dev::shared<Smem>());
     // The last rows see most keys: they come first.
     loop.go(group / heads, static_cast<int>(group % heads),
             (p.blocks - 1 - dev::block_index_x() % p.blocks) * L::kOwn);
@@ -79,8 +91,7 @@ struct QueryGradKernel {
                  loop.smem.numbers.tau[loop.warp_row() + L::Pairs::row(0, 2 * half)];
       return p.inputs.in.scale;
     };
-    if constexpr (KeySource::kListed)
-      if (p.row_sums.ref) return loop.store(p.row_sums, loop.item.head, d_q, factor);
+    if (p.sums_queries()) return loop.store(p.d_q_sums, loop.item.head, d_q, factor);
     loop.store(p.d_q, loop.item.head, d_q, factor);
   }
 
@@ -90,11 +101,11 @@ struct QueryGradKernel {
   HW_DEVICE HW_INLINE static void store_bias(const BackwardParams& b, const L& loop,
                                              const Score& score, const Pairs& ds) {
     const Ref<float, 4> to = b.d_bias.template as<float>();
-    if constexpr (KeySource::kListed) {
+    if constexpr (Source::kGathers) {
       float* origin = to.at(loop.item.at.batch, loop.item.head);
       Pairs::each([&](int s, int j, int i) {
-        const int q = score.operands.row_token[Pairs::row(s, i)];
-        const int k = score.operands.key_token[Pairs::column(j, i)];
+        const auto q = score.row_position(Pairs::row(s, i));
+        const auto k = score.key_position(Pairs::column(j, i));
         if (q >= 0 && k >= 0) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
       });
       return;
@@ -122,23 +133,23 @@ struct QueryGradKernel {
         sum += d_q.at[0][j][2 * half] * q.lo + d_q.at[0][j][2 * half + 1] * q.hi;
       }
       sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
-      const int64_t at = loop.result_row(half);
+      const int64_t at = loop.number_row(half);
       if (dev::lane() % 4 == 0 && at >= 0)
-        b.d_row_temperature.template as<float>()(loop.item.at.batch, loop.item.at.q_begin + at,
-                                                 loop.item.head) = sum;
+        b.d_row_temperature.template as<float>()(loop.item.at.batch, at, loop.item.head) = sum;
     }
   }
 };
 
 // kKeyGrads: d_k and the sums of keys, kValueGrads: d_v; at least one of them.
-template <class Element, int kDim, bool kPlain, bool kKeyGrads, bool kValueGrads,
-          class KeySource = DenseSource>
+template <class Element, int kDim, ScoreKind Kind, bool kKeyGrads, bool kValueGrads,
+          KeySource Source, class Cut>
 struct KeyGradKernel {
-  using L = Loop<Element, kDim, kPlain, true, kKeyGrads, KeySource>;
+  using L = Loop<Element, kDim, Kind, true, kKeyGrads, Source, Cut>;
   using Pairs = typename L::Pairs;
   using Values = typename L::Values;
-  using Params = GradientParams<Element, KeySource>;
+  using Params = GradientParams<Element, Kind, Source>;
   using Smem = typename L::Smem;
+  static constexpr bool kPlain = Kind::kPlain;
   static constexpr int kThreads = L::kThreads;
   static constexpr int kMinBlocks = (kDim <= 128 ? 2 : 1) * 128 / kThreads;
 
@@ -152,9 +163,9 @@ struct KeyGradKernel {
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
     // Of 32 bits, as blocks of a launch are: registers are short.
-    const int blocks = static_cast<int>(p.blocks), heads = static_cast<int>(p.key_owners(b));
+    const int blocks = static_cast<int>(p.blocks), heads = p.owners();
     const int block = dev::block_index_x(), group = block / blocks;
-    L loop(b, p.inputs, p, *dev::shared<Smem>());
+    L loop(b, p.inputs, p.source, p.kind, *dev::shared<Smem>());
     loop.start(group / heads, static_cast<int64_t>(block % blocks) * L::kOwn, group % heads);
     dev::sync_block();
     const int& owner = loop.smem.owner;
@@ -162,7 +173,7 @@ struct KeyGradKernel {
     if constexpr (kKeyGrads) sums.d_k.clear();
     if constexpr (kValueGrads) sums.d_v.clear();
     HW_UNROLL_BY(1)
-    for (int head = owner * p.heads_of_owner(b); head < (owner + 1) * p.heads_of_owner(b);
+    for (int head = owner * p.heads_of_owner(); head < (owner + 1) * p.heads_of_owner();
          head = loop.item.head + 1) {
       loop.take(head);
       if (loop.own().empty()) return;
@@ -177,17 +188,19 @@ struct KeyGradKernel {
     }
     const auto scale = [&](int) { return p.inputs.in.scale; };
     const auto one = [](int) { return 1.0f; };
-    if constexpr (KeySource::kListed) {
-      static_assert(kKeyGrads && kValueGrads, "listed keys are visited once");
-      if (p.key_sums.ref) {
-        loop.store(p.key_sums, owner, sums.d_k, scale);
-        if (b.d_v) loop.store(p.value_sums, owner, sums.d_v, one);
-        return;
-      }
+    if constexpr (kKeyGrads) {
+      if (p.sums_keys())
+        loop.store(p.d_k_sums, owner, sums.d_k, scale);
+      else
+        loop.store(p.d_k, owner, sums.d_k, scale);
     }
-    if constexpr (kKeyGrads) loop.store(p.d_k, owner, sums.d_k, scale);
-    if constexpr (kValueGrads)
-      if (b.d_v) loop.store(p.d_v, owner, sums.d_v, one);
+    if constexpr (kValueGrads) {
+      if (!b.d_v) return;
+      if (p.sums_keys())
+        loop.store(p.d_v_sums, owner, sums.d_v, one);
+      else
+        loop.store(p.d_v, owner, sums.d_v, one);
+    }
   }
 
  private:
@@ -228,9 +241,9 @@ struct KeyGradKernel {
 // it sums, in order, over what shares it; a bias has rows of its own (without, it is a key_bias).
 template <class Element, int kDim>
 struct BiasGradKernel {
-  using L = Loop<Element, kDim, false, false, true>;
+  using L = Loop<Element, kDim, FullScore, false, true, DenseSource, SequenceCut>;
   using Pairs = typename L::Pairs;
-  using Params = GradientParams<Element>;
+  using Params = GradientParams<Element, FullScore, DenseSource>;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads;
 
@@ -251,7 +264,7 @@ struct BiasGradKernel {
       rest /= count;
       return at;
     };
-    L loop(b, p.inputs, p, *dev::shared<Smem>());
+    L loop(b, p.inputs, p.source, p.kind, *dev::shared<Smem>());
     const int64_t first = take(p.blocks) * L::kOwn;
     const int64_t key = take(owners(b, 3, L::kOther)) * L::kOther;
     const int64_t head = take(owners(b, 1, 1)), batch = rest;

@@ -10,24 +10,26 @@
 
 namespace hw::softmax::sm80 {
 
-template <class Element, int kDim, bool kPlain>
+template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
 struct ColumnsKernel {
-  using L = Loop<Element, kDim, kPlain, true, false>;
+  using L = Loop<Element, kDim, Kind, true, false, Source, Cut>;
   using Pairs = typename L::Pairs;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 128 ? 2 : 1;
 
-  struct Params : DenseSource {
+  struct Params {
+    Source source;
+    Kind kind;
     ColumnsParams c;
     LoopInputs<Element> inputs;  // extra: row weights
     Output<Element> y;
-    int64_t blocks;  // of keys, per head of a sequence
+    int64_t blocks;  // of slots of keys, per head of a sequence
   };
 
   HW_DEVICE static void main(const Params& p) {
     const ColumnsParams& c = p.c;
     const int64_t group = dev::block_index_x() / p.blocks, heads = c.query_heads();
-    L loop(c, p.inputs, p, *dev::shared<Smem>());
+    L loop(c, p.inputs, p.source, p.kind, *dev::shared<Smem>());
     loop.go(group / heads, static_cast<int>(group % heads),
             dev::block_index_x() % p.blocks * L::kOwn);
     if (loop.own().empty()) return;

@@ -46,20 +46,27 @@ struct Partials {
   }
 };
 
+// Where results of a row are on the axis S, negative: nowhere; and its position.
+struct RowPlace {
+  int64_t result, position;
+};
+
 // Writes what becomes of rows. Plain: softmaxes, o and the row statistic only; kMixes: o may differ
 // from w.
-template <class Element, bool kPlain, bool kMixes = !kPlain>
+template <class Element, ScoreKind Kind, bool kMixes>
 struct Finish {
+  static constexpr bool kPlain = Kind::kPlain;
   const ForwardParams& f;
   const Output<Element>& o;
   const Output<Element>& w;
   const WorkItem& item;
   Units units;
 
-  // Row statistic and read-outs of row `row` (one lane of those that have it: writes = true);
-  // returns the factor of its values.
-  HW_DEVICE HW_INLINE float finalize(int64_t row, const RowSums<float>& r, bool writes) const {
-    if (!kPlain && !is_softmax(f.activation)) return normalize(row, r, writes);
+  // Row statistic and read-outs of a row (one lane of those that have it: writes = true); returns
+  // the factor of its values.
+  HW_DEVICE HW_INLINE float finalize(const RowPlace& row, const RowSums<float>& r,
+                                     bool writes) const {
+    if (!Kind::kSoftmax && !is_softmax(f.activation)) return normalize(row, r, writes);
     const RowResult<float> x =
         finalize_softmax(r, extra_logit<float>(f, item.at.batch, item.head), units);
     if (writes) put(f.row, row, x.row), put(f.rest, row, x.rest);
@@ -76,18 +83,18 @@ struct Finish {
 
   // x[j][i]: columns first + 8 j + i of w (before gate and mix).
   template <int kTiles>
-  HW_DEVICE HW_INLINE void write(int64_t row, int first, float (&x)[kTiles][2]) const {
-    const int64_t batch = item.at.batch, token = item.at.q_begin + row;
+  HW_DEVICE HW_INLINE void write(const RowPlace& row, int first, float (&x)[kTiles][2]) const {
+    const int64_t batch = item.at.batch, number = item.at.q_begin + row.position;
     if constexpr (kMixes) {
-      if (f.w) store_pairs(row_of(w, batch, token), first, w.paired, x);
-      if (f.identity_mix) mix(token, first, x);
+      if (f.w) store_pairs(row_of(w, row.result), first, w.paired, x);
+      if (f.identity_mix) mix(number, first, x);
       if (f.head_gate) {
-        const float g = f.head_gate.template as<const float>()(batch, token, item.head);
+        const float g = f.head_gate.template as<const float>()(batch, number, item.head);
         HW_UNROLL
         for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
       }
     }
-    store_pairs(row_of(o, batch, token), first, o.paired, x);
+    store_pairs(row_of(o, row.result), first, o.paired, x);
   }
 
  private:
@@ -119,31 +126,33 @@ struct Finish {
     }
   }
 
-  HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t batch,
-                                             int64_t token) const {
+  HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t result) const {
     const Ref<Element, 4>& r = to.ref;
-    return {r.at(batch, token, item.head), {r.size[3]}, {r.stride[3]}};
+    return {r.at(item.at.batch, result, item.head), {r.size[3]}, {r.stride[3]}};
   }
 
-  HW_DEVICE HW_INLINE float normalize(int64_t row, const RowSums<float>& r, bool writes) const {
+  HW_DEVICE HW_INLINE float normalize(const RowPlace& row, const RowSums<float>& r,
+                                      bool writes) const {
     const float n = f.normalizer == Normalizer::sum ? r.sum
                     : f.normalizer == Normalizer::length
-                        ? static_cast<float>(item.mask.visible_keys(row).count())
+                        ? static_cast<float>(item.mask.visible_keys(row.position).count())
                         : 1.0f;
     if (writes && f.normalizer == Normalizer::sum) put(f.row, row, n), put(f.rest, row, 0.0f);
     return n != 0.0f ? 1.0f / n : 0.0f;
   }
 
-  HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, int64_t row, float value) const {
-    if (to) to.template as<float>()(item.at.batch, item.head, item.at.q_begin + row) = value;
+  HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, const RowPlace& row, float value) const {
+    if (to) to.template as<float>()(item.at.batch, item.head, row.result) = value;
   }
 };
 
 // Merges the spans of a row, in their order. A warp per row.
-template <class Element, bool kPlain>
+template <class Element, ScoreKind Kind, KeySource Source>
 struct MergeKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * dev::kWarp;
+  static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
   struct Params {
+    Source source;
     ForwardParams f;
     Output<Element> o, w;
     Partials partials;
@@ -154,10 +163,12 @@ struct MergeKernel {
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
     if (index >= p.partials.rows) return;
-    const int64_t row = index % p.f.max_q, heads = p.f.query_heads();
+    const int64_t slot = index % p.f.max_q, heads = p.f.query_heads();
     const int head = static_cast<int>(index / p.f.max_q % heads);
-    const WorkItem item = work_item(p.f, index / p.f.max_q / heads, head);
-    if (row >= item.at.q_count) return;
+    const auto item = p.source.work_item(p.f, index / p.f.max_q / heads, head);
+    if (slot >= p.source.rows(item)) return;
+    const RowPlace row = place_of(p.source, item, slot);
+    if (row.result < 0) return;
     RowSums<float> whole;
     whole.clear();
     for (int64_t span = 0; span < p.spans; ++span)
@@ -168,7 +179,7 @@ struct MergeKernel {
       part.move_to(top, p.units);
       whole.add(part);
     }
-    const Finish<Element, kPlain> finish{p.f, p.o, p.w, item, p.units};
+    const Finish<Element, Kind, !kPlain || kGathers> finish{p.f, p.o, p.w, item, p.units};
     const float factor = finish.finalize(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {
@@ -183,6 +194,16 @@ struct MergeKernel {
       x[0][0] *= factor, x[0][1] *= factor;
       finish.write(row, column, x);
     }
+  }
+
+  HW_DEVICE static HW_INLINE RowPlace place_of(const Source& source,
+                                               const typename Source::WorkItem& item,
+                                               int64_t slot) {
+    if constexpr (!kGathers) return {source.row_result(item, slot, slot), slot};
+    const int at = static_cast<int>(slot);
+    const int token = static_cast<int>(source.row_token(item, at, source.row_entry(item, at)));
+    return {source.row_result(item, at, token),
+            token < 0 ? token : source.row_position(item, at, token)};
   }
 
   HW_DEVICE static HW_INLINE RowSums<float> sums(const Params& p, int64_t span, int64_t index) {

@@ -13,26 +13,32 @@
 // k and v have two stages: while one is multiplied, cp.async fills the other; one barrier per tile.
 // Warps whose own queries see nothing of a tile skip it; masks are applied on edge tiles only.
 //
-// KeySource: where queries and keys come from (sm80/lists.cuh).
+// Source: where queries and keys come from; Kind: what a score is; Cut: the tiles of a block.
 #pragma once
 
 #include "softmax/sm80/epilogue.cuh"
 
 namespace hw::softmax::sm80 {
 
-template <class Element, int kDim, bool kPlain, class KeySource = DenseSource>
+template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
 struct ForwardKernel {
-  using Tiles = typename KeySource::template ForwardTiles<kDim>;
-  using WorkItem = typename KeySource::WorkItem;
+  using Tiles = typename Cut::template Forward<kDim>;
+  using WorkItem = typename Source::WorkItem;
+  static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
   static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
   static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
   static constexpr int kKeys = Tiles::kKeys;
   static constexpr int kMinBlocks = Tiles::blocks(kPlain);
   using Scores = Fragment<kStrips, kKeys / 8>;
-  using Score = ScoreTile<Element, kPlain, false, kStrips, kKeys / 8, KeySource>;
+  using Score = ScoreTile<Element, Kind, false, kStrips, kKeys / 8, Source>;
   using Values = Fragment<kStrips, kDim / 8>;
 
-  struct Params : KeySource {
+  using RowList = SlotList<Source, false>;
+  using KeyList = SlotList<Source, true>;
+
+  struct Params {
+    Source source;
+    Kind kind;
     ForwardParams f;
     ScoreInputs<Element> in;
     Input<Element> v;
@@ -54,8 +60,8 @@ struct ForwardKernel {
     Stage stage[2];
     If<!kPlain, float[kRows]> tau;
     WorkItem item;
-    int64_t first;  // row of the block, in its sequence or list
-    If<KeySource::kListed, ListedTiles<kRows, kKeys>> tokens;
+    int64_t first;  // row slot of the block
+    If<kGathers, GatheredTiles<kRows, kKeys>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
@@ -65,7 +71,7 @@ struct ForwardKernel {
     static constexpr float kLarge = 1 << 24;  // beyond it, more than a bit would be rounded off
 
     // Kept, where there are registers for it.
-    If<!KeySource::kListed, float[kStrips][2]> kept = {};
+    If<!kGathers, float[kStrips][2]> kept = {};
     bool large = false;  // that of any row of the warp: there the difference comes first
 
     HW_DEVICE HW_INLINE static bool is_large(float reference) {
@@ -93,9 +99,9 @@ struct ForwardKernel {
                        [2];  // rows g, g + 8 of each strip; over this lane's columns, but max
     Values w;                // before the division
     If<kPlain, References> references;
-    If<!KeySource::kListed, Sight> sight;
-    If<!KeySource::kListed, Stream> keys, values;
-    If<!KeySource::kListed && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
+    If<!kGathers, Sight> sight;
+    If<!kGathers, Stream> keys, values;
+    If<!kGathers && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
 
     HW_DEVICE HW_INLINE Block(const Params& params, Smem& s)
         : p(params), smem(s), item(s.item), first(s.first) {
@@ -103,30 +109,21 @@ struct ForwardKernel {
       Scores::each_row([&](int strip, int half) { sums[strip][half].clear(); });
       const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
       if (dev::thread_index() == 0) {
-        smem.item = p.work_item(p.f, task / heads, static_cast<int>(task % heads));
+        smem.item = p.source.work_item(p.f, task / heads, static_cast<int>(task % heads));
         // The last rows see most keys: they come first.
         smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
       }
       dev::sync_block();
-      if constexpr (KeySource::kListed) {
-        const SlotList<KeySource, false> list(p, item);
-        TokenPrefetch<kThreads, kRows, SlotList<KeySource, false>>(list, static_cast<int>(first))
+      if constexpr (kGathers) {
+        const RowList list(p.source, item);
+        TokenPrefetch<kThreads, kRows, RowList>(list, static_cast<int>(first))
             .fill(smem.tokens.own);
         dev::sync_block();
       }
     }
 
     HW_DEVICE HW_INLINE Range rows() const {
-      if constexpr (KeySource::kListed)
-        return {first, min_of<int64_t>(first + kRows, p.row_slots(item))};
-      else
-        return {first, min_of(first + kRows, item.mask.rows)};
-    }
-
-    // Whether a block of listed rows has none: it has nothing to write but zeros of slots.
-    HW_DEVICE HW_INLINE bool idle() const {
-      if constexpr (KeySource::kListed) return smem.tokens.own.extent().none();
-      return false;
+      return {first, min_of<int64_t>(first + kRows, p.source.rows(item))};
     }
 
     // Of the block's first row, in Partials.
@@ -136,26 +133,29 @@ struct ForwardKernel {
 
     // Tiles [begin, end) of the block's span.
     HW_DEVICE HW_INLINE Range tiles() const {
-      if constexpr (KeySource::kListed) return listed_tiles();
-      Range keys = item.mask.keys_of(rows());
+      Range keys = seen_keys();
       const int64_t from = dev::block_index_y() * p.plan.span;
       keys = {max_of(keys.begin, from), min_of(keys.end, from + p.plan.span)};
       if (keys.empty()) return {0, 0};
       return {keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
     }
 
-    HW_DEVICE HW_INLINE Range listed_tiles() const {
-      if (idle()) return {0, 0};
-      const int slots = p.key_slots(item);
-      if (!p.keys_in_order()) return {0, ceil_div(slots, kKeys)};
-      const Range keys = item.mask.keys_of(smem.tokens.own.extent().range());
-      return keys.empty() ? Range{0, 0}
-                          : Range{keys.begin / kKeys, ceil_div<int64_t>(keys.end, kKeys)};
+    // Slots that the block's rows may see. Gathered rows may be none: then there is nothing to
+    // write but zeros of their results.
+    HW_DEVICE HW_INLINE Range seen_keys() const {
+      if constexpr (!kGathers)
+        return item.mask.keys_of(rows());
+      else {
+        const Extent extent = smem.tokens.own.extent();
+        if (extent.none()) return {0, 0};
+        if (p.source.keys_in_order()) return item.mask.keys_of(extent.range());
+        return {0, p.source.keys(item)};
+      }
     }
 
     // Whether nobody can see what the loop would find. Same for all warps.
     HW_DEVICE HW_INLINE bool dead() const {
-      if constexpr (kPlain || KeySource::kListed) return false;
+      if constexpr (kPlain) return false;
       const ForwardParams& f = p.f;
       if (!f.skip_dead) return false;
       const int64_t b = item.at.batch;
@@ -164,57 +164,60 @@ struct ForwardKernel {
       if (!f.head_gate) return false;
       const Ref<const float, 3> g = f.head_gate.template as<const float>();
       bool some = false;
-      for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp)
-        some |= g(b, item.at.q_begin + i, item.head) != 0.0f;
+      for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp) {
+        const int64_t position = position_of(static_cast<int>(i - first));
+        some |= position >= 0 && g(b, item.at.q_begin + position, item.head) != 0.0f;
+      }
       return !dev::any(some);
     }
 
     // What the loads of the rows, of a tile's keys go by.
     HW_DEVICE HW_INLINE auto own_rows() const {
-      if constexpr (KeySource::kListed)
-        return Slots{smem.tokens.own.at};
+      if constexpr (kGathers)
+        return Slots{smem.tokens.own.at, static_cast<int>(first)};
       else
         return int64_t{first};
     }
     HW_DEVICE HW_INLINE auto keys_of(int tile) const {
-      if constexpr (KeySource::kListed)
-        return Slots{smem.tokens.other[tile % 3].at};
+      if constexpr (kGathers)
+        return Slots{smem.tokens.other[tile % 3].at, tile * kKeys};
       else
         return static_cast<int64_t>(tile) * kKeys;
     }
 
     HW_DEVICE HW_INLINE void prefetch_queries() {
-      load_tile<kThreads>(smem.q, query_rows(p.in.q, item, own_rows()));
+      load_tile<kThreads>(smem.q, query_rows(p.in.q, p.source, item, own_rows()));
       if constexpr (!kPlain)
-        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, item, own_rows());
+        temperatures<kRows, kThreads>(smem.tau, p.f.row_temperature, p.source, item, own_rows());
     }
 
-    // Listed: the tile's tokens are there; those of the next one follow.
-    HW_DEVICE HW_INLINE void prefetch_listed(int tile) {
-      const SlotList<KeySource, true> list(p, item);
-      const TokenPrefetch<kThreads, kKeys, SlotList<KeySource, true>> next(list,
-                                                                           (tile + 1) * kKeys);
+    // Gathered: the tile's tokens are there; those of the next one follow.
+    HW_DEVICE HW_INLINE void prefetch_gathered(int tile) {
+      const KeyList list(p.source, item);
+      const TokenPrefetch<kThreads, kKeys, KeyList> next(list, (tile + 1) * kKeys);
       const Extent keys = smem.tokens.other[tile % 3].extent();
-      if (may_meet(item.mask, smem.tokens.own.extent(), keys, p.pad_keys())) prefetch(tile);
+      if (may_meet(item.mask, smem.tokens.own.extent(), keys)) prefetch(tile);
       next.fill(smem.tokens.other[(tile + 1) % 3]);
     }
 
     HW_DEVICE HW_INLINE void prefetch(int tile) {
       Stage& s = smem.stage[tile & 1];
       const auto key = keys_of(tile);
-      if constexpr (KeySource::kListed) {
-        load_tile<kThreads>(s.k, key_rows(p.in.k, item, key));
-        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, item, key));
+      if constexpr (kGathers) {
+        load_tile<kThreads>(s.k, key_rows(p.in.k, p.source, item, key));
+        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, p.source, item, key));
         if constexpr (!kPlain) {
-          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, item, key);
-          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, item, key);
-          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, p.source, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, p.source, item, key);
+          key_numbers<kKeys, kThreads>(s.numbers.of[2], p.f.mass_keys, p.source, item, key);
         }
       } else {
         const int count = static_cast<int>(min_of<int64_t>(item.at.k_count - key, kKeys));
-        load_next<kThreads>(s.k, keys, p.in.k, count, [&] { return key_rows(p.in.k, item, key); });
+        load_next<kThreads>(s.k, keys, p.in.k, count,
+                            [&] { return key_rows(p.in.k, p.source, item, key); });
         if (kPlain || p.f.v)
-          load_next<kThreads>(s.v, values, p.v, count, [&] { return key_rows(p.v, item, key); });
+          load_next<kThreads>(s.v, values, p.v, count,
+                              [&] { return key_rows(p.v, p.source, item, key); });
         if constexpr (!kPlain) numbers.load(s.numbers.of[0], count);
       }
     }
@@ -223,17 +226,17 @@ struct ForwardKernel {
       if (tiles.empty()) return;
       prefetch_queries();
       const int begin = static_cast<int>(tiles.begin), end = static_cast<int>(tiles.end);
-      if constexpr (KeySource::kListed) {
-        const SlotList<KeySource, true> list(p, item);
-        TokenPrefetch<kThreads, kKeys, SlotList<KeySource, true>>(list, begin * kKeys)
+      if constexpr (kGathers) {
+        const KeyList list(p.source, item);
+        TokenPrefetch<kThreads, kKeys, KeyList>(list, begin * kKeys)
             .fill(smem.tokens.other[begin % 3]);
         dev::sync_block();
         walk_stages(
-            begin, end, [&](int tile) { prefetch_listed(tile); }, [&](int tile) { step(tile); });
+            begin, end, [&](int tile) { prefetch_gathered(tile); }, [&](int tile) { step(tile); });
       } else {
         sight = sight_of<false, kKeys>(item.mask, first + warp_row, 16 * kStrips);
-        keys = Stream(key_rows(p.in.k, item, keys_of(begin)));
-        if (kPlain || p.f.v) values = Stream(key_rows(p.v, item, keys_of(begin)));
+        keys = Stream(key_rows(p.in.k, p.source, item, keys_of(begin)));
+        if (kPlain || p.f.v) values = Stream(key_rows(p.v, p.source, item, keys_of(begin)));
         if constexpr (!kPlain)
           numbers.start([&](int n) {
             const Ref<const void, 3>& x = n == 0   ? p.f.key_bias
@@ -248,12 +251,12 @@ struct ForwardKernel {
     HW_DEVICE HW_INLINE void step(int tile) {
       const Stage& stage = smem.stage[tile & 1];
       TileOperands operands;
-      if constexpr (KeySource::kListed) {
+      operands.row = first + warp_row, operands.key = static_cast<int64_t>(tile) * kKeys;
+      if constexpr (kGathers) {
         const Tokens<kKeys>& keys = smem.tokens.other[tile % 3];
         operands.row_token = smem.tokens.own.at + warp_row, operands.key_token = keys.at;
         operands.row_parts = smem.tokens.own.parts + warp_row / 16, operands.key_parts = keys.parts;
       } else {
-        operands.row = first + warp_row, operands.key = static_cast<int64_t>(tile) * kKeys;
         operands.seen = sight.sees(tile), operands.whole = sight.whole(tile);
       }
       if constexpr (!kPlain) {
@@ -261,7 +264,7 @@ struct ForwardKernel {
         operands.key_bias = stage.numbers.of[0];
         operands.key_gain = stage.numbers.of[1];
       }
-      const Score score{p.f, p.in, item, p, operands};
+      const Score score{p.f, p.in, item, p.source, p.kind, operands};
       if (score.unseen()) return;
       Scores s;
       s.clear();
@@ -315,7 +318,7 @@ struct ForwardKernel {
     }
 
     HW_DEVICE HW_INLINE float reference_of(int strip, int half) const {
-      if constexpr (KeySource::kListed)
+      if constexpr (kGathers)
         return References::made(sums[strip][half].max, p.units.unit);
       else
         return references.kept[strip][half];
@@ -333,8 +336,7 @@ struct ForwardKernel {
           factor *= shift, r.sum *= shift;
         }
         w.scale_row(strip, half, factor);
-        if constexpr (!KeySource::kListed)
-          references.kept[strip][half] = References::made(to, p.units.unit);
+        if constexpr (!kGathers) references.kept[strip][half] = References::made(to, p.units.unit);
         large |= References::is_large(reference) && to != -kInfinity;
       });
       references.large = dev::any(large);
@@ -380,8 +382,7 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish() {
-      const Finish<Element, kPlain, !kPlain || KeySource::kListed> finish{p.f, p.o, p.w, item,
-                                                                          p.units};
+      const Finish<Element, Kind, !kPlain || kGathers> finish{p.f, p.o, p.w, item, p.units};
       Scores::each_row([&](int strip, int half) {
         const int line = warp_row + Scores::row(strip, 2 * half);
         RowSums<float> r = sums[strip][half];
@@ -395,10 +396,10 @@ struct ForwardKernel {
           r.squares = dev::warp_sum<4>(r.squares);
           r.mass = dev::warp_sum<4>(r.mass);
         }
-        const int64_t row = result_row(line);
-        if (row < 0) return;
-        if (!KeySource::kListed && p.plan.spans > 1)
-          return keep(strip, half, index() + line, r, times);
+        if (first + line >= rows().end) return;
+        if (p.plan.spans > 1) return keep(strip, half, index() + line, r, times);
+        const RowPlace row{result_of(line), position_of(line)};
+        if (row.result < 0) return;
         const float factor = finish.finalize(row, r, dev::lane() % 4 == 0);
         if (!kPlain && !p.f.v) return;
         float x[Values::kTiles][2];
@@ -407,13 +408,22 @@ struct ForwardKernel {
       });
     }
 
-    // Where results of a line of the block are; negative: nowhere.
-    HW_DEVICE HW_INLINE int64_t result_row(int line) const {
-      const int64_t row = first + line;
-      if constexpr (KeySource::kListed)
-        return p.result_row(item, static_cast<int>(row), smem.tokens.own.at[line]);
+    // Of a line of the block that exists: where its results are, and its position; negative: none.
+    HW_DEVICE HW_INLINE int64_t result_of(int line) const {
+      const int64_t slot = first + line;
+      if constexpr (kGathers)
+        return p.source.row_result(item, static_cast<int>(slot), smem.tokens.own.at[line]);
       else
-        return row < item.mask.rows ? row : -1;
+        return p.source.row_result(item, slot, slot);
+    }
+    HW_DEVICE HW_INLINE int64_t position_of(int line) const {
+      const int64_t slot = first + line;
+      if constexpr (kGathers) {
+        const int token = smem.tokens.own.at[line];
+        return token < 0 ? token : p.source.row_position(item, static_cast<int>(slot), token);
+      } else {
+        return p.source.row_position(item, slot, slot);
+      }
     }
 
     HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums<float>& r,

@@ -10,6 +10,12 @@
 
 namespace hw::softmax::sm80 {
 
+// Whether a call has a PlainScore: scores are scale > 0 times products, masked, and weights a softmax. 1 / scale is a float.
+inline bool has_plain_scores(const ScoreParams& p) {
+  return is_softmax(p.activation) && p.scale > 1e-30 && p.softcap == 0 && !p.bias && !p.key_bias &&
+         !p.key_gain && !p.row_temperature;
+}
+
 // Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of
 // keys half as often as one; scores that are not plain need the registers of the second.
 template <int kDim>
@@ -32,6 +38,14 @@ struct LoopTiles {
   // Two strips per warp read a tile half as often as one. Registers hold the sums of narrow heads.
   static constexpr int strips(int dim, bool plain) { return plain && dim <= 64 ? 2 : 1; }
   static constexpr int others_of_two(bool keys_down) { return keys_down ? 32 : 64; }
+};
+
+// How work on the slots of a sequence in its order is cut. Other sources may have a cut of their
+// own, with the same members.
+struct SequenceCut {
+  template <int kDim>
+  using Forward = ForwardTiles<kDim>;
+  using Loop = LoopTiles;
 };
 
 inline constexpr int kSharedLimit = 99 * 1024;
@@ -63,11 +77,11 @@ struct Plan {
   int64_t spans = 1, span = 0;  // keys of a span, a multiple of every tile
 };
 
-inline Plan plan_of(const ForwardParams& f, int rows, int64_t multiprocessors) {
+inline Plan plan_of(const ForwardParams& f, int64_t sequences, int rows, int64_t multiprocessors) {
   Plan p;
   const int64_t at_once = kBlocksAtOnce * max_of<int64_t>(multiprocessors, 1);
   p.blocks = ceil_div<int64_t>(f.max_q, rows);
-  p.tasks = p.blocks * f.query_heads() * f.sequences();
+  p.tasks = p.blocks * f.query_heads() * sequences;
   const bool few = p.tasks <= kFewTasks || p.blocks == 1;
   if (p.tasks > 0 && few && p.tasks < at_once)
     p.spans = max_of<int64_t>(1, spans_of(p.tasks, at_once, ceil_div(f.max_k, kMinSpan)));
@@ -85,10 +99,11 @@ struct Workspace {
   float *w = nullptr, *sums = nullptr;
 };
 
-inline Workspace lay_out(Arena& arena, const ForwardParams& f, const Plan& plan) {
+inline Workspace lay_out(Arena& arena, const ForwardParams& f, int64_t sequences,
+                         const Plan& plan) {
   Workspace at;
   if (plan.spans == 1) return at;
-  at.rows = f.sequences() * f.query_heads() * f.max_q;
+  at.rows = sequences * f.query_heads() * f.max_q;
   at.values = f.value_dim();
   at.w = arena.take<float>(plan.spans * at.rows * at.values);
   at.sums = arena.take<float>(plan.spans * at.rows * kSumsOfRow);
@@ -99,7 +114,7 @@ inline int64_t workspace_bytes(const ForwardParams& f, int64_t multiprocessors) 
   const bool narrow = max_of(f.dim(), f.value_dim()) <= 128;
   const int rows = narrow ? ForwardTiles<128>::kRows : ForwardTiles<256>::kRows;
   Arena arena;
-  lay_out(arena, f, plan_of(f, rows, multiprocessors));
+  lay_out(arena, f, f.sequences(), plan_of(f, f.sequences(), rows, multiprocessors));
   return arena.bytes();
 }
 

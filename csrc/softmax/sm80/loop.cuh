@@ -28,17 +28,21 @@ struct LoopInputs {
   float unit;                          // exponents are unit (x - base) - rest, to base 2
 };
 
-template <class Element, int kDim, bool kPlain, bool kKeysAsRows_, bool kOwnSecond_,
-          class KeySource = DenseSource>
+// Cut: the third axis, tiles of a block (Cut::Loop, as LoopTiles of sm80/layout.h).
+template <class Element, int kDim, ScoreKind Kind_, bool kKeysAsRows_, bool kOwnSecond_,
+          KeySource Source_, class Cut>
 struct Loop {
-  using Tiles = typename KeySource::LoopTiles;
-  using WorkItem = typename KeySource::WorkItem;
+  using Tiles = typename Cut::Loop;
+  using Source = Source_;
+  using Kind = Kind_;
+  using WorkItem = typename Source::WorkItem;
   static constexpr bool kKeysAsRows = kKeysAsRows_, kOwnSecond = kOwnSecond_;
+  static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
   static constexpr int strips() {
-    if constexpr (KeySource::kListed || !kOwnSecond)
-      return 1;
-    else
+    if constexpr (kOwnSecond)
       return Tiles::strips(kDim, kPlain);
+    else
+      return 1;
   }
   static constexpr int others_of_tile() {
     if constexpr (strips() == 2)
@@ -51,11 +55,11 @@ struct Loop {
   static constexpr int kWarps = Tiles::kOwn / 16, kThreads = kWarps * dev::kWarp;
   static constexpr int kQueries = kKeysAsRows ? kOther : kOwn, kKeys = kKeysAsRows ? kOwn : kOther;
   using Pairs = Fragment<kStrips, kOther / 8>;
-  using Score = ScoreTile<Element, kPlain, kKeysAsRows, kStrips, kOther / 8, KeySource>;
+  using Score = ScoreTile<Element, Kind, kKeysAsRows, kStrips, kOther / 8, Source>;
   using Values = Fragment<kStrips, kDim / 8>;  // [own 16 kStrips, columns]: what a warp sums up
 
-  using OwnList = SlotList<KeySource, kKeysAsRows>;
-  using OtherList = SlotList<KeySource, !kKeysAsRows>;
+  using OwnList = SlotList<Source, kKeysAsRows>;
+  using OtherList = SlotList<Source, !kKeysAsRows>;
 
   struct QueryNumbers {
     Vec<float, 4> of[kQueries];  // statistic, its rest, extra, nothing
@@ -78,29 +82,34 @@ struct Loop {
     Stage stage[2];
     OwnNumbers numbers;
     WorkItem item;
-    int64_t first;  // own row of the block, in its sequence or list
+    int64_t first;  // own slot of the block
     int64_t sequence;
     int owner;  // of keys
-    If<!KeySource::kListed, Sight[kWarps]> sight;
-    If<KeySource::kListed, ListedTiles<kOwn, kOther>> tokens;
+    If<!kGathers, Sight[kWarps]> sight;
+    If<kGathers, GatheredTiles<kOwn, kOther>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
   const ScoreParams& p;
   const LoopInputs<Element>& inputs;
-  const KeySource& source;
+  const Source& source;
+  const Kind& kind;
   Smem& smem;
   const WorkItem& item;  // in shared memory: registers are short
   const int64_t& first;  // likewise
-  If<!KeySource::kListed, UnitStream<kOther, kDim / 8, kThreads, Element>> first_units,
-      second_units;
-  If<!KeySource::kListed && kKeysAsRows, NumberStream<3, kQueries, 4, 1, kThreads>> query_stream;
-  If<!KeySource::kListed && !kKeysAsRows && !kPlain, NumberStream<2, kKeys, 1, kKeys, kThreads>>
-      key_stream;
+  If<!kGathers, UnitStream<kOther, kDim / 8, kThreads, Element>> first_units, second_units;
+  If<!kGathers && kKeysAsRows, NumberStream<3, kQueries, 4, 1, kThreads>> query_stream;
+  If<!kGathers && !kKeysAsRows && !kPlain, NumberStream<2, kKeys, 1, kKeys, kThreads>> key_stream;
 
   HW_DEVICE HW_INLINE Loop(const ScoreParams& params, const LoopInputs<Element>& in,
-                           const KeySource& from, Smem& s)
-      : p(params), inputs(in), source(from), smem(s), item(s.item), first(s.first) {}
+                           const Source& from, const Kind& score_kind, Smem& s)
+      : p(params),
+        inputs(in),
+        source(from),
+        kind(score_kind),
+        smem(s),
+        item(s.item),
+        first(s.first) {}
 
   // Goes to the own rows from `first_row` on of a head of a sequence, once all warps are done with
   // those before.
@@ -120,7 +129,7 @@ struct Loop {
     dev::sync_block();
     if (dev::thread_index() == 0) smem.item = source.work_item(p, smem.sequence, head);
     dev::sync_block();
-    if constexpr (KeySource::kListed) {
+    if constexpr (kGathers) {
       const OwnList list(source, item);
       TokenPrefetch<kThreads, kOwn, OwnList>(list, static_cast<int>(first)).fill(smem.tokens.own);
       dev::sync_block();
@@ -131,24 +140,22 @@ struct Loop {
   HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16 * kStrips; }
 
   HW_DEVICE HW_INLINE Range own() const {
-    if constexpr (KeySource::kListed)
-      return {first, min_of<int64_t>(first + kOwn, OwnList(source, item).slots)};
-    else
-      return {first, min_of(first + kOwn, kKeysAsRows ? item.mask.keys : item.mask.rows)};
+    const int64_t slots = kKeysAsRows ? source.keys(item) : source.rows(item);
+    return {first, min_of(first + kOwn, slots)};
   }
 
-  // What the own rows meet.
+  // Slots that the own ones may meet.
   HW_DEVICE HW_INLINE Range others() const {
-    if constexpr (KeySource::kListed) return listed_others();
+    if constexpr (kGathers) return gathered_others();
     const Range meets = kKeysAsRows ? item.mask.rows_of(own()) : item.mask.keys_of(own());
     return meets.empty() ? Range{0, 0} : meets;
   }
 
-  HW_DEVICE HW_INLINE Range listed_others() const {
-    const Extent tokens = smem.tokens.own.extent();
-    if (tokens.none()) return {0, 0};
+  HW_DEVICE HW_INLINE Range gathered_others() const {
+    const Extent extent = smem.tokens.own.extent();
+    if (extent.none()) return {0, 0};
     if (kKeysAsRows || !source.keys_in_order()) return {0, OtherList(source, item).slots};
-    const Range keys = item.mask.keys_of(tokens.range());
+    const Range keys = item.mask.keys_of(extent.range());
     return keys.empty() ? Range{0, 0} : keys;
   }
 
@@ -159,8 +166,8 @@ struct Loop {
     prefetch_own();
     const int begin = static_cast<int>(range.begin / kOther);
     const int end = static_cast<int>(ceil_div<int64_t>(range.end, kOther));
-    if constexpr (!KeySource::kListed) start_streams(begin);
-    if constexpr (KeySource::kListed) {
+    if constexpr (!kGathers) start_streams(begin);
+    if constexpr (kGathers) {
       const OtherList list(source, item);
       TokenPrefetch<kThreads, kOther, OtherList>(list, begin * kOther)
           .fill(smem.tokens.other[begin % 3]);
@@ -170,7 +177,7 @@ struct Loop {
         begin, end, [&](int tile) { prefetch_tile(tile); },
         [&](int tile) {
           const Stage& stage = smem.stage[tile & 1];
-          const Score score{p, inputs.in, item, source, operands(stage, tile)};
+          const Score score{p, inputs.in, item, source, kind, operands(stage, tile)};
           if (!score.unseen()) visit(stage, score);
         });
   }
@@ -186,33 +193,43 @@ struct Loop {
     multiply_rows<Element>(dp, smem.second_own, warp_row(), stage.second);
   }
 
-  // Own row of the lane in either half of a strip, counted in the sequence.
+  // Own slot of the lane in either half of a strip.
   HW_DEVICE HW_INLINE int64_t own_row(int half, int strip = 0) const {
     return first + warp_row() + Values::row(strip, 2 * half);
   }
 
-  // Where results of that row are, among those of its sequence; negative: nowhere.
+  // Where results of that slot are; negative: nowhere.
   HW_DEVICE HW_INLINE int64_t result_row(int half, int strip = 0) const {
     const int64_t at = own_row(half, strip);
-    if constexpr (KeySource::kListed) {
-      const int token = own_token(half), slot = static_cast<int>(at);
-      if constexpr (kKeysAsRows)
-        return source.result_key(item, slot, token);
-      else
-        return source.result_row(item, slot, token);
+    if constexpr (kGathers) {
+      const int token = own_token(half, strip), slot = static_cast<int>(at);
+      return kKeysAsRows ? source.key_result(item, slot, token)
+                         : source.row_result(item, slot, token);
     } else {
-      return at < own().end ? at : -1;
+      if (at >= own().end) return kNoToken;
+      return kKeysAsRows ? source.key_result(item, at, at) : source.row_result(item, at, at);
     }
   }
-  HW_DEVICE HW_INLINE int own_token(int half) const {
-    return smem.tokens.own.at[warp_row() + Values::row(0, 2 * half)];
+  // Where numbers of that slot are, on the axis S; negative: nowhere.
+  HW_DEVICE HW_INLINE int64_t number_row(int half) const {
+    const int64_t at = own_row(half), begin = kKeysAsRows ? item.at.k_begin : item.at.q_begin;
+    if constexpr (kGathers) {
+      const int token = own_token(half, 0), slot = static_cast<int>(at);
+      if (token < 0) return token;
+      return begin + (kKeysAsRows ? source.key_position(item, slot, token)
+                                  : source.row_position(item, slot, token));
+    } else {
+      return at < own().end ? begin + at : kNoToken;
+    }
+  }
+  HW_DEVICE HW_INLINE int own_token(int half, int strip) const {
+    return smem.tokens.own.at[warp_row() + Values::row(strip, 2 * half)];
   }
 
-  // Row `at` of the own side's tensor [B, S, heads, columns].
+  // Row `at` of the own side's results [B, S, heads, columns].
   template <class T>
   HW_DEVICE HW_INLINE Ref<T, 1> row_of(const Ref<T, 4>& x, int64_t at, int head) const {
-    const int64_t token = (kKeysAsRows ? item.at.k_begin : item.at.q_begin) + at;
-    return {x.at(item.at.batch, token, head), {x.size[3]}, {x.stride[3]}};
+    return {x.at(item.at.batch, at, head), {x.size[3]}, {x.stride[3]}};
   }
 
   // Writes factor(half) times the sums of the own rows that exist.
@@ -241,35 +258,34 @@ struct Loop {
     }
   }
   HW_DEVICE HW_INLINE void store_of_key(const Ref<void, 3>& to, int half, float value) const {
-    const int64_t at = result_row(half);
+    const int64_t at = number_row(half);
     if (dev::lane() % 4 == 0 && at >= 0)
-      to.template as<float>()(item.at.batch, item.head, item.at.k_begin + at) = value;
+      to.template as<float>()(item.at.batch, item.head, at) = value;
   }
 
  private:
   // What the loads of the own side, of a tile of the other side go by.
   HW_DEVICE HW_INLINE auto own_at() const {
-    if constexpr (KeySource::kListed)
-      return Slots{smem.tokens.own.at, source.first_result(item, static_cast<int>(first))};
+    if constexpr (kGathers)
+      return Slots{smem.tokens.own.at, static_cast<int>(first)};
     else
       return int64_t{first};
   }
   HW_DEVICE HW_INLINE auto others_at(int tile) const {
-    if constexpr (KeySource::kListed)
-      return Slots{smem.tokens.other[tile % 3].at, source.first_result(item, tile * kOther)};
+    if constexpr (kGathers)
+      return Slots{smem.tokens.other[tile % 3].at, tile * kOther};
     else
       return static_cast<int64_t>(tile) * kOther;
   }
 
-  // Listed: the tile's tokens are there; those of the next one follow.
+  // Gathered: the tile's tokens are there; those of the next one follow.
   HW_DEVICE HW_INLINE void prefetch_tile(int tile) {
     Stage& stage = smem.stage[tile & 1];
-    if constexpr (KeySource::kListed) {
+    if constexpr (kGathers) {
       const OtherList list(source, item);
       const TokenPrefetch<kThreads, kOther, OtherList> next(list, (tile + 1) * kOther);
       const Extent own = smem.tokens.own.extent(), other = smem.tokens.other[tile % 3].extent();
-      if (may_meet(item.mask, kKeysAsRows ? other : own, kKeysAsRows ? own : other,
-                   source.pad_keys()))
+      if (may_meet(item.mask, kKeysAsRows ? other : own, kKeysAsRows ? own : other))
         prefetch(stage, others_at(tile));
       next.fill(smem.tokens.other[(tile + 1) % 3]);
     } else {
@@ -285,7 +301,7 @@ struct Loop {
     return kKeysAsRows ? inputs.of_queries : inputs.of_keys;
   }
   HW_DEVICE HW_INLINE Rows<Element> other_rows(const Input<Element>& x, int64_t at) const {
-    return kKeysAsRows ? query_rows(x, item, at) : key_rows(x, item, at);
+    return kKeysAsRows ? query_rows(x, source, item, at) : key_rows(x, source, item, at);
   }
 
   HW_DEVICE HW_INLINE void start_streams(int tile) {
@@ -328,14 +344,14 @@ struct Loop {
   HW_DEVICE HW_INLINE void prefetch_own() {
     const auto at = own_at();
     if constexpr (kKeysAsRows) {
-      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, item, at));
+      load_tile<kThreads>(smem.first_own, key_rows(inputs.in.k, source, item, at));
       if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, item, at));
+        load_tile<kThreads>(smem.second_own, key_rows(inputs.of_keys, source, item, at));
       load_key_numbers(smem.numbers, at);
     } else {
-      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, item, at));
+      load_tile<kThreads>(smem.first_own, query_rows(inputs.in.q, source, item, at));
       if constexpr (kOwnSecond)
-        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, item, at));
+        load_tile<kThreads>(smem.second_own, query_rows(inputs.of_queries, source, item, at));
       load_query_numbers(smem.numbers, at);
     }
   }
@@ -344,51 +360,52 @@ struct Loop {
   HW_DEVICE HW_INLINE void prefetch(Stage& stage, const At& at) {
     const Input<Element>& second = kKeysAsRows ? inputs.of_queries : inputs.of_keys;
     if constexpr (kKeysAsRows) {
-      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, item, at));
-      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, item, at));
+      load_tile<kThreads>(stage.first, query_rows(inputs.in.q, source, item, at));
+      if (second.ref) load_tile<kThreads>(stage.second, query_rows(second, source, item, at));
       load_query_numbers(stage.numbers, at);
     } else {
-      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, item, at));
-      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, item, at));
+      load_tile<kThreads>(stage.first, key_rows(inputs.in.k, source, item, at));
+      if (second.ref) load_tile<kThreads>(stage.second, key_rows(second, source, item, at));
       load_key_numbers(stage.numbers, at);
     }
   }
 
   template <class At>
   HW_DEVICE HW_INLINE void load_query_numbers(QueryNumbers& to, const At& at) const {
-    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, item, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[0], inputs.statistic, source, item, at);
     if (inputs.rest)
-      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, item, at);
+      query_numbers<kQueries, kThreads, 4>(&to.of[0].v[1], inputs.rest, source, item, at);
     else
       for (int i = dev::thread_index(); i < kQueries; i += kThreads) to.of[i].v[1] = 0.0f;
-    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, item, at);
+    query_numbers<kQueries, kThreads, 4>(&to.of[0].v[2], inputs.extra, source, item, at);
     load_temperatures(to, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_temperatures(QueryNumbers& to, const At& at) const {
-    if constexpr (!kPlain) temperatures<kQueries, kThreads>(to.tau, p.row_temperature, item, at);
+    if constexpr (!kPlain)
+      temperatures<kQueries, kThreads>(to.tau, p.row_temperature, source, item, at);
   }
   template <class At>
   HW_DEVICE HW_INLINE void load_key_numbers(NoKeyNumbers& to, const At& at) const {
     if constexpr (!kPlain) {
-      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, item, at);
-      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, item, at);
+      key_numbers<kKeys, kThreads>(to.of[0], p.key_bias, source, item, at);
+      key_numbers<kKeys, kThreads>(to.of[1], p.key_gain, source, item, at);
     }
   }
 
   // The warp's pairs of a tile.
   HW_DEVICE HW_INLINE TileOperands operands(const Stage& stage, int tile) const {
     TileOperands at;
-    if constexpr (KeySource::kListed) {
+    const int64_t mine = first + warp_row(), others = static_cast<int64_t>(tile) * kOther;
+    at.row = kKeysAsRows ? others : mine, at.key = kKeysAsRows ? mine : others;
+    if constexpr (kGathers) {
       const Tokens<kOther>& other = smem.tokens.other[tile % 3];
-      const int* mine = smem.tokens.own.at + warp_row();
+      const int* own = smem.tokens.own.at + warp_row();
       const Extent* part = smem.tokens.own.parts + warp_row() / 16;
-      at.row_token = kKeysAsRows ? other.at : mine, at.key_token = kKeysAsRows ? mine : other.at;
-      at.row_parts = kKeysAsRows ? other.parts : part,
+      at.row_token = kKeysAsRows ? other.at : own, at.key_token = kKeysAsRows ? own : other.at;
+      at.row_parts = kKeysAsRows ? other.parts : part;
       at.key_parts = kKeysAsRows ? part : other.parts;
     } else {
-      const int64_t mine = first + warp_row(), other = static_cast<int64_t>(tile) * kOther;
-      at.row = kKeysAsRows ? other : mine, at.key = kKeysAsRows ? mine : other;
       const Sight sight = smem.sight[dev::warp()];
       at.seen = sight.sees(tile), at.whole = sight.whole(tile);
     }

@@ -8,16 +8,17 @@
 // All steps go through ScoreTile, which knows query and key of every element; the formulas are
 // those of softmax/score.h, with fast functions by the type Fast.
 //
-// "plain" kernels have softmax or softmax1 and nothing but scale > 0 and masks: c goes straight
-// into the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is kept,
-// and the unit is log2 e.
+// Kernels of plain scores (ScoreKind::kPlain) have softmax or softmax1 and nothing but scale > 0 and
+// masks: c goes straight into the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In
+// the others s is kept, and the unit is log2 e.
 #pragma once
 
 #include <limits>
 
+#include "softmax/key_source.h"
 #include "softmax/score.h"
+#include "softmax/sm80/gather.cuh"
 #include "softmax/sm80/layout.h"
-#include "softmax/sm80/lists.cuh"
 #include "softmax/sm80/sight.h"
 
 #include "core/gpu/streams.cuh"
@@ -48,36 +49,15 @@ HW_DEVICE HW_INLINE Fast sign_of(Fast x) { return hw::sign_of(x.v); }
 HW_DEVICE HW_INLINE Fast positive_of(Fast x) { return hw::positive_of(x.v); }
 HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
 
-// ---- Work items ---------------------------------------------------------------------------------
-
-HW_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
-  const Sequence at = sequence(p, n);
-  return {at, mask_of(p, at), head, head / p.group()};
-}
-
-// Where rows and keys come from: here those of a sequence, in their order (others: sm80/lists.cuh).
-struct DenseSource {
-  static constexpr bool kListed = false;
-  using WorkItem = sm80::WorkItem;
-  template <int kDim>
-  using ForwardTiles = sm80::ForwardTiles<kDim>;
-  using LoopTiles = sm80::LoopTiles;
-
-  HW_DEVICE HW_INLINE static WorkItem work_item(const ScoreParams& p, int64_t n, int head) {
-    return sm80::work_item(p, n, head);
-  }
-  // Keys have owners: how many there are in a sequence, and the query heads that each one walks.
-  HW_DEVICE HW_INLINE static int key_owners(const ScoreParams& p) { return p.key_heads(); }
-  HW_DEVICE HW_INLINE static int heads_of_owner(const ScoreParams& p) { return p.group(); }
-};
+// ---- Rows and numbers of a source that does not gather ---------------------------------------
 
 // Rows of a tensor [B, S, heads, columns]: tokens from `first` of the tensor on, `count` (> 0) of
 // them.
 template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequence& at, int head,
+HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, int64_t batch, int head,
                                              int64_t first, int64_t count) {
   Rows<Element> rows;
-  rows.origin = x.ref.at(at.batch, first, head);
+  rows.origin = x.ref.at(batch, first, head);
   rows.row = x.ref.stride[1];
   rows.column = x.ref.stride[3];
   rows.count = static_cast<int>(min_of<int64_t>(count, 1 << 20));
@@ -87,15 +67,15 @@ HW_DEVICE HW_INLINE Rows<Element> token_rows(const Input<Element>& x, const Sequ
   return rows;
 }
 
-template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const WorkItem& w,
-                                             int64_t row) {
-  return token_rows(x, w.at, w.head, w.at.q_begin + row, w.at.q_count - row);
+template <class Element, KeySource Source>
+HW_DEVICE HW_INLINE Rows<Element> query_rows(const Input<Element>& x, const Source&,
+                                             const WorkItem& w, int64_t row) {
+  return token_rows(x, w.at.batch, w.head, w.at.q_begin + row, w.at.q_count - row);
 }
-template <class Element>
-HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const WorkItem& w,
-                                           int64_t key) {
-  return token_rows(x, w.at, w.key_head, w.at.k_begin + key, w.at.k_count - key);
+template <class Element, KeySource Source>
+HW_DEVICE HW_INLINE Rows<Element> key_rows(const Input<Element>& x, const Source& source,
+                                           const WorkItem& w, int64_t key) {
+  return token_rows(x, source.key_batch(w), w.key_head, w.at.k_begin + key, w.at.k_count - key);
 }
 
 // Numbers [B, Hq, S] (acc) of keys from `key` on.
@@ -107,26 +87,26 @@ HW_DEVICE HW_INLINE NumberArray key_array(const Ref<const void, 3>& x, const Wor
 }
 
 // Starts loading numbers [B, Hq, S] (acc) of kCount keys or queries into `to`; none where absent.
-template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
-                                     int64_t key) {
+template <int kCount, int kThreads, KeySource Source>
+HW_DEVICE HW_INLINE void key_numbers(float* to, const Ref<const void, 3>& x, const Source&,
+                                     const WorkItem& w, int64_t key) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
   load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.head, w.at.k_begin + key),
                                  from.stride[2], w.at.k_count - key);
 }
-template <int kCount, int kThreads, int kPitch>
-HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const WorkItem& w,
-                                       int64_t row) {
+template <int kCount, int kThreads, int kPitch, KeySource Source>
+HW_DEVICE HW_INLINE void query_numbers(float* to, const Ref<const void, 3>& x, const Source&,
+                                       const WorkItem& w, int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
   load_numbers<kCount, kThreads, kPitch>(to, from.at(w.at.batch, w.head, w.at.q_begin + row),
                                          from.stride[2], w.at.q_count - row);
 }
 // The same of [B, Sq, Hq].
-template <int kCount, int kThreads>
-HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const WorkItem& w,
-                                      int64_t row) {
+template <int kCount, int kThreads, KeySource Source>
+HW_DEVICE HW_INLINE void temperatures(float* to, const Ref<const void, 3>& x, const Source&,
+                                      const WorkItem& w, int64_t row) {
   if (!x) return;
   const Ref<const float, 3> from = x.as<const float>();
   load_numbers<kCount, kThreads>(to, from.at(w.at.batch, w.at.q_begin + row, w.head),
@@ -150,11 +130,10 @@ struct ScoreInputs {
         inverse_scale(1.0f / static_cast<float>(p.scale)) {}
 };
 
-// First query and key of a fragment, in the sequence, and numbers in shared memory from these on,
-// of which those are read that the call has. Listed: tokens and their extents in place of the
-// first.
+// First slots of the queries and keys of a fragment, and numbers in shared memory from these on, of
+// which those are read that the call has. Of sources that gather, tokens and extents besides.
 struct TileOperands {
-  bool seen = true, whole = false;  // Sight of the tile; where tokens are listed, they tell
+  bool seen = true, whole = false;  // Sight of the tile; where tokens are gathered, extents tell
   int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key
@@ -163,17 +142,20 @@ struct TileOperands {
   const Extent *row_parts = nullptr, *key_parts = nullptr;  // of 16 each
 };
 
-template <class Element, bool kPlain, bool kKeysAsRows, int kStrips, int kTiles, class KeySource>
+template <class Element, ScoreKind Kind, bool kKeysAsRows, int kStrips, int kTiles,
+          KeySource Source>
 struct ScoreTile {
   using F = Fragment<kStrips, kTiles>;
+  static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
   static constexpr int kLines = 16 * kStrips, kColumns = 8 * kTiles;
   static constexpr int kQueries = kKeysAsRows ? kColumns : kLines;
   static constexpr int kKeys = kKeysAsRows ? kLines : kColumns;
 
   const ScoreParams& p;
   const ScoreInputs<Element>& in;
-  const typename KeySource::WorkItem& item;
-  const KeySource& source;
+  const typename Source::WorkItem& item;
+  const Source& source;
+  const Kind& kind;
   TileOperands operands;
 
   HW_DEVICE static HW_INLINE int query(int s, int j, int i) {
@@ -185,14 +167,12 @@ struct ScoreTile {
 
   // Whether no query of the fragment sees a key of it.
   HW_DEVICE HW_INLINE bool unseen() const {
-    if constexpr (KeySource::kListed)
-      return !may_meet(item.mask, row_extent(), key_extent(), source.pad_keys());
+    if constexpr (kGathers)
+      return !may_meet(item.mask, row_extent(), key_extent());
     else
       return !operands.seen;
   }
-  HW_DEVICE HW_INLINE bool soft() const {
-    return kPlain || KeySource::kListed || is_softmax(p.activation);
-  }
+  HW_DEVICE HW_INLINE bool soft() const { return Kind::kSoftmax || is_softmax(p.activation); }
 
   // y of c in place.
   HW_DEVICE HW_INLINE void shape_products(F& x) const {
@@ -216,8 +196,8 @@ struct ScoreTile {
       });
     if (p.key_bias)
       F::each([&](int s, int j, int i) { x.at[s][j][i] += operands.key_bias[key(s, j, i)]; });
-    if constexpr (KeySource::kListed) {
-      if (p.bias) add_bias_of_tokens(x);
+    if constexpr (kGathers) {
+      if (p.bias) add_bias_by_position(x);
     } else {
       if (p.bias) add_bias(x);
     }
@@ -225,12 +205,13 @@ struct ScoreTile {
 
   // -inf where a query does not see a key.
   HW_DEVICE HW_INLINE void hide(F& x) const {
-    if constexpr (KeySource::kListed)
-      hide_tokens(x);
+    if constexpr (kGathers)
+      hide_by_position(x);
     else
       hide_in_order(x);
   }
   HW_DEVICE HW_INLINE void hide_in_order(F& x) const {
+    if constexpr (Kind::kSets) set_scores(x);
     if (operands.whole) return;
     HW_UNROLL
     for (int s = 0; s < kStrips; ++s) {
@@ -258,7 +239,7 @@ struct ScoreTile {
     if (p.normalizer == Normalizer::none) return 1.0f;
     if (p.normalizer == Normalizer::sum)
       return statistic != 0.0f && statistic < kInfinity ? 1.0f / statistic : 0.0f;
-    const int64_t seen = item.mask.visible_keys(operands.row + q).count();
+    const int64_t seen = item.mask.visible_keys(row_position(q)).count();
     return seen > 0 ? 1.0f / static_cast<float>(seen) : 0.0f;
   }
 
@@ -323,8 +304,19 @@ struct ScoreTile {
 
   // p in place of s, and ds in place of dp.
   HW_DEVICE HW_INLINE void differentiate(F& x, F& dp, float unit) const {
-    if constexpr (KeySource::kListed)
-      if (source.mask_self()) return differentiate_but_self(x, dp, unit);
+    if constexpr (Kind::kSets) {
+      if (kind.sets()) {
+        const SetScores set(*this);
+        return differentiate_but(x, dp, unit, set);
+      }
+    }
+    differentiate_but(x, dp, unit, [](int, int, int) { return false; });
+  }
+
+  // The same; scores of which constant(strip, j, i) says so have no gradient.
+  template <class Constant>
+  HW_DEVICE HW_INLINE void differentiate_but(F& x, F& dp, float unit,
+                                             const Constant& constant) const {
     each_query([&](const Terms& t, auto&& each) {
       each([&](int s, int j, int i) {
         const float score = x.at[s][j][i], p_ij = weight(score, t, unit);
@@ -332,7 +324,7 @@ struct ScoreTile {
             soft() ? p_ij
                    : static_cast<float>(activation_slope(p.activation, Fast(score))) * t.base;
         x.at[s][j][i] = p_ij;
-        dp.at[s][j][i] = slope * (dp.at[s][j][i] - t.extra);
+        dp.at[s][j][i] = constant(s, j, i) ? 0.0f : slope * (dp.at[s][j][i] - t.extra);
       });
     });
   }
@@ -363,9 +355,27 @@ struct ScoreTile {
   }
 
   HW_DEVICE HW_INLINE bool in_gain_rows(int q) const {
-    if constexpr (KeySource::kListed)
-      return operands.row_token[q] >= p.gain_begin && operands.row_token[q] < p.gain_end;
-    return operands.row + q >= p.gain_begin && operands.row + q < p.gain_end;
+    const int64_t row = row_position(q);
+    return row >= p.gain_begin && row < p.gain_end;
+  }
+
+  // Positions of a query and of a key of the fragment; negative where there is none.
+  using Position = std::conditional_t<kGathers, int, int64_t>;
+  HW_DEVICE HW_INLINE Position row_position(int q) const {
+    if constexpr (kGathers) {
+      const int token = operands.row_token[q], slot = static_cast<int>(operands.row) + q;
+      return token < 0 ? token : static_cast<int>(source.row_position(item, slot, token));
+    } else {
+      return operands.row + q;
+    }
+  }
+  HW_DEVICE HW_INLINE Position key_position(int k) const {
+    if constexpr (kGathers) {
+      const int token = operands.key_token[k], slot = static_cast<int>(operands.key) + k;
+      return token < 0 ? token : static_cast<int>(source.key_position(item, slot, token));
+    } else {
+      return operands.key + k;
+    }
   }
 
  private:
@@ -387,88 +397,102 @@ struct ScoreTile {
     });
   }
 
-  // ---- Listed
+  // Which scores of the fragment are set: what is asked of a line is found once.
+  struct SetScores {
+    const ScoreTile& tile;
+    Position line[kStrips][2];  // queries as rows: the key whose score is set; else the line's key
+
+    HW_DEVICE HW_INLINE explicit SetScores(const ScoreTile& t) : tile(t) {
+      HW_UNROLL
+      for (int n = 0; n < 2 * kStrips; ++n)
+        line[n / 2][n % 2] = t.set_by(t.line_position(F::row(n / 2, n % 2 * 2)));
+    }
+    HW_DEVICE HW_INLINE bool operator()(int s, int j, int i) const {
+      return tile.is_set(line[s][i / 2], tile.column_position(F::column(j, i)));
+    }
+  };
+  HW_DEVICE HW_INLINE Position set_by(Position line) const {
+    if (line < 0) return kNever;
+    if constexpr (kKeysAsRows) return line;
+    const int64_t key = kind.set_key(item.mask, line);
+    return key < 0 ? kNever : static_cast<Position>(key);
+  }
+  HW_DEVICE HW_INLINE bool is_set(Position line, Position column) const {
+    if constexpr (!kKeysAsRows) return column == line;
+    return column >= 0 && kind.set_key(item.mask, column) == line;
+  }
+  // What stands in the place of such a score.
+  HW_DEVICE HW_INLINE float set_score() const {
+    constexpr float kScore = static_cast<float>(Kind::kSetScore);
+    return kPlain ? kScore / in.scale : kScore;
+  }
+  HW_DEVICE HW_INLINE void set_scores(F& x) const {
+    if (!kind.sets()) return;
+    const SetScores set(*this);
+    F::each([&](int s, int j, int i) {
+      if (set(s, j, i)) x.at[s][j][i] = set_score();
+    });
+  }
+
+  HW_DEVICE HW_INLINE Position line_position(int line) const {
+    return kKeysAsRows ? key_position(line) : row_position(line);
+  }
+  HW_DEVICE HW_INLINE Position column_position(int column) const {
+    return kKeysAsRows ? row_position(column) : key_position(column);
+  }
+
+  // ---- Gathered
 
   HW_DEVICE HW_INLINE Extent row_extent() const {
     return merged<kQueries / 16>(operands.row_parts);
   }
   HW_DEVICE HW_INLINE Extent key_extent() const { return merged<kKeys / 16>(operands.key_parts); }
 
-  // What stands for the score of a token with itself.
-  HW_DEVICE HW_INLINE float self_score() const {
-    return kPlain ? KeySource::kSelfScore / in.scale : KeySource::kSelfScore;
-  }
-
-  HW_DEVICE HW_INLINE const int* line_tokens() const {
-    return kKeysAsRows ? operands.key_token : operands.row_token;
-  }
-  HW_DEVICE HW_INLINE const int* column_tokens() const {
-    return kKeysAsRows ? operands.row_token : operands.key_token;
-  }
-
-  // What is added where there is no token is hidden.
-  HW_DEVICE HW_INLINE void add_bias_of_tokens(F& x) const {
+  // A zero key has no bias. What is added where there is no token is hidden.
+  HW_DEVICE HW_INLINE void add_bias_by_position(F& x) const {
     const Ref<const Element, 4> b = p.bias.template as<const Element>();
     const Element* from = b.at(item.at.batch, item.head);
     F::each([&](int s, int j, int i) {
-      const int q = max_of(operands.row_token[query(s, j, i)], 0);
-      const int k = max_of(operands.key_token[key(s, j, i)], 0);
-      x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
+      const Position q = row_position(query(s, j, i)), k = key_position(key(s, j, i));
+      if (q >= 0 && k >= 0)
+        x.at[s][j][i] += static_cast<float>(from[q * b.stride[2] + k * b.stride[3]]);
     });
   }
 
-  // Also replaces the scores of tokens with themselves. A key without token has the score 0.
-  HW_DEVICE HW_INLINE void hide_tokens(F& x) const {
-    if (all_meet(item.mask, row_extent(), key_extent(), source.mask_self())) return;
-    const int *lines = line_tokens(), *columns = column_tokens();
-    const int pad = !kKeysAsRows && source.pad_keys() ? kNoToken : kNever;
-    int begin[kStrips][2], end[kStrips][2], self[kStrips][2];  // columns that a line meets
+  // Also sets scores. Every row sees a zero key.
+  HW_DEVICE HW_INLINE void hide_by_position(F& x) const {
+    if (all_meet(item.mask, row_extent(), key_extent(), kind)) return;
+    const int zero_key = kKeysAsRows ? kNever : kZeroKey;  // of no matter where keys have results
+    int begin[kStrips][2], end[kStrips][2], set[kStrips][2];  // columns that a line meets
     HW_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       HW_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const Met met = met_by(lines[F::row(s, 2 * half)]);
-        begin[s][half] = met.begin, end[s][half] = met.end, self[s][half] = met.self;
+        const Met met = met_by(line_position(F::row(s, 2 * half)));
+        begin[s][half] = met.begin, end[s][half] = met.end, set[s][half] = met.set;
       }
     }
-    const float score = self_score();
     F::each([&](int s, int j, int i) {
-      const int token = columns[F::column(j, i)];
-      const bool seen = token == pad || (token >= begin[s][i / 2] && token < end[s][i / 2]);
+      const int column = column_position(F::column(j, i));
+      const bool seen = column == zero_key || (column >= begin[s][i / 2] && column < end[s][i / 2]);
       if (!seen) x.at[s][j][i] = -kInfinity;
-      if (seen && token == self[s][i / 2]) x.at[s][j][i] = score;
+      if constexpr (Kind::kSets)
+        if (seen && is_set(set[s][i / 2], column)) x.at[s][j][i] = set_score();
     });
   }
 
-  // Tokens of the columns that a line with `token` meets, and itself among them.
+  // Positions of the columns that a line meets; see set_by().
   struct Met {
-    int begin, end, self;
+    int begin, end, set;
   };
-  HW_DEVICE HW_INLINE Met met_by(int token) const {
-    if (token < 0) return {0, 0, kNever};
-    const Mask& m = item.mask;
-    const Range range = kKeysAsRows ? m.seeing_rows(token) : m.visible_keys(token);
-    const int gap = static_cast<int>(m.keys - m.rows),
-              self = kKeysAsRows ? token - gap : token + gap;
-    return {static_cast<int>(range.begin), static_cast<int>(range.end),
-            source.mask_self() && self >= 0 ? self : kNever};
-  }
-
-  // As differentiate; scores of tokens with themselves are constants.
-  HW_DEVICE HW_INLINE void differentiate_but_self(F& x, F& dp, float unit) const {
-    const int *lines = line_tokens(), *columns = column_tokens();
-    int self[kStrips][2];
-    HW_UNROLL
-    for (int n = 0; n < 2 * kStrips; ++n)
-      self[n / 2][n % 2] = met_by(lines[F::row(n / 2, n % 2 * 2)]).self;
-    each_query([&](const Terms& t, auto&& each) {
-      each([&](int s, int j, int i) {
-        const float weight = soft_weight(x.at[s][j][i], t, unit);
-        x.at[s][j][i] = weight;
-        const bool constant = columns[F::column(j, i)] == self[s][i / 2];
-        dp.at[s][j][i] = constant ? 0.0f : weight * (dp.at[s][j][i] - t.extra);
-      });
-    });
+  HW_DEVICE HW_INLINE Met met_by(int line) const {
+    if (line < 0) return {0, 0, kNever};
+    const Range range = kKeysAsRows ? item.mask.seeing_rows(line) : item.mask.visible_keys(line);
+    const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
+    if constexpr (!Kind::kSets)
+      return {begin, end, kNever};
+    else
+      return {begin, end, kind.sets() ? set_by(line) : kNever};
   }
 
   // ---- In order
