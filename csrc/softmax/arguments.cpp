@@ -10,7 +10,42 @@ int64_t slice_end(int64_t end, int64_t rows) {
   return end < 0 ? max_of<int64_t>(end + rows, 0) : min_of(end, rows);
 }
 
+// A single row's heads as G rows of H heads; `row`, `head`: the dimensions of these.
+template <class T, int N>
+void pack(Ref<T, N>& x, int row, int head, int64_t group) {
+  if (!x) return;
+  const int64_t step = x.stride[head];
+  x.size[row] = group, x.stride[row] = step;
+  x.size[head] /= group, x.stride[head] = group * step;
+}
+
+// Leaves out the first `count` of a dimension.
+template <int N>
+void skip(Ref<const void, N>& x, int dimension, int64_t count, DType type) {
+  if (!x) return;
+  x.data = static_cast<const char*>(x.data) + count * x.stride[dimension] * dtype_size(type);
+  x.size[dimension] -= count;
+}
+
 }  // namespace
+
+void pack_query_heads(ForwardParams& p, DType element) {
+  const bool per_head = p.key_bias || p.key_gain || p.sink || p.mass_keys || p.identity_mix;
+  const int heads = p.key_heads();
+  if (p.packed() || p.q.size[1] != 1 || per_head || heads == 0) return;
+  const int64_t group = p.group();
+  if (group < 2 || p.query_heads() != heads * group || p.k.size[1] == 0) return;
+
+  const int64_t last = p.k.size[1] - 1;
+  const int64_t first = p.left < 0 ? 0 : max_of<int64_t>(last - p.left, 0);
+  p.causal = false, p.left = p.right = -1;
+  skip(p.k, 1, first, element), skip(p.v, 1, first, element), skip(p.bias, 3, first, element);
+  pack(p.q, 1, 2, group), pack(p.o, 1, 2, group), pack(p.w, 1, 2, group);
+  pack(p.bias, 2, 1, group);
+  pack(p.row_temperature, 1, 2, group), pack(p.head_gate, 1, 2, group);
+  for (Ref<void, 3>* x : {&p.row, &p.rest, &p.entropy, &p.p_max, &p.sq_norm}) pack(*x, 2, 1, group);
+  p.max_q = group, p.max_k = p.k.size[1];
+}
 
 void complete_scores(ScoreParams& p) {
   const int64_t rows = p.q.size[1], keys = p.k.size[1];

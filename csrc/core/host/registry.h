@@ -38,7 +38,7 @@ inline char kParamsTag = 0;
 // What an operator does not answer has these answers.
 template <class P>
 struct Questions {
-  // Fills in what follows from other arguments.
+  // Fills in what follows from other arguments, and may state the call in another way.
   void (*complete)(P&, const Call&) = [](P&, const Call&) {};
   // What the list cannot say, common to all backends; throws Error.
   void (*check)(const P&, const Call&) = [](const P&, const Call&) {};

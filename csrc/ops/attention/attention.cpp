@@ -42,6 +42,10 @@ template <class P>
 void complete(P& p, const Call&) {
   complete_scores(p);
 }
+void complete_forward(ForwardParams& p, const Call& call) {
+  complete_scores(p);
+  pack_query_heads(p, call.element);
+}
 
 void check_forward_call(const ForwardParams& p, const Call& call) {
   check_scores(kName, p, call);
@@ -86,7 +90,7 @@ int64_t forward_workspace(const ForwardParams& p, const Call& call, Backend b) {
   return simt::workspace_bytes(p, call);
 }
 
-constexpr Questions<ForwardParams> kForward{.complete = &complete<ForwardParams>,
+constexpr Questions<ForwardParams> kForward{.complete = &complete_forward,
                                             .check = &check_forward_call,
                                             .dim = &width<ForwardParams, &ForwardParams::v>,
                                             .workspace = &forward_workspace};
