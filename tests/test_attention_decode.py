@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import headworks as hw
+from headworks.ops.attention import _native as native
+from headworks.ops.attention._score import Score
 from headworks.testing import compare
 from identities import randn
 
@@ -31,14 +33,17 @@ OPTIONS = {
     "window of one key": {"window_size": (0, None), "is_causal": True},
     "window beyond the keys": {"window_size": (500, 0)},
     "bias": {"bias": randn(2, HEADS, 1, KEYS, seed=3), "window_size": (70, None)},
-    "bias of heads": {"bias": randn(HEADS, 1, KEYS, seed=3)},
+    "bias of all heads": {"bias": randn(2, 1, 1, KEYS, seed=3), "window_size": (70, None)},
     "bias of keys": {"bias": randn(1, KEYS, seed=3), "softcap": 3.0},
     "temperature": {"row_temperature": 1 + 0.1 * randn(2, 1, HEADS, seed=4)},
     "gate": {"head_gate": randn(2, 1, HEADS, seed=5)},
     "relu": {"activation": "relu", "normalizer": "length", "window_size": (70, None)},
     "sigmoid": {"activation": "sigmoid", "normalizer": "sum"},
     "softmax1": {"activation": "softmax1"},
-    "key bias": {"key_bias": randn(2, 1, KEYS, seed=6)},
+    "key bias of all heads": {"key_bias": randn(2, 1, KEYS, seed=6), "window_size": (70, None)},
+    "key bias of heads": {"key_bias": randn(2, HEADS, KEYS, seed=6)},
+    "gain of all heads": {"key_gain": randn(2, 1, KEYS, seed=7), "gain_rows": (-1, None)},
+    "gain of no rows": {"key_gain": randn(2, 1, KEYS, seed=7), "gain_rows": (1, None)},
     "gain": {"key_gain": randn(1, HEADS, KEYS, seed=7), "gain_rows": (0, None)},
     "sink": {"sink": randn(HEADS, seed=8)},
     "gate and softcap": {"head_gate": randn(2, 1, HEADS, seed=5), "softcap": 2.0},
@@ -79,3 +84,16 @@ def test_heads_are_rows(backend, dtype, name, groups):
     plain = attend("reference", None, group)
     for part, x in ideal.items():
         compare(made[part], x, dtype, reference=plain[part], name=part)
+
+
+@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
+def test_a_bias_of_the_native_call(backend, dtype):
+    """The public function makes a key_bias of a bias of one row; the native call takes either."""
+    q = randn(2, 1, HEADS, 24).to(dtype)
+    k, v = (randn(2, KEYS, 2, 24, seed=n).to(dtype) for n in (1, 2))
+    bias = randn(2, HEADS, 1, KEYS, seed=3).to(dtype)
+    score = Score(q, k, bias=bias, scale=0.2, left=70)
+    o = native.forward(score, v, None, None, None, native.Want(), backend).o
+    options = {"scale": 0.2, "window_size": (70, None), "backend": "reference"}
+    ideal = hw.attention(q.double(), k.double(), v.double(), bias=bias.double(), **options)
+    compare(o, ideal, dtype, reference=hw.attention(q, k, v, bias=bias, **options))

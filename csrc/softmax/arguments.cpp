@@ -30,8 +30,10 @@ void skip(Ref<const void, N>& x, int dimension, int64_t count, DType type) {
 }  // namespace
 
 void pack_query_heads(ForwardParams& p, DType element) {
-  const bool per_head = p.key_bias || p.key_gain || p.sink || p.mass_keys || p.identity_mix;
   const int heads = p.key_heads();
+  bool per_head = p.sink || p.identity_mix;
+  for (const Ref<const void, 3>* x : {&p.key_bias, &p.key_gain, &p.mass_keys})
+    per_head |= *x && x->stride[1] != 0;
   if (p.packed() || p.q.size[1] != 1 || per_head || heads == 0) return;
   const int64_t group = p.group();
   if (group < 2 || p.query_heads() != heads * group || p.k.size[1] == 0) return;
@@ -40,10 +42,17 @@ void pack_query_heads(ForwardParams& p, DType element) {
   const int64_t first = p.left < 0 ? 0 : max_of<int64_t>(last - p.left, 0);
   p.causal = false, p.left = p.right = -1;
   skip(p.k, 1, first, element), skip(p.v, 1, first, element), skip(p.bias, 3, first, element);
+  const DType wide = element == DType::f64 ? DType::f64 : DType::f32;
+  for (Ref<const void, 3>* x : {&p.key_bias, &p.key_gain, &p.mass_keys}) {
+    skip(*x, 2, first, wide);
+    x->size[1] = heads;
+  }
+  if (p.gain_begin <= 0 && p.gain_end > 0) p.gain_end = group;
   pack(p.q, 1, 2, group), pack(p.o, 1, 2, group), pack(p.w, 1, 2, group);
   pack(p.bias, 2, 1, group);
   pack(p.row_temperature, 1, 2, group), pack(p.head_gate, 1, 2, group);
-  for (Ref<void, 3>* x : {&p.row, &p.rest, &p.entropy, &p.p_max, &p.sq_norm}) pack(*x, 2, 1, group);
+  for (Ref<void, 3>* x : {&p.row, &p.rest, &p.entropy, &p.p_max, &p.sq_norm, &p.mass})
+    pack(*x, 2, 1, group);
   p.max_q = group, p.max_k = p.k.size[1];
 }
 
