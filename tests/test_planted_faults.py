@@ -144,6 +144,8 @@ FAULTS = (
     sm80("sums_of_one_head", f"{SOFT}/sm80/backward.cuh",
          "head < (owner + 1) * p.heads_of_owner();", "head < owner * p.heads_of_owner() + 1;",
          "attention"),
+    sm80("units_not_exchanged", "core/gpu/tile.cuh", "dev::shuffle_xor(upper ? low : high, step)",
+         "(upper ? low : high)", "attention"),
     sm80("weight_ignored", f"{SOFT}/sm80/columns.cuh",
          "w * score.operands.numbers[Pairs::column(j, i)].v[2] : w;", "w : w;", "column_stats"),
     sm80("mask_off_by_one", f"{SOFT}/sm80/score.cuh", "column < end[s]", "column <= end[s]", KMEANS),

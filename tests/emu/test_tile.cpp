@@ -159,19 +159,20 @@ TEST(tiles_of_rows_of_any_width) {
   }
 }
 
-template <class Element, bool kPairByPair>
+template <class Element, int kTiles, bool kPairByPair>
 void check_stores(int64_t row_stride, int64_t stride) {
-  using Kernel = StoresRows<Element, kPairByPair>;
-  for (int64_t width = 0; width <= 16; ++width) {
+  using Kernel = StoresRows<Element, kTiles, kPairByPair>;
+  for (int64_t width = 0; width <= 8 * kTiles; ++width) {
     if (width * stride > row_stride) continue;
     const Buffer<Element> out(static_cast<size_t>(8 * row_stride), Element(-1.0f));
     const bool paired = row_stride % 2 == 0 && stride == 1;
-    launch<Kernel>({1, 1, 1}, 0, context(), {out.data(), width, row_stride, stride, paired});
+    const bool whole = row_stride % 8 == 0 && stride == 1 && width % 8 == 0;
+    launch<Kernel>({1, 1, 1}, 0, context(), {out.data(), width, row_stride, stride, paired, whole});
     const std::vector<Element> got = out.read();
     for (int64_t i = 0; i < 8 * row_stride; ++i) {
       const int64_t row = i / row_stride, column = i % row_stride / stride;
-      const bool there = i % row_stride % stride == 0 && column < width;
-      const float want = there ? static_cast<float>(row * 16 + column + 1) : -1.0f;
+      const bool there = row != Kernel::kNowhere && i % row_stride % stride == 0 && column < width;
+      const float want = there ? static_cast<float>(row * 32 + column + 1) : -1.0f;
       EXPECT(static_cast<float>(got[static_cast<size_t>(i)]) == want, "width ", width, ", strides ",
              row_stride, " and ", stride, ", row ", row, " column ", column);
     }
@@ -181,9 +182,11 @@ void check_stores(int64_t row_stride, int64_t stride) {
 TEST(rows_of_any_width_and_layout) {
   for (const int64_t row_stride : {16, 17, 18, 40})
     for (const int64_t stride : {1, 2}) {
-      check_stores<bf16, true>(row_stride, stride);
-      check_stores<bf16, false>(row_stride, stride);
-      check_stores<float, false>(row_stride, stride);
+      check_stores<bf16, 2, true>(row_stride, stride);
+      check_stores<bf16, 2, false>(row_stride, stride);
+      check_stores<bf16, 4, false>(row_stride, stride);
+      check_stores<f16, 8, false>(row_stride, stride);
+      check_stores<float, 4, false>(row_stride, stride);
     }
 }
 

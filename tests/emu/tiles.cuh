@@ -27,15 +27,16 @@ struct LoadsTile {
   }
 };
 
-// Rows of `width` columns of element (row, column) = row 16 + column + 1, as the lanes of a
-// fragment [8, 16] hold them: lane l has columns 2 (l % 4) + {0, 1, 8, 9} of row l / 4.
-template <class Element, bool kPairByPair>
+// Rows of `width` columns of element (row, column) = row 32 + column + 1, as the lanes of a
+// fragment [8, 8 kTiles] hold them: lane l has columns 2 (l % 4) + {0, 1, 8, 9, ..} of row l / 4. Row
+// 5 does not exist.
+template <class Element, int kTiles, bool kPairByPair>
 struct StoresRows {
-  static constexpr int kThreads = 32, kTiles = 2;
+  static constexpr int kThreads = 32, kNowhere = 5;
   struct Params {
     Element* out;  // [8, row_stride]
     int64_t width, row_stride, stride;
-    bool paired;
+    bool paired, whole;
   };
 
   HW_DEVICE static void main(const Params& p) {
@@ -43,11 +44,13 @@ struct StoresRows {
     const Ref<Element, 1> row{p.out + line * p.row_stride, {p.width}, {p.stride}};
     float x[kTiles][2];
     for (int j = 0; j < kTiles; ++j)
-      for (int i = 0; i < 2; ++i) x[j][i] = static_cast<float>(line * 16 + first + 8 * j + i + 1);
+      for (int i = 0; i < 2; ++i) x[j][i] = static_cast<float>(line * 32 + first + 8 * j + i + 1);
+    const bool exists = line != kNowhere;
     if constexpr (kPairByPair)
-      for (int j = 0; j < kTiles; ++j) store_pair(row, first + 8 * j, p.paired, x[j][0], x[j][1]);
+      for (int j = 0; exists && j < kTiles; ++j)
+        store_pair(row, first + 8 * j, p.paired, x[j][0], x[j][1]);
     else
-      store_pairs(row, first, p.paired, x);
+      store_pairs(row, exists, first, Output<Element>{{}, p.paired, p.whole}, x);
   }
 };
 

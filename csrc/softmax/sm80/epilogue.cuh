@@ -81,20 +81,21 @@ struct Finish {
     return x.factor;
   }
 
-  // x[j][i]: columns first + 8 j + i of w (before gate and mix).
+  // x[j][i]: columns first + 8 j + i of w (before gate and mix). Whole warp.
   template <int kTiles>
   HW_DEVICE HW_INLINE void write(const RowPlace& row, int first, float (&x)[kTiles][2]) const {
     const int64_t batch = item.at.batch, number = item.at.q_begin + row.position;
+    const bool exists = row.result >= 0;
     if constexpr (kMixes) {
-      if (f.w) store_pairs(row_of(w, row.result), first, w.paired, x);
-      if (f.identity_mix) mix(number, first, x);
-      if (f.head_gate) {
+      if (f.w) store_pairs(row_of(w, row.result), exists, first, w, x);
+      if (f.identity_mix && exists) mix(number, first, x);
+      if (f.head_gate && exists) {
         const float g = f.head_gate.template as<const float>()(batch, number, item.head);
         HW_UNROLL
         for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
       }
     }
-    store_pairs(row_of(o, row.result), first, o.paired, x);
+    store_pairs(row_of(o, row.result), exists, first, o, x);
   }
 
  private:
@@ -128,7 +129,7 @@ struct Finish {
 
   HW_DEVICE HW_INLINE Ref<Element, 1> row_of(const Output<Element>& to, int64_t result) const {
     const Ref<Element, 4>& r = to.ref;
-    return {r.at(item.at.batch, result, item.head), {r.size[3]}, {r.stride[3]}};
+    return {r.at(item.at.batch, max_of<int64_t>(result, 0), item.head), {r.size[3]}, {r.stride[3]}};
   }
 
   HW_DEVICE HW_INLINE float normalize(const RowPlace& row, const RowSums<float>& r,

@@ -396,11 +396,13 @@ struct ForwardKernel {
           r.squares = dev::warp_sum<4>(r.squares);
           r.mass = dev::warp_sum<4>(r.mass);
         }
-        if (first + line >= rows().end) return;
-        if (p.plan.spans > 1) return keep(strip, half, index() + line, r, times);
-        const RowPlace row{result_of(line), position_of(line)};
-        if (row.result < 0) return;
-        const float factor = finish.finalize(row, r, dev::lane() % 4 == 0);
+        const bool inside = first + line < rows().end;
+        if (p.plan.spans > 1) {
+          if (inside) keep(strip, half, index() + line, r, times);
+          return;
+        }
+        const RowPlace row{inside ? result_of(line) : kNoToken, inside ? position_of(line) : 0};
+        const float factor = row.result < 0 ? 0.0f : finish.finalize(row, r, dev::lane() % 4 == 0);
         if (!kPlain && !p.f.v) return;
         float x[Values::kTiles][2];
         w.copy_row(x, strip, half, factor * times);

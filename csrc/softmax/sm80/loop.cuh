@@ -240,10 +240,10 @@ struct Loop {
     for (int n = 0; n < 2 * kStrips; ++n) {
       const int strip = n / 2, half = n % 2;
       const int64_t at = result_row(half, strip);
-      if (at < 0) continue;
       float x[Values::kTiles][2];
       sums.copy_row(x, strip, half, factor(half));
-      store_pairs(row_of(to.ref, at, head), Values::column(0, 0), to.paired, x);
+      store_pairs(row_of(to.ref, max_of<int64_t>(at, 0), head), at >= 0, Values::column(0, 0), to,
+                  x);
     }
   }
 
