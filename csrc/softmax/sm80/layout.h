@@ -10,7 +10,8 @@
 
 namespace hw::softmax::sm80 {
 
-// Whether a call has a PlainScore: scores are scale > 0 times products, masked, and weights a softmax. 1 / scale is a float.
+// Whether a call has a PlainScore: scores are scale > 0 times products, masked, and weights a
+// softmax. 1 / scale is a float.
 inline bool has_plain_scores(const ScoreParams& p) {
   return is_softmax(p.activation) && p.scale > 1e-30 && p.softcap == 0 && !p.bias && !p.key_bias &&
          !p.key_gain && !p.row_temperature;
