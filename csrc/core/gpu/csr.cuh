@@ -22,12 +22,12 @@
 
 namespace hw {
 
-// The sum of the threads before this one, and of all. `room` [kWarps]; whole block.
+// The sum of the threads before this one, and of all. `buffer` [kWarps]; whole block.
 struct Scanned {
   int32_t before, all;
 };
 template <int kWarps>
-HW_DEVICE HW_INLINE Scanned scan_block(int32_t own, int32_t* room) {
+HW_DEVICE HW_INLINE Scanned scan_block(int32_t own, int32_t* buffer) {
   int32_t up_to = own;  // of this lane and those before
   HW_UNROLL
   for (int n = 1; n < dev::kWarp; n *= 2) {
@@ -35,12 +35,12 @@ HW_DEVICE HW_INLINE Scanned scan_block(int32_t own, int32_t* room) {
     if (dev::lane() >= n) up_to += earlier;
   }
   dev::sync_block();  // everyone has read the sums of the scan before
-  if (dev::lane() == dev::kWarp - 1) room[dev::warp()] = up_to;
+  if (dev::lane() == dev::kWarp - 1) buffer[dev::warp()] = up_to;
   dev::sync_block();
   Scanned s{up_to - own, 0};
   for (int w = 0; w < kWarps; ++w) {
-    if (w < dev::warp()) s.before += room[w];
-    s.all += room[w];
+    if (w < dev::warp()) s.before += buffer[w];
+    s.all += buffer[w];
   }
   return s;
 }

@@ -56,16 +56,16 @@ class Means {
   }
 
   // The channels of a token in a row, where they lie if that will do.
-  HW_NOINLINE const A* channels_of(int64_t batch, int64_t y, int64_t x, A* room) const {
+  HW_NOINLINE const A* channels_of(int64_t batch, int64_t y, int64_t x, A* buffer) const {
     if constexpr (std::is_same_v<T, A>)
       if (joined_) return x_.at(batch, y, x);
     if (joined_) {
-      widen(room, x_.at(batch, y, x), p_.channels());
-      return room;
+      widen(buffer, x_.at(batch, y, x), p_.channels());
+      return buffer;
     }
     for (int64_t h = 0; h < heads_; ++h)
-      widen(room + h * width_, x_.at(batch, y, x, h), width_, x_.stride[4]);
-    return room;
+      widen(buffer + h * width_, x_.at(batch, y, x, h), width_, x_.stride[4]);
+    return buffer;
   }
 
   HW_NOINLINE void add(A* sum, const A* row) const {

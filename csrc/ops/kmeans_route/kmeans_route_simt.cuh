@@ -92,9 +92,9 @@ struct SimilarityKernel {
                            p.mu_vectors, p.f.clusters() - cluster, p.f.channels() - first);
     }
 
-    // room[i][c] = from[i, c]; zero from row `rows` and channel `channels` on.
+    // buffer[i][c] = from[i, c]; zero from row `rows` and channel `channels` on.
     template <int kRows, class T>
-    HW_DEVICE static HW_INLINE void load_rows(A* room, const T* from, int64_t row_stride,
+    HW_DEVICE static HW_INLINE void load_rows(A* buffer, const T* from, int64_t row_stride,
                                               int64_t stride, bool vectors, int64_t rows,
                                               int64_t channels) {
       if (vectors) {
@@ -109,7 +109,7 @@ struct SimilarityKernel {
             Vec<A, kVector> wide;
             HW_UNROLL
             for (int v = 0; v < kVector; ++v) wide.v[v] = static_cast<A>(x.v[e + v]);
-            store_vector(room + i * kStride + c + e, wide);
+            store_vector(buffer + i * kStride + c + e, wide);
           }
         }
         return;
@@ -118,7 +118,7 @@ struct SimilarityKernel {
       for (int n = dev::thread_index(); n < kRows * kSlice; n += kThreads) {
         const int i = n / kSlice, c = n % kSlice;
         const bool there = i < rows && c < channels;
-        room[i * kStride + c] = there ? static_cast<A>(from[i * row_stride + c * stride]) : A(0);
+        buffer[i * kStride + c] = there ? static_cast<A>(from[i * row_stride + c * stride]) : A(0);
       }
     }
 
@@ -184,31 +184,31 @@ struct PrefixKernel {
       return t < f.tokens() ? sort_key(d(row, t)) : Key{0};
     }
 
-    // How many tokens before t = begin + own thread outrank it. All keys pass through two rooms:
+    // How many tokens before t = begin + own thread outrank it. All keys pass through two buffers:
     // one is filled while the other may still be read, and the next keys are on their way.
     HW_DEVICE HW_INLINE int64_t outranked(int64_t begin, Key own) const {
       int64_t count = 0;
       Key coming = key(dev::thread_index());
       HW_UNROLL_BY(1)
       for (int64_t first = 0; first < begin; first += kThreads) {
-        Key* room = smem.keys[first / kThreads % 2];
-        room[dev::thread_index()] = coming;
+        Key* buffer = smem.keys[first / kThreads % 2];
+        buffer[dev::thread_index()] = coming;
         dev::sync_block();
         coming = key(first + kThreads + dev::thread_index());
-        count += not_below(room, own);
+        count += not_below(buffer, own);
       }
-      Key* room = smem.keys[begin / kThreads % 2];
-      room[dev::thread_index()] = own;
+      Key* buffer = smem.keys[begin / kThreads % 2];
+      buffer[dev::thread_index()] = own;
       dev::sync_block();
-      for (int j = 0; j < dev::thread_index(); ++j) count += room[j] >= own;
+      for (int j = 0; j < dev::thread_index(); ++j) count += buffer[j] >= own;
       return count;
     }
 
-    HW_DEVICE static HW_INLINE int not_below(const Key* room, Key own) {
+    HW_DEVICE static HW_INLINE int not_below(const Key* buffer, Key own) {
       int count = 0;
       HW_UNROLL_BY(4)
       for (int j = 0; j < kThreads; j += kVector) {
-        const auto other = load_vector<kVector>(room + j);
+        const auto other = load_vector<kVector>(buffer + j);
         HW_UNROLL
         for (int v = 0; v < kVector; ++v) count += other.v[v] >= own;
       }

@@ -116,7 +116,7 @@ HW_NOINLINE void pack_value(const FeatureSizes<A>& s, Ref<const T, 2> v, int64_t
 }
 
 // value = g = do / z and extra = dz = -<do, o> / z; without z (not normalised) g = do, dz = 0.
-// `row` is room for [Dvp].
+// `row` is a buffer of [Dvp].
 template <class T, class A>
 HW_NOINLINE void pack_cotangent(const FeatureSizes<A>& s, Ref<const T, 2> d_o, Ref<const T, 2> o,
                                 Ref<const A, 1> z, int64_t begin, int n, int64_t ahead, A* row,
