@@ -144,7 +144,9 @@ int width(const P& p, const Call&, Backend b) {
   return b == Backend::sm80 ? static_cast<int>(max_of(p.q.size[3], p.v.size[3])) : 0;
 }
 
-int64_t forward_bytes(const ForwardParams& p, const Call&, Backend) { return workspace_bytes(p); }
+int64_t forward_bytes(const ForwardParams& p, const Call& call, Backend b) {
+  return workspace_bytes(p, call, b);
+}
 int64_t backward_bytes(const BackwardParams& p, const Call& call, Backend) {
   return workspace_bytes(p, call.element);
 }

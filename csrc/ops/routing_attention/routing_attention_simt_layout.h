@@ -3,6 +3,8 @@
 // shapes only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
 //
 //   forward    by slot                  slots of every token (Csr), in the order of the lists
+//              any, where few blocks    behind that: partial results of spans of keys, which are of
+//              would idle the device    the backend
 //   backward   by slot                  slots of every token, of rows and of keys; D; gradients of
 //                                       slots, which are summed per token
 //              by token, keys listed    who lists each key region, cut into spans; gradients of the
@@ -18,6 +20,7 @@
 #include <cstdint>
 
 #include "ops/routing_attention/routing_attention.h"
+#include "softmax/simt/layout.h"
 
 #include "core/gpu/csr.h"
 #include "core/host/workspace.h"
@@ -127,9 +130,25 @@ BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
   return w;
 }
 
-inline int64_t workspace_bytes(const ForwardParams& p) {
+// Groups are the sequences of the engine.
+template <class A>
+softmax::simt::ForwardPlan simt_plan(const RoutingSizes& s, const Call& call) {
+  return softmax::simt::forward_plan<A>(s.batch * s.groups, s.heads, s.row_slots, s.key_slots,
+                                        s.value_dim, call.context.multiprocessors);
+}
+
+inline void simt_partials(Arena& arena, const RoutingSizes& s, const Call& call) {
+  if (call.element == DType::f64)
+    arena.take<double>(simt_plan<double>(s, call).workspace());
+  else
+    arena.take<float>(simt_plan<float>(s, call).workspace());
+}
+
+inline int64_t workspace_bytes(const ForwardParams& p, const Call& call, Backend backend) {
   Arena arena;
-  static_cast<void>(forward_workspace(arena, shape_of(p)));
+  const RoutingSizes s = shape_of(p);
+  static_cast<void>(forward_workspace(arena, s));
+  if (backend == Backend::simt) simt_partials(arena, s, call);
   return arena.bytes();
 }
 
