@@ -15,7 +15,7 @@ struct PagedSource {
   static constexpr int64_t kPage = 16;
   using WorkItem = softmax::WorkItem;
 
-  int64_t row_count, key_count;               // of every sequence
+  int64_t row_count, key_count;                // of every sequence
   Ref<const int32_t, 2> row_pages, key_pages;  // [sequences, pages of one]
 
   HW_HOST_DEVICE HW_INLINE WorkItem work_item(const softmax::ScoreParams& p, int64_t n,

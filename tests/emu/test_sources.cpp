@@ -7,11 +7,10 @@
 
 #include "buffer.h"
 #include "check.h"
-#include "sources.cuh"
-
-#include "ops/routing_attention/routing_attention_source.h"
+#include "ops/routing_attention/routing_attention_simt.cuh"
 #include "softmax/simt/backward.cuh"
 #include "softmax/simt/forward.cuh"
+#include "sources.cuh"
 
 namespace hw::test {
 namespace {
@@ -84,7 +83,8 @@ std::vector<T> in_pages(const std::vector<T>& x, int64_t width, const std::vecto
           page[static_cast<size_t>(b * pages + s / PagedSource::kPage)] * PagedSource::kPage +
           s % PagedSource::kPage + (one_entry ? 0 : b * of_sequence);
       for (int64_t c = 0; c < width; ++c)
-        made[static_cast<size_t>(to * width + c)] = x[static_cast<size_t>((b * count + s) * width + c)];
+        made[static_cast<size_t>(to * width + c)] =
+            x[static_cast<size_t>((b * count + s) * width + c)];
     }
   }
   return made;
@@ -113,10 +113,10 @@ struct Inputs {
   const std::vector<int32_t> rows_at = pages_of_rows(row_pages), keys_at = pages_of_keys(key_pages);
   const Buffer<int32_t> row_table{rows_at}, key_table{keys_at};
   const Buffer<Element> ordered_q{q}, ordered_k{k}, ordered_v{v}, ordered_d_w{d_w};
-  const Buffer<Element> paged_q{in_pages(q, kHeads * c.dim, rows_at, row_pages, false)},
-      paged_k{in_pages(k, kKeyHeads * c.dim, keys_at, key_pages, true)},
-      paged_v{in_pages(v, kKeyHeads * kValues, keys_at, key_pages, true)},
-      paged_d_w{in_pages(d_w, kHeads * kValues, rows_at, row_pages, false)};
+  const Buffer<Element> paged_q{in_pages(q, kHeads* c.dim, rows_at, row_pages, false)},
+      paged_k{in_pages(k, kKeyHeads* c.dim, keys_at, key_pages, true)},
+      paged_v{in_pages(v, kKeyHeads* kValues, keys_at, key_pages, true)},
+      paged_d_w{in_pages(d_w, kHeads* kValues, rows_at, row_pages, false)};
   const Buffer<Element> bias{drawn<Element>(kBatch * kHeads * c.rows * c.keys, 5)};
   const Buffer<A> key_bias{drawn<A>(kBatch * kHeads * c.keys, 6)},
       key_gain{drawn<A>(kBatch * kHeads * c.keys, 7, 0.2f)},
@@ -289,7 +289,8 @@ void check_lists(int multiprocessors) {
     const auto list = [](int64_t lists, int64_t count, uint64_t seed) {
       std::vector<int64_t> all;
       for (int64_t n = 0; n < lists; ++n)
-        for (const int token : shuffled(count, seed + static_cast<uint64_t>(n))) all.push_back(token);
+        for (const int token : shuffled(count, seed + static_cast<uint64_t>(n)))
+          all.push_back(token);
       return all;
     };
     // Of rows a list of every head; of keys one of all heads, since some share results.
@@ -305,8 +306,8 @@ void check_lists(int multiprocessors) {
 
     run<Loops>(x, false, DenseSource{}, multiprocessors, ordered);
     run<Loops>(x, false, source, multiprocessors, listed);
-    listed.compare(ordered, [&](const char* what, const auto& got, const auto& want) {
-      if (std::string(what) == "rest") return;  // of L, which may be rounded either way
+    listed.compare(ordered, [&](const std::string& what, const auto& got, const auto& want) {
+      if (what == "rest") return;  // of L, which may be rounded either way
       for (size_t i = 0; i < got.size(); ++i)
         expect_near(static_cast<double>(got[i]), static_cast<double>(want[i]), 2e-4,
                     concat(Loops::kName, ", ", c.name, ": ", what, " ", i));
@@ -316,6 +317,133 @@ void check_lists(int multiprocessors) {
 
 TEST(lists_simt) { check_lists<SimtLoops>(0); }
 TEST(lists_simt_in_spans) { check_lists<SimtLoops>(64); }
+
+// ---- The operator -------------------------------------------------------------------------------
+
+// Two groups, whose keys are all tokens, in an order of their own and with a slot that has none: a
+// zero key. By token each row is in one of them, by slot in both, with half of d_w. That is
+// attention with softmax1.
+struct TwoGroups {
+  const Case& c;
+  bool by_slot;
+  int64_t row_slots = by_slot ? c.rows + 1 : (c.rows + 1) / 2, key_slots = c.keys + 1;
+  const Buffer<int64_t> rows{list(c.rows, row_slots, !by_slot, 70)},
+      keys{list(c.keys, key_slots, false, 90)};
+
+  // Of every head and group; `cut`: tokens are dealt out to the groups.
+  static std::vector<int64_t> list(int64_t count, int64_t slots, bool cut, uint64_t seed) {
+    std::vector<int64_t> all;
+    for (int64_t n = 0; n < kBatch * kHeads; ++n) {
+      const std::vector<int> tokens = shuffled(count, seed + static_cast<uint64_t>(n));
+      for (int64_t at = 0; at < 2 * slots; ++at) {
+        const int64_t slot = cut ? at : at % slots;
+        all.push_back(slot < count ? tokens[static_cast<size_t>(slot)] : -1);
+      }
+    }
+    return all;
+  }
+
+  void describe(Routing& r) const {
+    r.rows.blocks = ref<const int64_t>(rows, {kBatch, kHeads, 2, row_slots});
+    r.rows.cells = {c.rows, 1, 1, 1, c.rows};
+    r.keys.blocks = ref<const int64_t>(keys, {kBatch, kHeads, 2, key_slots});
+    r.keys.cells = {c.keys, 1, 1, 1, c.keys};
+    r.by_slot = by_slot, r.pad_keys = true;
+  }
+  template <class Params>
+  void complete(Params& p) const {
+    describe(p);
+    p.max_q = row_slots, p.max_k = key_slots;
+  }
+};
+
+// body(call) with a workspace of `bytes`.
+template <class Body>
+void with_workspace(int64_t bytes, Call call, const Body& body) {
+  const Buffer<uint8_t> memory(static_cast<size_t>(bytes), uint8_t{0xff});
+  call.workspace = {memory.data(), bytes};
+  body(call);
+}
+
+// <d_w_i, o_i>, and d_w / 2.
+std::vector<float> deltas(const Case& c, const std::vector<float>& d_w,
+                          const std::vector<float>& o) {
+  std::vector<float> delta(static_cast<size_t>(kBatch * kHeads * c.rows));
+  for (int64_t b = 0; b < kBatch; ++b)
+    for (int64_t i = 0; i < c.rows; ++i)
+      for (int64_t h = 0; h < kHeads; ++h) {
+        double sum = 0;
+        const size_t at = static_cast<size_t>(((b * c.rows + i) * kHeads + h) * kValues);
+        for (size_t n = 0; n < kValues; ++n) sum += double{d_w[at + n]} * o[at + n];
+        delta[static_cast<size_t>((b * kHeads + h) * c.rows + i)] = static_cast<float>(sum);
+      }
+  return delta;
+}
+
+void check_operator(bool by_slot, int multiprocessors) {
+  using namespace routing_attention;
+  for (const Case& c : kCases) {
+    const Inputs<float> x{c};
+    const Results<float> ordered{c}, listed{c};
+    softmax::ForwardParams dense{};
+    x.describe(dense, false), ordered.describe(dense);
+    dense.activation = softmax::Activation::softmax1;
+    SimtLoops::forward(dense, DenseSource{}, 0);
+    const Buffer<float> delta(deltas(c, x.d_w, ordered.o.read()));
+    const auto gradients = [&](softmax::BackwardParams& b, const Results<float>& to) {
+      x.describe(b, false), to.describe(b, x);
+      b.delta = ref<const float>(delta, {kBatch, kHeads, c.rows}).as<const void>();
+      b.d_bias = {}, b.d_key_bias = b.d_key_gain = {};
+    };
+    softmax::BackwardParams dense_gradients{};
+    gradients(dense_gradients, ordered);
+    dense_gradients.activation = softmax::Activation::softmax1;
+    SimtLoops::backward(dense_gradients, DenseSource{});
+
+    const TwoGroups lists{c, by_slot};
+    const int64_t slots = 2 * lists.row_slots;
+    Call call{};
+    call.context.multiprocessors = multiprocessors;
+    const Buffer<float> w(static_cast<size_t>(kBatch * slots * kHeads * kValues), 0.0f),
+        row(static_cast<size_t>(kBatch * kHeads * slots), 0.0f),
+        rest(static_cast<size_t>(kBatch * kHeads * slots), 0.0f);
+    routing_attention::ForwardParams f{};
+    x.describe(f, false), listed.describe(f), lists.complete(f);
+    const auto of_slots = ref<float>(row, {kBatch, kHeads, slots}).as<void>();
+    const auto rest_of_slots = ref<float>(rest, {kBatch, kHeads, slots}).as<void>();
+    if (by_slot) {
+      f.w = ref<float>(w, {kBatch, slots, kHeads, kValues}).as<void>();
+      f.row = of_slots, f.rest = rest_of_slots;
+    }
+    with_workspace(workspace_bytes(f, call, Backend::simt), call,
+                   [&](const Call& ready) { routing_attention::simt::forward<float>(f, ready); });
+
+    routing_attention::BackwardParams b{};
+    gradients(b, listed), lists.complete(b);
+    std::vector<float> half = x.d_w;
+    for (float& value : half) value /= 2;
+    const Buffer<float> half_d_w(half);
+    if (by_slot) {
+      b.slots = f.w.as<const void>();
+      b.row = of_slots.as<const void>(), b.rest = rest_of_slots.as<const void>();
+      b.delta = {};
+      b.d_w = ref<const float>(half_d_w, {kBatch, c.rows, kHeads, kValues}).as<const void>();
+    }
+    with_workspace(workspace_bytes(b, DType::f32), call,
+                   [&](const Call& ready) { routing_attention::simt::backward<float>(b, ready); });
+    listed.compare(ordered, [&](const std::string& what, const auto& got, const auto& want) {
+      if (what == "rest" || (by_slot && what == "row")) return;
+      for (size_t i = 0; i < got.size(); ++i)
+        expect_near(static_cast<double>(got[i]), static_cast<double>(want[i]), 2e-4,
+                    concat(c.name, ": ", what, " ", i));
+    });
+  }
+}
+
+TEST(groups_simt) { check_operator(false, 0); }
+TEST(groups_simt_in_spans) { check_operator(false, 64); }
+TEST(groups_simt_by_slot) { check_operator(true, 0); }
+TEST(groups_simt_by_slot_in_spans) { check_operator(true, 64); }
 
 }  // namespace
 }  // namespace hw::test

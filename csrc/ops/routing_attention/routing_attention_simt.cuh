@@ -6,8 +6,8 @@
 //   _source.h      where rows and keys lie            _simt_layout.h   workspace
 //   _slots.cuh     indices of slots and regions, sums over them
 //
-//   forward                       rows of groups (RowsKernel), merged where keys are cut into spans;
-//                                 by slot o is the mean of slots
+//   forward                       rows of groups (RowsKernel), merged where keys are in spans; by
+//                                 slot o is the mean of slots
 //   backward  by slot             d_q, d_k, d_v of slots, from D of slots, then sums per token
 //             keys listed         d_q per token; d_k, d_v of the spans of key regions, then sums
 //             all keys            all per token; a bias that is shared: the dense BiasGradKernel,
@@ -95,6 +95,10 @@ void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Ele
   const auto d_v = place_array(memory.d_v, batch, key_slots, heads, b.value_dim());
   of_slots.d_q = d_q.template as<void>(), of_slots.d_k = d_k.template as<void>();
   if (b.d_v) of_slots.d_v = d_v.template as<void>();
+  const auto d_temperature = place_array(memory.d_row_temperature, batch, slots, heads, 1);
+  if (b.d_row_temperature)
+    of_slots.d_row_temperature = {
+        memory.d_row_temperature, {batch, slots, heads}, {slots * heads, heads, 1}};
   query_gradients<Element>(of_slots, context);
   auto p = params_of<Element, SpanSource>(of_slots);
   key_gradients_apart(p, batch * b.groups(), context);
@@ -102,6 +106,12 @@ void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Ele
   sum_slots<Element>(rows, d_q, b.d_q, context);
   sum_slots<Element>(keys, d_k, b.d_k, context);
   if (b.d_v) sum_slots<Element>(keys, d_v, b.d_v, context);
+  if (const Ref<void, 3>& to = b.d_row_temperature)
+    sum_slots<Accum<Element>>(rows, d_temperature,
+                              {to.data,
+                               {to.size[0], to.size[1], to.size[2], 1},
+                               {to.stride[0], to.stride[1], to.stride[2], 1}},
+                              context);
 }
 
 // d_q per token; d_k and d_v of spans, then of tokens.

@@ -33,6 +33,7 @@ struct RoutingSizes {
   int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
   int64_t key_blocks, key_cell, key_regions;         // N, n and R of the keys
   bool keys_listed, by_slot;
+  bool d_row_temperature;  // wanted
 };
 
 template <class Params>
@@ -41,6 +42,7 @@ RoutingSizes shape_of(const Params& p) {
   s.batch = p.q.size[0], s.rows = p.q.size[1], s.heads = p.q.size[2], s.dim = p.q.size[3];
   s.keys = p.k.size[1], s.value_dim = p.v.size[3];
   s.keys_listed = bool(p.keys), s.by_slot = p.by_slot;
+  if constexpr (requires { p.d_row_temperature; }) s.d_row_temperature = bool(p.d_row_temperature);
   s.groups = p.groups();
   s.row_slots = p.rows.slots();
   s.key_blocks = s.keys_listed ? p.keys.blocks.size[3] : 0;
@@ -108,6 +110,7 @@ struct BackwardWorkspace {
   A* d_q = nullptr;    // [B, G Wq, Hq, D]  by slot
   // By slot of [B, G Wk, Hq, D | Dv]; by token of the tokens of spans, [B, T n, Hq, D | Dv].
   A *d_k = nullptr, *d_v = nullptr;
+  A* d_row_temperature = nullptr;  // [B, G Wq, Hq]  by slot, if wanted
 };
 
 template <class A>
@@ -127,6 +130,8 @@ BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
   }
   w.d_k = arena.take<A>(s.batch * places * s.heads * s.dim);
   w.d_v = arena.take<A>(s.batch * places * s.heads * s.value_dim);
+  if (s.by_slot && s.d_row_temperature)
+    w.d_row_temperature = arena.take<A>(s.batch * s.groups * s.row_slots * s.heads);
   return w;
 }
 

@@ -62,9 +62,10 @@ struct QueryGradKernel {
     const int64_t heads = b.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    ForwardBlock tile(b, p.source, p.score, &b.row, &b.rest, &b.delta, nullptr);
-    if (!tile.start(group / p.parts / heads, head, (p.blocks - 1 - index % p.blocks) * kSide<A>))
-      return;
+    ForwardBlock tile(b, p.source, p.score, group / p.parts / heads,
+                      (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta,
+                      nullptr);
+    if (!tile.start(head)) return;
 
     A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
     HW_UNROLL
@@ -87,13 +88,13 @@ struct QueryGradKernel {
     });
 
     store_gradient_as<Element, Source::kGathers>(p.wide_rows, tile, b.d_q, p.d_q_vectors, first,
-                                                head, d_q);
+                                                 head, d_q);
     if (!b.d_row_temperature || part != 0) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       const A sum = static_cast<A>(b.scale) * dev::warp_sum<kLanes>(d_tau[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      b.d_row_temperature.template as<A>()(tile.batch(), tile.own_number(r), head) = sum;
+      b.d_row_temperature.template as<A>()(tile.batch(), tile.own_result(r), head) = sum;
     }
   }
 
@@ -119,17 +120,17 @@ struct KeyGradKernel {
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
     const int64_t index = dev::block_index_x(), group = index / p.blocks;
-    const int64_t sequence = group / p.parts / p.key_owners;
     const int part = static_cast<int>(group % p.parts), first = part * kCount;
     const int owner = static_cast<int>(group / p.parts % p.key_owners);
-    Keys tile(b, p.source, p.score, &b.row, &b.rest, &b.delta, nullptr);
+    Keys tile(b, p.source, p.score, group / p.parts / p.key_owners, index % p.blocks * kSide<A>,
+              &b.row, &b.rest, &b.delta, nullptr);
 
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) clear(d_k[n]), clear(d_v[n]);
     for (int h = owner * p.key_sharers; h < (owner + 1) * p.key_sharers; ++h) {
       A d_bias[kOwn] = {}, d_gain[kOwn] = {};
-      if (!tile.start(sequence, h, index % p.blocks * kSide<A>)) return;
+      if (!tile.start(h)) return;
       tile.walk(tile.reach(), [&] {
         typename Keys::Micro c, dp;
         if (!tile.template multiply<false, true>(dp, p.v, p.d_w)) return;
@@ -169,7 +170,7 @@ struct KeyGradKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A sum = dev::warp_sum<kLanes>(share[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      to.template as<A>()(tile.batch(), tile.head(), tile.own_number(r)) = sum;
+      to.template as<A>()(tile.batch(), tile.head(), tile.own_result(r)) = sum;
     }
   }
 };
@@ -222,11 +223,13 @@ struct BiasGradKernel {
   HW_DEVICE HW_INLINE static void visit(const Params& p, int64_t sequence, int head, int64_t first,
                                         int64_t key_tile, bool all_keys,
                                         typename ForwardBlock::Micro& sum) {
-    ForwardBlock tile(p.b, p.source, p.score, &p.b.row, &p.b.rest, &p.b.delta, nullptr);
-    if (!tile.start(sequence, head, first)) return;
+    ForwardBlock tile(p.b, p.source, p.score, sequence, first, &p.b.row, &p.b.rest, &p.b.delta,
+                      nullptr);
+    if (!tile.start(head)) return;
     Range keys = tile.reach();
     if (!all_keys) {  // the whole tile: keys stay where their sums are
-      const int64_t begin = key_tile * kSide<A>, end = min_of(begin + kSide<A>, tile.item().at.k_count);
+      const int64_t begin = key_tile * kSide<A>,
+                    end = min_of(begin + kSide<A>, tile.item().at.k_count);
       keys = begin < keys.end && keys.begin < end ? Range{begin, end} : Range{0, 0};
     }
     tile.walk(keys, [&] {
@@ -277,8 +280,7 @@ void run_query_grad(GradParams<Element, Score, Source> p, int64_t sequences,
 }
 
 template <class Element, ScoreKind Score, KeySource Source>
-void run_key_grad(GradParams<Element, Score, Source> p, int64_t sequences,
-                  const Context& context) {
+void run_key_grad(GradParams<Element, Score, Source> p, int64_t sequences, const Context& context) {
   using A = Accum<Element>;
   const int bytes = kBytes<A, Source, kVector<A>>;
   const int most = max_of(slices_of<A>(p.b.dim()), p.b.d_v ? slices_of<A>(p.b.value_dim()) : 1);

@@ -35,8 +35,9 @@ struct ColumnsKernel {
     const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = f.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    Keys tile(f, p.source, p.score, &f.row, &f.rest, &f.row_weight, nullptr);
-    if (!tile.start(group / p.parts / heads, head, index % p.blocks * kSide<A>)) return;
+    Keys tile(f, p.source, p.score, group / p.parts / heads, index % p.blocks * kSide<A>, &f.row,
+              &f.rest, &f.row_weight, nullptr);
+    if (!tile.start(head)) return;
 
     A y[kSlices][kOwn][kOwn], sum[kOwn] = {}, top[kOwn] = {};
     HW_UNROLL
@@ -103,8 +104,8 @@ void columns(const ColumnsParams& c, const Call& call) {
   p.blocks = ceil_div<int64_t>(p.c.max_k, kSide<A>);
   p.parts = ceil_div(slices_of<A>(p.c.x ? p.x.width() : 0), kSlices);
   const Grid grid{p.c.sequences() * p.c.query_heads() * p.parts * p.blocks, 1, 1};
-  launch<ColumnsKernel<Element, FullScore, DenseSource>>(
-      grid, kBytes<A, DenseSource, kVector<A>>, call.context, p);
+  launch<ColumnsKernel<Element, FullScore, DenseSource>>(grid, kBytes<A, DenseSource, kVector<A>>,
+                                                         call.context, p);
 }
 
 // ---- Single pairs -------------------------------------------------------------------------------
@@ -168,7 +169,8 @@ struct ProbsKernel {
     if (f.key_gain && i >= f.gain_begin && i < f.gain_end)
       gain = f.key_gain.template as<const A>()(b, w.head, key_number);
     if (f.bias)
-      added = static_cast<A>(f.bias.template as<const Element>()(b, w.head, row_number, key_number));
+      added =
+          static_cast<A>(f.bias.template as<const Element>()(b, w.head, row_number, key_number));
     if (f.key_bias) added += f.key_bias.template as<const A>()(b, w.head, key_number);
     const A y = shape.capped(x), s = f.key_gain ? shape.score(y, gain, added) : y + added;
     const int64_t at = p.source.row_result(w, i, row);

@@ -62,11 +62,12 @@ class ForwardBlock {
       : p(params),
         f(params.f),
         task(t),
-        tile(f, params.source, params.score, nullptr, nullptr, nullptr, &f.mass_keys),
+        tile(f, params.source, params.score, t.sequence, t.first, nullptr, nullptr, nullptr,
+             &f.mass_keys),
         soft(is_softmax(f.activation)) {}
 
   HW_DEVICE HW_INLINE void run() {
-    if (!tile.start(task.sequence, task.head, task.first)) return;
+    if (!tile.start(task.head)) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].clear();
     HW_UNROLL

@@ -21,10 +21,10 @@ struct GradParams {
   bool shared_bias;  // d_bias has a kernel of its own
   // Of sources that gather: d_q, or d_k and d_v, are of the accumulation type, to be added up.
   bool wide_rows, wide_keys;
-  bool keys_apart;             // d_k and d_v of each query head; else of key heads
+  bool keys_apart;              // d_k and d_v of each query head; else of key heads
   int key_owners, key_sharers;  // heads of d_k and d_v, query heads of each
-  int64_t blocks;              // tiles of a head
-  int64_t parts;               // of the columns of d_q, or of d_k and d_v
+  int64_t blocks;               // tiles of a head
+  int64_t parts;                // of the columns of d_q, or of d_k and d_v
 };
 
 // One pair of row and key.
@@ -50,7 +50,7 @@ HW_DEVICE HW_INLINE void for_gradients(const T& tile, typename T::Micro& c, type
       g.c = c[0][u];
       g.p = e.met ? tile.weight(r, u, e.s) : A(0);
       g.ds = e.met && !e.set ? tile.weight_slope(r, u, e.s, g.p) * (dp[0][u] - tile.extra(r, u))
-                               : A(0);
+                             : A(0);
       g.d_gain = g.ds * tile.gain_row(r, u) * abs_of(e.y);
       g.dx = g.ds * tile.slope(e.y, e.gain);
       g.dc = g.dx * tile.factor(r, u);

@@ -42,7 +42,7 @@ inline constexpr int kStride = kSide<A> + kVector<A>;
 
 // Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the
 // buffers, the terms.
-inline constexpr int kWorkBytes = 144;
+inline constexpr int kWorkBytes = 160;
 inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>
 inline constexpr int kSharedBytes = kRoomsAt + ((2 * kOwn * kLanes + kSide<A>)*kStride<A> +

@@ -9,59 +9,21 @@
 // Order of a tile: the walk waits until all are done with the last one, and loads terms; `multiply`
 // and `apply` load what they read between two barriers.
 //
-// Of sources that gather the tokens of both tiles are in shared memory. Where slots are in order the
-// mask says which tiles to visit, and which meet entirely; otherwise positions are compared one by
-// one, and a tile where none meet is left by a vote before anything but its tokens is loaded.
+// Of sources that gather the tokens of both tiles are in shared memory. Where slots are in order
+// the mask says which tiles to visit, and which meet entirely; otherwise positions are compared one
+// by one, and a tile where none meet is left by a vote before anything but its tokens is loaded.
 #pragma once
 
-#include <limits>
 #include <type_traits>
 
-#include "softmax/score.h"
+#include "softmax/simt/replay.cuh"
 #include "softmax/simt/tile.cuh"
 
 namespace hw::softmax::simt {
 
-template <class A>
-HW_DEVICE HW_INLINE A infinity() {
-  return std::numeric_limits<A>::infinity();
-}
-
 // Shared memory of a block.
 template <class A, KeySource Source, int kOwn>
 inline constexpr int kBytes = Source::kGathers ? kGatherBytes<A, kOwn> : kSharedBytes<A, kOwn>;
-
-// What replaying the row in `position` needs of its statistic: softmaxes L, with +inf for rows
-// without weight; others 1 / n.
-template <class A>
-HW_DEVICE HW_INLINE A replayed(const ScoreParams& p, const Mask& mask, int64_t position, A row) {
-  if (is_softmax(p.activation)) return row == -infinity<A>() ? infinity<A>() : row;
-  if (p.normalizer == Normalizer::none) return A(1);
-  const A n = p.normalizer == Normalizer::sum
-                  ? row
-                  : static_cast<A>(mask.visible_keys(position).count());
-  return n != A(0) && n < infinity<A>() ? A(1) / n : A(0);
-}
-
-// The rest of its statistic, 0 where that is infinite.
-template <class A>
-HW_DEVICE HW_INLINE A replayed_rest(A row, A rest) {
-  return row == infinity<A>() || row == -infinity<A>() ? A(0) : rest;
-}
-
-// p from s and what replayed() and replayed_rest() gave.
-template <class A>
-HW_DEVICE HW_INLINE A replay(const ScoreParams& p, A s, A row, A rest) {
-  return is_softmax(p.activation) ? exp_of((s - row) - rest) : activation(p.activation, s) * row;
-}
-
-// A score and what its derivative needs.
-template <class A>
-struct Scored {
-  A y, gain, s;  // gain: gamma_j, 0 for rows that it is not for
-  bool met;      // row and key exist and meet
-  bool set;      // s is a constant: no gradient
-};
 
 // The numbers of rows and keys that scores need, in shared memory.
 enum class Term : int { factor, gain_row, statistic, rest, extra, key_gain, key_bias, mass, count };
@@ -76,11 +38,12 @@ class ScoreTile {
   static_assert(kOwn * kOther < 32, "a bit per pair");
   using Micro = A[kOwn][kOther];
 
-  // `row`, `rest`, `extra`: row statistic and its rest, and one more number per row (D - dL, or a
-  // weight); `key_extra`: one more per key (m of the read-out mass). Each may be absent.
+  // The tile of a sequence whose first slot is `first`. `row`, `rest`, `extra`: row statistic and
+  // its rest, and one more number per row (D - dL, or a weight); `key_extra`: one more per key (m
+  // of the read-out mass). Each may be absent.
   HW_DEVICE HW_INLINE ScoreTile(const ScoreParams& params, const Source& source, const Score& kind,
-                                const Ref<const void, 3>* row, const Ref<const void, 3>* rest,
-                                const Ref<const void, 3>* extra,
+                                int64_t sequence, int64_t first, const Ref<const void, 3>* row,
+                                const Ref<const void, 3>* rest, const Ref<const void, 3>* extra,
                                 const Ref<const void, 3>* key_extra)
       : p(params),
         source_(source),
@@ -90,16 +53,19 @@ class ScoreTile {
         extra_(extra),
         key_extra_(key_extra),
         shape(params.softcap),
-        shaped_(p.softcap > 0 || p.bias || p.key_bias || p.key_gain) {}
+        shaped_(p.softcap > 0 || p.bias || p.key_bias || p.key_gain) {
+    if (dev::thread_index() == 0) work().sequence = sequence, work().first = first;
+  }
 
-  // Goes to the tile whose first slot is `first`, of a query head of a sequence, and loads the terms
-  // of the own side. Returns whether that has any slot; the same in all threads.
-  HW_DEVICE HW_INLINE bool start(int64_t sequence, int query_head, int64_t first) {
+  // Goes to a query head: loads the terms of the own side. Returns whether that has any slot; the
+  // same in all threads.
+  HW_DEVICE HW_INLINE bool start(int query_head) {
     dev::sync_block();
     if (dev::thread_index() == 0) {
-      const WorkItem w = source_.work_item(p, sequence, query_head);
-      const int64_t slots = kOwnRows ? source_.rows(w) : source_.keys(w);
-      work() = {w, {first, min_of(first + kOwnSide, slots)}, {}};
+      Work& w = work();
+      w.item = source_.work_item(p, w.sequence, query_head);
+      const int64_t slots = kOwnRows ? source_.rows(w.item) : source_.keys(w.item);
+      w.own = {w.first, min_of(w.first + kOwnSide, slots)};
     }
     dev::sync_block();
     if (own().empty()) return false;
@@ -157,12 +123,11 @@ class ScoreTile {
   HW_DEVICE HW_INLINE static int64_t own_slot(int r) { return own().begin + own_in_tile(r); }
   HW_DEVICE HW_INLINE bool exists(int r) const { return has_token<kOwnRows>(own_in_tile(r)); }
   HW_DEVICE HW_INLINE int64_t own_token(int r) const { return token<kOwnRows>(own_in_tile(r)); }
-  // Where its numbers and its results are.
-  HW_DEVICE HW_INLINE int64_t own_number(int r) const { return number<kOwnRows>(own_in_tile(r)); }
-  // The same of number i of the tile; negative where it does not exist.
+  // Where numbers of own row or key i of the tile are; negative where it does not exist.
   HW_DEVICE HW_INLINE int64_t number_of_own(int i) const {
     return has_token<kOwnRows>(i) ? number<kOwnRows>(i) : kNoToken;
   }
+  // Where results of the thread's own row or key are.
   HW_DEVICE HW_INLINE int64_t own_result(int r) const {
     return kOwnRows ? source_.row_result(item(), own_slot(r), own_token(r))
                     : source_.key_result(item(), own_slot(r), own_token(r));
@@ -207,8 +172,7 @@ class ScoreTile {
     int column = 0;
     do {
       dev::sync_block();
-      if (!kept)
-        load_rows<kOwnRows, kOwnSide, kVote && kOwnRows>(own_room(), own_side, column);
+      if (!kept) load_rows<kOwnRows, kOwnSide, kVote && kOwnRows>(own_room(), own_side, column);
       load_rows<!kOwnRows, kOtherSide, kVote && !kOwnRows>(other_room(), other_side, column);
       if constexpr (kVote) put_vote(some_);
       dev::sync_block();
@@ -308,7 +272,8 @@ class ScoreTile {
   // What is the same for all threads and seldom used, in shared memory: registers are scarce.
   struct Work {
     WorkItem item;
-    Range own, others;  // slots; others: all that the walk visits
+    Range own, others;        // slots; others: all that the walk visits
+    int64_t sequence, first;  // which tile it is; the first thread's alone
   };
   static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable_v<WorkItem>);
 
@@ -417,7 +382,8 @@ class ScoreTile {
     if constexpr (Score::kSets) set_ = 0;
     HW_UNROLL_BY(1)
     for (int n = 0; n < kOwn * kOther; ++n) {
-      const int row = row_in_tile(n / kOther, n % kOther), key = key_in_tile(n / kOther, n % kOther);
+      const int row = row_in_tile(n / kOther, n % kOther),
+                key = key_in_tile(n / kOther, n % kOther);
       if (!pair_meets(row, key, whole))
         met_ &= ~(1u << n);
       else if (pair_is_set(row, key))
@@ -483,8 +449,7 @@ class ScoreTile {
     };
     const A row_statistic = exists ? given_number(row_, A(1)) : A(0);
     terms(Term::statistic)[i] = exists ? replayed(p, item().mask, at, row_statistic) : A(0);
-    terms(Term::rest)[i] =
-        exists ? replayed_rest(row_statistic, given_number(rest_, A(0))) : A(0);
+    terms(Term::rest)[i] = exists ? replayed_rest(row_statistic, given_number(rest_, A(0))) : A(0);
     const A extra = exists ? given_number(extra_, A(0)) : A(0);
     terms(Term::extra)[i] = extra;
     some_ |= extra != A(0);
