@@ -16,7 +16,7 @@
 
 #include <type_traits>
 
-#include "softmax/simt/replay.cuh"
+#include "softmax/simt/replay.h"
 #include "softmax/simt/tile.cuh"
 
 namespace hw::softmax::simt {
