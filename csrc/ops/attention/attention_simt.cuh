@@ -4,6 +4,7 @@
 //
 //   layout.h       tile sizes, cut into blocks, workspace
 //   tile.cuh       positions, loading, the two products
+//   replay.h       weights from scores and row statistics
 //   loop.cuh       the walk over tiles, scores and back
 //   rows.cuh       sums of a row and its end         forward.cuh   loop R, merge of spans
 //   gradient.cuh   gradients of a tile               backward.cuh  loops R2 and C

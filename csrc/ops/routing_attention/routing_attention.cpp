@@ -78,6 +78,7 @@ void check_routing(const P& p, const Call& call) {
   if (listed) check_lists("keys", p.keys, p.k.size[1]);
   check(listed || (p.groups() == 1 && !p.by_slot), ErrorKind::value,
         "routing_attention: all keys go with one list of rows");
+  check(listed || !p.mask_self, ErrorKind::value, "routing_attention: mask_self is of listed keys");
 }
 
 // Results of rows, `size` of them, where they are there: at slots or at tokens.
@@ -98,6 +99,8 @@ void check_forward(const ForwardParams& p, const Call& call) {
   check_results(p, bool(p.row), p.row.size[2]);
   check(!p.by_slot || (p.w && p.row), ErrorKind::value,
         "routing_attention: by slot w and row are made");
+  check(!p.by_slot || !p.head_gate, ErrorKind::value,
+        "routing_attention: by slot there is no head_gate");
 }
 
 void check_backward(const BackwardParams& p, const Call& call) {
@@ -115,8 +118,6 @@ void check_backward(const BackwardParams& p, const Call& call) {
   of_all_keys("d_bias", bool(p.d_bias));
   of_all_keys("d_key_bias", bool(p.d_key_bias));
   of_all_keys("d_key_gain", bool(p.d_key_gain));
-  check(!(p.by_slot && p.d_row_temperature), ErrorKind::not_implemented,
-        "routing_attention: d_row_temperature by slot is not implemented");
   check(!p.factor || call.element == DType::f32 || call.element == DType::f64, ErrorKind::type,
         "routing_attention: a factor of d_w comes beside elements of ", dtype_name(call.element),
         ", expected float32 or float64");
@@ -153,7 +154,7 @@ int width(const P& p, const Call&, Backend b) {
 
 int64_t forward_bytes(const ForwardParams& p, const Call& call, Backend b) {
   if (b == Backend::sm80) return sm80::workspace_bytes(p, call.context.multiprocessors);
-  return workspace_bytes(p);
+  return workspace_bytes(p, call, b);
 }
 int64_t backward_bytes(const BackwardParams& p, const Call& call, Backend) {
   return workspace_bytes(p, call.element);

@@ -3,107 +3,130 @@
 // later. The mathematics is in routing_attention.h; the loops are those of softmax/simt, over
 // lists.
 //
-//   _simt_lists.cuh    where rows and keys lie            _simt_layout.h   workspace
-//   _slots.cuh         indices of slots and regions, sums over them
+//   _source.h      where rows and keys lie            _simt_layout.h   workspace
+//   _slots.cuh     indices of slots and regions, sums over them
 //
-//   forward                       rows of groups (RowsKernel); by slot o is the mean of slots
+//   forward                       rows of groups (RowsKernel), merged where keys are in spans; by
+//                                 slot o is the mean of slots
 //   backward  by slot             d_q, d_k, d_v of slots, from D of slots, then sums per token
 //             keys listed         d_q per token; d_k, d_v of the spans of key regions, then sums
 //             all keys            all per token; a bias that is shared: the dense BiasGradKernel,
 //                                 for which rows in no list have weight 0
 #pragma once
 
-#include "ops/routing_attention/routing_attention_simt_lists.cuh"
 #include "ops/routing_attention/routing_attention_slots.cuh"
+#include "ops/routing_attention/routing_attention_source.h"
 #include "softmax/simt/backward.cuh"
 #include "softmax/simt/forward.cuh"
 
 namespace hw::routing_attention::simt {
 
-using softmax::simt::GradParams;
-using softmax::simt::RowsParams;
+using Score = SelfScore<softmax::FullScore>;
+template <class Element, softmax::KeySource Source>
+using GradParams = softmax::simt::GradParams<Element, Score, Source>;
 
 inline constexpr const char* kName = "routing_attention";
 
 // ---- Forward ------------------------------------------------------------------------------------
 
-// Blocks of rows; keys are not cut into spans.
-template <class A>
-softmax::simt::ForwardPlan plan_of(const ForwardParams& f) {
-  softmax::simt::ForwardPlan plan = softmax::simt::forward_plan<A>(
-      f.batch() * f.groups(), f.query_heads(), f.max_q, f.max_k, f.value_dim(), 0);
-  plan.spans = 1;
-  plan.span = max_of<int64_t>(f.max_k, 1);
-  return plan;
-}
-
 template <class Element>
 void forward(const ForwardParams& f, const Call& call) {
+  using A = Accum<Element>;
   Arena arena(call.workspace, kName);
   const ForwardWorkspace memory = forward_workspace(arena, shape_of(f));
 
-  RowsParams<Element, Listed> p{};
+  softmax::simt::RowsParams<Element, Score, GroupSource> p{};
   p.f = f;
   if (f.by_slot) p.f.o = f.w, p.f.w = {};
-  p.plan = plan_of<Accum<Element>>(f);
-  p.q = softmax::simt::operand_rows<Element>(f.q);
-  p.k = softmax::simt::operand_rows<Element>(f.k);
-  p.v = softmax::simt::operand_rows<Element>(f.v);
-  p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
-  p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
-  softmax::simt::run_rows(p, call.context);
+  p.source = GroupSource::of(f);
+  p.score.mask_self = f.mask_self;
+  p.plan = simt_plan<A>(shape_of(f), call);
+  p.partials = arena.take<A>(p.plan.workspace());
+  describe_tensors(p);
+  run_rows(p, call.context);
   if (!f.by_slot || !f.o) return;
   mean_slots<Element>(f, index_tokens(f.rows, memory.rows, call.context), call.context);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
 
+// Of the groups; `b`: tensors and gradients.
+template <class Element, class Source>
+GradParams<Element, Source> params_of(const BackwardParams& b) {
+  GradParams<Element, Source> p{};
+  p.b = b;
+  static_cast<GroupSource&>(p.source) = GroupSource::of(b);
+  p.score.mask_self = b.mask_self;
+  return p;
+}
+
+// d_q of the groups.
+template <class Element>
+void query_gradients(const BackwardParams& b, const Context& context) {
+  auto p = params_of<Element, GroupSource>(b);
+  p.wide_rows = b.by_slot;
+  describe_tensors(p);
+  run_query_grad(p, b.batch() * b.groups(), context);
+}
+
+// d_k and d_v, of slots or spans, in the accumulation type.
+template <class Element>
+void key_gradients_apart(GradParams<Element, SpanSource>& p, int64_t sequences,
+                         const Context& context) {
+  p.wide_keys = p.keys_apart = p.source.keys_apart = true;
+  describe_tensors(p);
+  run_key_grad(p, sequences, context);
+}
+
 // Gradients of slots, then of tokens.
 template <class Element>
-void backward_by_slot(GradParams<Element, Listed>& p,
-                      const BackwardWorkspace<Accum<Element>>& memory, const Context& context) {
-  const BackwardParams b = p.b;
+void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Element>>& memory,
+                      const Context& context) {
   const int64_t batch = b.batch(), heads = b.query_heads();
   const int64_t slots = b.groups() * b.rows.slots(), key_slots = b.groups() * b.keys.slots();
   const Csr rows = index_tokens(b.rows, memory.rows, context);
   const Csr keys = index_keys(b, rows, memory.keys, context);
   slot_deltas<Element>(b, memory.delta, context);
 
-  p.b.delta = {memory.delta, {batch, heads, slots}, {heads * slots, slots, 1}};
+  BackwardParams of_slots = b;
+  of_slots.delta = {memory.delta, {batch, heads, slots}, {heads * slots, slots, 1}};
   const auto d_q = place_array(memory.d_q, batch, slots, heads, b.dim());
   const auto d_k = place_array(memory.d_k, batch, key_slots, heads, b.dim());
   const auto d_v = place_array(memory.d_v, batch, key_slots, heads, b.value_dim());
-  p.b.d_q = d_q.template as<void>(), p.b.d_k = d_k.template as<void>();
-  if (b.d_v) p.b.d_v = d_v.template as<void>();
-  p.wide_rows = p.wide_keys = true;
-  describe_tensors(p);
-  run_query_grad(p, batch * b.groups(), context);
-  run_key_grad(p, batch * b.groups(), heads, context);
+  of_slots.d_q = d_q.template as<void>(), of_slots.d_k = d_k.template as<void>();
+  if (b.d_v) of_slots.d_v = d_v.template as<void>();
+  if (b.d_row_temperature)
+    of_slots.d_row_temperature = {
+        memory.d_row_temperature, {batch, slots, heads}, {slots * heads, heads, 1}};
+  query_gradients<Element>(of_slots, context);
+  auto p = params_of<Element, SpanSource>(of_slots);
+  key_gradients_apart(p, batch * b.groups(), context);
 
   sum_slots<Element>(rows, d_q, b.d_q, context);
   sum_slots<Element>(keys, d_k, b.d_k, context);
   if (b.d_v) sum_slots<Element>(keys, d_v, b.d_v, context);
+  sum_temperatures(rows, memory.d_row_temperature, b.d_row_temperature, slots, context);
 }
 
 // d_q per token; d_k and d_v of spans, then of tokens.
 template <class Element>
-void backward_by_region(GradParams<Element, Listed>& p,
-                        const BackwardWorkspace<Accum<Element>>& memory, const Context& context) {
-  const BackwardParams b = p.b;
+void backward_by_region(const BackwardParams& b, const BackwardWorkspace<Accum<Element>>& memory,
+                        const Context& context) {
   const int64_t batch = b.batch(), heads = b.query_heads(), cell = b.keys.cells.size();
   const Regions regions = index_regions(b.keys, memory.regions, context);
-  describe_tensors(p);
-  run_query_grad(p, batch * b.groups(), context);
+  query_gradients<Element>(b, context);
 
   const auto d_k = place_array(memory.d_k, batch, regions.spans * cell, heads, b.dim());
   const auto d_v = place_array(memory.d_v, batch, regions.spans * cell, heads, b.value_dim());
+  auto p = params_of<Element, SpanSource>(b);
   p.b.d_k = d_k.template as<void>();
   if (b.d_v) p.b.d_v = d_v.template as<void>();
-  p.b.regions = regions;
-  p.b.by_spans = p.wide_keys = true;
   p.b.max_k = cell;
-  describe_tensors(p);  // of the spans
-  run_key_grad(p, batch * regions.spans, heads, context);
+  p.source.regions = regions;
+  p.source.by_span = true;
+  p.source.blocks_of_list = static_cast<int>(b.keys.blocks.size[3]);
+  p.source.cell = static_cast<int>(cell);
+  key_gradients_apart(p, batch * regions.spans, context);
 
   sum_spans<Element>(regions, b.keys.cells, d_k, b.d_k, context);
   if (b.d_v) sum_spans<Element>(regions, b.keys.cells, d_v, b.d_v, context);
@@ -111,29 +134,28 @@ void backward_by_region(GradParams<Element, Listed>& p,
 
 // Listed rows and all keys: every gradient per token.
 template <class Element>
-void backward_all_keys(GradParams<Element, Listed>& p, const Context& context) {
+void backward_all_keys(const BackwardParams& b, const Context& context) {
+  query_gradients<Element>(b, context);
+  auto p = params_of<Element, SpanSource>(b);
   describe_tensors(p);
-  run_query_grad(p, p.b.batch(), context);
-  run_key_grad(p, p.b.batch(), p.b.key_heads(), context);
+  run_key_grad(p, b.batch(), context);
   if (!p.shared_bias) return;
-  GradParams<Element, softmax::simt::MaskedSequence> dense{};
-  dense.b = p.b;
+  softmax::simt::GradParams<Element, softmax::FullScore, softmax::DenseSource> dense{};
+  dense.b = b;
   describe_tensors(dense);
   run_bias_grad(dense, context);
 }
 
 template <class Element>
 void backward(const BackwardParams& b, const Call& call) {
-  GradParams<Element, Listed> p{};
-  static_cast<BackwardParams&>(p.b) = b;
   Arena arena(call.workspace, kName);
   const auto memory = backward_workspace<Accum<Element>>(arena, shape_of(b));
-  if (p.b.by_slot)
-    backward_by_slot(p, memory, call.context);
-  else if (p.b.keys)
-    backward_by_region(p, memory, call.context);
+  if (b.by_slot)
+    backward_by_slot<Element>(b, memory, call.context);
+  else if (b.keys)
+    backward_by_region<Element>(b, memory, call.context);
   else
-    backward_all_keys(p, call.context);
+    backward_all_keys<Element>(b, call.context);
 }
 
 }  // namespace hw::routing_attention::simt

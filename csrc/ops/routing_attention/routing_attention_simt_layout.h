@@ -3,6 +3,8 @@
 // shapes only, and no device code: the host side asks `workspace_bytes`. Both CUDA backends use it.
 //
 //   forward    by slot                  slots of every token (Csr), in the order of the lists
+//              any, where few blocks    behind that: partial results of spans of keys, which are of
+//              would idle the device    the backend
 //   backward   by slot                  slots of every token, of rows and of keys; D; gradients of
 //                                       slots, which are summed per token
 //              by token, keys listed    who lists each key region, cut into spans; gradients of the
@@ -18,6 +20,7 @@
 #include <cstdint>
 
 #include "ops/routing_attention/routing_attention.h"
+#include "softmax/simt/layout.h"
 
 #include "core/gpu/csr.h"
 #include "core/host/workspace.h"
@@ -30,6 +33,7 @@ struct RoutingSizes {
   int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
   int64_t key_blocks, key_cell, key_regions;         // N, n and R of the keys
   bool keys_listed, by_slot;
+  bool d_row_temperature;  // wanted
 };
 
 template <class Params>
@@ -38,6 +42,7 @@ RoutingSizes shape_of(const Params& p) {
   s.batch = p.q.size[0], s.rows = p.q.size[1], s.heads = p.q.size[2], s.dim = p.q.size[3];
   s.keys = p.k.size[1], s.value_dim = p.v.size[3];
   s.keys_listed = bool(p.keys), s.by_slot = p.by_slot;
+  if constexpr (requires { p.d_row_temperature; }) s.d_row_temperature = bool(p.d_row_temperature);
   s.groups = p.groups();
   s.row_slots = p.rows.slots();
   s.key_blocks = s.keys_listed ? p.keys.blocks.size[3] : 0;
@@ -105,6 +110,7 @@ struct BackwardWorkspace {
   A* d_q = nullptr;    // [B, G Wq, Hq, D]  by slot
   // By slot of [B, G Wk, Hq, D | Dv]; by token of the tokens of spans, [B, T n, Hq, D | Dv].
   A *d_k = nullptr, *d_v = nullptr;
+  A* d_row_temperature = nullptr;  // [B, G Wq, Hq]  by slot, if wanted
 };
 
 template <class A>
@@ -124,12 +130,30 @@ BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
   }
   w.d_k = arena.take<A>(s.batch * places * s.heads * s.dim);
   w.d_v = arena.take<A>(s.batch * places * s.heads * s.value_dim);
+  if (s.by_slot && s.d_row_temperature)
+    w.d_row_temperature = arena.take<A>(s.batch * s.groups * s.row_slots * s.heads);
   return w;
 }
 
-inline int64_t workspace_bytes(const ForwardParams& p) {
+// Groups are the sequences of the engine.
+template <class A>
+softmax::simt::ForwardPlan simt_plan(const RoutingSizes& s, const Call& call) {
+  return softmax::simt::forward_plan<A>(s.batch * s.groups, s.heads, s.row_slots, s.key_slots,
+                                        s.value_dim, call.context.multiprocessors);
+}
+
+inline void simt_partials(Arena& arena, const RoutingSizes& s, const Call& call) {
+  if (call.element == DType::f64)
+    arena.take<double>(simt_plan<double>(s, call).workspace());
+  else
+    arena.take<float>(simt_plan<float>(s, call).workspace());
+}
+
+inline int64_t workspace_bytes(const ForwardParams& p, const Call& call, Backend backend) {
   Arena arena;
-  static_cast<void>(forward_workspace(arena, shape_of(p)));
+  const RoutingSizes s = shape_of(p);
+  static_cast<void>(forward_workspace(arena, s));
+  if (backend == Backend::simt) simt_partials(arena, s, call);
   return arena.bytes();
 }
 

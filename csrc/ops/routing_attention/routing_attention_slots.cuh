@@ -229,6 +229,17 @@ void sum_slots(const Csr& csr, const Ref<Accum<Element>, 4>& from, const Ref<voi
               context);
 }
 
+// d_row_temperature [B, Sq, Hq] from those of slots, [B, slots, Hq].
+template <class A>
+void sum_temperatures(const Csr& rows, A* from, const Ref<void, 3>& to, int64_t slots,
+                      const Context& context) {
+  if (!to) return;
+  const Ref<void, 4> columns{to.data,
+                             {to.size[0], to.size[1], to.size[2], 1},
+                             {to.stride[0], to.stride[1], to.stride[2], 1}};
+  sum_slots<A>(rows, place_array(from, to.size[0], slots, to.size[2], 1), columns, context);
+}
+
 // A gradient per key [B, Sk, H, width] from those of spans [B, T n, Hq, width].
 template <class Element>
 void sum_spans(const Regions& regions, const RegionGrid& cells, const Ref<Accum<Element>, 4>& from,

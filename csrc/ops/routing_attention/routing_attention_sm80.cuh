@@ -61,6 +61,12 @@ inline Ref<const void, 3> row_numbers(const float* data, const RoutingSizes& s) 
   return {data, {s.batch, s.heads, slots}, {s.heads * slots, slots, 1}};
 }
 
+// d_row_temperature of slots [B, G Wq, Hq].
+inline Ref<void, 3> temperature_array(float* data, const RoutingSizes& s) {
+  const int64_t slots = s.groups * s.row_slots;
+  return {data, {s.batch, slots, s.heads}, {slots * s.heads, s.heads, 1}};
+}
+
 // Everything that the kernels of the gradients have in common.
 template <class Element>
 struct Backward {
@@ -103,6 +109,8 @@ void query_gradients(const Backward<Element>& x) {
       softmax::sm80::QueryGradKernel<Element, kDim, SelfScore<Kind>, GroupSource, ListCut<kOwn>>;
   const RoutingSizes& s = x.s;
   auto p = x.template params<Kind>(GroupSource::of(x.b));
+  if (s.by_slot && x.b.d_row_temperature)
+    p.b.d_row_temperature = temperature_array(x.at.d_row_temperature, s);
   p.d_q_sums = x.sums(x.at.d_q, s.groups * s.row_slots, s.dim);
   softmax::sm80::launch_blocks<Kernel>(s.batch * s.groups * s.heads, p, s.row_slots, x.context);
 }
@@ -171,7 +179,9 @@ void backward(const BackwardParams& b, const Call& call) {
     return place_array(data, s.batch, count, s.heads, width);
   };
   if (s.by_slot) {
-    sum_slots<Element>(at.rows, places(at.d_q, s.groups * s.row_slots, s.dim), b.d_q, context);
+    const int64_t row_slots = s.groups * s.row_slots;
+    sum_slots<Element>(at.rows, places(at.d_q, row_slots, s.dim), b.d_q, context);
+    sum_temperatures(at.rows, at.d_row_temperature, b.d_row_temperature, row_slots, context);
     const int64_t slots = s.groups * s.key_slots;
     sum_slots<Element>(at.keys, places(at.d_k, slots, s.dim), b.d_k, context);
     if (b.d_v) sum_slots<Element>(at.keys, places(at.d_v, slots, s.value_dim), b.d_v, context);

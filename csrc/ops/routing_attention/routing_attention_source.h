@@ -106,7 +106,7 @@ struct GroupSource {
                                             int absent) {
     if (block < 0 || block >= count) return absent;
     const int size = static_cast<int>(c.size()), cell = static_cast<int>(block);
-    if (size == 1) return cell;
+    if (size == 1 && c.columns == c.columns_of_image) return cell;
     const int at = slot % size, cells = static_cast<int>(c.columns);
     const int width = static_cast<int>(c.width), columns = static_cast<int>(c.columns_of_image);
     const int y = cell / cells * static_cast<int>(c.height) + at / width;

@@ -31,7 +31,7 @@ HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, b
     for (int n = 0; n < kCount; ++n) {
       const int column = (first + n) * kSide<A> + other_lane() * kVector<A>;
       if (column >= width) continue;
-      store_columns(typed.at(tile.source().batch(), at, head, column), typed.stride[3], vectors,
+      store_columns(typed.at(tile.batch(), at, head, column), typed.stride[3], vectors,
                     width - column, sum[n][r]);
     }
   }
@@ -48,31 +48,30 @@ HW_DEVICE HW_INLINE void store_gradient_as(bool wide, const T& tile, const Ref<v
   store_gradient<T, Element>(tile, to, vectors, first, head, sum);
 }
 
-template <class Element, class Source>
+template <class Element, ScoreKind Score, KeySource Source>
 struct QueryGradKernel {
-  using Params = GradParams<Element, Source>;
+  using Params = GradParams<Element, Score, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = 2;
-  using ForwardBlock = ScoreTile<Element, Source, kOwn, true>;
+  using ForwardBlock = ScoreTile<Element, Score, Source, kOwn, true>;
 
   HW_DEVICE static void main(const Params& p) {
-    const typename Source::BackwardParams& b = p.b;
+    const BackwardParams& b = p.b;
     const int64_t index = dev::block_index_x(), group = index / p.blocks;
     const int64_t heads = b.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    ForwardBlock tile(b, Source::of(b, group / p.parts / heads),
+    ForwardBlock tile(b, p.source, p.score, group / p.parts / heads,
                       (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta,
                       nullptr);
-    if (tile.own().empty()) return;
+    if (!tile.start(head)) return;
 
     A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
     HW_UNROLL
     for (int n = 0; n < kSlices; ++n) clear(d_q[n]);
     const bool writes_bias = b.d_bias && !p.shared_bias && part == 0;
-    tile.start(head);
-    tile.walk(tile.source().keys_of(tile.own()), [&] {
+    tile.walk(tile.reach(), [&] {
       typename ForwardBlock::Micro c, dp;
       if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
       tile.template multiply<false, false>(c, p.q, p.k);
@@ -80,7 +79,7 @@ struct QueryGradKernel {
           tile, c, dp,
           [&](int r, int u, const PairGradient<A>& g) {
             d_tau[0] += g.dx * g.c;
-            if (writes_bias && g.met) *bias_place(b, tile, r, u) = g.ds;
+            if (writes_bias && tile.has_bias(r, u)) *bias_place(b, tile, r, u) = g.ds;
             dp[0][u] = g.dc;
           },
           d_tau);
@@ -88,15 +87,14 @@ struct QueryGradKernel {
       tile.template apply<true>(d_q, p.k, first);
     });
 
-    store_gradient_as<Element, Source::kListed>(p.wide_rows, tile, b.d_q, p.d_q_vectors, first,
-                                                head, d_q);
+    store_gradient_as<Element, Source::kGathers>(p.wide_rows, tile, b.d_q, p.d_q_vectors, first,
+                                                 head, d_q);
     if (!b.d_row_temperature || part != 0) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       const A sum = static_cast<A>(b.scale) * dev::warp_sum<kLanes>(d_tau[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      const int64_t row = tile.own_token(r);
-      b.d_row_temperature.template as<A>()(tile.source().batch(), row, head) = sum;
+      b.d_row_temperature.template as<A>()(tile.batch(), tile.own_result(r), head) = sum;
     }
   }
 
@@ -104,41 +102,36 @@ struct QueryGradKernel {
   // d_bias is zeros where it was not visited.
   HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const ForwardBlock& tile, int r,
                                            int u) {
-    const int64_t i = tile.row_token(r, u), j = tile.key_token(r, u);
-    return b.d_bias.template as<A>().at(tile.source().batch(), tile.head(), i, j);
+    const int64_t i = tile.row_number(r, u), j = tile.key_number(r, u);
+    return b.d_bias.template as<A>().at(tile.batch(), tile.head(), i, j);
   }
 };
 
 // kCount slices of d_k and of d_v each: one keeps the registers of the usual dims at two blocks per
 // multiprocessor, two compute the scores once for dims up to 128.
-template <class Element, class Source, int kCount>
+template <class Element, ScoreKind Score, KeySource Source, int kCount>
 struct KeyGradKernel {
-  using Params = GradParams<Element, Source>;
+  using Params = GradParams<Element, Score, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = kCount == 1 ? 2 : 1;
-  using Keys = ScoreTile<Element, Source, kOwn, false>;
+  using Keys = ScoreTile<Element, Score, Source, kOwn, false>;
 
   HW_DEVICE static void main(const Params& p) {
-    const typename Source::BackwardParams& b = p.b;
-    const bool apart = Source::kListed && p.wide_keys;  // query heads are added up later
+    const BackwardParams& b = p.b;
     const int64_t index = dev::block_index_x(), group = index / p.blocks;
-    const int64_t heads = apart ? b.query_heads() : b.key_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kCount;
-    const int owner = static_cast<int>(group / p.parts % heads);
-    // Query heads of an owner; not kept in a register.
-    const auto share = [&b, apart] { return apart ? 1 : b.group(); };
-    Keys tile(b, Source::of(b, group / p.parts / heads), index % p.blocks * kSide<A>, &b.row,
-              &b.rest, &b.delta, nullptr);
-    if (tile.own().empty()) return;
+    const int owner = static_cast<int>(group / p.parts % p.key_owners);
+    Keys tile(b, p.source, p.score, group / p.parts / p.key_owners, index % p.blocks * kSide<A>,
+              &b.row, &b.rest, &b.delta, nullptr);
 
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) clear(d_k[n]), clear(d_v[n]);
-    for (int h = owner * share(); h < (owner + 1) * share(); ++h) {
+    for (int h = owner * p.key_sharers; h < (owner + 1) * p.key_sharers; ++h) {
       A d_bias[kOwn] = {}, d_gain[kOwn] = {};
-      tile.start(h);
-      tile.walk(tile.source().rows_of(tile.own()), [&] {
+      if (!tile.start(h)) return;
+      tile.walk(tile.reach(), [&] {
         typename Keys::Micro c, dp;
         if (!tile.template multiply<false, true>(dp, p.v, p.d_w)) return;
         tile.template multiply<false, false>(c, p.k, p.q);
@@ -162,10 +155,10 @@ struct KeyGradKernel {
         store_sums(b.d_key_gain, tile, d_gain);
       }
     }
-    constexpr bool kWide = Source::kListed;
-    store_gradient_as<Element, kWide>(apart, tile, b.d_k, p.d_k_vectors, first, owner, d_k);
+    constexpr bool kWide = Source::kGathers;
+    store_gradient_as<Element, kWide>(p.wide_keys, tile, b.d_k, p.d_k_vectors, first, owner, d_k);
     if (b.d_v)
-      store_gradient_as<Element, kWide>(apart, tile, b.d_v, p.d_v_vectors, first, owner, d_v);
+      store_gradient_as<Element, kWide>(p.wide_keys, tile, b.d_v, p.d_v_vectors, first, owner, d_v);
   }
 
  private:
@@ -177,8 +170,7 @@ struct KeyGradKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A sum = dev::warp_sum<kLanes>(share[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      const int64_t key = tile.own_token(r);
-      to.template as<A>()(tile.source().batch(), tile.head(), key) = sum;
+      to.template as<A>()(tile.batch(), tile.head(), tile.own_result(r)) = sum;
     }
   }
 };
@@ -186,12 +178,13 @@ struct KeyGradKernel {
 // The gradient of a bias that is broadcast over batch, heads or keys. What is broadcast is summed,
 // in order, by the block that owns the tile. A bias has rows of its own (without, it is a
 // key_bias).
-template <class Element, class Source>
+template <class Element, ScoreKind Score, KeySource Source>
 struct BiasGradKernel {
-  using Params = GradParams<Element, Source>;
+  static_assert(Source::kInOrder, "sums of a bias are in its order");
+  using Params = GradParams<Element, Score, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
-  using ForwardBlock = ScoreTile<Element, Source, kOwn, true>;
+  using ForwardBlock = ScoreTile<Element, Score, Source, kOwn, true>;
 
   // Tiles, batch entries or heads that have results of their own.
   HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
@@ -206,7 +199,7 @@ struct BiasGradKernel {
   }
 
   HW_DEVICE static void main(const Params& p) {
-    const typename Source::BackwardParams& b = p.b;
+    const BackwardParams& b = p.b;
     int64_t rest = dev::block_index_x();
     const auto take = [&](int64_t count) {
       const int64_t at = rest % count;
@@ -220,26 +213,25 @@ struct BiasGradKernel {
 
     typename ForwardBlock::Micro sum;
     clear(sum);
-    for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
-      const Source source = Source::of(b, n);
+    for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1))
       for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1))
-        visit(p, source, static_cast<int>(h), first, key_tile, all_keys, sum);
-    }
+        visit(p, n, static_cast<int>(h), first, key_tile, all_keys, sum);
     store(b, batch, head, first, key_tile * kSide<A>, all_keys, sum);
   }
 
  private:
-  HW_DEVICE HW_INLINE static void visit(const Params& p, const Source& source, int head,
-                                        int64_t first, int64_t key_tile, bool all_keys,
+  HW_DEVICE HW_INLINE static void visit(const Params& p, int64_t sequence, int head, int64_t first,
+                                        int64_t key_tile, bool all_keys,
                                         typename ForwardBlock::Micro& sum) {
-    ForwardBlock tile(p.b, source, first, &p.b.row, &p.b.rest, &p.b.delta, nullptr);
-    Range keys = source.keys_of(tile.own());
+    ForwardBlock tile(p.b, p.source, p.score, sequence, first, &p.b.row, &p.b.rest, &p.b.delta,
+                      nullptr);
+    if (!tile.start(head)) return;
+    Range keys = tile.reach();
     if (!all_keys) {  // the whole tile: keys stay where their sums are
-      const int64_t begin = key_tile * kSide<A>, end = min_of(begin + kSide<A>, source.keys());
+      const int64_t begin = key_tile * kSide<A>,
+                    end = min_of(begin + kSide<A>, tile.item().at.k_count);
       keys = begin < keys.end && keys.begin < end ? Range{begin, end} : Range{0, 0};
     }
-    if (keys.empty()) return;
-    tile.start(head);
     tile.walk(keys, [&] {
       typename ForwardBlock::Micro c, dp;
       if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
@@ -276,41 +268,43 @@ struct BiasGradKernel {
 };
 
 // The kernels of `sequences`, whose longest has max_q rows and max_k keys.
-template <class Element, class Source>
-void run_query_grad(GradParams<Element, Source> p, int64_t sequences, const Context& context) {
+template <class Element, ScoreKind Score, KeySource Source>
+void run_query_grad(GradParams<Element, Score, Source> p, int64_t sequences,
+                    const Context& context) {
   using A = Accum<Element>;
   p.blocks = ceil_div<int64_t>(p.b.max_q, kSide<A>);
   p.parts = ceil_div(slices_of<A>(p.b.dim()), kSlices);
   const int64_t blocks = sequences * p.b.query_heads() * p.parts * p.blocks;
-  launch<QueryGradKernel<Element, Source>>({blocks, 1, 1}, kBytes<A, Source, kVector<A>>, context,
-                                           p);
+  launch<QueryGradKernel<Element, Score, Source>>({blocks, 1, 1}, kBytes<A, Source, kVector<A>>,
+                                                  context, p);
 }
 
-template <class Element, class Source>
-void run_key_grad(GradParams<Element, Source> p, int64_t sequences, int64_t heads,
-                  const Context& context) {
+template <class Element, ScoreKind Score, KeySource Source>
+void run_key_grad(GradParams<Element, Score, Source> p, int64_t sequences, const Context& context) {
   using A = Accum<Element>;
   const int bytes = kBytes<A, Source, kVector<A>>;
   const int most = max_of(slices_of<A>(p.b.dim()), p.b.d_v ? slices_of<A>(p.b.value_dim()) : 1);
   p.blocks = ceil_div<int64_t>(p.b.max_k, kSide<A>);
   p.parts = ceil_div(most, kSlices);
-  const Grid grid{sequences * heads * p.parts * p.blocks, 1, 1};
+  p.key_owners = p.keys_apart ? p.b.query_heads() : p.b.key_heads();
+  p.key_sharers = p.keys_apart ? 1 : p.b.group();
+  const Grid grid{sequences * p.key_owners * p.parts * p.blocks, 1, 1};
   if (most == 1)
-    launch<KeyGradKernel<Element, Source, 1>>(grid, bytes, context, p);
+    launch<KeyGradKernel<Element, Score, Source, 1>>(grid, bytes, context, p);
   else
-    launch<KeyGradKernel<Element, Source, kSlices>>(grid, bytes, context, p);
+    launch<KeyGradKernel<Element, Score, Source, kSlices>>(grid, bytes, context, p);
 }
 
-template <class Element>
-void run_bias_grad(const GradParams<Element, MaskedSequence>& p, const Context& context) {
+template <class Element, ScoreKind Score, KeySource Source>
+void run_bias_grad(const GradParams<Element, Score, Source>& p, const Context& context) {
   using A = Accum<Element>;
-  using Kernel = BiasGradKernel<Element, MaskedSequence>;
-  launch<Kernel>(Kernel::grid(p.b), kSharedBytes<A, kVector<A>>, context, p);
+  using Kernel = BiasGradKernel<Element, Score, Source>;
+  launch<Kernel>(Kernel::grid(p.b), kBytes<A, Source, kVector<A>>, context, p);
 }
 
 // What the kernels need of the tensors of p.b.
-template <class Element, class Source>
-void describe_tensors(GradParams<Element, Source>& p) {
+template <class Element, ScoreKind Score, KeySource Source>
+void describe_tensors(GradParams<Element, Score, Source>& p) {
   p.q = operand_rows<Element>(p.b.q);
   p.k = operand_rows<Element>(p.b.k);
   p.v = operand_rows<Element>(p.b.v);
@@ -327,11 +321,11 @@ void describe_tensors(GradParams<Element, Source>& p) {
 
 template <class Element>
 void backward(const BackwardParams& b, const Call& call) {
-  GradParams<Element, MaskedSequence> p{};
+  GradParams<Element, FullScore, DenseSource> p{};
   p.b = b;
   describe_tensors(p);
   run_query_grad(p, p.b.sequences(), call.context);
-  run_key_grad(p, p.b.sequences(), p.b.key_heads(), call.context);
+  run_key_grad(p, p.b.sequences(), call.context);
   if (p.shared_bias) run_bias_grad(p, call.context);
 }
 

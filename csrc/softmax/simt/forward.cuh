@@ -16,9 +16,11 @@
 
 namespace hw::softmax::simt {
 
-template <class Element, class Source>
+template <class Element, ScoreKind Score, KeySource Source>
 struct RowsParams {
-  typename Source::ForwardParams f;
+  ForwardParams f;
+  Source source;
+  Score score;
   ForwardPlan plan;
   OperandRows<Element> q, k, v;
   bool o_vectors, w_vectors;
@@ -43,43 +45,43 @@ HW_DEVICE HW_INLINE RowsTask rows_task(const ForwardParams& f, const ForwardPlan
           static_cast<int>(group % plan.parts)};
 }
 
-template <class Element, class Source>
-HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element, Source>& p, int64_t task,
-                                               int64_t span) {
+template <class Element, ScoreKind Score, KeySource Source>
+HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element, Score, Source>& p,
+                                               int64_t task, int64_t span) {
   return p.partials + (task * p.plan.spans + span) * p.plan.partial_size();
 }
 
-template <class Element, class Source, int kOwn>
+template <class Element, ScoreKind Score, KeySource Source, int kOwn>
 class ForwardBlock {
  public:
   using A = Accum<Element>;
+  using Params = RowsParams<Element, Score, Source>;
   static constexpr int kV = kVector<A>;
 
-  HW_DEVICE HW_INLINE ForwardBlock(const RowsParams<Element, Source>& params, const RowsTask& t)
+  HW_DEVICE HW_INLINE ForwardBlock(const Params& params, const RowsTask& t)
       : p(params),
         f(params.f),
         task(t),
-        tile(f, Source::of(f, t.sequence), t.first, nullptr, nullptr, nullptr, &f.mass_keys),
+        tile(f, params.source, params.score, t.sequence, t.first, nullptr, nullptr, nullptr,
+             &f.mass_keys),
         soft(is_softmax(f.activation)) {}
 
   HW_DEVICE HW_INLINE void run() {
-    if (tile.own().empty()) return;
+    if (!tile.start(task.head)) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].clear();
     HW_UNROLL
     for (int n = 0; n < kSlices; ++n) clear(values[n]);
-    tile.start(task.head);
     if (!skips_block()) tile.walk(keys(), [this] { step(); });
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].add_lanes();
-    if constexpr (!Source::kListed)
-      if (p.plan.spans > 1) return store_partial();
+    if (p.plan.spans > 1) return store_partial();
     finish();
   }
 
  private:
   HW_DEVICE HW_INLINE Range keys() const {
-    const Range seen = tile.source().keys_of(tile.own());
+    const Range seen = tile.reach();
     return {max_of(seen.begin, task.span * p.plan.span),
             min_of(seen.end, (task.span + 1) * p.plan.span)};
   }
@@ -88,13 +90,13 @@ class ForwardBlock {
   HW_DEVICE HW_INLINE bool skips_block() {
     if (!f.skip_dead) return false;
     bool alive = false;
-    for (int64_t i = tile.own().begin + dev::thread_index(); i < tile.own().end; i += kThreads)
-      alive |= !is_dead<Element>(f, tile.source().batch(), tile.head(), tile.source().row(i));
+    for (int i = dev::thread_index(); i < tile.own().count(); i += kThreads)
+      alive |= !is_dead<Element>(f, tile.batch(), tile.head(), tile.number_of_own(i));
     return !tile.vote(alive);
   }
 
   HW_DEVICE HW_INLINE void step() {
-    typename ScoreTile<Element, Source, kOwn, true>::Micro s;
+    typename ScoreTile<Element, Score, Source, kOwn, true>::Micro s;
     tile.template multiply<true, false>(s, p.q, p.k);
     bool some = false;
     A factor[kOwn];
@@ -169,10 +171,11 @@ class ForwardBlock {
 
   HW_DEVICE HW_INLINE void finish() {
     const auto row = [&](int r) {
-      if (!tile.has_result(r)) return;
+      if (tile.own_slot(r) >= tile.own().end) return;
       const bool writes = task.part == 0 && other_lane() == 0;
-      const RowEnd<Element, Source> end(f, tile.source(), tile.head(), tile.own_at(r),
+      const RowEnd<Element, Source> end(f, p.source, tile.item(), tile.own_slot(r),
                                         tile.own_token(r));
+      if (!end.has_result()) return;
       const A factor = end.finalize(sums[0], writes);
       if (!p.v.x) return;
       HW_UNROLL
@@ -187,46 +190,48 @@ class ForwardBlock {
     each_row<kOwn>(row, sums, values[0], values[1]);
   }
 
-  const RowsParams<Element, Source>& p;
-  const typename Source::ForwardParams& f;
+  const Params& p;
+  const ForwardParams& f;
   const RowsTask task;
-  ScoreTile<Element, Source, kOwn, true> tile;
+  ScoreTile<Element, Score, Source, kOwn, true> tile;
   const bool soft;
   LaneSums<A> sums[kOwn];       // max: of the row; the others: this lane's share
   A values[kSlices][kOwn][kV];  // w before the division
 };
 
-template <class Element, class Source, int kOwn>
+template <class Element, ScoreKind Score, KeySource Source, int kOwn>
 struct RowsKernel {
-  using Params = RowsParams<Element, Source>;
+  using Params = RowsParams<Element, Score, Source>;
   static constexpr int kThreads = simt::kThreads;
   static constexpr int kMinBlocks = kOwn == 1 ? 3 : 2;
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = dev::block_index_x();
     const RowsTask task = rows_task(p.f, p.plan, index / p.plan.spans, index % p.plan.spans);
-    ForwardBlock<Element, Source, kOwn>(p, task).run();
+    ForwardBlock<Element, Score, Source, kOwn>(p, task).run();
   }
 };
 
-template <class Element, class Source>
+template <class Element, ScoreKind Score, KeySource Source>
 struct MergeKernel {
-  using Params = RowsParams<Element, Source>;
+  using Params = RowsParams<Element, Score, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads;
 
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
     const RowsTask task = rows_task(p.f, p.plan, index / p.plan.rows, 0);
-    const int64_t row = index % p.plan.rows, place = task.first + row;
-    const Source source = Source::of(p.f, task.sequence);
-    if (place >= source.rows()) return;
+    const int64_t row = index % p.plan.rows, slot = task.first + row;
+    const typename Source::WorkItem w = p.source.work_item(p.f, task.sequence, task.head);
+    if (slot >= p.source.rows(w)) return;
+    const RowEnd<Element, Source> end(p.f, p.source, w, slot,
+                                      p.source.row_token(w, slot, p.source.row_entry(w, slot)));
+    if (!end.has_result()) return;
 
     LaneSums<A> whole;
     whole.clear();
     for (int64_t span = 0; span < p.plan.spans; ++span)
       whole.merge(LaneSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
     const A top = whole.max;
-    const RowEnd<Element, Source> end(p.f, source, task.head, place, source.row(place));
     const A factor = end.finalize(whole, task.part == 0 && dev::lane() == 0);
     if (!p.v.x) return;
 
@@ -246,34 +251,38 @@ struct MergeKernel {
   }
 };
 
-template <class Element, class Source>
-void run_rows(const RowsParams<Element, Source>& p, const Context& context) {
+template <class Element, ScoreKind Score, KeySource Source>
+void run_rows(const RowsParams<Element, Score, Source>& p, const Context& context) {
   using A = Accum<Element>;
+  constexpr int kMany = kVector<A>;
   const Grid grid{p.plan.tasks * p.plan.spans, 1, 1};
   if (p.plan.few)
-    launch<RowsKernel<Element, Source, 1>>(grid, kBytes<A, Source, 1>, context, p);
+    launch<RowsKernel<Element, Score, Source, 1>>(grid, kBytes<A, Source, 1>, context, p);
   else
-    launch<RowsKernel<Element, Source, kVector<A>>>(grid, kBytes<A, Source, kVector<A>>, context,
-                                                    p);
-  if constexpr (!Source::kListed) {
-    if (p.plan.spans == 1) return;
-    static_assert(kFewRows % kWarps == 0 && kSide<A> % kWarps == 0, "whole blocks of warps");
-    const int64_t blocks = p.plan.tasks * (p.plan.rows / kWarps);
-    launch<MergeKernel<Element, Source>>({blocks, 1, 1}, 0, context, p);
-  }
+    launch<RowsKernel<Element, Score, Source, kMany>>(grid, kBytes<A, Source, kMany>, context, p);
+  if (p.plan.spans == 1) return;
+  static_assert(kFewRows % kWarps == 0 && kSide<A> % kWarps == 0, "whole blocks of warps");
+  const int64_t blocks = p.plan.tasks * (p.plan.rows / kWarps);
+  launch<MergeKernel<Element, Score, Source>>({blocks, 1, 1}, 0, context, p);
+}
+
+// What the kernels need of the tensors of p.f.
+template <class Element, ScoreKind Score, KeySource Source>
+void describe_tensors(RowsParams<Element, Score, Source>& p) {
+  p.q = operand_rows<Element>(p.f.q);
+  p.k = operand_rows<Element>(p.f.k);
+  p.v = operand_rows<Element>(p.f.v);
+  p.o_vectors = p.f.o && has_vectors(p.f.o.template as<Element>());
+  p.w_vectors = p.f.w && has_vectors(p.f.w.template as<Element>());
 }
 
 template <class Element>
 void forward(const ForwardParams& f, const Call& call) {
   using A = Accum<Element>;
-  RowsParams<Element, MaskedSequence> p{};
+  RowsParams<Element, FullScore, DenseSource> p{};
   p.f = f;
   p.plan = forward_plan<A>(f, call);
-  p.q = operand_rows<Element>(f.q);
-  p.k = operand_rows<Element>(f.k);
-  p.v = operand_rows<Element>(f.v);
-  p.o_vectors = f.o && has_vectors(f.o.template as<Element>());
-  p.w_vectors = f.w && has_vectors(f.w.template as<Element>());
+  describe_tensors(p);
   p.partials = Arena(call.workspace, "attention.forward").take<A>(p.plan.workspace());
   run_rows(p, call.context);
 }

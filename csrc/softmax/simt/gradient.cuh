@@ -11,16 +11,20 @@
 namespace hw::softmax::simt {
 
 // What both backward kernels and that of a shared bias have in common.
-template <class Element, class Source>
+template <class Element, ScoreKind Score, KeySource Source>
 struct GradParams {
-  typename Source::BackwardParams b;
+  BackwardParams b;
+  Source source;
+  Score score;
   OperandRows<Element> q, k, v, d_w;
   bool d_q_vectors, d_k_vectors, d_v_vectors;
   bool shared_bias;  // d_bias has a kernel of its own
-  // Listed: d_q, or d_k and d_v, are of slots, in the accumulation type; keys' of each query head.
+  // Of sources that gather: d_q, or d_k and d_v, are of the accumulation type, to be added up.
   bool wide_rows, wide_keys;
-  int64_t blocks;  // tiles of a head
-  int64_t parts;   // of the columns of d_q, or of d_k and d_v
+  bool keys_apart;              // d_k and d_v of each query head; else of key heads
+  int key_owners, key_sharers;  // heads of d_k and d_v, query heads of each
+  int64_t blocks;               // tiles of a head
+  int64_t parts;                // of the columns of d_q, or of d_k and d_v
 };
 
 // One pair of row and key.
@@ -45,8 +49,8 @@ HW_DEVICE HW_INLINE void for_gradients(const T& tile, typename T::Micro& c, type
       PairGradient<A> g;
       g.c = c[0][u];
       g.p = e.met ? tile.weight(r, u, e.s) : A(0);
-      g.ds = e.met && !e.fixed ? tile.weight_slope(r, u, e.s, g.p) * (dp[0][u] - tile.extra(r, u))
-                               : A(0);
+      g.ds = e.met && !e.set ? tile.weight_slope(r, u, e.s, g.p) * (dp[0][u] - tile.extra(r, u))
+                             : A(0);
       g.d_gain = g.ds * tile.gain_row(r, u) * abs_of(e.y);
       g.dx = g.ds * tile.slope(e.y, e.gain);
       g.dc = g.dx * tile.factor(r, u);

@@ -42,15 +42,15 @@ inline constexpr int kStride = kSide<A> + kVector<A>;
 
 // Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the
 // buffers, the terms.
-inline constexpr int kWorkBytes = 128;
+inline constexpr int kWorkBytes = 160;
 inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>
 inline constexpr int kSharedBytes = kRoomsAt + ((2 * kOwn * kLanes + kSide<A>)*kStride<A> +
                                                 kTerms * kSide<A>)*static_cast<int>(sizeof(A));
 
-// The same where rows and keys are listed: their tokens, and a vote per warp, besides.
+// The same of a source that gathers: the tokens of a tile, and a vote per warp, besides.
 template <class A, int kOwn>
-inline constexpr int kListedBytes =
+inline constexpr int kGatherBytes =
     kSharedBytes<A, kOwn> + (kOwn * kLanes + kSide<A> + kWarps) * static_cast<int>(sizeof(int32_t));
 
 // Slices of `width` columns; one also where there is no column.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention without tensor cores: the pieces that all loops are made of.
 //
-//   MaskedSequence   which rows and keys meet, and where they lie
+//   sees             whether a row sees a key, by their positions
 //   load_slice       buffer[i][c] = x[row i, column + c]
 //   add_dot          acc[r][u] += <own row g + 16 r, other row l + 16 u>
 //   add_weighted     acc[r][c] += sum_j weights[own row g + 16 r][j] x[j, columns V l + c]
@@ -11,6 +11,7 @@
 // share g, half a warp. Every sum has one order, fixed by the shapes.
 #pragma once
 
+#include "softmax/key_source.h"
 #include "softmax/simt/layout.h"
 
 #include "core/dtype.h"
@@ -23,49 +24,10 @@ namespace hw::softmax::simt {
 HW_DEVICE HW_INLINE int own_lane() { return dev::thread_index() / kLanes; }
 HW_DEVICE HW_INLINE int other_lane() { return dev::thread_index() % kLanes; }
 
-// Rows and keys of one sequence, numbered from its start. Loops ask nothing else about positions:
-// operators whose rows and keys lie elsewhere supply another struct with these members. Where rows
-// and keys are listed (kListed), tiles keep their tokens in shared memory, -1 where there is none,
-// and ask about tokens what they ask here about numbers (routing_attention_simt_lists.cuh).
-struct MaskedSequence {
-  static constexpr bool kListed = false;
-  using ForwardParams = softmax::ForwardParams;
-  using BackwardParams = softmax::BackwardParams;
-  Sequence at;
-  Mask mask;
-
-  template <class Params>
-  HW_DEVICE HW_INLINE static MaskedSequence of(const Params& p, int64_t n) {
-    const Sequence s = sequence(p, n);
-    return {s, mask_of(p, s)};
-  }
-
-  HW_DEVICE HW_INLINE void enter(int) {}  // goes to a query head
-  HW_DEVICE HW_INLINE int64_t batch() const { return at.batch; }
-  HW_DEVICE HW_INLINE int64_t rows() const { return at.q_count; }
-  HW_DEVICE HW_INLINE int64_t keys() const { return at.k_count; }
-  // Row i and key j in the tensors.
-  HW_DEVICE HW_INLINE int64_t row(int64_t i) const { return at.q_begin + i; }
-  HW_DEVICE HW_INLINE int64_t key(int64_t j) const { return at.k_begin + j; }
-  // The number of keys that row i sees, given its place in the tensors.
-  HW_DEVICE HW_INLINE int64_t seen(int64_t i, int64_t) const {
-    return mask.visible_keys(i).count();
-  }
-  // Where results and statistics of row i, results of key j are, given their places in the tensors.
-  HW_DEVICE HW_INLINE int64_t row_result(int64_t, int64_t row) const { return row; }
-  HW_DEVICE HW_INLINE int64_t key_result(int64_t, int64_t key) const { return key; }
-  HW_DEVICE HW_INLINE int64_t diagonal(int64_t i) const { return mask.diagonal(i); }
-  // What a tile of rows, or of keys, has to visit.
-  HW_DEVICE HW_INLINE Range keys_of(const Range& rows) const { return mask.keys_of(rows); }
-  HW_DEVICE HW_INLINE Range rows_of(const Range& keys) const { return mask.rows_of(keys); }
-  HW_DEVICE HW_INLINE bool whole(const Range& rows, const Range& keys) const {
-    return mask.whole(rows, keys);
-  }
-  HW_DEVICE HW_INLINE bool sees(int64_t i, int64_t j) const {
-    const Range seen = mask.visible_keys(i);
-    return j >= seen.begin && j < seen.end;
-  }
-};
+HW_DEVICE HW_INLINE bool sees(const Mask& mask, int64_t row, int64_t key) {
+  const Range seen = mask.visible_keys(row);
+  return key >= seen.begin && key < seen.end;
+}
 
 // ---- Loading ------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ struct QueryGradKernel {
         sum += d_q.at[0][j][2 * half] * q.lo + d_q.at[0][j][2 * half + 1] * q.hi;
       }
       sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
-      const int64_t at = loop.number_row(half);
+      const int64_t at = loop.result_row(half);
       if (dev::lane() % 4 == 0 && at >= 0)
         b.d_row_temperature.template as<float>()(loop.item.at.batch, at, loop.item.head) = sum;
     }
