@@ -11,8 +11,8 @@
 //   position   what masks, biases and score functors call i and j. Numbers of keys and rows (bias,
 //              key_bias, key_gain, row_temperature, gates) are at begin + position, data at the
 //              token
-//   result     where its results and row statistics are on the axis S of the outputs; negative:
-//              nowhere
+//   result     where its results and row statistics are on the axis S of the outputs, whether it
+//              has a token or not; negative: nowhere
 //
 //                    token            position    result
 //   DenseSource      begin + slot     slot        begin + slot      a sequence in its order

@@ -74,8 +74,7 @@ struct GroupSource {
 
   // By slot those without token have results too.
   HW_HOST_DEVICE HW_INLINE int64_t row_result(const WorkItem& w, int slot, int token) const {
-    if (!lists.by_slot) return token;
-    return slot < w.rows ? int64_t{w.group} * w.rows + slot : kNoToken;
+    return lists.by_slot ? int64_t{w.group} * w.rows + slot : token;
   }
   HW_HOST_DEVICE HW_INLINE static int64_t key_result(const WorkItem&, int, int token) {
     return token;

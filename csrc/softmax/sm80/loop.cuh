@@ -201,12 +201,12 @@ struct Loop {
   // Where results of that slot are; negative: nowhere.
   HW_DEVICE HW_INLINE int64_t result_row(int half, int strip = 0) const {
     const int64_t at = own_row(half, strip);
+    if (at >= own().end) return kNoToken;
     if constexpr (kGathers) {
       const int token = own_token(half, strip), slot = static_cast<int>(at);
       return kKeysAsRows ? source.key_result(item, slot, token)
                          : source.row_result(item, slot, token);
     } else {
-      if (at >= own().end) return kNoToken;
       return kKeysAsRows ? source.key_result(item, at, at) : source.row_result(item, at, at);
     }
   }
