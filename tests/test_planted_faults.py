@@ -206,7 +206,7 @@ FAULTS = (
          "coming =", "kmeans_route"),
     cpu("mask_off_by_one", f"{ROUTING}_cpu_group.h", "first_not_below(end, visible.end)",
         "first_not_below(end, visible.end + 1)", KMEANS),
-    cpu("slots_counted_once", f"{ROUTING}_cpu_lists.h", "count[token] += 1;", "count[token] = 1;",
+    cpu("slots_counted_once", f"{ROUTING}_cpu_mean.h", "count[token] += 1;", "count[token] = 1;",
         KMEANS),
     cpu("wrong_delta", f"{ROUTING}_cpu_lists.h", "inner_product(x, y, width)",
         "inner_product(x, x, width)", KMEANS),
