@@ -163,7 +163,7 @@ FAULTS = (
         "store(to, across", "attention"),
     cpu("rows_not_rescaled", f"{SOFT}/cpu/along_keys.h", "!empty_ && sum<A>(moved) != 0",
         "false", "attention"),
-    cpu("zero_key_left_out", f"{SOFT}/cpu/along_keys.h", "token < 0 ? zeros_ : first + token",
+    cpu("zero_key_left_out", f"{SOFT}/cpu/operands.h", "token < 0 ? absent : first + token",
         "first + (token < 0 ? 0 : token)", BILEVEL),
     cpu("group_of_the_next", f"{ROUTING}_cpu_lists.h", "visit / pieces_ % groups_);",
         "visit / pieces_ / groups_);", BILEVEL),

@@ -323,8 +323,8 @@ void compare_sources(const SourceInputs<T>& in, const Source& source) {
     const auto same_number = [&](Room<Accum<T>>& x, Room<Accum<T>>& y, int axis, const char* what) {
       y.each([&](Accum<T>& to, int64_t b, int64_t h, int64_t i, int64_t j) {
         if ((axis == 3 ? j : i) < c.zeros) return;
-        EXPECT(!c.numbers || x.x(b, h, i, j) == to, c.name, ": ", what, " ", b, " ", h, " ", i, " ",
-               j, ": ", static_cast<double>(x.x(b, h, i, j)), " want ", static_cast<double>(to));
+        EXPECT(!c.numbers || x.x(b, h, i, j) == to, c.name, ": ", what, ": ", x.x(b, h, i, j),
+               " want ", to);
       });
     };
     same_number(got.d_bias, want.d_bias, 3, "d_bias");
@@ -345,8 +345,8 @@ void check_source(const SourceCase& c) {
   compare_sources(in, with_zeros);
 }
 
-// Few rows are walked along the keys, many in tiles; long sequences are cut into spans. Rows that are
-// not known to be in order are cut into blocks otherwise, unless these are whole.
+// Few rows are walked along the keys, many in tiles; long sequences are cut into spans. Rows not
+// known to be in order are cut into blocks otherwise, unless all blocks are whole.
 template <class T>
 void check_sources() {
   for (const int64_t rows : {1, 3, 9, 70}) {

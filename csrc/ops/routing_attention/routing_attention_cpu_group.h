@@ -114,7 +114,6 @@ class Group {
       find_seen();
     else
       std::fill_n(seen_, rows(), Range{0, key_count()});
-    lists_ = {result_, now_.keys.token, seen_, self_, !in_place_};
   }
   void load(int64_t batch, int head, int64_t group) {
     look_up(batch, head, 1, group);
@@ -128,8 +127,15 @@ class Group {
   // Rows [begin, begin + kRows) of a head of the group.
   HW_NOINLINE Block block(int64_t begin, int head) const {
     const softmax::Sequence at{now_.batch, 0, by_position_.rows, 0, by_position_.keys};
-    const ListSource::WorkItem item{
-        {at, by_position_, head, key_head(head)}, now_.rows.token, rows(), key_count(), &lists_};
+    const ListSource::WorkItem item{{at, by_position_, head, key_head(head)},
+                                    rows(),
+                                    key_count(),
+                                    now_.rows.token,
+                                    result_,
+                                    now_.keys.token,
+                                    seen_,
+                                    self_,
+                                    !in_place_};
     return {&source_, item, {begin, std::min<int64_t>(begin + kRows, rows())}};
   }
 
@@ -257,7 +263,6 @@ class Group {
   const char** wanted_ = nullptr;  // rows of the next group
   int64_t wanted_count_ = 0, wanted_bytes_ = 0;
   ListSource source_;
-  GroupLists lists_{};         // of the group
   int64_t* result_ = nullptr;  // [rows] where results of a row lie
   Listed* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]

@@ -15,21 +15,17 @@ namespace {
 
 using softmax::ScoreParams;
 
-// What goes with a group's rows besides their tokens.
-struct GroupLists {
-  const int64_t* results;    // [rows] where those of a row are
-  const int64_t* keys;       // [keys] tokens, or kZeroKey
-  const Range *seen, *self;  // [rows] key slots that a row sees, that are the row itself
-  bool copied;               // k and v are read at slots
-};
-
 struct ListSource {
   static constexpr bool kGathers = true, kInOrder = false;
 
   struct WorkItem : softmax::WorkItem {
-    const int64_t* row_tokens;  // [rows]
     int64_t rows, keys;
-    const GroupLists* group;  // null: all keys, results at the token
+    const int64_t* row_tokens;  // [rows]
+    // Of a group; null: results at the token, all keys
+    const int64_t* results;    // [rows] where those of a row are
+    const int64_t* key_list;   // [keys] tokens, or kZeroKey
+    const Range *seen, *self;  // [rows] key slots that a row sees, that are the row itself
+    bool copied;               // k and v are read at slots
   };
 
   // Of all query heads, for work_item().
@@ -46,28 +42,32 @@ struct ListSource {
   HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t batch, int head) const {
     const softmax::Sequence at = softmax::sequence(p, batch);
     return {{at, softmax::mask_of(p, at), head, head / p.group()},
-            rows_of(batch, head),
             count(batch, head),
             at.k_count,
-            nullptr};
+            rows_of(batch, head),
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            false};
   }
 
   HW_INLINE static int64_t rows(const WorkItem& w) { return w.rows; }
   HW_INLINE static int64_t keys(const WorkItem& w) { return w.keys; }
   HW_INLINE static int64_t row_entry(const WorkItem& w, int64_t slot) { return w.row_tokens[slot]; }
   HW_INLINE static int64_t key_entry(const WorkItem& w, int64_t slot) {
-    return w.group != nullptr ? w.group->keys[slot] : slot;
+    return w.key_list != nullptr ? w.key_list[slot] : slot;
   }
   HW_INLINE static int64_t row_token(const WorkItem&, int64_t, int64_t entry) { return entry; }
   HW_INLINE static int64_t key_token(const WorkItem& w, int64_t slot, int64_t entry) {
-    return w.group != nullptr && w.group->copied ? slot : entry;
+    return w.copied ? slot : entry;
   }
   HW_INLINE static int64_t row_position(const WorkItem&, int64_t, int64_t token) { return token; }
   HW_INLINE static int64_t key_position(const WorkItem& w, int64_t slot, int64_t) {
     return key_entry(w, slot);
   }
   HW_INLINE static int64_t row_result(const WorkItem& w, int64_t slot, int64_t token) {
-    return w.group != nullptr ? w.group->results[slot] : token;
+    return w.results != nullptr ? w.results[slot] : token;
   }
   HW_INLINE static int64_t key_result(const WorkItem& w, int64_t slot, int64_t) {
     return key_entry(w, slot);
@@ -76,13 +76,13 @@ struct ListSource {
   HW_INLINE bool keys_in_order() const { return !keys_listed; }
 
   HW_INLINE static bool keys_adjacent(const WorkItem& w) {
-    return w.group == nullptr || w.group->copied;
+    return w.copied || w.key_list == nullptr;
   }
   HW_INLINE static Range visible_keys(const WorkItem& w, int64_t slot) {
-    return w.group != nullptr ? w.group->seen[slot] : w.mask.visible_keys(w.row_tokens[slot]);
+    return w.seen != nullptr ? w.seen[slot] : w.mask.visible_keys(w.row_tokens[slot]);
   }
   HW_INLINE static Range set_keys(const WorkItem& w, int64_t slot) {
-    if (w.group != nullptr) return w.group->self[slot];
+    if (w.self != nullptr) return w.self[slot];
     const int64_t self = w.mask.diagonal(w.row_tokens[slot]);
     return {self, self + 1};
   }

@@ -155,12 +155,12 @@ class AlongKeys {
   void with_rows(const Ref<const T, 4>& x, const Block& block, int64_t batch, const Range& keys,
                  A* buffer, F f) const {
     const T* apart[kKeys];
-    const Rows<T> some = rows_of_keys<T>(x, block, batch, keys, nullptr, apart);
+    const T* zeros = nullptr;
+    if constexpr (std::is_same_v<T, A>)
+      if (x.stride[3] == 1) zeros = zeros_;
+    const Rows<T> some = rows_of_keys<T>(x, block, batch, keys, nullptr, apart, zeros);
     if constexpr (std::is_same_v<T, A> && Source::kGathers)
-      if (some.apart != nullptr && reads_anywhere(x)) {
-        for (int j = 0; j < some.n; ++j) apart[j] = apart[j] == nullptr ? zeros_ : apart[j];
-        return f(RowPointers<A>{apart});
-      }
+      if (some.apart != nullptr && reads_anywhere(x)) return f(RowPointers<A>{apart});
     if (some.apart == nullptr) {
       const Ref<const T, 2> rows = rows_of_head(x, batch, some.head);
       for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.key_count()); ++j)

@@ -32,7 +32,6 @@ template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScor
 class Forward {
  public:
   using Block = softmax::Block<Source>;
-  using WorkItem = typename Source::WorkItem;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
@@ -73,11 +72,9 @@ class Forward {
     parallel_tasks(count * spans, threads_, [&](int64_t task) {
       const Block some = block(task / spans);
       const int64_t span = task % spans;
-      if (some.rows.empty()) return;
-      const Cut cut = cut_of(some);
-      if (span >= cut.spans) return;
+      if (some.rows.empty() || span >= cut_of(some).spans) return;
       State part = state(task / spans, span);
-      fill(some, cut, span, part, reserve());
+      fill(some, cut_of(some), span, part, reserve());
     });
     parallel_tasks(count, threads_, [&](int64_t i) {
       const Block some = block(i);
@@ -137,12 +134,11 @@ class Forward {
 
   // By the sizes of the block's work item.
   HW_NOINLINE Cut cut_of(const Block& block) const {
-    const int64_t keys = block.key_count();
     const int64_t tasks = heads_ * items_ * ceil_div<int64_t>(block.row_count(), kRows);
     if (tasks == 0 || tasks >= kFewTasks) return kWhole;
-    const int64_t spans = std::min(ceil_div(kFewTasks, tasks), keys / kSpanTokens);
+    const int64_t spans = std::min(ceil_div(kFewTasks, tasks), block.key_count() / kSpanTokens);
     if (spans <= 1) return kWhole;
-    return {spans, round_up(ceil_div(keys, spans), static_cast<int64_t>(kKeys))};
+    return {spans, round_up(ceil_div(block.key_count(), spans), static_cast<int64_t>(kKeys))};
   }
 
   // What a task keeps: sums of its rows, and w before the division.
@@ -175,10 +171,10 @@ class Forward {
   HW_NOINLINE Block block_of(int64_t task) const {
     const int64_t group = task / blocks_ / heads_, head = task / blocks_ % heads_;
     const int64_t first = p_.packed() ? group : group * panels_;
-    const WorkItem w = source_.work_item(p_, first, static_cast<int>(head));
-    const int64_t index = blocks_ - 1 - task % blocks_, rows = source_.rows(w);
-    if (index * kRows >= rows) return {&source_, w, {0, 0}};
-    return {&source_, w, rows_of_block<Source>(index, rows)};
+    const Block all{&source_, source_.work_item(p_, first, static_cast<int>(head)), {0, 0}};
+    const int64_t index = blocks_ - 1 - task % blocks_, rows = all.row_count();
+    if (index * kRows >= rows) return all;
+    return {&source_, all.item, rows_of_block<Source>(index, rows)};
   }
 
   int64_t panels_of(const Block& b) const {

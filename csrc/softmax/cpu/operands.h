@@ -197,11 +197,20 @@ struct Rows {
   const T* row(int64_t i) const {
     return apart != nullptr ? apart[i] : x.at(batch, first + i, head);
   }
-  // Asks for a row ahead of i, of those that lie apart.
-  void prefetch_ahead(int64_t i) const {
-    if (apart != nullptr && i + kRowsAhead < n && x.stride[3] == 1 &&
-        apart[i + kRowsAhead] != nullptr)
-      prefetch(apart[i + kRowsAhead], width() * static_cast<int64_t>(sizeof(T)));
+
+  // f(i, row) for all of them. Of those that lie apart the next are asked for.
+  template <class F>
+  HW_INLINE void each(F f) const {
+    if (apart == nullptr) {
+      const T* row = this->row(0);
+      for (int i = 0; i < n; ++i) f(i, row + i * x.stride[1]);
+      return;
+    }
+    for (int i = 0; i < n; ++i) {
+      if (i + kRowsAhead < n && apart[i + kRowsAhead] != nullptr && x.stride[3] == 1)
+        prefetch(apart[i + kRowsAhead], width() * static_cast<int64_t>(sizeof(T)));
+      f(i, apart[i]);
+    }
   }
 };
 
@@ -213,20 +222,23 @@ HW_NOINLINE void point_at_rows(const Ref<const T, 4>& x, const Block<Source>& bl
     rows[i] = x.at(block.batch(), block.token(i), block.head());
 }
 
-// The rows of k or v of some keys of a block; `apart`: room for where they are, [kKeys].
+// The rows of k or v of some keys of a block; `apart`: room for where they are, [kKeys]. `absent`: a
+// row of zeros, or null.
 template <class T, class Source>
 HW_NOINLINE Rows<T> rows_of_keys(const Ref<const T, 4>& x, const Block<Source>& block,
                                  int64_t batch, const Range& keys, Multiplied<T>* buffer,
-                                 const T** apart) {
+                                 const T** apart, const T* absent = nullptr) {
   Rows<T> rows{x, batch, 0, static_cast<int>(keys.count()), block.item.key_head, buffer};
   if (block.keys_adjacent()) {
     rows.first = block.key_token(keys.begin);
     return rows;
   }
+  const Block<Source> own = block;  // whose parts no row that is written can change
   const T* first = x.at(batch, 0, rows.head);
+  const int64_t step = x.stride[1];
   for (int64_t j = 0; j < rows.n; ++j) {
-    const int64_t token = block.key_token(keys.begin + j);
-    apart[j] = token < 0 ? nullptr : first + token * x.stride[1];
+    const int64_t token = own.key_token(keys.begin + j);
+    apart[j] = token < 0 ? absent : first + token * step;
   }
   rows.apart = apart;
   return rows;
@@ -258,19 +270,16 @@ HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
     T* buffer = reinterpret_cast<T*>(rows.buffer);
     const int padded = round_up(width, 2);
     if (rows.made) return {rows.buffer, padded / 2, 1};
-    for (int i = 0; i < rows.n; ++i) {
-      rows.prefetch_ahead(i);
-      copy_row(buffer + i * padded, rows.row(i), width, x.stride[3]);
-    }
+    rows.each([&](int i, const T* row) { copy_row(buffer + i * padded, row, width, x.stride[3]); });
     clear_columns(buffer, padded, rows.n, width, padded);
     return {rows.buffer, padded / 2, 1};
   } else {
     if constexpr (std::is_same_v<T, E>)
       if (rows.apart == nullptr) return {rows.row(0), x.stride[1], x.stride[3]};
-    for (int i = 0; i < rows.n && !rows.made; ++i) {
-      rows.prefetch_ahead(i);
-      widen_row(rows.buffer + i * width, rows.row(i), width, x.stride[3]);
-    }
+    if (!rows.made)
+      rows.each([&](int i, const T* row) {
+        widen_row(rows.buffer + i * width, row, width, x.stride[3]);
+      });
     return {rows.buffer, width, 1};
   }
 }
@@ -284,10 +293,7 @@ HW_NOINLINE Panel<Accum<T>> vector_rows(const Rows<T>& rows, Accum<T>* buffer) {
   if constexpr (std::is_same_v<T, A>)
     if (rows.apart == nullptr && stride == 1 && width == padded)
       return {rows.row(0), rows.x.stride[1]};
-  for (int i = 0; i < rows.n; ++i) {
-    rows.prefetch_ahead(i);
-    widen_row(buffer + i * padded, rows.row(i), width, stride);
-  }
+  rows.each([&](int i, const T* row) { widen_row(buffer + i * padded, row, width, stride); });
   clear_columns(buffer, padded, rows.n, width, padded);
   return {buffer, padded};
 }
@@ -298,8 +304,6 @@ Panel<Multiplied<T>> over_rows(const Rows<T>& r) {
   if constexpr (kPaired<T>) {
     const int width = r.width(), padded = round_up(width, kLanes<Multiplied<T>>);
     for (int i = 0; i < r.n && !r.made; i += 2) {
-      r.prefetch_ahead(i);
-      r.prefetch_ahead(i + 1);
       zip_any(r.buffer + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
               r.x.stride[3]);
     }
