@@ -114,6 +114,9 @@ class Group {
       find_seen();
     else
       std::fill_n(seen_, rows(), Range{0, key_count()});
+    const softmax::Sequence at{now_.batch, 0, by_position_.rows, 0, by_position_.keys};
+    item_ = {{at, by_position_, 0, 0}, rows(), key_count(), now_.rows.token, result_,
+             now_.keys.token,          seen_,  self_,       !in_place_};
   }
   void load(int64_t batch, int head, int64_t group) {
     look_up(batch, head, 1, group);
@@ -126,17 +129,9 @@ class Group {
 
   // Rows [begin, begin + kRows) of a head of the group.
   HW_NOINLINE Block block(int64_t begin, int head) const {
-    const softmax::Sequence at{now_.batch, 0, by_position_.rows, 0, by_position_.keys};
-    const ListSource::WorkItem item{{at, by_position_, head, key_head(head)},
-                                    rows(),
-                                    key_count(),
-                                    now_.rows.token,
-                                    result_,
-                                    now_.keys.token,
-                                    seen_,
-                                    self_,
-                                    !in_place_};
-    return {&source_, item, {begin, std::min<int64_t>(begin + kRows, rows())}};
+    Block block{&source_, item_, {begin, std::min<int64_t>(begin + kRows, rows())}};
+    block.item.head = head, block.item.key_head = key_head(head);
+    return block;
   }
 
  private:
@@ -263,7 +258,8 @@ class Group {
   const char** wanted_ = nullptr;  // rows of the next group
   int64_t wanted_count_ = 0, wanted_bytes_ = 0;
   ListSource source_;
-  int64_t* result_ = nullptr;  // [rows] where results of a row lie
+  ListSource::WorkItem item_{};  // of any head
+  int64_t* result_ = nullptr;    // [rows] where results of a row lie
   Listed* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]
   T *k_copy_ = nullptr, *v_copy_ = nullptr;  // [heads, keys, D | Dv]

@@ -96,15 +96,19 @@ class GroupsForward {
   // The group's rows; `more`: memory is asked for the next group's meanwhile.
   HW_NOINLINE void attend(const Group<T>& group, Pass& pass, bool more) const {
     const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = group.heads() * blocks;
+    for (int h = 0; h < group.heads(); ++h) {
+      const int head = group.first_head() + h;
+      if (p_.by_slot && group.rows() < p_.rows.slots())
+        clear_slots(group.batch(), head, group.number());
+      for (int64_t b = 0; b < blocks && !apart_; ++b)
+        pass.run_block(group.block(b * kRows, head),
+                       more ? group.requests(h * blocks + b, all) : Requests{});
+    }
+    if (!apart_ || all == 0) return;
     const auto block = [&](int64_t i) {
       return group.block(i % blocks * kRows, group.first_head() + static_cast<int>(i / blocks));
     };
-    for (int h = 0; h < group.heads(); ++h)
-      if (p_.by_slot && group.rows() < p_.rows.slots())
-        clear_slots(group.batch(), group.first_head() + h, group.number());
-    if (apart_ && all > 0) return pass.run_blocks(all, pass.spans_of(block(0)), block);
-    for (int64_t i = 0; i < all; ++i)
-      pass.run_block(block(i), more ? group.requests(i, all) : Requests{});
+    pass.run_blocks(all, pass.spans_of(block(0)), block);
   }
 
   HW_NOINLINE softmax::ForwardParams engine_params(const Group<T>& group) const {

@@ -166,6 +166,8 @@ class AlongKeys {
       for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.key_count()); ++j)
         prefetch_row(rows, block.key_token(j));
     }
+    if constexpr (std::is_same_v<T, A>)
+      if (some.apart == nullptr && reads_anywhere(x)) return f(Panel<A>{some.row(0), x.stride[1]});
     f(vector_rows(some, buffer));
   }
 

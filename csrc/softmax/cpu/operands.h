@@ -222,26 +222,30 @@ HW_NOINLINE void point_at_rows(const Ref<const T, 4>& x, const Block<Source>& bl
     rows[i] = x.at(block.batch(), block.token(i), block.head());
 }
 
-// The rows of k or v of some keys of a block; `apart`: room for where they are, [kKeys]. `absent`: a
-// row of zeros, or null.
+// Where rows of x of some keys of a block are that do not lie side by side. `absent`: a row of
+// zeros, or null.
+template <class T, class Source>
+HW_INLINE void point_at_keys(const Ref<const T, 4>& x, const Block<Source>& block, int64_t batch,
+                             Range keys, const T* absent, const T** rows) {
+  const typename Source::WorkItem item = block.item;  // which no pointer that is written changes
+  const Source& source = *block.source;
+  const T* first = x.at(batch, 0, item.key_head);
+  const int64_t step = x.stride[1];
+  for (int64_t j = keys.begin; j < keys.end; ++j) {
+    const int64_t token = source.key_token(item, j, source.key_entry(item, j));
+    *rows++ = token < 0 ? absent : first + token * step;
+  }
+}
+
+// The rows of k or v of some keys of a block; `apart`: room for where they are, [kKeys].
 template <class T, class Source>
 HW_NOINLINE Rows<T> rows_of_keys(const Ref<const T, 4>& x, const Block<Source>& block,
-                                 int64_t batch, const Range& keys, Multiplied<T>* buffer,
-                                 const T** apart, const T* absent = nullptr) {
-  Rows<T> rows{x, batch, 0, static_cast<int>(keys.count()), block.item.key_head, buffer};
-  if (block.keys_adjacent()) {
-    rows.first = block.key_token(keys.begin);
-    return rows;
-  }
-  const Block<Source> own = block;  // whose parts no row that is written can change
-  const T* first = x.at(batch, 0, rows.head);
-  const int64_t step = x.stride[1];
-  for (int64_t j = 0; j < rows.n; ++j) {
-    const int64_t token = own.key_token(keys.begin + j);
-    apart[j] = token < 0 ? absent : first + token * step;
-  }
-  rows.apart = apart;
-  return rows;
+                                 int64_t batch, Range keys, Multiplied<T>* buffer, const T** apart,
+                                 const T* absent = nullptr) {
+  const int n = static_cast<int>(keys.count()), head = block.item.key_head;
+  if (block.keys_adjacent()) return {x, batch, block.key_token(keys.begin), n, head, buffer};
+  point_at_keys(x, block, batch, keys, absent, apart);
+  return {x, batch, 0, n, head, buffer, false, apart};
 }
 
 template <class T>
