@@ -20,7 +20,7 @@
 //   pages            of a table       slot        slot              tests/emu/sources.cuh
 //
 // On CUDA a tile of slots is loaded by a stream of addresses, or where the source gathers by the
-// tokens of its slots, which are looked up a tile ahead. On the CPU (softmax/cpu/operands.h)
+// tokens of its slots, which are looked up a tile ahead. On the CPU (softmax/cpu/sorted_source.h)
 // positions never decrease from slot to slot, so that a row sees an interval of slots.
 #pragma once
 

@@ -93,7 +93,8 @@ void check_block(int n, int width, int stride, int gap) {
   const Tensor t(n, width, stride, gap);
   Scratch::of_thread().reset(BlockRows<bf16>::bytes(width));
   BlockRows<bf16> rows(width);
-  const Block block{{0, 1, n, 0, 0}, {}, 1, {0, n}};
+  const DenseSource source;
+  const Block<DenseSource> block{&source, {{0, 1, n, 0, 0}, {}, 1, 1}, {0, n}};
   const int lanes = round_up(n, kLanes<float>);
   rows.load(t.x, block, lanes);
   EXPECT(rows.any());

@@ -7,7 +7,9 @@
 //   row_sums.h      what is kept of a row; outputs.h what becomes of it
 //   backward.h      gradients; walk.h those of one block of queries
 //   columns.h       columns given the row statistics; single weights
-//   operands.h      rows of a tensor as operands of products; packed_keys.h those that tasks share
+//   sorted_source.h what is asked of where rows and keys come from
+//   operands.h      blocks of rows, and rows of a tensor as operands of products; packed_keys.h
+//                   those that tasks share
 #include "softmax/cpu/backward.h"
 #include "softmax/cpu/columns.h"
 #include "softmax/cpu/forward.h"

@@ -38,6 +38,7 @@
 
 #include "softmax/mask.h"
 #include "softmax/params.h"
+#include "softmax/score.h"
 
 #include "core/regions.h"
 
@@ -48,6 +49,23 @@ using softmax::Range;
 
 // exp(kSelfScore - L) is 0 beside any other key; finite, so that a row alone attends to itself.
 inline constexpr double kSelfScore = -5e4;
+
+// The score of a token with itself, where mask_self says so.
+template <softmax::ScoreKind Base>
+struct SelfScore : Base {
+  static constexpr bool kSoftmax = true, kSets = true;
+  static constexpr double kSetScore = kSelfScore;
+  bool mask_self;
+
+  HW_HOST_DEVICE HW_INLINE bool sets() const { return mask_self; }
+  HW_HOST_DEVICE HW_INLINE int64_t set_key(const Mask& mask, int64_t row) const {
+    return mask_self ? mask.diagonal(row) : kNoKey;
+  }
+
+ private:
+  static constexpr int kNoKey = -1;
+};
+static_assert(softmax::ScoreKind<SelfScore<softmax::PlainScore>>);
 
 // Lists of rows or of keys: absent, all tokens in their order are the one list.
 struct Lists {

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of listed queries to listed keys on the CPU; the mathematics is in routing_attention.h.
 //
+//   _cpu_source.h   what a row and a key of a list are to the engine
 //   _cpu_group.h    a group: its tokens by position, what each row sees, its keys side by side
-//   _cpu_lists.h    groups with lists of keys: forward, slots to tokens, backward
-//   _cpu_rows.h     all keys: rows of a list, in blocks of the engine
+//   _cpu_lists.h    groups with lists of keys: forward, backward
+//   _cpu_mean.h     slots to tokens
+//   _cpu_rows.h     all keys: rows of a list
 #include "ops/routing_attention/routing_attention_cpu_lists.h"
+#include "ops/routing_attention/routing_attention_cpu_mean.h"
 #include "ops/routing_attention/routing_attention_cpu_rows.h"
 
 #include "core/host/registry.h"
@@ -21,15 +24,7 @@ void forward(const ForwardParams& p, const Call& call) {
 
 template <class T>
 void backward(const BackwardParams& p, const Call& call) {
-  if (!p.keys) {
-    RowsBackward<T>(p, call.context.num_threads).run();
-    if (!softmax::shares_bias(p)) return;
-    // Rows that are not listed weigh nothing: their statistic is +inf.
-    softmax::BackwardParams all = p;
-    all.max_q = p.q.size[1];
-    softmax::SharedBias<T>(all, call.context.num_threads).run();
-    return;
-  }
+  if (!p.keys) return RowsBackward<T>(p, call.context.num_threads).run();
   GroupsBackward<T>(p, call.context.num_threads).run();
 }
 

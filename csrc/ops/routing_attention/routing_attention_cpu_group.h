@@ -3,8 +3,8 @@
 // take.
 //
 //   rows     tokens of q, read where they lie; slots without token are left out
-//   keys     gathered side by side into memory of the task, [Wk, D] and [Wk, Dv], which stays in L2
-//            while the rows of the group meet them; or read where they lie, if the engine can
+//   keys     copied side by side into memory of the task, [Wk, D] and [Wk, Dv], which stays in L2
+//            while the rows of the group meet them; or read where they lie
 //
 // Where positions matter (masks, a token's score with itself), both lists are sorted by position:
 // then each row sees an interval of the keys, and the ends of these never decrease, as the engine
@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "ops/routing_attention/routing_attention.h"
+#include "ops/routing_attention/routing_attention_cpu_source.h"
 #include "softmax/cpu/operands.h"
 
 #include "core/host/workspace.h"
@@ -22,7 +22,7 @@
 namespace hw::routing_attention {
 namespace {
 
-using softmax::Block;
+using Block = softmax::Block<ListSource>;
 using softmax::kRows;
 using softmax::kRowsAhead;
 
@@ -46,13 +46,12 @@ class Group {
         heads_per_key_(p.group()),
         heads_(heads),
         in_place_(in_place),
-        rows_in_sequence_(p.q.size[1]),
         most_rows_(p.rows.slots()),
         most_keys_(p.keys.slots()) {
     if constexpr (requires { p.o; })
       if (!p.by_slot) o_ = p.o.template as<const T>();
-    const softmax::Sequence at = sequence(p, 0);
-    by_position_ = mask_of(p, at);
+    by_position_ = mask_of(p, sequence(p, 0));
+    source_.keys_listed = true;
     ordered_ = by_position_.left >= 0 || by_position_.right >= 0 || p.mask_self;
     Arena sizes;
     lay_out(sizes);
@@ -111,7 +110,13 @@ class Group {
     for (int64_t i = 0; i < rows(); ++i)
       result_[i] = routing_.by_slot ? now_.group * most_rows_ + row_slot(i) : row_token(i);
     if (!in_place_) gather(k_, k_copy_), gather(v_, v_copy_);
-    if (ordered_) find_seen();
+    if (ordered_)
+      find_seen();
+    else
+      std::fill_n(seen_, rows(), Range{0, key_count()});
+    const softmax::Sequence at{now_.batch, 0, by_position_.rows, 0, by_position_.keys};
+    item_ = {{at, by_position_, 0, 0}, rows(), key_count(), now_.rows.token, result_,
+             now_.keys.token,          seen_,  self_,       !in_place_};
   }
   void load(int64_t batch, int head, int64_t group) {
     look_up(batch, head, 1, group);
@@ -124,16 +129,9 @@ class Group {
 
   // Rows [begin, begin + kRows) of a head of the group.
   HW_NOINLINE Block block(int64_t begin, int head) const {
-    const softmax::Sequence at{now_.batch, 0, rows_in_sequence_, 0, key_count()};
-    return {at,
-            {rows_in_sequence_, key_count(), -1, -1},
-            head,
-            {begin, std::min<int64_t>(begin + kRows, rows())},
-            now_.rows.token,
-            ordered_ ? seen_ : nullptr,
-            routing_.mask_self ? self_ : nullptr,
-            result_,
-            in_place_ ? now_.keys.token : nullptr};
+    Block block{&source_, item_, {begin, std::min<int64_t>(begin + kRows, rows())}};
+    block.item.head = head, block.item.key_head = key_head(head);
+    return block;
   }
 
  private:
@@ -144,7 +142,7 @@ class Group {
     }
     result_ = l.take<int64_t>(most_rows_);
     wanted_ = l.take<const char*>(2 * (most_rows_ + most_keys_));
-    order_ = l.take<Place>(std::max(most_rows_, most_keys_));
+    order_ = l.take<Listed>(std::max(most_rows_, most_keys_));
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
     const int64_t gathered = in_place_ ? 0 : ceil_div(heads_, heads_per_key_) * most_keys_;
@@ -190,12 +188,12 @@ class Group {
             reinterpret_cast<const char*>(x.at(next_.batch, list.token[row], head));
   }
 
-  struct Place {
+  struct Listed {
     int64_t token, slot;
   };
   HW_NOINLINE void sort(List& list) const {
     for (int64_t i = 0; i < list.count; ++i) order_[i] = {list.token[i], list.slot[i]};
-    std::sort(order_, order_ + list.count, [](const Place& a, const Place& b) {
+    std::sort(order_, order_ + list.count, [](const Listed& a, const Listed& b) {
       return a.token != b.token ? a.token < b.token : a.slot < b.slot;
     });
     for (int64_t i = 0; i < list.count; ++i)
@@ -219,7 +217,8 @@ class Group {
     }
   }
 
-  // Of each row the keys it sees, and those that are the row itself: two walks side by side.
+  // Of each row the keys it sees, and those that are the row itself: two walks side by side. Zero
+  // keys come first; every row sees them, unless a window begins behind them.
   HW_NOINLINE void find_seen() {
     const int64_t n = key_count(), *key = now_.keys.token;
     int64_t begin = 0, end = 0, self_begin = 0, self_end = 0;
@@ -228,7 +227,8 @@ class Group {
       return from;
     };
     for (int64_t i = 0; i < rows(); ++i) {
-      const Range visible = by_position_.visible_keys(row_token(i));
+      Range visible = by_position_.visible_keys(row_token(i));
+      if (by_position_.left < 0) visible.begin = softmax::kZeroKey;
       const int64_t self = by_position_.diagonal(row_token(i));
       begin = first_not_below(begin, visible.begin);
       end = first_not_below(end, visible.end);
@@ -244,7 +244,7 @@ class Group {
   Ref<const T, 4> o_;  // if rows are written where the token is
   const int heads_per_key_, heads_;
   const bool in_place_;
-  const int64_t rows_in_sequence_, most_rows_, most_keys_;
+  const int64_t most_rows_, most_keys_;
   Mask by_position_;
   bool ordered_;  // positions matter
   Buffer memory_;
@@ -257,8 +257,10 @@ class Group {
   Members now_{}, next_{};
   const char** wanted_ = nullptr;  // rows of the next group
   int64_t wanted_count_ = 0, wanted_bytes_ = 0;
-  int64_t* result_ = nullptr;  // [rows] where results of a row lie
-  Place* order_ = nullptr;
+  ListSource source_;
+  ListSource::WorkItem item_{};  // of any head
+  int64_t* result_ = nullptr;    // [rows] where results of a row lie
+  Listed* order_ = nullptr;
   Range *seen_ = nullptr, *self_ = nullptr;  // [rows]
   T *k_copy_ = nullptr, *v_copy_ = nullptr;  // [heads, keys, D | Dv]
 };

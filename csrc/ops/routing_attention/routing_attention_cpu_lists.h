@@ -3,7 +3,6 @@
 //
 //   GroupsForward     a task: a group of some query heads, each thread knowing its next one;
 //                     results go where they belong, no two tasks write the same
-//   Mean              by slot: o of tokens from w of slots, a task per query head, slots in order
 //   GroupsBackward    a task: a key head, all its groups in their order; d_q, d_k and d_v of a
 //                     group are added to those of its tokens. Where a batch entry has few heads the
 //                     groups are cut into parts with sums of their own, which are added up in
@@ -29,7 +28,8 @@ constexpr int64_t kFewHeads = 8;      // fewer key heads than this: cut the grou
 
 template <class T>
 class GroupsForward {
-  using AlongKeys = softmax::AlongKeys<T>;
+  using Pass = softmax::Forward<T, ListSource, ListScore>;
+  using AlongKeys = softmax::AlongKeys<T, ListSource, ListScore>;
 
  public:
   GroupsForward(const ForwardParams& p, int threads)
@@ -39,16 +39,22 @@ class GroupsForward {
         heads_(p.query_heads()),
         heads_at_once_(heads_of_visit()),
         pieces_(ceil_div(heads_, heads_at_once_)),
-        in_place_(AlongKeys::reads_anywhere(p.k.as<const T>()) &&
-                  AlongKeys::reads_anywhere(p.v.as<const T>()) &&
-                  AlongKeys::serves(p, std::min<int64_t>(p.rows.slots(), kRows), p.keys.slots())) {}
+        apart_(p.batch() * heads_ * blocks_of_call() < softmax::kFewTasks &&
+               p.keys.slots() >= 2 * softmax::kSpanTokens),
+        in_place_(apart_ || (AlongKeys::reads_anywhere(p.k.as<const T>()) &&
+                             AlongKeys::reads_anywhere(p.v.as<const T>()) &&
+                             AlongKeys::serves(p, std::min<int64_t>(p.rows.slots(), kRows),
+                                               p.keys.slots()))) {}
 
   void run() {
     parallel_walks(p_.batch() * groups_ * pieces_, together(p_.rows.slots() * heads_at_once_),
-                   threads_, [&](auto next) { walk(next); });
+                   apart_ ? 1 : threads_, [&](auto next) { walk(next); });
   }
 
  private:
+  // Blocks of rows of a head.
+  int64_t blocks_of_call() const { return groups_ * ceil_div<int64_t>(p_.rows.slots(), kRows); }
+
   // Parts of so many rows that a thread takes together.
   static int64_t together(int64_t rows) {
     return std::max<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1);
@@ -73,7 +79,7 @@ class GroupsForward {
   HW_NOINLINE void walk(Next next) const {
     Group<T> group(p_, static_cast<int>(heads_at_once_), in_place_);
     // `moves`: the heads whose keys lie in the group's memory change from visit to visit.
-    std::optional<softmax::Forward<T>> pass;
+    std::optional<Pass> pass;
     const bool moves = pieces_ > 1 && heads_at_once_ > 1 && !in_place_;
     int64_t visit = next();
     if (visit < 0) return;
@@ -82,22 +88,27 @@ class GroupsForward {
       group.enter();
       visit = next();
       if (visit >= 0) look_up(visit, group);
-      if (!pass || moves) pass.emplace(engine_params(group));
+      if (!pass || moves) pass.emplace(engine_params(group), threads_, groups_, score_of(p_));
       attend(group, *pass, visit >= 0 && p_.rows.slots() + p_.keys.slots() <= kFarSlots);
     }
   }
 
   // The group's rows; `more`: memory is asked for the next group's meanwhile.
-  HW_NOINLINE void attend(const Group<T>& group, softmax::Forward<T>& pass, bool more) const {
+  HW_NOINLINE void attend(const Group<T>& group, Pass& pass, bool more) const {
     const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = group.heads() * blocks;
     for (int h = 0; h < group.heads(); ++h) {
       const int head = group.first_head() + h;
       if (p_.by_slot && group.rows() < p_.rows.slots())
         clear_slots(group.batch(), head, group.number());
-      for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t b = 0; b < blocks && !apart_; ++b)
         pass.run_block(group.block(b * kRows, head),
                        more ? group.requests(h * blocks + b, all) : Requests{});
     }
+    if (!apart_ || all == 0) return;
+    const auto block = [&](int64_t i) {
+      return group.block(i % blocks * kRows, group.first_head() + static_cast<int>(i / blocks));
+    };
+    pass.run_blocks(all, pass.spans_of(block(0)), block);
   }
 
   HW_NOINLINE softmax::ForwardParams engine_params(const Group<T>& group) const {
@@ -124,55 +135,8 @@ class GroupsForward {
   const ForwardParams& p_;
   const int threads_;
   const int64_t groups_, heads_, heads_at_once_, pieces_;  // pieces: of all heads
-  const bool in_place_;                                    // keys are read where they lie
-};
-
-// o_i = sum of w over the slots of token i / (n_i + eps)
-template <class T>
-class Mean {
- public:
-  using A = Accum<T>;
-
-  Mean(const ForwardParams& p, int threads) : p_(p), threads_(threads) {}
-
-  void run() const {
-    parallel_tasks(p_.batch() * p_.query_heads(), threads_, [&](int64_t pair) {
-      average(pair / p_.query_heads(), static_cast<int>(pair % p_.query_heads()));
-    });
-  }
-
- private:
-  HW_NOINLINE void average(int64_t batch, int head) const {
-    const Ref<const T, 4> w = p_.w.template as<const T>();
-    const Ref<T, 4> o = p_.o.template as<T>();
-    const int64_t tokens = p_.q.size[1], width = o.size[3],
-                  padded = round_up<int64_t>(width, kLanes<A>);
-    Buffer memory;
-    memory.reserve((tokens + 1) * (padded + 1) * static_cast<int64_t>(sizeof(A)));
-    A* sums = reinterpret_cast<A*>(memory.data());  // [tokens, padded]
-    A* row = sums + tokens * padded;                // [padded]
-    A* count = row + padded;                        // [tokens]
-    std::fill_n(sums, tokens * padded, A(0));
-    std::fill_n(count, tokens, A(0));
-    const int64_t slots = p_.rows.slots();
-    for (int64_t s = 0; s < p_.groups() * slots; ++s) {
-      const int64_t token = p_.rows.token(batch, head, s / slots, s % slots);
-      if (token < 0) continue;
-      widen(row, w.at(batch, s, head), width, w.stride[3]);
-      A* sum = sums + token * padded;
-      for (int64_t d = 0; d < padded; d += kLanes<A>) store(sum + d, load(sum + d) + load(row + d));
-      count[token] += 1;
-    }
-    for (int64_t i = 0; i < tokens; ++i) {
-      A* sum = sums + i * padded;
-      const A share = count[i] > 0 ? 1 / (count[i] + static_cast<A>(p_.mean_eps)) : A(0);
-      for (int64_t d = 0; d < padded; d += kLanes<A>) store(sum + d, load(sum + d) * share);
-      narrow(o.at(batch, i, head), sum, width, o.stride[3]);
-    }
-  }
-
-  const ForwardParams& p_;
-  const int threads_;
+  const bool apart_;     // spans of the keys of a group are tasks, for there are few others
+  const bool in_place_;  // keys are read where they lie
 };
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -233,6 +197,7 @@ class TokenSums {
         store(sum, load(sum) + load(part.at_ + i * part.ld_ + d));
       }
   }
+  A* row(int64_t token) const { return at_ + token * ld_; }  // [padded]
   // Rows to where they belong.
   HW_NOINLINE void write() const {
     for (int64_t i = 0; sums_ != nullptr && i < to_.size[1]; ++i)
@@ -370,11 +335,37 @@ class GroupsBackward {
   void write(const Sums& sums) const {
     sums.d_k.write();
     sums.d_v.write();
-    for (int h = 0; h < group_; ++h) sums.d_q(h).write();
+    for (int h = 0; h < group_; ++h) {
+      const TokenSums<T> d_q = sums.d_q(h);
+      if (p_.row_temperature)
+        temper(d_q, sums.pair / heads_, static_cast<int>(sums.pair % heads_) * group_ + h);
+      d_q.write();
+    }
+  }
+
+  // From d_q without tau: d_tau_i = <d_q_i, q_i>, then d_q_i times tau_i.
+  HW_NOINLINE void temper(const TokenSums<T>& d_q, int64_t batch, int head) const {
+    const Ref<const T, 4> q = p_.q.template as<const T>();
+    const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
+    const Ref<A, 3> d_tau = p_.d_row_temperature.template as<A>();
+    const int width = p_.dim();
+    Buffer memory;
+    memory.reserve(width * static_cast<int64_t>(sizeof(A)));
+    A* row = reinterpret_cast<A*>(memory.data());
+    for (int64_t i = 0; i < q.size[1]; ++i) {
+      A* sum = d_q.row(i);
+      if (d_tau) {
+        widen(row, q.at(batch, i, head), width, q.stride[3]);
+        d_tau(batch, i, head) = inner_product(sum, row, width);
+      }
+      for (int d = 0; d < width; ++d) sum[d] *= tau(batch, i, head);
+    }
   }
 
   // The walk over groups, and the gradients of one group's keys.
   class Groups {
+    using Walk = softmax::BlockGradients<T, ListSource, ListScore>;
+
    public:
     HW_NOINLINE explicit Groups(const GroupsBackward& pass)
         : p_(pass.p_),
@@ -383,13 +374,14 @@ class GroupsBackward {
           padded_values_(TokenSums<T>::padded(p_.d_v)),
           engine_(engine_params()),
           factor_(p_.factor.template as<const A>()),
-          walk_(engine_) {}
+          walk_(engine_, score_of(p_)) {}
 
     HW_NOINLINE void add(int64_t batch, int head, int64_t g, TokenSums<T>& d_q, TokenSums<T>& d_k,
                          TokenSums<T>& d_v) {
       group_.load(batch, head, g);
       const int64_t keys = group_.key_count();
       if (group_.rows() == 0 || keys == 0) return;
+      const A scale = static_cast<A>(p_.scale);
       if (p_.by_slot) find_deltas(batch, head);
       std::fill_n(d_k_, keys * padded_, A(0));
       std::fill_n(d_v_, keys * padded_values_, A(0));
@@ -399,7 +391,7 @@ class GroupsBackward {
         walk_.block(block, {0, keys}, sums);
         for (int i = 0; i < block.count(); ++i) {
           d_q.prefetch(group_.row_ahead(begin + i));
-          d_q.add(block.row(i), walk_.d_q() + i * padded_, walk_.factor(i));
+          d_q.add(block.token(i), walk_.d_q() + i * padded_, scale);
         }
       }
       for (int64_t j = 0; j < keys; ++j) {
@@ -430,7 +422,7 @@ class GroupsBackward {
         e.delta.data = delta_;  // of any batch entry and head
         e.delta.stride[2] = 1;
       }
-      Scratch::of_thread().reset(softmax::BlockGradients<T>::bytes(e));
+      Scratch::of_thread().reset(Walk::bytes(e));
       return e;
     }
 
@@ -458,7 +450,7 @@ class GroupsBackward {
     A* delta_;               // [G Wq], by slot
     const softmax::BackwardParams engine_;
     const Ref<const A, 3> factor_;
-    softmax::BlockGradients<T> walk_;
+    Walk walk_;
   };
 
   const BackwardParams& p_;

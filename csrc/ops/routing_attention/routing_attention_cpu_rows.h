@@ -1,20 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of listed rows to all keys on the CPU: blocks of the engine whose rows come from a
-// list.
+// Attention of listed rows to all keys on the CPU: the engine's passes over rows of lists.
 #pragma once
 
 #include <algorithm>
 
-#include "ops/routing_attention/routing_attention.h"
+#include "ops/routing_attention/routing_attention_cpu_source.h"
 #include "softmax/cpu/backward.h"
 #include "softmax/cpu/forward.h"
 
 namespace hw::routing_attention {
 namespace {
-
-using softmax::Block;
-using softmax::kRows;
-using softmax::RowLists;
 
 constexpr int64_t kTokensOfTask = 64;      // where rows are cleared
 constexpr int64_t kCachedBytes = 4 << 20;  // a larger tensor is out of L2 before it is read
@@ -45,15 +40,15 @@ class SortedRows {
     });
   }
 
-  RowLists lists() const {
-    return {reinterpret_cast<const int64_t*>(rows_.data()), counts_, most_, heads_};
+  ListSource source() const {
+    return {reinterpret_cast<const int64_t*>(rows_.data()), counts_, most_, heads_, false};
   }
 
   // f(batch, token, head) for all rows that no list names. The heads of a token lie together: token
   // by token, memory is written in its order.
   template <class F>
   void each_other_row(F f) const {
-    const RowLists all = lists();
+    const ListSource all = source();
     const int64_t parts = ceil_div(tokens_, kTokensOfTask);
     parallel_tasks(batch_ * parts, threads_, [&](int64_t task) {
       const int64_t b = task / parts, begin = task % parts * kTokensOfTask;
@@ -63,8 +58,8 @@ class SortedRows {
       const int64_t** next = scratch.take<const int64_t*>(heads_);
       const int64_t** last = scratch.take<const int64_t*>(heads_);
       for (int h = 0; h < heads_; ++h) {
-        last[h] = all.of(b, h) + all.count(b, h);
-        next[h] = std::lower_bound(all.of(b, h), last[h], begin);
+        last[h] = all.rows_of(b, h) + all.count(b, h);
+        next[h] = std::lower_bound(all.rows_of(b, h), last[h], begin);
       }
       for (int64_t token = begin; token < end; ++token)
         for (int h = 0; h < heads_; ++h)
@@ -104,22 +99,11 @@ class RowsForward {
   using A = Accum<T>;
 
   RowsForward(const ForwardParams& p, int threads)
-      : p_(p), threads_(threads), sorted_(p, threads), pass_(p) {}
+      : p_(p), sorted_(p, threads), pass_(p, threads, sorted_.source(), score_of(p)) {}
 
   void run() {
     sorted_.each_other_row([&](int64_t b, int64_t i, int head) { clear(b, i, head); });
-    const int64_t heads = p_.query_heads(), blocks = ceil_div<int64_t>(p_.rows.slots(), kRows);
-    const RowLists lists = sorted_.lists();
-    parallel_tasks(p_.batch() * heads * blocks, threads_, [&](int64_t task) {
-      const int64_t batch = task / blocks / heads;
-      const int head = static_cast<int>(task / blocks % heads);
-      const int64_t count = lists.count(batch, head);
-      const int64_t block = blocks - 1 - task % blocks;  // the last rows see most keys
-      if (block * kRows >= count) return;
-      const softmax::Sequence at = sequence(p_, batch);
-      pass_.run_block(
-          {at, mask_of(p_, at), head, RowLists::block(block, count), lists.of(batch, head)});
-    });
+    pass_.run();
   }
 
  private:
@@ -133,16 +117,18 @@ class RowsForward {
   }
 
   const ForwardParams& p_;
-  const int threads_;
   const SortedRows sorted_;
-  softmax::Forward<T> pass_;
+  softmax::Forward<T, ListSource, ListScore> pass_;
 };
 
 template <class T>
 class RowsBackward {
  public:
   RowsBackward(const BackwardParams& p, int threads)
-      : p_(p), sorted_(p, threads), lists_(sorted_.lists()), pass_(p, threads, &lists_) {}
+      : p_(p),
+        threads_(threads),
+        sorted_(p, threads),
+        pass_(p, threads, sorted_.source(), score_of(p)) {}
 
   void run() {
     sorted_.each_other_row([&](int64_t b, int64_t i, int head) {
@@ -150,13 +136,21 @@ class RowsBackward {
       if (p_.d_row_temperature) p_.d_row_temperature.template as<Accum<T>>()(b, i, head) = 0;
     });
     pass_.run();
+    if (softmax::shares_bias(p_)) add_bias();
   }
 
  private:
+  void add_bias() {
+    softmax::BackwardParams all = p_;
+    all.max_q = p_.q.size[1];
+    softmax::SharedBias<T, ListSource, ListScore>(all, threads_, sorted_.source(), score_of(p_))
+        .run();
+  }
+
   const BackwardParams& p_;
+  const int threads_;
   const SortedRows sorted_;
-  const RowLists lists_;
-  softmax::Backward<T> pass_;
+  softmax::Backward<T, ListSource, ListScore> pass_;
 };
 
 }  // namespace

@@ -150,18 +150,4 @@ struct SpanSource : GroupSource {
 };
 static_assert(softmax::KeySource<SpanSource>);
 
-// The score of a token with itself, where mask_self says so.
-template <softmax::ScoreKind Base>
-struct SelfScore : Base {
-  static constexpr bool kSoftmax = true, kSets = true;
-  static constexpr double kSetScore = kSelfScore;
-  bool mask_self;
-
-  HW_HOST_DEVICE HW_INLINE bool sets() const { return mask_self; }
-  HW_HOST_DEVICE HW_INLINE int64_t set_key(const Mask& mask, int64_t row) const {
-    return mask_self ? mask.diagonal(row) : kNoToken;
-  }
-};
-static_assert(softmax::ScoreKind<SelfScore<softmax::PlainScore>>);
-
 }  // namespace hw::routing_attention

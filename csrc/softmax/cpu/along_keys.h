@@ -21,9 +21,10 @@ namespace {
 
 constexpr int64_t kFewRows = 4;  // blocks of up to here, of any keys and scores
 
-template <class T>
+template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScore>
 class AlongKeys {
  public:
+  using Block = softmax::Block<Source>;
   using A = Accum<T>;
   using V = Vec<A>;
   static constexpr int kSide = kLanes<A>;
@@ -35,14 +36,15 @@ class AlongKeys {
     return std::is_same_v<T, A> && plain && (rows <= kSide / 2 || keys <= kKeys);
   }
 
-  // Whether Block::keys_at is understood: rows are then read in vectors where they lie.
+  // Whether keys that are gathered are read in vectors where they lie.
   static bool reads_anywhere(const Ref<const T, 4>& x) {
     return std::is_same_v<T, A> && (!x || (x.stride[3] == 1 && x.size[3] % kSide == 0));
   }
 
   // `values`: batch entries that share the scores.
-  HW_NOINLINE AlongKeys(const ForwardParams& p, int64_t values)
+  HW_NOINLINE AlongKeys(const ForwardParams& p, int64_t values, const Score& score = {})
       : p_(p),
+        score_(score),
         q_(p.q.as<const T>()),
         k_(p.k.as<const T>()),
         v_(p.v.as<const T>()),
@@ -95,16 +97,15 @@ class AlongKeys {
   // are apart by whole numbers).
   HW_NOINLINE void load_queries(const Block& block) {
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
-    const Ref<const T, 2> q = rows_of_head(q_, block.at.batch, block.head);
+    const Ref<const T, 2> q = rows_of_head(q_, block.batch(), block.head());
     const A scale = static_cast<A>(p_.scale);
     const int dim = p_.dim();
     for (int i = 0; i < block.count(); ++i) {
-      const int64_t row = block.row(i);
-      const A whole = tau ? scale * tau(block.at.batch, row, block.head) : scale;
+      const A whole = tau ? scale * tau(block.batch(), block.number(i), block.head()) : scale;
       const A factor = kPaired<T> ? A(1) : whole;
       factor_[i] = whole;
-      const T* from = q.at(row);
-      if (i + kRowsAhead < block.count()) prefetch_row(q, block.row(i + kRowsAhead));
+      const T* from = q.at(block.token(i));
+      if (i + kRowsAhead < block.count()) prefetch_row(q, block.token(i + kRowsAhead));
       A* to = q_rows_ + i * padded_;
       if constexpr (std::is_same_v<T, A>)
         if (q.stride[1] == 1 && dim == padded_) {
@@ -118,8 +119,8 @@ class AlongKeys {
   }
 
   void tile(const Block& block, const Range& keys, BlockSums<A>& sums, Requests& meanwhile) {
-    const int n = static_cast<int>(keys.count()), key_head = block.head / p_.group();
-    with_rows(k_, block, block.at.batch, keys, key_head, k_buffer_,
+    const int n = static_cast<int>(keys.count());
+    with_rows(k_, block, block.key_batch(), keys, k_buffer_,
               [&](const auto& k) { products(k, block.count(), n, meanwhile); });
     if constexpr (kPaired<T>)
       for (int i = 0; i < block.count(); ++i)
@@ -127,7 +128,8 @@ class AlongKeys {
     const bool open = n == kKeys && block.sees_whole(keys);
     for (int i = 0; i < block.count(); ++i) {
       if (shaped_) shape(block, keys, i, p_of(i));
-      if (block.self) put_own(block, keys, i, p_of(i));
+      if constexpr (Score::kSets)
+        if (score_.sets()) set_scores(block, keys, i, p_of(i));
       if (!open) hide(block, keys, i, p_of(i));
     }
     bool all = true;
@@ -137,7 +139,7 @@ class AlongKeys {
     else
       for (int i = 0; i < block.count(); ++i) all &= any[i] = activate(i, sums);
     for (int64_t b = 0; v_ && b < values_; ++b)
-      with_rows(v_, block, block.at.batch + b, keys, key_head, v_buffer_, [&](const auto& v) {
+      with_rows(v_, block, block.key_batch() + b, keys, v_buffer_, [&](const auto& v) {
         if (all)
           add_values(v, block.count(), n, w_of(b, 0), meanwhile);
         else
@@ -151,21 +153,22 @@ class AlongKeys {
   // f(rows) with the tile's rows of x in vectors.
   template <class F>
   void with_rows(const Ref<const T, 4>& x, const Block& block, int64_t batch, const Range& keys,
-                 int head, A* buffer, F f) const {
-    const int n = static_cast<int>(keys.count());
+                 A* buffer, F f) const {
+    const T* apart[kKeys];
+    const T* zeros = nullptr;
     if constexpr (std::is_same_v<T, A>)
-      if (block.keys_at != nullptr) {
-        const A *rows[kKeys], *first = x.at(batch, 0, head);
-        for (int j = 0; j < n; ++j) {
-          const int64_t token = block.keys_at[keys.begin + j];
-          rows[j] = token < 0 ? zeros_ : first + token * x.stride[1];
-        }
-        return f(RowPointers<A>{rows});
-      }
-    const Ref<const T, 2> rows = rows_of_head(x, batch, head);
-    for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.at.k_count); ++j)
-      prefetch_row(rows, block.key(j));
-    f(vector_rows(x, batch, block.key(keys.begin), n, head, buffer));
+      if (x.stride[3] == 1) zeros = zeros_;
+    const Rows<T> some = rows_of_keys<T>(x, block, batch, keys, nullptr, apart, zeros);
+    if constexpr (std::is_same_v<T, A> && Source::kGathers)
+      if (some.apart != nullptr && reads_anywhere(x)) return f(RowPointers<A>{apart});
+    if (some.apart == nullptr) {
+      const Ref<const T, 2> rows = rows_of_head(x, batch, some.head);
+      for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.key_count()); ++j)
+        prefetch_row(rows, block.key_token(j));
+    }
+    if constexpr (std::is_same_v<T, A>)
+      if (some.apart == nullptr && reads_anywhere(x)) return f(Panel<A>{some.row(0), x.stride[1]});
+    f(vector_rows(some, buffer));
   }
 
   // x of n keys in lanes; beyond them in whole vectors anything, which is hidden.
@@ -203,24 +206,27 @@ class AlongKeys {
     std::fill(s + end, s + kKeys, -kInfinity<A>);
   }
 
-  HW_NOINLINE static void put_own(const Block& block, const Range& keys, int i, A* s) {
-    const Range own = block.self[block.rows.begin + i];
-    const int64_t end = std::min(own.end, keys.end);
-    for (int64_t j = std::max(own.begin, keys.begin); j < end; ++j) s[j - keys.begin] = kSelf<A>;
+  HW_NOINLINE void set_scores(const Block& block, const Range& keys, int i, A* s) const {
+    const Range some = block.set_keys(score_, i);
+    const int64_t end = std::min(some.end, keys.end);
+    for (int64_t j = std::max(some.begin, keys.begin); j < end; ++j)
+      s[j - keys.begin] = A(Score::kSetScore);
   }
 
   // s of x in place, masks apart.
   HW_NOINLINE void shape(const Block& block, const Range& keys, int i, A* x) const {
-    const int64_t b = block.at.batch, in_sequence = block.place(i);
+    const int64_t b = block.batch(), row = block.position(i);
+    const int h = block.head();
     const Ref<const A, 3> key_bias = p_.key_bias.template as<const A>(),
                           key_gain = p_.key_gain.template as<const A>();
-    const bool gains = key_gain && in_sequence >= p_.gain_begin && in_sequence < p_.gain_end;
+    const bool gains = key_gain && row >= p_.gain_begin && row < p_.gain_end;
     alignas(64) A added[kKeys] = {}, gain[kKeys] = {};
     for (int64_t j = 0; j < keys.count(); ++j) {
-      const int64_t key = block.key(keys.begin + j);
-      if (bias_) added[j] = static_cast<A>(bias_(b, block.head, in_sequence, keys.begin + j));
-      if (key_bias) added[j] += key_bias(b, block.head, key);
-      if (gains) gain[j] = key_gain(b, block.head, key);
+      const int64_t slot = keys.begin + j, key = block.key_number(slot);
+      if (key < 0) continue;
+      if (bias_) added[j] = static_cast<A>(bias_(b, h, row, block.key_position(slot)));
+      if (key_bias) added[j] += key_bias(b, h, key);
+      if (gains) gain[j] = key_gain(b, h, key);
     }
     for (int l = 0; l < keys.count(); l += kSide) {
       const V y = shape_.capped(load(x + l));
@@ -293,7 +299,8 @@ class AlongKeys {
     const Ref<const A, 3> m = p_.mass_keys.template as<const A>();
     A total = 0;
     for (int64_t j = 0; j < keys.count(); ++j)
-      total += e[j] * m(block.at.batch, block.head, block.key(keys.begin + j));
+      if (const int64_t key = block.key_number(keys.begin + j); key >= 0)
+        total += e[j] * m(block.batch(), block.head(), key);
     return total;
   }
 
@@ -353,6 +360,7 @@ class AlongKeys {
   }
 
   const ForwardParams& p_;
+  const Score score_;
   const Ref<const T, 4> q_, k_, v_, bias_;
   const ScoreShape<A> shape_;
   const bool shaped_, soft_;

@@ -20,35 +20,23 @@ namespace {
 constexpr int64_t kFewHeads = 8;       // fewer than this: cut the keys
 constexpr int64_t kSpanOfHead = 1024;  // shortest span of keys
 
-// Rows of the query heads, increasing.
-struct RowLists {
-  const int64_t *rows, *counts;  // [B, Hq, most], [B, Hq]
-  int64_t most;
-  int heads;
-
-  const int64_t* of(int64_t batch, int head) const { return rows + (batch * heads + head) * most; }
-  int64_t count(int64_t batch, int head) const { return counts[batch * heads + head]; }
-
-  // Block i of `count` rows: the first is the one that is not full, for under a causal mask it sees
-  // the fewest keys.
-  static Range block(int64_t i, int64_t count) {
-    const int64_t end = count - (ceil_div<int64_t>(count, kRows) - 1 - i) * kRows;
-    return {std::max<int64_t>(end - kRows, 0), end};
-  }
-};
-
-template <class T>
+template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScore>
 class Backward {
  public:
+  using Block = softmax::Block<Source>;
+  using WorkItem = typename Source::WorkItem;
+  using Walk = BlockGradients<T, Source, Score>;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  // `lists` (or null): the rows of each query head, instead of all.
-  HW_NOINLINE Backward(const BackwardParams& p, int threads, const RowLists* lists = nullptr)
+  // Each token of a key head has one slot at most, where its gradients come from.
+  HW_NOINLINE Backward(const BackwardParams& p, int threads, const Source& source = {},
+                       const Score& score = {})
       : p_(p),
         threads_(threads),
-        lists_(lists),
+        source_(source),
+        score_(score),
         heads_(p_.key_heads()),
         group_(p_.group()),
         dim_(p_.dim()),
@@ -57,8 +45,9 @@ class Backward {
         padded_values_(round_up(value_dim_, kLanes<A>)),
         pairs_(p_.sequences() * heads_) {
     if (pairs_ >= kFewHeads) return;
-    for (int64_t n = 0; n < p_.sequences(); ++n)
-      spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
+    for (int64_t n = 0; n < p_.sequences() && heads_ > 0; ++n)
+      for (int head = 0; head < heads_; ++head)
+        spans_ = std::max(spans_, cut_of(item_of(n * heads_ + head)).spans);
   }
 
   void run() {
@@ -82,12 +71,13 @@ class Backward {
     }
   };
 
-  HW_NOINLINE Cut cut_of(const Sequence& at) const {
+  HW_NOINLINE Cut cut_of(const WorkItem& w) const {
+    const int64_t count = source_.keys(w);
     int64_t spans = 1;
     if (heads_ > 0 && heads_ < kFewHeads)
-      spans = std::max<int64_t>(
-          1, std::min(ceil_div<int64_t>(kFewHeads, heads_), at.k_count / kSpanOfHead));
-    const int64_t keys = std::max<int64_t>(at.k_count, 1);
+      spans =
+          std::max<int64_t>(1, std::min(ceil_div<int64_t>(kFewHeads, heads_), count / kSpanOfHead));
+    const int64_t keys = std::max<int64_t>(count, 1);
     return {spans, round_up(ceil_div(keys, spans), static_cast<int64_t>(kKeys))};
   }
 
@@ -95,34 +85,30 @@ class Backward {
   int64_t part_rows() const { return p_.q.size[0] * p_.q.size[1]; }
   int64_t part_size() const { return part_rows() * p_.query_heads() * padded_; }
   HW_NOINLINE A* part_of(const Block& b, int i, int64_t span) {
-    const int64_t row = b.at.batch * p_.q.size[1] + b.row(i);
+    const int64_t row = b.batch() * p_.q.size[1] + b.token(i);
     return reinterpret_cast<A*>(parts_.data()) + span * part_size() +
-           (row * p_.query_heads() + b.head) * padded_;
+           (row * p_.query_heads() + b.head()) * padded_;
   }
 
-  // All rows of a query head.
-  HW_NOINLINE Block rows_of(const Sequence& at, int head) const {
-    Block all{at, mask_of(p_, at), head, {0, at.q_count}};
-    if (lists_ != nullptr) {
-      all.places = lists_->of(at.batch, head);
-      all.rows.end = lists_->count(at.batch, head);
-    }
-    return all;
+  // Of the first query head of a key head.
+  WorkItem item_of(int64_t pair) const {
+    return source_.work_item(p_, pair / heads_, static_cast<int>(pair % heads_) * group_);
   }
 
   // A key head whose spans are worked on one after another, for each block of queries.
   void work(int64_t pair) {
-    const Sequence at = sequence(p_, pair / heads_);
-    const Cut cut = cut_of(at);
+    const WorkItem w = item_of(pair);
+    const Cut cut = cut_of(w);
+    const int64_t count = source_.keys(w);
     Scratch& scratch = Scratch::of_thread();
-    scratch.reset(BlockGradients<T>::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
-    BlockGradients<T> walk(p_);
+    scratch.reset(Walk::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
+    Walk walk(p_, score_);
     A* total = scratch.take<A>(kRows * padded_);
-    each_block(pair, {0, at.k_count}, [&](const Block& block, const KeySums<A>& sums) {
-      walk.block(block, cut.span(0, at.k_count), sums);
+    each_block(pair, {0, count}, [&](const Block& block, const KeySums<A>& sums) {
+      walk.block(block, cut.span(0, count), sums);
       if (cut.spans > 1) std::copy_n(walk.d_q(), block.count() * padded_, total);
       for (int64_t i = 1; i < cut.spans; ++i) {
-        const Range keys = cut.span(i, at.k_count);
+        const Range keys = cut.span(i, count);
         walk.block(block, keys, sums.from(keys.begin));
         for (int d = 0; d < block.count() * padded_; ++d) total[d] += walk.d_q()[d];
       }
@@ -131,12 +117,12 @@ class Backward {
   }
 
   void work_span(int64_t pair, int64_t span) {
-    const Sequence at = sequence(p_, pair / heads_);
-    const Cut cut = cut_of(at);
+    const WorkItem w = item_of(pair);
+    const Cut cut = cut_of(w);
     if (span >= cut.spans) return;
-    Scratch::of_thread().reset(BlockGradients<T>::bytes(p_));
-    BlockGradients<T> walk(p_);
-    const Range keys = cut.span(span, at.k_count);
+    Scratch::of_thread().reset(Walk::bytes(p_));
+    Walk walk(p_, score_);
+    const Range keys = cut.span(span, source_.keys(w));
     each_block(pair, keys, [&](const Block& block, const KeySums<A>& sums) {
       walk.block(block, keys, sums);
       for (int i = 0; i < block.count(); ++i)
@@ -147,34 +133,32 @@ class Backward {
   // f(block, sums) for every block of queries of a key head, with the sums of `keys`.
   template <class F>
   void each_block(int64_t pair, const Range& keys, const F& f) {
-    const Sequence at = sequence(p_, pair / heads_);
-    const int head = static_cast<int>(pair % heads_);
     Buffer buffer;
-    const KeySums<A> sums = prepare(at, head, keys, buffer);
-    for (int h = head * group_; h < (head + 1) * group_; ++h) {
-      clear_key_gradients(at, h, keys);
-      const Block all = rows_of(at, h);
-      for (int64_t i = 0; i * kRows < all.rows.end; ++i) {
-        Block block = all;
-        block.rows = lists_ != nullptr
-                         ? RowLists::block(i, all.rows.end)
-                         : Range{i * kRows, std::min<int64_t>((i + 1) * kRows, all.rows.end)};
+    const Block of_head{&source_, item_of(pair), {}};
+    const KeySums<A> sums = prepare(of_head, keys, buffer);
+    for (int h = of_head.head(); h < of_head.head() + group_; ++h) {
+      Block block{&source_, source_.work_item(p_, pair / heads_, h), {}};
+      clear_key_gradients(block, keys);
+      const int64_t rows = block.row_count();
+      for (int64_t i = 0; i * kRows < rows; ++i) {
+        block.rows = rows_of_block<Source>(i, rows);
         f(block, sums);
       }
     }
-    if (!sums.in_place) write_keys(at, head, keys, sums);
+    if (!sums.in_place) write_keys(of_head, keys, sums);
   }
 
   // Zeroed rows of d_k and d_v for the span.
-  HW_NOINLINE KeySums<A> prepare(const Sequence& at, int head, const Range& keys, Buffer& buffer) {
+  HW_NOINLINE KeySums<A> prepare(const Block& block, const Range& keys, Buffer& buffer) {
     const Ref<T, 4> d_k = p_.d_k.template as<T>(), d_v = p_.d_v.template as<T>();
     KeySums<A> s{};
     if constexpr (std::is_same_v<T, A>) {
-      s.in_place = padded_ == dim_ && padded_values_ == value_dim_ && d_k.stride[3] == 1 && d_v &&
-                   d_v.stride[3] == 1;
+      s.in_place = block.keys_adjacent() && source_.keys_in_order() && padded_ == dim_ &&
+                   padded_values_ == value_dim_ && d_k.stride[3] == 1 && d_v && d_v.stride[3] == 1;
       if (s.in_place) {
-        s.d_k = d_k.at(at.batch, at.k_begin + keys.begin, head);
-        s.d_v = d_v.at(at.batch, at.k_begin + keys.begin, head);
+        const int64_t first = block.key_result(keys.begin);
+        s.d_k = d_k.at(block.key_batch(), first, block.item.key_head);
+        s.d_v = d_v.at(block.key_batch(), first, block.item.key_head);
         s.d_k_ld = d_k.stride[1];
         s.d_v_ld = d_v.stride[1];
       }
@@ -193,47 +177,51 @@ class Backward {
     return s;
   }
 
-  HW_NOINLINE void write_keys(const Sequence& at, int head, const Range& keys,
-                              const KeySums<A>& s) {
+  HW_NOINLINE void write_keys(const Block& block, const Range& keys, const KeySums<A>& s) {
     const Ref<T, 4> d_k = p_.d_k.template as<T>(), d_v = p_.d_v.template as<T>();
     for (int64_t j = 0; j < keys.count(); ++j) {
-      const int64_t key = at.k_begin + keys.begin + j;
-      narrow(d_k.at(at.batch, key, head), s.d_k + j * s.d_k_ld, dim_, d_k.stride[3]);
-      if (d_v) narrow(d_v.at(at.batch, key, head), s.d_v + j * s.d_v_ld, value_dim_, d_v.stride[3]);
+      const int64_t key = block.key_result(keys.begin + j), b = block.key_batch();
+      const int head = block.item.key_head;
+      if (key < 0) continue;
+      narrow(d_k.at(b, key, head), s.d_k + j * s.d_k_ld, dim_, d_k.stride[3]);
+      if (d_v) narrow(d_v.at(b, key, head), s.d_v + j * s.d_v_ld, value_dim_, d_v.stride[3]);
     }
   }
 
-  HW_NOINLINE void clear_key_gradients(const Sequence& at, int head, const Range& keys) {
+  HW_NOINLINE void clear_key_gradients(const Block& block, const Range& keys) {
     for (const Ref<void, 3>* to : {&p_.d_key_bias, &p_.d_key_gain})
       for (int64_t j = keys.begin; *to && j < keys.end; ++j)
-        to->template as<A>()(at.batch, head, at.k_begin + j) = 0;
+        if (const int64_t key = block.key_number(j); key >= 0)
+          to->template as<A>()(block.batch(), block.head(), key) = 0;
   }
 
   // `sums` [rows, padded]: of all keys.
-  void write_queries(const Block& block, A* sums, BlockGradients<T>& walk) {
+  void write_queries(const Block& block, A* sums, Walk& walk) {
     for (int i = 0; i < block.count(); ++i)
       write_query(block, i, sums + i * padded_, walk.factor(i), walk.row());
   }
 
   // d_q = scale tau sum, d_tau = scale <sum, q>
   HW_NOINLINE void write_query(const Block& block, int i, A* sum, A factor, A* q_row) {
-    const int64_t batch = block.at.batch, row = block.row(i);
+    const int64_t batch = block.batch(), row = block.token(i);
+    const int head = block.head();
     if (p_.d_row_temperature) {
       const Ref<const T, 4> q = p_.q.template as<const T>();
-      widen(q_row, q.at(batch, row, block.head), dim_, q.stride[3]);
-      p_.d_row_temperature.template as<A>()(batch, row, block.head) =
+      widen(q_row, q.at(batch, row, head), dim_, q.stride[3]);
+      p_.d_row_temperature.template as<A>()(batch, block.number(i), head) =
           static_cast<A>(p_.scale) * inner_product(sum, q_row, dim_);
     }
     for (int d = 0; d < dim_; ++d) sum[d] *= factor;
     const Ref<T, 4> d_q = p_.d_q.template as<T>();
-    narrow(d_q.at(batch, row, block.head), sum, dim_, d_q.stride[3]);
+    narrow(d_q.at(batch, row, head), sum, dim_, d_q.stride[3]);
   }
 
   void add_parts(int64_t i) {
-    const Sequence at = sequence(p_, i / p_.query_heads());
-    const Block block = rows_of(at, static_cast<int>(i % p_.query_heads()));
+    const int head = static_cast<int>(i % p_.query_heads());
+    Block block{&source_, source_.work_item(p_, i / p_.query_heads(), head), {}};
+    block.rows = {0, block.row_count()};
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
-    const Cut cut = cut_of(at);
+    const Cut cut = cut_of(block.item);
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Scratch::bytes_of<A>(padded_));
     A* q_row = scratch.take<A>(padded_);
@@ -244,14 +232,15 @@ class Backward {
         for (int d = 0; d < padded_; ++d) total[d] += part[d];
       }
       const A factor =
-          static_cast<A>(p_.scale) * (tau ? tau(at.batch, block.row(r), block.head) : A(1));
+          static_cast<A>(p_.scale) * (tau ? tau(block.batch(), block.number(r), head) : A(1));
       write_query(block, static_cast<int>(r), total, factor, q_row);
     }
   }
 
   const BackwardParams p_;
   const int threads_;
-  const RowLists* const lists_;
+  const Source source_;
+  const Score score_;
   const int heads_, group_, dim_, value_dim_, padded_, padded_values_;
   const int64_t pairs_;
   int64_t spans_ = 1;  // tasks of a key head: the most spans of any, or one for all of them
@@ -260,12 +249,15 @@ class Backward {
 
 // d_bias where (batch entry, head) pairs share it. A task owns a block of rows of one slice of the
 // bias and visits, in order, every pair that reads the slice.
-template <class T>
+template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScore>
 class SharedBias {
  public:
   using A = Accum<T>;
 
-  SharedBias(const BackwardParams& p, int threads) : p_(p), threads_(threads) {
+  // p.max_q: positions of rows.
+  SharedBias(const BackwardParams& p, int threads, const Source& source = {},
+             const Score& score = {})
+      : p_(p), threads_(threads), source_(source), score_(score) {
     const Ref<void, 4>& b = p_.d_bias;
     batches_ = b.stride[0] == 0 ? 1 : p_.batch();
     heads_ = b.stride[1] == 0 ? 1 : p_.query_heads();
@@ -277,9 +269,9 @@ class SharedBias {
       const int64_t block = task % blocks_, h = task / blocks_ % heads_,
                     b = task / blocks_ / heads_;
       Scratch& scratch = Scratch::of_thread();
-      scratch.reset(Tile<T>::bytes(p_) + Cotangents<T>::bytes(p_) +
+      scratch.reset(Tile<T, Source, Score>::bytes(p_) + Cotangents<T>::bytes(p_) +
                     2 * Scratch::bytes_of<A>(kTile));
-      Tile<T> tile(p_);
+      Tile<T, Source, Score> tile(p_, score_);
       Cotangents<T> cotangents(p_);
       A* s = scratch.take<A>(kTile);
       A* ds = scratch.take<A>(kTile);
@@ -290,13 +282,11 @@ class SharedBias {
   }
 
  private:
-  HW_NOINLINE void visit(int64_t batch, int head, int64_t index, Tile<T>& tile,
+  HW_NOINLINE void visit(int64_t batch, int head, int64_t index, Tile<T, Source, Score>& tile,
                          Cotangents<T>& cotangents, A* s, A* ds) {
-    const Sequence at = sequence(p_, batch);
-    const Block block{at,
-                      mask_of(p_, at),
-                      head,
-                      {index * kRows, std::min<int64_t>((index + 1) * kRows, at.q_count)}};
+    Block<Source> block{&source_, source_.work_item(p_, batch, head), {}};
+    block.rows = rows_at(block, {index * kRows, (index + 1) * kRows});
+    if (block.rows.empty()) return;
     tile.load_queries(block);
     if (!cotangents.load_rows(block, tile.width())) return;
     const Range keys = block.keys();
@@ -305,13 +295,24 @@ class SharedBias {
       if (!tile.move_to(some)) continue;
       tile.products(some, s);
       tile.scores(some, s, s);
-      cotangents.gradients(block, some, tile.key_head(), tile.lanes(), s, ds);
+      cotangents.gradients(block, some, tile.lanes(), s, ds);
+      tile.clear_set(some, ds);
       add_bias_gradient(p_.d_bias, block, some, tile.lanes().begin, tile.rows(), ds);
     }
   }
 
+  // The rows at some positions.
+  static Range rows_at(const Block<Source>& all, const Range& positions) {
+    if constexpr (Source::kInOrder)
+      return {positions.begin, std::min(positions.end, all.row_count())};
+    else
+      return all.source->row_slots(all.item, positions);
+  }
+
   const BackwardParams p_;
   const int threads_;
+  const Source source_;
+  const Score score_;
   int64_t batches_, heads_, blocks_;
 };
 

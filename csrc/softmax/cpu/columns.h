@@ -16,6 +16,7 @@ constexpr int kColumnKeys = 4 * kKeys;  // keys of a task
 template <class T>
 class Columns {
  public:
+  using Block = softmax::Block<DenseSource>;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
@@ -31,10 +32,11 @@ class Columns {
   void run() {
     const int64_t heads = p_.query_heads();
     parallel_tasks(p_.sequences() * heads * groups_, threads_, [&](int64_t task) {
-      const Sequence at = sequence(p_, task / groups_ / heads);
+      const WorkItem w = DenseSource::work_item(p_, task / groups_ / heads,
+                                                static_cast<int>(task / groups_ % heads));
       const int64_t begin = task % groups_ * kColumnKeys;
-      const Range keys{begin, std::min<int64_t>(begin + kColumnKeys, at.k_count)};
-      if (!keys.empty()) work(at, static_cast<int>(task / groups_ % heads), keys);
+      const Range keys{begin, std::min<int64_t>(begin + kColumnKeys, w.at.k_count)};
+      if (!keys.empty()) work(w, keys);
     });
   }
 
@@ -44,7 +46,7 @@ class Columns {
     A *y, *sum, *max;
   };
 
-  void work(const Sequence& at, int head, const Range& keys) {
+  void work(const WorkItem& w, const Range& keys) {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
                   Scratch::bytes_of<E>(operand_size<T>(kRows, width_)) +
@@ -59,15 +61,15 @@ class Columns {
                     scratch.take<A>(kColumnKeys * kLanes<A>)};
     std::fill_n(sums.y, kColumnKeys * padded_, A(0));
     for (A* to : {sums.sum, sums.max}) std::fill_n(to, kColumnKeys * kLanes<A>, A(0));
-    const Mask mask = mask_of(p_, at);
-    const Range rows = mask.rows_of(keys);
+    const DenseSource source;
+    const Range rows = w.mask.rows_of(keys);
     for (int64_t i = rows.begin / kRows * kRows; i < rows.end; i += kRows) {
-      const Block block{at, mask, head, {i, std::min<int64_t>(i + kRows, at.q_count)}};
+      const Block block{&source, w, {i, std::min<int64_t>(i + kRows, w.at.q_count)}};
       tile.load_queries(block);
       replay.load_rows(block, tile.width());
       add_block(block, keys, tile, replay, s, buffer, sums);
     }
-    write(at, head, keys, sums);
+    write(w.at, w.head, keys, sums);
   }
 
   HW_NOINLINE void add_block(const Block& block, const Range& keys, Tile<T>& tile,
@@ -76,7 +78,8 @@ class Columns {
     for (int i = 0; i < block.count(); ++i) weight[i] = weight_of(block, i);
     Panel<E> x{};
     if (x_)
-      x = over_rows(Rows<T>{x_, block.at.batch, block.row(0), block.count(), block.head, buffer});
+      x = over_rows(
+          Rows<T>{x_, block.batch(), block.token(0), block.count(), block.head(), buffer});
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
       if (!tile.move_to(some)) continue;
@@ -96,7 +99,7 @@ class Columns {
 
   A weight_of(const Block& block, int i) const {
     if (!p_.row_weight) return 1;
-    return p_.row_weight.template as<const A>()(block.at.batch, block.head, block.row(i));
+    return p_.row_weight.template as<const A>()(block.batch(), block.head(), block.number(i));
   }
 
   HW_NOINLINE static void add_sums(const Range& keys, const Lanes& lanes, const A* p,
@@ -142,6 +145,7 @@ class Columns {
 template <class T>
 class Probs {
  public:
+  using Block = softmax::Block<DenseSource>;
   using A = Accum<T>;
   using Statistic = typename Replay<T>::Statistic;
 
@@ -155,18 +159,21 @@ class Probs {
   void run() {
     const int64_t heads = p_.query_heads(), lines = p_.rows ? p_.rows.size[1] : p_.max_q;
     parallel_tasks(p_.sequences() * heads * lines, threads_, [&](int64_t task) {
-      const Sequence at = sequence(p_, task / lines / heads);
-      if (p_.rows || task % lines < at.q_count)
-        work(at, static_cast<int>(task / lines % heads), task % lines);
+      const WorkItem w =
+          DenseSource::work_item(p_, task / lines / heads, static_cast<int>(task / lines % heads));
+      if (p_.rows || task % lines < w.at.q_count) work(w, task % lines);
     });
   }
 
  private:
   // One row of one sequence: row `line`, or row rows[line], against the chosen keys or all.
-  void work(const Sequence& at, int head, int64_t line) {
+  void work(const WorkItem& w, int64_t line) {
+    const Sequence& at = w.at;
+    const int head = w.head;
     const int64_t row = p_.rows ? p_.rows(at.batch, line) : line;
     const bool inside = row >= 0 && row < at.q_count;
-    const Block block{at, mask_of(p_, at), head, {inside ? row : 0, inside ? row + 1 : 1}};
+    const DenseSource source;
+    const Block block{&source, w, {inside ? row : 0, inside ? row + 1 : 1}};
     const int dim = p_.dim();
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(2 * Scratch::bytes_of<A>(dim));
@@ -175,9 +182,9 @@ class Probs {
     Statistic statistic;
     Range seen{0, 0};
     if (inside) {
-      widen(q, q_.at(at.batch, block.row(0), head), dim, q_.stride[3]);
+      widen(q, q_.at(at.batch, block.token(0), head), dim, q_.stride[3]);
       statistic = Replay<T>(p_, p_.row, p_.rest).of(block, 0);
-      seen = block.mask.visible_keys(row);
+      seen = w.mask.visible_keys(row);
     }
     const Ref<A, 4> p = p_.p.template as<A>();
     A* out =
@@ -193,22 +200,23 @@ class Probs {
   // Element i of the output's row as a key of the sequence.
   int64_t key_of(const Block& block, int64_t i) const {
     if (p_.rows) return i;
-    if (p_.offsets) return block.mask.diagonal(block.rows.begin) + p_.offsets(i);
-    return p_.keys(block.at.batch, i);
+    if (p_.offsets) return block.item.mask.diagonal(block.rows.begin) + p_.offsets(i);
+    return p_.keys(block.batch(), i);
   }
 
   HW_NOINLINE A weight(const Block& b, int64_t key, const A* q, A* k,
                        const Statistic& statistic) const {
-    const int64_t batch = b.at.batch, j = b.key(key), row = b.row(0);
-    widen(k, k_.at(batch, j, b.head / p_.group()), p_.dim(), k_.stride[3]);
+    const int64_t batch = b.batch(), j = b.key_token(key), row = b.token(0);
+    const int h = b.head();
+    widen(k, k_.at(batch, j, b.item.key_head), p_.dim(), k_.stride[3]);
     A x = static_cast<A>(p_.scale) * inner_product(q, k, p_.dim());
-    if (p_.row_temperature) x *= p_.row_temperature.template as<const A>()(batch, row, b.head);
+    if (p_.row_temperature) x *= p_.row_temperature.template as<const A>()(batch, row, h);
     A gain = 0, added = 0;
     if (p_.key_gain && b.rows.begin >= p_.gain_begin && b.rows.begin < p_.gain_end)
-      gain = p_.key_gain.template as<const A>()(batch, b.head, j);
-    if (p_.key_bias) added += p_.key_bias.template as<const A>()(batch, b.head, j);
+      gain = p_.key_gain.template as<const A>()(batch, h, j);
+    if (p_.key_bias) added += p_.key_bias.template as<const A>()(batch, h, j);
     if (p_.bias)
-      added += static_cast<A>(p_.bias.template as<const T>()(batch, b.head, b.rows.begin, key));
+      added += static_cast<A>(p_.bias.template as<const T>()(batch, h, b.rows.begin, key));
     const A y = shape_.capped(x);
     return replay_weight(p_, p_.key_gain ? shape_.score(y, gain, added) : y + added, statistic);
   }

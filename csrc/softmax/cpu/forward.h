@@ -28,48 +28,87 @@ constexpr int64_t kPanels = 8;         // batch entries that share scores
 template <class A>
 constexpr A kSlack = 8;
 
-template <class T>
+template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScore>
 class Forward {
  public:
+  using Block = softmax::Block<Source>;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  Forward(const ForwardParams& p, int threads) : Forward(p, threads, true) {}
+  Forward(const ForwardParams& p, int threads, const Source& source = {}, const Score& score = {})
+      : Forward(p, threads, source, score, true) {}
 
-  // For run_block() alone.
-  explicit Forward(const ForwardParams& p) : Forward(p, 1, false) {}
-
-  void run() {
-    if (spans_ == 1) {
-      parallel_walks(tasks_, 1, threads_, [&](auto next) {
-        PackedKeys<T> packed;
-        if (packs_) packed.reserve(p_.max_k, p_.dim(), value_dim_);
-        for (int64_t task = next(); task >= 0; task = next())
-          work(task, packs_ ? &packed : nullptr);
-      });
-      return;
-    }
-    partials_.reserve(tasks_ * spans_ * partial_bytes());
-    parallel_tasks(tasks_ * spans_, threads_,
-                   [&](int64_t i) { work_span(i / spans_, i % spans_); });
-    parallel_tasks(tasks_, threads_, [&](int64_t task) { merge(task); });
+  // For run_block() and run_blocks() alone, of any blocks: those of work items of which a batch
+  // entry has `items` for each head.
+  Forward(const ForwardParams& p, int threads, int64_t items, const Score& score)
+      : Forward(p, threads, Source{}, score, false) {
+    items_ = items;
   }
 
-  // A block that is not empty, and all its keys. `meanwhile`: see core/cpu/matmul.h.
+  void run() {
+    const auto block = [this](int64_t task) { return block_of(task); };
+    if (spans_ > 1) return run_blocks(tasks_, spans_, block);
+    parallel_walks(tasks_, 1, threads_, [&](auto next) {
+      PackedKeys<T> packed;
+      if (packs_) packed.reserve(p_.max_k, p_.dim(), value_dim_);
+      for (int64_t task = next(); task >= 0; task = next()) {
+        const Block some = block(task);
+        if (some.rows.empty()) continue;
+        if (packs_) packed.move_to(some.item);
+        run_block(some, {}, packs_ ? &packed : nullptr);
+      }
+    });
+  }
+
+  // Blocks block(0), .. block(count - 1), which may be empty, and all their keys: cut into spans,
+  // at most `spans` each, which are tasks of their own.
+  template <class F>
+  HW_NOINLINE void run_blocks(int64_t count, int64_t spans, const F& block) {
+    partials_.reserve(count * spans * partial_bytes());
+    const auto state = [&](int64_t i, int64_t span) {
+      return state_in(partials_.data() + (i * spans + span) * partial_bytes());
+    };
+    parallel_tasks(count * spans, threads_, [&](int64_t task) {
+      const Block some = block(task / spans);
+      const int64_t span = task % spans;
+      if (some.rows.empty() || span >= cut_of(some).spans) return;
+      State part = state(task / spans, span);
+      fill(some, cut_of(some), span, part, reserve());
+    });
+    parallel_tasks(count, threads_, [&](int64_t i) {
+      const Block some = block(i);
+      if (some.rows.empty()) return;
+      State whole = state(i, 0);
+      whole.along_keys = along_keys(some);
+      for (int64_t span = 1; span < cut_of(some).spans; ++span) add(some, whole, state(i, span));
+      finish(some, whole, reserve());
+    });
+  }
+
+  // A block that is not empty, and all its keys, spans one after another. `meanwhile`: see
+  // core/cpu/matmul.h.
   HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {},
                              PackedKeys<T>* packed = nullptr) {
+    const Cut cut = cut_of(block);
+    if (cut.spans > 1) return run_spans(block, cut, packed);
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
-    fill(block, kWhole, 0, state, scratch, meanwhile, packed);
+    fill(block, cut, 0, state, scratch, meanwhile, packed);
     finish(block, state, scratch);
   }
 
+  // Into how many spans the keys of a block are cut.
+  int64_t spans_of(const Block& block) const { return cut_of(block).spans; }
+
  private:
   // `cuts`: into panels of batch entries, and spans of keys.
-  HW_NOINLINE Forward(const ForwardParams& p, int threads, bool cuts)
+  HW_NOINLINE Forward(const ForwardParams& p, int threads, const Source& source, const Score& score,
+                      bool cuts)
       : p_(p),
         threads_(threads),
+        source_(source),
+        score_(score),
         v_(p_.v.as<const T>()),
         outputs_(p_),
         soft_(is_softmax(p_.activation)),
@@ -83,7 +122,8 @@ class Forward {
         packs_(cuts && packs_keys()) {
     if (!cuts || tasks_ == 0 || tasks_ >= kFewTasks) return;
     for (int64_t n = 0; n < p_.sequences(); ++n)
-      spans_ = std::max(spans_, cut_of(sequence(p_, n)).spans);
+      for (int head = 0; head < heads_; ++head)
+        spans_ = std::max(spans_, cut_of({&source_, source_.work_item(p_, n, head), {}}).spans);
   }
 
   // Spans of the keys of a block, and keys of one.
@@ -92,12 +132,13 @@ class Forward {
   };
   static constexpr Cut kWhole{1, int64_t{1} << 62};
 
-  HW_NOINLINE Cut cut_of(const Sequence& at) const {
-    const int64_t tasks = heads_ * ceil_div<int64_t>(at.q_count, kRows);
+  // By the sizes of the block's work item.
+  HW_NOINLINE Cut cut_of(const Block& block) const {
+    const int64_t tasks = heads_ * items_ * ceil_div<int64_t>(block.row_count(), kRows);
     if (tasks == 0 || tasks >= kFewTasks) return kWhole;
-    const int64_t spans = std::min(ceil_div(kFewTasks, tasks), at.k_count / kSpanTokens);
+    const int64_t spans = std::min(ceil_div(kFewTasks, tasks), block.key_count() / kSpanTokens);
     if (spans <= 1) return kWhole;
-    return {spans, round_up(ceil_div(at.k_count, spans), static_cast<int64_t>(kKeys))};
+    return {spans, round_up(ceil_div(block.key_count(), spans), static_cast<int64_t>(kKeys))};
   }
 
   // What a task keeps: sums of its rows, and w before the division.
@@ -107,7 +148,9 @@ class Forward {
     bool along_keys = false;
   };
 
+  // Where keys are gathered each batch entry has its own.
   bool shared_scores() const {
+    if (Source::kGathers) return false;
     const bool same_mass = !p_.mass_keys || p_.mass_keys.stride[0] == 0;
     return !p_.packed() && p_.batch() > 1 && same_scores_in_batch(p_) && same_mass && !p_.skip_dead;
   }
@@ -115,6 +158,7 @@ class Forward {
   // Whether a thread keeps operands of keys: they are worth their making twice, and not too large.
   bool packs_keys() const {
     return !std::is_same_v<T, A> && panels_ == 1 && blocks_ * p_.group() >= kFewTasks &&
+           source_.keys_in_order() &&
            PackedKeys<T>::bytes(p_.max_k, p_.dim(), value_dim_) <= PackedKeys<T>::kMostBytes;
   }
 
@@ -125,25 +169,23 @@ class Forward {
 
   // Blocks of a head lie together, the last one, which sees most keys, first.
   HW_NOINLINE Block block_of(int64_t task) const {
-    const int64_t block = blocks_ - 1 - task % blocks_, head = task / blocks_ % heads_;
-    const Sequence at =
-        sequence(p_, p_.packed() ? task / blocks_ / heads_ : task / blocks_ / heads_ * panels_);
-    const int64_t begin = block * kRows;
-    return {at,
-            mask_of(p_, at),
-            static_cast<int>(head),
-            {begin, std::min<int64_t>(begin + kRows, at.q_count)}};
+    const int64_t group = task / blocks_ / heads_, head = task / blocks_ % heads_;
+    const int64_t first = p_.packed() ? group : group * panels_;
+    const Block all{&source_, source_.work_item(p_, first, static_cast<int>(head)), {0, 0}};
+    const int64_t index = blocks_ - 1 - task % blocks_, rows = all.row_count();
+    if (index * kRows >= rows) return all;
+    return {&source_, all.item, rows_of_block<Source>(index, rows)};
   }
 
   int64_t panels_of(const Block& b) const {
-    return p_.packed() ? 1 : std::min(panels_, p_.batch() - b.at.batch);
+    return p_.packed() ? 1 : std::min(panels_, p_.batch() - b.batch());
   }
 
   HW_NOINLINE Scratch& reserve() const {
     Scratch& scratch = Scratch::of_thread();
-    const int64_t tile = Tile<T>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
+    const int64_t tile = Tile<T, Source, Score>::bytes(p_) + Scratch::bytes_of<A>(kTile) +
                          Scratch::bytes_of<E>(operand_size<T>(kKeys, value_dim_));
-    scratch.reset(std::max(tile, AlongKeys<T>::bytes(p_)) + partial_bytes() +
+    scratch.reset(std::max(tile, AlongKeys<T, Source, Score>::bytes(p_)) + partial_bytes() +
                   2 * Scratch::bytes_of<A>(kRows * padded_values()));
     return scratch;
   }
@@ -155,13 +197,7 @@ class Forward {
             reinterpret_cast<A*>(memory + round_up<int64_t>(sizeof(BlockSums<A>), 64))};
   }
 
-  // A block whose spans are worked on one after another.
-  void work(int64_t task, PackedKeys<T>* packed) {
-    const Block block = block_of(task);
-    if (block.rows.empty()) return;
-    if (packed != nullptr) packed->move_to(block, block.head / p_.group());
-    const Cut cut = cut_of(block.at);
-    if (cut.spans == 1) return run_block(block, {}, packed);
+  HW_NOINLINE void run_spans(const Block& block, const Cut& cut, PackedKeys<T>* packed) {
     Buffer memory;
     memory.reserve(2 * partial_bytes());
     State whole = state_in(memory.data()), part = state_in(memory.data() + partial_bytes());
@@ -171,14 +207,6 @@ class Forward {
       add(block, whole, part);
     }
     finish(block, whole, reserve());
-  }
-
-  void work_span(int64_t task, int64_t span) {
-    const Block block = block_of(task);
-    const Cut cut = cut_of(block.at);
-    if (block.rows.empty() || span >= cut.spans) return;
-    State state = state_in(partials_.data() + (task * spans_ + span) * partial_bytes());
-    fill(block, cut, span, state, reserve());
   }
 
   // The sums of a span of keys.
@@ -193,17 +221,17 @@ class Forward {
   }
 
   bool along_keys(const Block& block) const {
-    return AlongKeys<T>::serves(p_, block.count(), block.keys().count());
+    return AlongKeys<T, Source, Score>::serves(p_, block.count(), block.keys().count());
   }
 
   // Nobody can see what the loop would find.
   HW_NOINLINE bool dead(const Block& b) const {
     if (!p_.skip_dead) return false;
-    if (p_.identity_mix && p_.identity_mix.template as<const A>()(b.at.batch, b.head) == 1)
+    if (p_.identity_mix && p_.identity_mix.template as<const A>()(b.batch(), b.head()) == 1)
       return true;
     if (!p_.head_gate) return false;
     for (int i = 0; i < b.count(); ++i)
-      if (p_.head_gate.template as<const A>()(b.at.batch, b.row(i), b.head) != 0) return false;
+      if (p_.head_gate.template as<const A>()(b.batch(), b.number(i), b.head()) != 0) return false;
     return true;
   }
 
@@ -213,12 +241,14 @@ class Forward {
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
     keys.end = std::min(keys.end, (span + 1) * cut.length);
     if (state.along_keys)
-      return AlongKeys<T>(p_, panels_).walk(block, keys, *state.rows, state.values, meanwhile);
-    Tile<T> tile(p_);
+      return AlongKeys<T, Source, Score>(p_, panels_, score_)
+          .walk(block, keys, *state.rows, state.values, meanwhile);
+    Tile<T, Source, Score> tile(p_, score_);
     tile.meanwhile = meanwhile;
     tile.packed = packed;
     A* s = scratch.take<A>(kTile);
     E* buffer = scratch.take<E>(operand_size<T>(kKeys, value_dim_));
+    const T* apart[kKeys];
     tile.load_queries(block);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
@@ -227,13 +257,13 @@ class Forward {
       tile.scores(some, s, s);
       const bool any = soft_ ? exponentiate(block, some, tile, s, state)
                              : activate(block, some, tile.lanes(), s, state);
-      if (any && v_) add_values(block, some, tile, s, state, buffer);
+      if (any && v_) add_values(block, some, tile, s, state, buffer, apart);
     }
   }
 
   // p relative to the running shift: in place of s, and as pairs where pairs are multiplied.
-  HW_NOINLINE bool exponentiate(const Block& block, const Range& keys, Tile<T>& tile, A* s,
-                                State& state) {
+  HW_NOINLINE bool exponentiate(const Block& block, const Range& keys, Tile<T, Source, Score>& tile,
+                                A* s, State& state) {
     BlockSums<A>& r = *state.rows;
     const Lanes lanes = tile.lanes();
     const int n = static_cast<int>(keys.count());
@@ -281,23 +311,12 @@ class Forward {
     return total;
   }
 
-  // tilt += e (s - shift), 0 for e = 0
-  static void add_tilt(const A* s, V base, V e, A* sum) {
-    const V d = load(s) - base;
-    store(sum, load(sum) + e * (d < A(-1e4) ? V{} : d));
-  }
-
-  HW_NOINLINE static void add_squares(const A* e, int n, A* sum) {
-    V total = load(sum);
-    for (int j = 0; j < n; ++j) total = fma(load(e + j * kRows), load(e + j * kRows), total);
-    store(sum, total);
-  }
-
   HW_NOINLINE void add_mass(const Block& block, const Range& keys, const A* e, A* sum) {
     const Ref<const A, 3> m = p_.mass_keys.template as<const A>();
     V total = load(sum);
     for (int64_t j = keys.begin; j < keys.end; ++j)
-      total += load(e + (j - keys.begin) * kRows) * m(block.at.batch, block.head, block.key(j));
+      if (const int64_t key = block.key_number(j); key >= 0)
+        total += load(e + (j - keys.begin) * kRows) * m(block.batch(), block.head(), key);
     store(sum, total);
   }
 
@@ -328,28 +347,17 @@ class Forward {
   }
 
   // w^T += v^T p^T of the tile.
-  HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T>& tile, const A* s,
-                              State& state, E* buffer) {
+  HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T, Source, Score>& tile,
+                              const A* s, State& state, E* buffer, const T** apart) {
     const int n = static_cast<int>(keys.count());
     const E* p = kPaired<T> && soft_ ? tile.pairs() : tile.over_keys(s, n);
     for (int64_t b = 0; b < panels_of(block); ++b) {
-      Rows<T> v{v_, block.at.batch + b, block.key(keys.begin), n, tile.key_head(), buffer};
+      Rows<T> v = rows_of_keys(v_, block, block.key_batch() + b, keys, buffer, apart);
       if (tile.packed != nullptr) tile.packed->find_v(keys, v);
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
                      kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
                      NoFactors{}, &tile.meanwhile);
     }
-  }
-
-  // Partial results of the spans, in their order, into the first.
-  void merge(int64_t task) {
-    const Block block = block_of(task);
-    if (block.rows.empty()) return;
-    State whole = state_in(partials_.data() + task * spans_ * partial_bytes());
-    whole.along_keys = along_keys(block);
-    for (int64_t span = 1; span < cut_of(block.at).spans; ++span)
-      add(block, whole, state_in(partials_.data() + (task * spans_ + span) * partial_bytes()));
-    finish(block, whole, reserve());
   }
 
   // The sums of the next span to those of the spans before.
@@ -394,7 +402,7 @@ class Forward {
     if (state.along_keys) return finish_rows(block, state.values, factor, scratch);
     if (outputs_.writes_vectors()) {
       for (int64_t b = 0; b < panels_of(block); ++b)
-        outputs_.write_rows(block, block.at.batch + b, factor,
+        outputs_.write_rows(block, block.batch() + b, factor,
                             state.values + b * value_dim_ * kRows);
       return;
     }
@@ -406,7 +414,7 @@ class Forward {
       hw::transpose(state.values + b * value_dim_ * kRows, kRows, value_dim_, block.count(), rows,
                     padded);
       for (int i = 0; i < block.count(); ++i)
-        outputs_.write_row(block, block.at.batch + b, i, rows + i * padded, v_row);
+        outputs_.write_row(block, block.batch() + b, i, rows + i * padded, v_row);
     }
   }
 
@@ -417,20 +425,20 @@ class Forward {
     for (int64_t b = 0; b < panels_of(block); ++b) {
       A* of_batch = values + b * kRows * padded_values();
       if (vectors) {
-        outputs_.write_vectors(block, block.at.batch + b, factor, of_batch);
+        outputs_.write_vectors(block, block.batch() + b, factor, of_batch);
         continue;
       }
       for (int i = 0; i < block.count(); ++i) {
         A* w = of_batch + i * padded_values();
         for (int d = 0; d < value_dim_; ++d) w[d] *= factor[i];
-        outputs_.write_row(block, block.at.batch + b, i, w, v_row);
+        outputs_.write_row(block, block.batch() + b, i, w, v_row);
       }
     }
   }
 
   // What the values of each row are multiplied by.
   HW_NOINLINE void find_factors(const Block& block, State& state, A* factor) {
-    const A extra = extra_logit<A>(p_, block.at.batch, block.head);
+    const A extra = extra_logit<A>(p_, block.batch(), block.head());
     if (soft_ && extra == -kInfinity<A> && !reads_out_) {
       for (int l = 0; l < block.count(); l += kLanes<A>) {
         const V total = load(state.rows->sum + l);
@@ -446,7 +454,7 @@ class Forward {
   // Row statistic and read-outs of a softmax row; returns the factor of its values.
   HW_NOINLINE A finalize(const Block& block, int i, const State& state) {
     const RowResult<A> x =
-        finalize_softmax(state.rows->row(i), extra_logit<A>(p_, block.at.batch, block.head));
+        finalize_softmax(state.rows->row(i), extra_logit<A>(p_, block.batch(), block.head()));
     put(p_.row, block, i, x.row);
     put(p_.rest, block, i, x.rest);
     put(p_.entropy, block, i, x.entropy);
@@ -470,17 +478,20 @@ class Forward {
 
   HW_NOINLINE void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
     for (int64_t b = 0; to && b < panels_of(block); ++b)
-      to.template as<A>()(block.at.batch + b, block.head, block.result(i)) = value;
+      to.template as<A>()(block.batch() + b, block.head(), block.result(i)) = value;
   }
 
   const ForwardParams p_;
   const int threads_;
+  const Source source_;
+  const Score score_;
   const Ref<const T, 4> v_;
   const Outputs<T> outputs_;
   const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
   const int value_dim_, heads_;
   const int64_t panels_, groups_, blocks_, tasks_;
   const bool packs_;
+  int64_t items_ = 1;  // of which a batch entry has as many for each head
   int64_t spans_ = 1;  // tasks of a block: the most spans of any, or one for all of them
   Buffer partials_;
 };

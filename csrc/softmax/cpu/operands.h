@@ -15,6 +15,7 @@
 
 #include <algorithm>
 
+#include "softmax/cpu/sorted_source.h"
 #include "softmax/mask.h"
 #include "softmax/params.h"
 
@@ -42,31 +43,65 @@ struct Lanes {
   int count() const { return end - begin; }
 };
 
-// Queries of one head of one sequence, a lane each; `rows` and all key ranges count from the
-// sequence's start. Where rows are listed, `rows` counts places of the list.
+// Rows of one work item of a source, a lane each: the slots `rows`. Ranges of keys are key slots.
+template <SortedSource Source>
 struct Block {
-  Sequence at;
-  Mask mask;
-  int head;
+  const Source* source;
+  typename Source::WorkItem item;
   Range rows;
-  const int64_t* places = nullptr;   // rows of the sequence, increasing; null: all of them
-  const Range* seen = nullptr;       // keys that each row sees, in place of the mask; ends never
-                                     // decrease
-  const Range* self = nullptr;       // keys that are the row itself (kSelf); null: it is no matter
-  const int64_t* results = nullptr;  // where results of each row lie; null: at row()
-  const int64_t* keys_at = nullptr;  // tokens of the keys, -1: a zero key; null: those from k_begin
-                                     // on. For AlongKeys alone
 
   int count() const { return static_cast<int>(rows.count()); }
-  // Lane -> row of the sequence, row of the tensor.
-  int64_t place(int64_t i) const { return places ? places[rows.begin + i] : rows.begin + i; }
-  int64_t row(int64_t i) const { return at.q_begin + place(i); }
-  int64_t result(int64_t i) const { return results ? results[rows.begin + i] : row(i); }
-  int64_t key(int64_t j) const { return at.k_begin + j; }
+  int64_t batch() const { return item.at.batch; }
+  int head() const { return item.head; }
+
+  // Lane -> token, position; where numbers of the row are, where its results are.
+  int64_t token(int64_t i) const {
+    const int64_t slot = rows.begin + i;
+    return source->row_token(item, slot, source->row_entry(item, slot));
+  }
+  int64_t position(int64_t i) const { return source->row_position(item, rows.begin + i, token(i)); }
+  int64_t number(int64_t i) const { return item.at.q_begin + position(i); }
+  int64_t result(int64_t i) const { return source->row_result(item, rows.begin + i, token(i)); }
+
+  // Key slot -> token, position; where numbers of the key are. Negative: a zero key, without any.
+  int64_t key_token(int64_t j) const {
+    return source->key_token(item, j, source->key_entry(item, j));
+  }
+  int64_t key_position(int64_t j) const { return source->key_position(item, j, key_token(j)); }
+  int64_t key_number(int64_t j) const {
+    const int64_t position = key_position(j);
+    if constexpr (Source::kGathers)
+      if (position < 0) return kZeroKey;
+    return item.at.k_begin + position;
+  }
+  int64_t key_result(int64_t j) const { return source->key_result(item, j, key_token(j)); }
+  int64_t row_count() const { return source->rows(item); }
+  int64_t key_batch() const { return source->key_batch(item); }
+  int64_t key_count() const { return source->keys(item); }
+  bool keys_adjacent() const {
+    if constexpr (Source::kGathers)
+      return source->keys_adjacent(item);
+    else
+      return true;
+  }
 
   Range visible_keys(int64_t i) const {
-    return seen ? seen[rows.begin + i] : mask.visible_keys(place(i));
+    if constexpr (Source::kInOrder)
+      return item.mask.visible_keys(rows.begin + i);
+    else
+      return source->visible_keys(item, rows.begin + i);
   }
+  // Keys whose score with lane i is set.
+  template <ScoreKind Score>
+  Range set_keys(const Score& score, int64_t i) const {
+    if constexpr (Source::kInOrder) {
+      const int64_t key = score.set_key(item.mask, rows.begin + i);
+      return {key, key + 1};
+    } else {
+      return source->set_keys(item, rows.begin + i);
+    }
+  }
+
   // Keys that any row of the block may see; every row sees all of `keys`.
   HW_NOINLINE Range keys() const { return {visible_keys(0).begin, visible_keys(count() - 1).end}; }
   HW_NOINLINE bool sees_whole(const Range& keys) const {
@@ -82,20 +117,25 @@ struct Block {
   }
 };
 
-// The score of a token with itself where Block::self says so.
-template <class A>
-constexpr A kSelf = A(-5e4);
-
-// Sets the block's pairs of a token with itself in a tile of `keys`.
-template <class A>
-HW_NOINLINE void put_self(const Block& block, const Range& keys, A* tile, A value) {
-  if (!block.self) return;
+// The scores of a block that its ScoreKind sets, in a tile of `keys`, become `value`.
+template <class Source, ScoreKind Score, class A>
+HW_NOINLINE void set_scores(const Block<Source>& block, const Score& score, const Range& keys,
+                            A* tile, A value) {
   for (int i = 0; i < block.count(); ++i) {
-    const Range own = block.self[block.rows.begin + i];
-    const int64_t end = std::min(own.end, keys.end);
-    for (int64_t j = std::max(own.begin, keys.begin); j < end; ++j)
+    const Range some = block.set_keys(score, i);
+    const int64_t end = std::min(some.end, keys.end);
+    for (int64_t j = std::max(some.begin, keys.begin); j < end; ++j)
       tile[(j - keys.begin) * kRows + i] = value;
   }
+}
+
+// Block i of `rows` slots. Of listed rows the first is the one that is not full, for under a causal
+// mask it sees the fewest keys.
+template <class Source>
+Range rows_of_block(int64_t i, int64_t rows) {
+  if (Source::kInOrder) return {i * kRows, std::min<int64_t>((i + 1) * kRows, rows)};
+  const int64_t end = rows - (ceil_div<int64_t>(rows, kRows) - 1 - i) * kRows;
+  return {std::max<int64_t>(end - kRows, 0), end};
 }
 
 // [S, width] of one head.
@@ -104,8 +144,13 @@ Ref<T, 2> rows_of_head(const Ref<T, 4>& x, int64_t batch, int head) {
   return {x.at(batch, 0, head), {x.size[1], x.size[3]}, {x.stride[1], x.stride[3]}};
 }
 
+// n elements, or where `from` is null as many zeros.
 template <class T>
 void copy_row(T* to, const T* from, int64_t n, int64_t stride) {
+  if (from == nullptr) {
+    std::fill_n(to, n, T{});
+    return;
+  }
   if constexpr (std::is_same_v<T, Accum<T>>)
     widen(to, from, n, stride);
   else if (stride == 1)
@@ -113,6 +158,24 @@ void copy_row(T* to, const T* from, int64_t n, int64_t stride) {
   else
     for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
 }
+
+// The same into the accumulation type.
+template <class A, class T>
+void widen_row(A* to, const T* from, int64_t n, int64_t stride) {
+  if (from == nullptr)
+    std::fill_n(to, n, A(0));
+  else
+    widen(to, from, n, stride);
+}
+
+#if defined(__AVX512BF16__)
+// zip_rows where either row may be null, one of zeros.
+inline void zip_any(Bf16Pair* to, const bf16* x, const bf16* y, int n, int64_t stride) {
+  if (x != nullptr) return zip_rows(to, x, y, n, stride);
+  const int padded = round_up(n, kLanes<Bf16Pair>);
+  for (int d = 0; d < padded; ++d) to[d] = {bf16{}, d < n && y != nullptr ? y[d * stride] : bf16{}};
+}
+#endif
 
 template <class E>
 Operand<E> transposed(const Operand<E>& a) {
@@ -127,11 +190,63 @@ struct Rows {
   int64_t batch, first;
   int n, head;
   Multiplied<T>* buffer;
-  bool made = false;  // the operand is in `buffer` already
+  bool made = false;                // the operand is in `buffer` already
+  const T* const* apart = nullptr;  // [n] rows that are not neighbours, null: a row of zeros
 
   int width() const { return static_cast<int>(x.size[3]); }
-  const T* row(int64_t i) const { return x.at(batch, first + i, head); }
+  const T* row(int64_t i) const {
+    return apart != nullptr ? apart[i] : x.at(batch, first + i, head);
+  }
+
+  // f(i, row) for all of them. Of those that lie apart the next are asked for.
+  template <class F>
+  HW_INLINE void each(F f) const {
+    if (apart == nullptr) {
+      const T* row = this->row(0);
+      for (int i = 0; i < n; ++i) f(i, row + i * x.stride[1]);
+      return;
+    }
+    for (int i = 0; i < n; ++i) {
+      if (i + kRowsAhead < n && apart[i + kRowsAhead] != nullptr && x.stride[3] == 1)
+        prefetch(apart[i + kRowsAhead], width() * static_cast<int64_t>(sizeof(T)));
+      f(i, apart[i]);
+    }
+  }
 };
+
+// The rows of x that the lanes of a block name.
+template <class T, class Source>
+HW_NOINLINE void point_at_rows(const Ref<const T, 4>& x, const Block<Source>& block,
+                               const T** rows) {
+  for (int i = 0; i < block.count(); ++i)
+    rows[i] = x.at(block.batch(), block.token(i), block.head());
+}
+
+// Where rows of x of some keys of a block are that do not lie side by side. `absent`: a row of
+// zeros, or null.
+template <class T, class Source>
+HW_INLINE void point_at_keys(const Ref<const T, 4>& x, const Block<Source>& block, int64_t batch,
+                             Range keys, const T* absent, const T** rows) {
+  const typename Source::WorkItem item = block.item;  // which no pointer that is written changes
+  const Source& source = *block.source;
+  const T* first = x.at(batch, 0, item.key_head);
+  const int64_t step = x.stride[1];
+  for (int64_t j = keys.begin; j < keys.end; ++j) {
+    const int64_t token = source.key_token(item, j, source.key_entry(item, j));
+    *rows++ = token < 0 ? absent : first + token * step;
+  }
+}
+
+// The rows of k or v of some keys of a block; `apart`: room for where they are, [kKeys].
+template <class T, class Source>
+HW_NOINLINE Rows<T> rows_of_keys(const Ref<const T, 4>& x, const Block<Source>& block,
+                                 int64_t batch, Range keys, Multiplied<T>* buffer, const T** apart,
+                                 const T* absent = nullptr) {
+  const int n = static_cast<int>(keys.count()), head = block.item.key_head;
+  if (block.keys_adjacent()) return {x, batch, block.key_token(keys.begin), n, head, buffer};
+  point_at_keys(x, block, batch, keys, absent, apart);
+  return {x, batch, 0, n, head, buffer, false, apart};
+}
 
 template <class T>
 constexpr int64_t operand_size(int n, int width) {
@@ -141,7 +256,7 @@ constexpr int64_t operand_size(int n, int width) {
 // Asks for the rows of the next tile. Rows without gaps come by themselves.
 template <class T>
 HW_NOINLINE void prefetch_next(const Rows<T>& rows) {
-  if (rows.x.stride[1] == rows.width()) return;
+  if (rows.apart != nullptr || rows.x.stride[1] == rows.width()) return;
   const Ref<const T, 2> head = rows_of_head(rows.x, rows.batch, rows.head);
   const int64_t begin = rows.first + kKeys, end = std::min(begin + rows.n, rows.x.size[1]);
   for (int64_t i = begin; i < end; ++i) prefetch_row(head, i);
@@ -155,34 +270,35 @@ HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
   const Ref<const T, 4>& x = rows.x;
   const int width = rows.width();
   if (!rows.made) prefetch_next(rows);
-  if constexpr (std::is_same_v<T, E>) {
-    return {rows.row(0), x.stride[1], x.stride[3]};
-  } else if constexpr (kPaired<T>) {
+  if constexpr (kPaired<T>) {
     T* buffer = reinterpret_cast<T*>(rows.buffer);
     const int padded = round_up(width, 2);
     if (rows.made) return {rows.buffer, padded / 2, 1};
-    for (int i = 0; i < rows.n; ++i) copy_row(buffer + i * padded, rows.row(i), width, x.stride[3]);
+    rows.each([&](int i, const T* row) { copy_row(buffer + i * padded, row, width, x.stride[3]); });
     clear_columns(buffer, padded, rows.n, width, padded);
     return {rows.buffer, padded / 2, 1};
   } else {
-    for (int i = 0; i < rows.n && !rows.made; ++i)
-      widen(rows.buffer + i * width, rows.row(i), width, x.stride[3]);
+    if constexpr (std::is_same_v<T, E>)
+      if (rows.apart == nullptr) return {rows.row(0), x.stride[1], x.stride[3]};
+    if (!rows.made)
+      rows.each([&](int i, const T* row) {
+        widen_row(rows.buffer + i * width, row, width, x.stride[3]);
+      });
     return {rows.buffer, width, 1};
   }
 }
 
 // Rows in vectors and in the accumulation type, padded with zeros to whole ones: [n, padded].
 template <class T>
-HW_NOINLINE Panel<Accum<T>> vector_rows(const Ref<const T, 4>& x, int64_t batch, int64_t first,
-                                        int n, int head, Accum<T>* buffer) {
+HW_NOINLINE Panel<Accum<T>> vector_rows(const Rows<T>& rows, Accum<T>* buffer) {
   using A = Accum<T>;
-  const int width = static_cast<int>(x.size[3]), padded = round_up(width, kLanes<A>);
-  if constexpr (std::is_same_v<T, A>) {
-    if (x.stride[3] == 1 && width == padded) return {x.at(batch, first, head), x.stride[1]};
-  }
-  for (int i = 0; i < n; ++i)
-    widen(buffer + i * padded, x.at(batch, first + i, head), width, x.stride[3]);
-  clear_columns(buffer, padded, n, width, padded);
+  const int width = rows.width(), padded = round_up(width, kLanes<A>);
+  const int64_t stride = rows.x.stride[3];
+  if constexpr (std::is_same_v<T, A>)
+    if (rows.apart == nullptr && stride == 1 && width == padded)
+      return {rows.row(0), rows.x.stride[1]};
+  rows.each([&](int i, const T* row) { widen_row(buffer + i * padded, row, width, stride); });
+  clear_columns(buffer, padded, rows.n, width, padded);
   return {buffer, padded};
 }
 
@@ -191,12 +307,13 @@ template <class T>
 Panel<Multiplied<T>> over_rows(const Rows<T>& r) {
   if constexpr (kPaired<T>) {
     const int width = r.width(), padded = round_up(width, kLanes<Multiplied<T>>);
-    for (int i = 0; i < r.n && !r.made; i += 2)
-      zip_rows(r.buffer + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
-               r.x.stride[3]);
+    for (int i = 0; i < r.n && !r.made; i += 2) {
+      zip_any(r.buffer + i / 2 * padded, r.row(i), i + 1 < r.n ? r.row(i + 1) : nullptr, width,
+              r.x.stride[3]);
+    }
     return {r.buffer, padded};
   } else {
-    return vector_rows(r.x, r.batch, r.first, r.n, r.head, r.buffer);
+    return vector_rows(r, r.buffer);
   }
 }
 
@@ -287,22 +404,21 @@ class BlockRows {
     }
   }
 
-  // The block's rows of x into the lanes [0, lanes). `factor`: of each row, or null; not for pairs.
-  HW_NOINLINE void load(const Ref<const T, 4>& x, const Block& block, int lanes,
+  // `count` rows, whose columns are `stride` apart, into the lanes [0, lanes). `factor`: of each
+  // row, or null; not for pairs.
+  HW_NOINLINE void load(const T* const* rows, int count, int64_t stride, int lanes,
                         const A* factor = nullptr) {
-    count_ = block.count();
+    count_ = count;
     if constexpr (std::is_same_v<T, A>)
-      if (x.stride[3] == 1 && width_ == padded_) return load_squares(x, block, factor);
-    const int64_t bytes = x.stride[3] == 1 ? width_ * static_cast<int64_t>(sizeof(T)) : 0;
+      if (stride == 1 && width_ == padded_) return load_squares(rows, factor);
+    const int64_t bytes = stride == 1 ? width_ * static_cast<int64_t>(sizeof(T)) : 0;
     for (int i = 0; i < count_; ++i) {
-      if (i + kRowsAhead < count_)
-        prefetch(x.at(block.at.batch, block.row(i + kRowsAhead), block.head), bytes);
-      const T* from = x.at(block.at.batch, block.row(i), block.head);
+      if (i + kRowsAhead < count_) prefetch(rows[i + kRowsAhead], bytes);
       Row* to = rows_ + i * padded_;
       if constexpr (kPaired<T>) {
-        copy_row(to, from, width_, x.stride[3]);
+        copy_row(to, rows[i], width_, stride);
       } else {
-        widen(to, from, width_, x.stride[3]);
+        widen(to, rows[i], width_, stride);
         for (int d = 0; factor && d < width_; ++d) to[d] *= factor[i];
       }
     }
@@ -310,6 +426,15 @@ class BlockRows {
     hw::transpose(reinterpret_cast<const E*>(rows_), padded_ / kDepth<E>, count_, steps<E>(width_),
                   columns_, kRows);
     clear_columns(columns_, kRows, steps<E>(width_), count_, lanes);
+  }
+
+  // The rows of a block.
+  template <class Source>
+  void load(const Ref<const T, 4>& x, const Block<Source>& block, int lanes,
+            const A* factor = nullptr) {
+    const T* rows[kRows];
+    point_at_rows(x, block, rows);
+    load(rows, block.count(), x.stride[3], lanes, factor);
   }
 
   // Whether any of the rows' elements is not 0.
@@ -323,7 +448,7 @@ class BlockRows {
   using Row = std::conditional_t<kPaired<T>, T, A>;
 
   // load() where rows are whole vectors: transposed as they come.
-  HW_NOINLINE void load_squares(const Ref<const A, 4>& x, const Block& block, const A* factor) {
+  HW_NOINLINE void load_squares(const A* const* rows, const A* factor) {
     constexpr int kSide = kLanes<A>;
     const int64_t bytes = width_ * static_cast<int64_t>(sizeof(A));
     for (int l = 0; l < count_; l += kSide) {
@@ -331,10 +456,9 @@ class BlockRows {
       Vec<A> factors[kSide];
       for (int r = 0; r < kSide; ++r) {
         const int i = l + r;
-        from[r] = i < count_ ? x.at(block.at.batch, block.row(i), block.head) : nullptr;
+        from[r] = i < count_ ? rows[i] : nullptr;
         factors[r] = splat(factor != nullptr && i < count_ ? factor[i] : A(1));
-        if (i + kSide < count_)
-          prefetch(x.at(block.at.batch, block.row(i + kSide), block.head), bytes);
+        if (i + kSide < count_) prefetch(rows[i + kSide], bytes);
       }
       for (int d = 0; d < width_; d += kSide) {
         Vec<A> square[kSide];

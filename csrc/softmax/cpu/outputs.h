@@ -25,15 +25,17 @@ class Outputs {
   }
 
   // w [rows, Dv] times factors of the rows.
-  HW_NOINLINE void write_vectors(const Block& block, int64_t batch, const A* factor,
+  template <class Source>
+  HW_NOINLINE void write_vectors(const Block<Source>& block, int64_t batch, const A* factor,
                                  const A* values) const {
-    const Ref<A, 2> o = rows_of_head(p_.o.template as<A>(), batch, block.head);
-    const Ref<A, 2> w = p_.w ? rows_of_head(p_.w.template as<A>(), batch, block.head) : Ref<A, 2>{};
+    const Ref<A, 2> o = rows_of_head(p_.o.template as<A>(), batch, block.head());
+    const Ref<A, 2> w =
+        p_.w ? rows_of_head(p_.w.template as<A>(), batch, block.head()) : Ref<A, 2>{};
     const auto gate = p_.head_gate.template as<const A>();
     const int width = value_dim_;
     for (int i = 0; i < block.count(); ++i) {
       const int64_t row = block.result(i);
-      const A g = gate ? gate(batch, block.row(i), block.head) : A(1);
+      const A g = gate ? gate(batch, block.number(i), block.head()) : A(1);
       A *to_o = o.at(row), *to_w = w ? w.at(row) : nullptr;
       for (int d = 0; d < width; d += kLanes<A>) {
         const V x = load(values + i * width + d) * factor[i];
@@ -44,7 +46,8 @@ class Outputs {
   }
 
   // The rows of w^T times their factors, transposed on the way to w and o.
-  HW_NOINLINE void write_rows(const Block& block, int64_t batch, const A* factor,
+  template <class Source>
+  HW_NOINLINE void write_rows(const Block<Source>& block, int64_t batch, const A* factor,
                               const A* values) const {
     constexpr int kSide = kLanes<A>;
     const Ref<A, 4> o = p_.o.template as<A>(), w = p_.w.template as<A>();
@@ -55,9 +58,9 @@ class Outputs {
       A gates[kSide];
       for (int r = 0; r < rows; ++r) {
         const int64_t row = block.result(l + r);
-        to_o[r] = o.at(batch, row, block.head);
-        to_w[r] = w ? w.at(batch, row, block.head) : nullptr;
-        gates[r] = gate ? gate(batch, block.row(l + r), block.head) : A(1);
+        to_o[r] = o.at(batch, row, block.head());
+        to_w[r] = w ? w.at(batch, row, block.head()) : nullptr;
+        gates[r] = gate ? gate(batch, block.number(l + r), block.head()) : A(1);
       }
       const V own = load(factor + l);
       for (int d = 0; d < value_dim_; d += kSide) {
@@ -75,23 +78,26 @@ class Outputs {
   }
 
   // o = g ((1 - u) w + u v)
-  HW_NOINLINE void write_row(const Block& block, int64_t batch, int i, A* w, A* v_row) const {
+  template <class Source>
+  HW_NOINLINE void write_row(const Block<Source>& block, int64_t batch, int i, A* w,
+                             A* v_row) const {
     const int64_t row = block.result(i);
+    const int h = block.head();
     if (p_.w) {
       const Ref<T, 4> to = p_.w.template as<T>();
-      narrow(to.at(batch, row, block.head), w, value_dim_, to.stride[3]);
+      narrow(to.at(batch, row, h), w, value_dim_, to.stride[3]);
     }
     if (p_.identity_mix) {
-      const A u = p_.identity_mix.template as<const A>()(batch, block.head);
-      widen(v_row, v_.at(batch, block.row(i), block.head / p_.group()), value_dim_, v_.stride[3]);
+      const A u = p_.identity_mix.template as<const A>()(batch, h);
+      widen(v_row, v_.at(batch, block.token(i), block.item.key_head), value_dim_, v_.stride[3]);
       for (int d = 0; d < value_dim_; ++d) w[d] = (1 - u) * w[d] + u * v_row[d];
     }
     if (p_.head_gate) {
-      const A g = p_.head_gate.template as<const A>()(batch, block.row(i), block.head);
+      const A g = p_.head_gate.template as<const A>()(batch, block.number(i), h);
       for (int d = 0; d < value_dim_; ++d) w[d] *= g;
     }
     const Ref<T, 4> o = p_.o.template as<T>();
-    narrow(o.at(batch, row, block.head), w, value_dim_, o.stride[3]);
+    narrow(o.at(batch, row, h), w, value_dim_, o.stride[3]);
   }
 
  private:

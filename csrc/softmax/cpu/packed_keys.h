@@ -31,10 +31,10 @@ class PackedKeys {
     made_.reserve(2 * tiles_);
   }
 
-  // From here on the keys are those that the block sees.
-  HW_NOINLINE void move_to(const Block& block, int key_head) {
-    if (batch_ == block.at.batch && first_ == block.at.k_begin && head_ == key_head) return;
-    batch_ = block.at.batch, first_ = block.at.k_begin, head_ = key_head;
+  // From here on the keys are those of the work item, of its whole sequence.
+  HW_NOINLINE void move_to(const WorkItem& w) {
+    if (batch_ == w.at.batch && first_ == w.at.k_begin && head_ == w.key_head) return;
+    batch_ = w.at.batch, first_ = w.at.k_begin, head_ = w.key_head;
     std::fill_n(made_.data(), 2 * tiles_, char{0});
   }
 

@@ -66,6 +66,20 @@ HW_INLINE Vec<A> top_of(const A* s, int n, Vec<A> top) {
   return larger(larger(some[0], some[1]), larger(some[2], some[3]));
 }
 
+// tilt += e (s - shift), 0 for e = 0
+template <class A>
+HW_INLINE void add_tilt(const A* s, Vec<A> shift, Vec<A> e, A* sum) {
+  const Vec<A> d = load(s) - shift;
+  store(sum, load(sum) + e * (d < A(-1e4) ? Vec<A>{} : d));
+}
+
+template <class A>
+HW_NOINLINE void add_squares(const A* e, int n, A* sum) {
+  Vec<A> total = load(sum);
+  for (int j = 0; j < n; ++j) total = fma(load(e + j * kRows), load(e + j * kRows), total);
+  store(sum, total);
+}
+
 // e^x of weights that will be multiplied as T.
 template <class T>
 HW_INLINE Vec<Accum<T>> weight_exp(Vec<Accum<T>> x) {

@@ -33,15 +33,17 @@ namespace {
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-template <class T>
+template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScore>
 class Tile {
  public:
+  using Block = softmax::Block<Source>;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  HW_NOINLINE explicit Tile(const ScoreParams& p)
+  HW_NOINLINE explicit Tile(const ScoreParams& p, const Score& score = {})
       : p_(p),
+        score_(score),
         q_(p.q.as<const T>()),
         k_(p.k.as<const T>()),
         bias_(p.bias.as<const T>()),
@@ -86,9 +88,9 @@ class Tile {
     const A scale = static_cast<A>(p_.scale);
     for (int i = 0; i < block.count(); ++i) {
       factor_[i] =
-          temperature_ ? scale * temperature_(block.at.batch, block.row(i), block.head) : scale;
-      const int64_t in_sequence = block.place(i);
-      gain_rows_[i] = in_sequence >= p_.gain_begin && in_sequence < p_.gain_end ? A(1) : A(0);
+          temperature_ ? scale * temperature_(block.batch(), block.number(i), block.head()) : scale;
+      const int64_t position = block.position(i);
+      gain_rows_[i] = position >= p_.gain_begin && position < p_.gain_end ? A(1) : A(0);
     }
     for (int i = block.count(); i < width_; ++i) factor_[i] = gain_rows_[i] = 0;
     queries_.load(q_, block, width_, kPaired<T> ? nullptr : factor_);
@@ -117,34 +119,37 @@ class Tile {
     if (masked) find_limits(keys);
     if (!shapes_scores()) {
       if (x != s) copy(keys, x, s);
-      put_self(block_, keys, s, kSelf<A>);
-      if (masked) hide(keys, s);
-      return;
+      return finish(keys, masked, s);
     }
     if (only_bias()) {
       if (x != s) copy(keys, x, s);
       transpose_bias<true>(keys, s);
-      if (masked) hide(keys, s);
-      return;
+      return finish(keys, masked, s);
     }
     if (bias_) transpose_bias<false>(keys, bias_tile_);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const int64_t at = (j - keys.begin) * kRows;
-      const A gain = gain_of(j), added = key_bias_ ? key_bias_of(j) : A(0);
+      const A gain = number_of(key_gain_, j), added = number_of(key_bias_, j);
       for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
         const V y = shape_.capped(load(x + at + l));
         const V sum = bias_ ? load(bias_tile_ + at + l) + added : splat(added);
         store(s + at + l, key_gain_ ? shape_.score(y, in_gain_rows(gain, l), sum) : y + sum);
       }
     }
-    if (masked) hide(keys, s);
+    finish(keys, masked, s);
+  }
+
+  // ds of scores that are set: they are constants.
+  void clear_set(const Range& keys, A* ds) const {
+    if constexpr (Score::kSets)
+      if (score_.sets()) set_scores(block_, score_, keys, ds, A(0));
   }
 
   // dx from ds in place; x as products() left it. `d_gain`: per key of the tile, added to, or null.
   HW_NOINLINE void chain(const Range& keys, const A* x, A* ds, A* d_gain) {
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const int64_t at = (j - keys.begin) * kRows;
-      const A gain = gain_of(j);
+      const A gain = number_of(key_gain_, j);
       V total{};
       for (int l = lanes_.begin; l < lanes_.end; l += kLanes<A>) {
         const V y = shape_.capped(load(x + at + l)), g = load(gain_rows_ + l),
@@ -174,12 +179,15 @@ class Tile {
   }
   int rows() const { return std::min(lanes_.end, block_.count()) - lanes_.begin; }
 
-  int key_head() const { return block_.head / p_.group(); }
-
  private:
-  Rows<T> key_rows(const Range& keys) const {
-    return {k_,         block_.at.batch, block_.key(keys.begin), static_cast<int>(keys.count()),
-            key_head(), k_buffer_};
+  Rows<T> key_rows(const Range& keys) {
+    return rows_of_keys(k_, block_, block_.key_batch(), keys, k_buffer_, apart_);
+  }
+
+  HW_INLINE void finish(const Range& keys, bool masked, A* s) {
+    if constexpr (Score::kSets)
+      if (score_.sets()) set_scores(block_, score_, keys, s, A(Score::kSetScore));
+    if (masked) hide(keys, s);
   }
 
   // What products with q have to be multiplied by still.
@@ -190,12 +198,13 @@ class Tile {
       return NoFactors{};
   }
 
-  A gain_of(int64_t j) const {
-    return key_gain_ ? key_gain_(block_.at.batch, block_.head, block_.key(j)) : A(0);
+  // Of a key; 0 where it has none.
+  A number_of(const Ref<const A, 3>& numbers, int64_t j) const {
+    const int64_t key = numbers ? block_.key_number(j) : kZeroKey;
+    return key < 0 ? A(0) : numbers(block_.batch(), block_.head(), key);
   }
   // Of lanes: the gain, 0 for rows that it is not for, whatever it is.
   V in_gain_rows(A gain, int l) const { return load(gain_rows_ + l) > A(0) ? splat(gain) : V{}; }
-  A key_bias_of(int64_t j) const { return key_bias_(block_.at.batch, block_.head, block_.key(j)); }
 
   HW_NOINLINE void copy(const Range& keys, const A* x, A* s) {
     for (int64_t j = 0; j < keys.count(); ++j)
@@ -212,10 +221,14 @@ class Tile {
     int64_t ld = kKeys;
     for (int r = 0; r < rows(); ++r) {
       const int i = lanes_.begin + r;
-      const T* row = bias_.at(block_.at.batch, block_.head, block_.place(i), keys.begin);
+      if (!block_.source->keys_in_order()) {
+        gather_bias(keys, block_.position(i), bias_rows_ + r * kKeys);
+        continue;
+      }
+      const T* row = bias_.at(block_.batch(), block_.head(), block_.position(i), keys.begin);
       if (bias_.stride[3] == 1) prefetch(row + kKeys, kKeys * static_cast<int64_t>(sizeof(T)));
-      if constexpr (std::is_same_v<T, A>) {
-        if (bias_.stride[3] == 1 && !block_.places) {
+      if constexpr (std::is_same_v<T, A> && Source::kInOrder) {
+        if (bias_.stride[3] == 1) {
           if (r == 0) from = row, ld = bias_.stride[2];
           continue;
         }
@@ -223,6 +236,15 @@ class Tile {
       widen(bias_rows_ + r * kKeys, row, n, bias_.stride[3]);
     }
     hw::transpose<kAdd>(from, ld, rows(), n, to + lanes_.begin, kRows);
+  }
+
+  // Bias of a row where keys are anywhere.
+  HW_NOINLINE void gather_bias(const Range& keys, int64_t row, A* to) const {
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      const int64_t key = block_.key_position(j);
+      to[j - keys.begin] =
+          key < 0 ? A(0) : static_cast<A>(bias_(block_.batch(), block_.head(), row, key));
+    }
   }
 
   // Lane i sees the keys [first_[i], last_[i]) of the tile.
@@ -248,6 +270,7 @@ class Tile {
   }
 
   const ScoreParams& p_;
+  const Score score_;
   const Ref<const T, 4> q_, k_, bias_;
   const Ref<const A, 3> key_bias_, key_gain_, temperature_;
   const ScoreShape<A> shape_;
@@ -258,6 +281,7 @@ class Tile {
   int width_ = 0;
   Lanes lanes_{};
   E *k_buffer_, *tile_buffer_ = nullptr;
+  const T* apart_[kKeys];  // where keys of the tile are, if they are gathered
   A *bias_rows_ = nullptr, *bias_tile_ = nullptr;
   alignas(64) A factor_[kRows], gain_rows_[kRows], first_[kRows], last_[kRows];
 };
@@ -278,18 +302,20 @@ class Replay {
   Replay(const ScoreParams& p, const Ref<const void, 3>& row, const Ref<const void, 3>& rest)
       : p_(p), row_(row.as<const A>()), rest_(rest.as<const A>()) {}
 
-  HW_NOINLINE void load_rows(const Block& block, int width) {
+  template <class Source>
+  HW_NOINLINE void load_rows(const Block<Source>& block, int width) {
     for (int i = 0; i < width; ++i) {
       const Statistic of_row = i < block.count() ? of(block, i) : Statistic{};
       row_of_[i] = of_row.row, rest_of_[i] = of_row.rest;
     }
   }
 
-  HW_NOINLINE Statistic of(const Block& block, int i) const {
-    const A row = row_ ? row_(block.at.batch, block.head, block.result(i)) : A(1);
+  template <class Source>
+  HW_NOINLINE Statistic of(const Block<Source>& block, int i) const {
+    const A row = row_ ? row_(block.batch(), block.head(), block.result(i)) : A(1);
     if (is_softmax(p_.activation)) {
       if (std::abs(row) == kInfinity<A>) return {kInfinity<A>, 0};
-      return {row, rest_ ? rest_(block.at.batch, block.head, block.result(i)) : A(0)};
+      return {row, rest_ ? rest_(block.batch(), block.head(), block.result(i)) : A(0)};
     }
     if (p_.normalizer == Normalizer::none) return {1};
     if (p_.normalizer == Normalizer::sum) return {row != 0 && row < kInfinity<A> ? 1 / row : A(0)};

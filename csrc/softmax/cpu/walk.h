@@ -43,14 +43,15 @@ class Cotangents {
   const E* over_rows() { return rows_.over_rows(); }  // d_w [steps(rows), padded()]
 
   // Loads d_w and the row statistics; false if nothing flows back through the block.
-  HW_NOINLINE bool load_rows(const Block& block, int width) {
+  template <class Source>
+  HW_NOINLINE bool load_rows(const Block<Source>& block, int width) {
     alignas(64) A factor[kRows];
     for (int i = 0; factor_ && i < block.count(); ++i)
-      factor[i] = factor_(block.at.batch, block.row(i), block.head);
+      factor[i] = factor_(block.batch(), block.number(i), block.head());
     rows_.load(d_w_, block, width, factor_ ? factor : nullptr);
     bool some = rows_.any();
     for (int i = 0; i < block.count(); ++i) {
-      delta_of_[i] = delta_(block.at.batch, block.head, block.result(i));
+      delta_of_[i] = delta_(block.batch(), block.head(), block.result(i));
       some |= delta_of_[i] != 0;
     }
     if (!some) return false;
@@ -60,15 +61,17 @@ class Cotangents {
   }
 
   // p in place of s, and ds.
-  HW_NOINLINE void gradients(const Block& block, const Range& keys, int key_head,
-                             const Lanes& lanes, A* s, A* ds) {
+  template <class Source>
+  HW_NOINLINE void gradients(const Block<Source>& block, const Range& keys, const Lanes& lanes,
+                             A* s, A* ds) {
     const int n = static_cast<int>(keys.count());
     const bool soft = is_softmax(p_.activation);
     if (soft)
       replay_.weights(n, lanes, s);
     else
       replay_.weights_and_slopes(n, lanes, s, slope_);
-    const Rows<T> v{v_, block.at.batch, block.key(keys.begin), n, key_head, v_buffer_};
+    const T* apart[kKeys];
+    const Rows<T> v = rows_of_keys(v_, block, block.key_batch(), keys, v_buffer_, apart);
     multiply<false>(n, lanes.count(), steps<E>(value_dim_), over_width(v),
                     rows_.over_width() + lanes.begin, kRows, ds + lanes.begin, kRows);
     const A* slope = soft ? s : slope_;
@@ -100,17 +103,21 @@ inline bool shares_bias(const BackwardParams& p) {
 }
 
 // d_bias of a tile, of `rows` rows from the lane `first` on: added to, in whatever shape it has.
-template <class A>
-HW_NOINLINE void add_bias_gradient(const Ref<void, 4>& d_bias, const Block& block,
+template <class Source, class A>
+HW_NOINLINE void add_bias_gradient(const Ref<void, 4>& d_bias, const Block<Source>& block,
                                    const Range& keys, int first, int rows, const A* ds) {
   const Ref<A, 4> to = d_bias.as<A>();
+  const bool in_order = block.source->keys_in_order();
   for (int i = first; i < first + rows; ++i) {
-    A* row = to.at(block.at.batch, block.head, block.place(i), keys.begin);
-    for (int64_t j = 0; j < keys.count(); ++j) row[j * to.stride[3]] += ds[j * kRows + i];
+    A* row = to.at(block.batch(), block.head(), block.position(i), in_order ? keys.begin : 0);
+    for (int64_t j = 0; j < keys.count(); ++j) {
+      const int64_t key = in_order ? j : block.key_position(keys.begin + j);
+      if (in_order || key >= 0) row[key * to.stride[3]] += ds[j * kRows + i];
+    }
   }
 }
 
-// Rows of d_k and d_v where a task adds to them.
+// Rows of d_k and d_v where a task adds to them, by key slot; who owns them adds them to tokens.
 template <class A>
 struct KeySums {
   A *d_k, *d_v;  // of the first key of the span
@@ -124,15 +131,16 @@ struct KeySums {
 };
 
 // The loop over one block's keys.
-template <class T>
+template <class T, SortedSource Source = DenseSource, ScoreKind Score = FullScore>
 class BlockGradients {
  public:
+  using Block = softmax::Block<Source>;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
 
-  HW_NOINLINE explicit BlockGradients(const BackwardParams& p)
-      : p_(p), padded_(round_up(p.dim(), kLanes<A>)), tile_(p), cotangents_(p) {
+  HW_NOINLINE explicit BlockGradients(const BackwardParams& p, const Score& score = {})
+      : p_(p), padded_(round_up(p.dim(), kLanes<A>)), tile_(p, score), cotangents_(p) {
     Scratch& scratch = Scratch::of_thread();
     x_ = scratch.take<A>(kTile);
     s_ = scratch.take<A>(kTile);
@@ -144,8 +152,9 @@ class BlockGradients {
   // Scratch memory that the constructor takes.
   static int64_t bytes(const BackwardParams& p) {
     const int padded = round_up(p.dim(), kLanes<A>);
-    return Tile<T>::bytes(p) + Cotangents<T>::bytes(p) + 3 * Scratch::bytes_of<A>(kTile) +
-           Scratch::bytes_of<A>(kRows * padded) + Scratch::bytes_of<A>(padded);
+    return Tile<T, Source, Score>::bytes(p) + Cotangents<T>::bytes(p) +
+           3 * Scratch::bytes_of<A>(kTile) + Scratch::bytes_of<A>(kRows * padded) +
+           Scratch::bytes_of<A>(padded);
   }
 
   A* d_q() { return d_q_; }  // [rows, padded], still to be multiplied by scale tau
@@ -174,8 +183,8 @@ class BlockGradients {
     const int64_t skipped = lanes.begin / kDepth<E>;  // rows of the operands over rows
     tile_.products(keys, x_);
     tile_.scores(keys, x_, s_);
-    cotangents_.gradients(block, keys, tile_.key_head(), lanes, s_, ds_);
-    put_self(block, keys, ds_, A(0));
+    cotangents_.gradients(block, keys, lanes, s_, ds_);
+    tile_.clear_set(keys, ds_);
     const int64_t at = keys.begin - first;
     if (p_.d_v)
       multiply<true>(n, cotangents_.padded(), steps<E>(rows), tile_.p_over_rows(s_, n),
@@ -199,7 +208,8 @@ class BlockGradients {
       V total{};
       for (int l = tile_.lanes().begin; l < tile_.lanes().end; l += kLanes<A>)
         total += load(ds_ + (j - keys.begin) * kRows + l);
-      to(block.at.batch, block.head, block.key(j)) += sum<A>(total);
+      if (const int64_t key = block.key_number(j); key >= 0)
+        to(block.batch(), block.head(), key) += sum<A>(total);
     }
   }
 
@@ -208,12 +218,13 @@ class BlockGradients {
     tile_.chain(keys, x_, ds_, d_gain);
     const Ref<A, 3> to = p_.d_key_gain.template as<A>();
     for (int64_t j = keys.begin; to && j < keys.end; ++j)
-      to(block.at.batch, block.head, block.key(j)) += d_gain[j - keys.begin];
+      if (const int64_t key = block.key_number(j); key >= 0)
+        to(block.batch(), block.head(), key) += d_gain[j - keys.begin];
   }
 
   const BackwardParams& p_;
   const int padded_;  // D in whole vectors
-  Tile<T> tile_;
+  Tile<T, Source, Score> tile_;
   Cotangents<T> cotangents_;
   A *x_, *s_, *ds_, *d_q_, *row_;
   const E *q_ = nullptr, *d_w_ = nullptr;  // of the block, [steps(rows), padded]
