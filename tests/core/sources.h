@@ -77,7 +77,7 @@ static_assert(SortedSource<ZerosThenPages>);
 
 // The score on the diagonal is a constant, if so wanted.
 struct DiagonalScore : FullScore {
-  static constexpr bool kSets = true;
+  static constexpr bool kSoftmax = true, kSets = true;
   static constexpr double kSetScore = -1.5;
   bool some = false;
 
