@@ -71,7 +71,7 @@ struct ApplyKernel {
     Smem& smem;
     Stream stream;
     int strip, column;  // the warp's rows of a chunk and its first column within the block
-    State<Element, kWarps> state;
+    State<Element> state;
     float y[kGroups][2][4];  // tokens of the strip x columns 16 i + 8 j .. + 7 of the warp
     float z[4];              // the strip's row sums, spread over the columns
 
@@ -93,17 +93,20 @@ struct ApplyKernel {
     // c S of the blocks of a pass, and with the first c n, for all warps.
     template <int kPass>
     HW_DEVICE HW_INLINE void publish() {
-      for_each_block([&](auto block) {
-        constexpr int r = block;
-        if constexpr (r / kPublished == kPass) {
+      HW_UNROLL
+      for (int k = 0; k < state.kOwn; ++k) {
+        const int r = state.block(k);
+        if (!state.has(k) || r / kPublished != kPass) continue;
+        HW_UNROLL
+        for (int group = 0; group < state.kGroups; ++group) {
           Operand operand;
-          state_operand<r>(operand.b);
-          Published& to = smem.s[r % kPublished][dev::warp()];
+          state_operand(operand.b, k, group);
+          Published& to = smem.s[r % kPublished][state.column() / 16 + group];
           HW_UNROLL
           for (int i = 0; i < Published::kParts; ++i)
             memcpy(&to.at[i][dev::lane()], reinterpret_cast<const char*>(&operand) + 16 * i, 16);
         }
-      });
+      }
       if constexpr (!kQueries && kPass == 0) publish_sums();
     }
 
@@ -149,19 +152,18 @@ struct ApplyKernel {
       });
     }
 
-    // c S of block r as B: (slots 2t, 2t+1 | + 8; column 8 j + g).
-    template <int r>
-    HW_DEVICE HW_INLINE void state_operand(Pair<Element> b[2][2]) {
+    // c S of 16 columns of the warp's block k as B: (slots 2t, 2t+1 | + 8; column 8 j + g).
+    HW_DEVICE HW_INLINE void state_operand(Pair<Element> b[2][2], int k, int group) {
       const Coefficients c = coefficients(p.scale);
-      const float low = c.template at<r>(0), high = c.template at<r>(1);
+      const bool products = state.block(k) == kProducts;
+      const float low = c.at(state.block(k), 0), high = c.at(state.block(k), 1);
       HW_UNROLL
       for (int j = 0; j < 2; ++j) {
-        const float* s0 = &state.s[r][0][2 * j];
-        const float* s1 = &state.s[r][1][2 * j];
+        const float* s0 = &state.s[k][group][0][2 * j];
+        const float* s1 = &state.s[k][group][1][2 * j];
+        const float rest = s1[0] - P::widen(P::round(s1[0], 0.0f)).lo;
         b[j][0] = P::round(s0[0] * low, s0[1] * low);
-        float second = s1[1] * high;
-        if constexpr (r == kProducts) second = s1[0] - P::widen(P::round(s1[0], 0.0f)).lo;
-        b[j][1] = P::round(s1[0] * high, second);
+        b[j][1] = P::round(s1[0] * high, products ? rest : s1[1] * high);
       }
     }
 
@@ -189,11 +191,10 @@ struct ApplyKernel {
         for (int group = 0; group < kGroups; ++group) {
           uint32_t word[4];
           Pair<Element> x[4];
-          values_by_tokens(word, s.x, keys, column + 16 * group);
+          tokens_of_values(word, s.x, keys, column + 16 * group);
           for (int i = 0; i < 4; ++i) x[i] = P::exact(word[i]);
-          const Pair<Element> left[2] = {x[0], x[2]}, right[2] = {x[1], x[3]};
-          P::mma(y[group][0], operand, left);
-          P::mma(y[group][1], operand, right);
+          P::mma(y[group][0], operand, x);
+          P::mma(y[group][1], operand, x + 2);
         }
         if constexpr (!kQueries) add_row_sums(operand);
       }
@@ -266,14 +267,16 @@ struct ApplyKernel {
 
     // c n in three parts: B of  Phi(a) n.
     HW_DEVICE HW_INLINE void publish_sums() {
+      if (state.column() != 0) return;
       const int g = dev::lane() / 4, t = dev::lane() % 4;
-      for_each_block([&](auto block) {
-        constexpr int r = block;
-        if (r % kWarps != dev::warp()) return;
+      HW_UNROLL
+      for (int k = 0; k < state.kOwn; ++k) {
+        const int r = state.block(k);
+        if (!state.has(k)) return;
         HW_UNROLL
         for (int h = 0; h < 2; ++h) {
-          const float* n = &state.n[r / kWarps][2 * h];
-          float here = (n[0] + n[1]) * coefficients(p.scale).template at<r>(h);
+          const float* n = &state.n[k][2 * h];
+          float here = (n[0] + n[1]) * coefficients(p.scale).at(r, h);
           if (r == kProducts && h == 1 && g != 0) here = 0.0f;
           float next = dev::shuffle_down(here, 4);
           if (t != 0 || g % 2 != 0) continue;
@@ -285,15 +288,15 @@ struct ApplyKernel {
             next -= P::widen(rounded).hi;
           }
         }
-      });
+      }
     }
 
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
       smem.chunks.features.template fill<kThreads>(p.dim());
       dev::sync_block();
-      state.template load<true>(p.before, index, stream.walk.state_head,
-                                stream.first + dev::warp() * 16, smem.chunks.features, factors_in(p.scale, kQueries));
+      state.template load<true>(p.before, index, stream.walk.state_head, stream.first,
+                                smem.chunks.features, factors_in(p.scale, kQueries));
       if constexpr (!kQueries) {
         for (int i = dev::thread_index(); i < Smem::kPieces * Smem::kPitch; i += kThreads)
           smem.n[i / Smem::kPitch][i % Smem::kPitch] = P::zero();
@@ -306,8 +309,8 @@ struct ApplyKernel {
     HW_DEVICE HW_INLINE void finish() {
       if (!kQueries && stream.walk.head % p.group != 0) return;
       state.template store<true>(p.after, stream.walk.segment.sequence, stream.walk.state_head,
-                                 stream.first + dev::warp() * 16, smem.chunks.features,
-                                 factors_out(p.scale, kQueries), stream.first == 0);
+                                 stream.first, smem.chunks.features,
+                                 factors_out(p.scale, kQueries));
     }
   };
 
@@ -358,7 +361,7 @@ struct TotalsKernel {
     // Blocks are per key head: a walk over keys of one head, or over the queries of its group.
     if (!find_chunks<kQueries>(smem.walk, p, kQueries ? p.group : 1)) return;
     const Stream stream{p, smem, walk, dev::block_index_z() * kDim};
-    State<Element, kWarps> state;
+    State<Element> state;
     state.clear();
     stream.prefetch(Item{});
     smem.features.template fill<kThreads>(p.dim());
@@ -369,9 +372,8 @@ struct TotalsKernel {
       stream.turn(item);
       stream.template add<true>(state, item);
     }
-    state.template store<true>(p.after, dev::block_index_x(), walk.state_head,
-                               stream.first + dev::warp() * 16, smem.features,
-                               factors_out(p.scale, kQueries), stream.first == 0);
+    state.template store<true>(p.after, dev::block_index_x(), walk.state_head, stream.first,
+                               smem.features, factors_out(p.scale, kQueries));
   }
 };
 
