@@ -7,21 +7,20 @@
 //   over queries   y = dk   u = v,  x = do   (<v_i, do_j> + delta_j) / z_j
 // with delta = -<do, o> of the query, and dz = delta / z. (dv is ApplyKernel over queries.)
 //
-// A block owns all columns of v and one segment of one head; its warps share the columns, 16 each,
-// and every warp has the state of its columns in registers, as in _sm80_forward.cuh but with the
-// slots as rows, because now the columns of v are summed over:
+// A block owns all columns of v and one segment of one head. Its warps share the slots of 64
+// columns (_sm80_state.cuh) with the slots as rows, because now the columns of v are summed over:
 //
-//   earlier chunks   D [64, 160] = U [64, 16] S^T [16, 160] (+ n delta, by one warp per strip)
-//                    is the gradient of Phi(a); it is chained to a block by block in registers,
-//                    for the products x_c x_{c + r}:
+//   earlier chunks   D [64, 16] = U [64, 64] S^T [64, 16] (+ n delta), of the slots of a block r,
+//                    is the gradient of 16 features of a; it is chained to a in registers, for the
+//                    products x_c x_{c + r}:
 //                      y_c += D_c x_{c + r}           elementwise with the rotated fragment
 //                      y_{c + r} += D_c x_c           a product with the permutation c -> c + r,
 //                                                     which an mma does without leaving the warp
 //   this chunk       ((U X^T + delta) w'(s)) b        strips of 16 rows, one per warp
-//   state            S [160, 16] += Phi(b)^T [160, 64] x [64, 16]
+//   state            S [160, 64] += Phi(b)^T [160, 64] x [64, 64]
 //   sum over warps   [64, 16] each, through shared memory, in the order of the warps
 //
-// The factor 2 of the squares' derivative is in their coefficient. More than kDim columns are done
+// More than kDim columns are done
 // in slices, one launch after another, that add to sums in the workspace. Traffic per token and
 // head: 2 (3 16 + 2 Dv) bytes each for dq and dk, 2 (2 16 + 2 Dv) for dv.
 #pragma once
@@ -159,7 +158,7 @@ struct GradientKernel {
     template <class S>
     HW_DEVICE HW_INLINE void read_strips(float y[kTogether][2][4], const S& s, int first_strip) {
       // Read anew: with c in registers the compiler would round the state once for all strips, and
-      // keep 80 more registers alive.
+      // keep the rounded one in registers.
       const Coefficients factors = smem.c;
       HW_UNROLL
       for (int k = 0; k < state.kOwn; ++k) {
@@ -167,11 +166,13 @@ struct GradientKernel {
         Pair<Element> operand[state.kGroups][2][2], turn[2];
         state_operand(operand, k, factors);
         permutation(turn, state.block(k));
+        float n[4];
+        load_sums(n, k);
         HW_UNROLL
         for (int i = 0; i < kTogether; ++i) {
           float d[2][4];
           uint32_t mine[4], other[4];
-          feature_gradient(d, s, operand, k, first_strip + i);
+          feature_gradient(d, s, operand, n, first_strip + i);
           factors_of(mine, other, k, first_strip + i);
           chain(y[i], d, mine, other, turn);
         }
@@ -200,22 +201,24 @@ struct GradientKernel {
         turn[i] = P::round(source == 8 * i ? 1.0f : 0.0f, source == 8 * i + 1 ? 1.0f : 0.0f);
     }
 
-    // d = u S^T + e n: the gradient of the features of the warp's block k, of one strip; e = delta,
-    // over queries 1. n takes part once, in the first columns.
+    // n of the slots 2t, 2t+1 | + 8 of the warp's block k. It takes part once, in the first columns.
+    HW_DEVICE HW_INLINE void load_sums(float n[4], int k) {
+      const bool first = part == 0 && p.first == 0;
+      const float* from = smem.n + 16 * state.block(k) + 2 * (dev::lane() % 4);
+      HW_UNROLL
+      for (int i = 0; i < 4; ++i) n[i] = first ? from[(i & 2) * 4 + (i & 1)] : 0.0f;
+    }
+
+    // d = u S^T + e n: the gradient of the features of a block of slots, of one strip; e = delta,
+    // over queries 1.
     template <class S>
     HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const S& stage,
-                                              const Pair<Element> s[][2][2], int k, int i) {
-      const int g = dev::lane() / 4, t = dev::lane() % 4;
-      for (int e = 0; e < 8; ++e) d[e / 4][e % 4] = 0.0f;
-      if (part == 0 && p.first == 0) {
-        const float* delta = stage.scalars.delta + i * kRows;
-        const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];
-        HW_UNROLL
-        for (int e = 0; e < 8; ++e) {
-          const float n = smem.n[16 * state.block(k) + e / 4 * 8 + 2 * t + (e & 1)];
-          d[e / 4][e % 4] = n * (e & 2 ? high : low);
-        }
-      }
+                                              const Pair<Element> s[][2][2], const float n[4],
+                                              int i) {
+      const float* delta = stage.scalars.delta + i * kRows + dev::lane() / 4;
+      const float low = kQueries ? 1.0f : delta[0], high = kQueries ? 1.0f : delta[8];
+      HW_UNROLL
+      for (int e = 0; e < 8; ++e) d[e / 4][e % 4] = n[e / 4 * 2 + (e & 1)] * (e & 2 ? high : low);
       HW_UNROLL
       for (int group = 0; group < state.kGroups; ++group) {
         uint32_t word[4];

@@ -3,14 +3,16 @@
 //
 //   y_i = sum_j w(s_ij) x_j  [/ z_i]          s_ij = scale <a_i, b_j>
 //
-// which is the forward pass (over keys) and the gradient of v (over queries). A block of kWarps =
-// kDim / 16 warps owns kDim columns of one segment and head; each warp 16 columns of all 64 tokens
-// of a chunk, so that a warp's state stays in its registers and never meets shared memory:
+// which is the forward pass (over keys) and the gradient of v (over queries). A block owns kDim
+// columns of one segment and head. Its warps share the slots of the state for the sums
+// (_sm80_state.cuh) and the rows of a chunk for the reads, 16 rows x 64 columns each, so that the
+// features of a row and its scores are computed once (by two warps with 128 columns):
 //
-//   earlier chunks   Phi(a) [64, 160]  S [160, 16]          A from a tile by ldmatrix and products,
-//                                                           B = the accumulators of S^T, rounded
-//   this chunk       w(a b^T) [64, 64] x [64, 16]           scores as in flash attention
-//   state            S^T [16, 160] += x^T [16, 64] Phi(b) [64, 160]
+//   state            S^T [64, 160] += x^T [64, 64] Phi(b) [64, 160]    accumulators of all warps
+//   published        c S, rounded, in shared memory in the order of operands: 16 bytes of a lane
+//   earlier chunks   Phi(a) [16, 160]  S [160, 64]          A from a tile by ldmatrix and products,
+//                                                           B as it was published
+//   this chunk       w(a b^T) [16, 64] x [64, 64]           scores as in flash attention
 //   denominator      n in its accumulators; B of  Phi(a) n  is n split into three parts, so z has
 //                    fp32 accuracy with respect to n, and the rounding of Phi(a) and of w cancels
 //                    in the quotient: where v is constant, o is that constant
@@ -20,7 +22,8 @@
 // terms err independently; only the constant feature, which grows with the number of keys, is read
 // in two parts (_sm80_tile.cuh).
 //
-// Per block: 2 stages of tiles by cp.async, three barriers a chunk. Traffic per token and head:
+// Per block: 2 stages of tiles by cp.async, two barriers a chunk (f16: four, because the published
+// state comes in two halves). Traffic per token and head:
 // 2 (16 + 16 + Dv + Dv) bytes in this loop and 2 (16 + Dv) in the totals, of which there are none
 // where sequences and heads fill the device alone.
 #pragma once
@@ -353,7 +356,8 @@ struct TotalsKernel {
   using Stream = Chunks<Element, kDim, Loop::totals, kQueries>;
   using Smem = ChunkSmem<Element, kDim, Loop::totals, kQueries>;
   static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
-  static constexpr int kMinBlocks = kDim == 64 ? 3 : 1;
+  // tf32 operands are twice as wide.
+  static constexpr int kMinBlocks = kDim > 64 ? 1 : std::is_same_v<Element, bf16> ? 3 : 2;
 
   HW_DEVICE static void main(const Params& p) {
     Smem& smem = *dev::shared<Smem>();

@@ -174,8 +174,7 @@ struct State {
       if (!has(k)) continue;
       HW_UNROLL
       for (int h = 0; h < 2; ++h) {
-        f(n[k][2 * h], n[k][2 * h + 1], 16 * block(k) + 8 * h + dev::lane() / 4,
-          c.at(block(k), h));
+        f(n[k][2 * h], n[k][2 * h + 1], 16 * block(k) + 8 * h + dev::lane() / 4, c.at(block(k), h));
       }
     }
   }
@@ -215,9 +214,9 @@ struct State {
   }
 
   template <bool kByColumn, bool kQueries>
-  HW_DEVICE HW_INLINE void add_special(const Pair<Element> x[kGroups][4], const Pair<Element> own[4],
-                                       const Pair<Element> counted[4], const Pair<Element> e[2],
-                                       const float* factor, int strip) {
+  HW_DEVICE HW_INLINE void add_special(const Pair<Element> x[kGroups][4],
+                                       const Pair<Element> own[4], const Pair<Element> counted[4],
+                                       const Pair<Element> e[2], const float* factor, int strip) {
     constexpr int k = kOwn - 1;
     const float one = dev::lane() / 4 < 2 ? 1.0f : 0.0f;
     Pair<Element> ones[4], phi[4];

@@ -167,8 +167,7 @@ HW_DEVICE HW_INLINE void columns_by_tokens(uint32_t regs[4], const Turned<Elemen
 template <class Element>
 HW_DEVICE HW_INLINE void tokens_of_columns(uint32_t regs[4], const Turned<Element>& x, int strip) {
   const int lane = dev::lane(), part = lane / 8;
-  dev::load_matrix_x4(regs,
-                      &x.at[lane % 8 + (part & 2) * 4][strip * kRows + (part & 1) * 8]);
+  dev::load_matrix_x4(regs, &x.at[lane % 8 + (part & 2) * 4][strip * kRows + (part & 1) * 8]);
 }
 
 // B of the scores: regs[2 h], regs[2 h + 1] = (columns 2t, 2t+1 | + 8; token 8 h + g).
