@@ -91,7 +91,7 @@ struct GradientKernel {
   static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
   static constexpr int kParts = kWarps / kStrips;  // warps that share the columns of a strip
   // Strips that read the state together; one rounding of the state serves them. tf32 operands are
-  // twice as wide and leave registers for one.
+  // twice as wide and leave registers for two.
   static constexpr int kTogether = std::is_same_v<Element, bf16> ? 4 : 2;
 
   struct Smem {

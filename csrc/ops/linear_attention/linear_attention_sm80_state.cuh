@@ -61,7 +61,7 @@ HW_DEVICE HW_INLINE int slot_feature(int d, int slot) {
   return b < d ? quadratic_feature(d, a, b) : -1;
 }
 
-// The same of all slots, in shared memory: a thread needs it of 80 elements.
+// The same of all slots, in shared memory: a thread needs it of 96 elements.
 struct SlotFeatures {
   int16_t at[kSlots];
 
@@ -198,7 +198,7 @@ struct State {
       load_extra<kQueries>(e, strip * kRows, count, factor, delta);
       columns_by_tokens(word, b, strip, 0);
       for (int i = 0; i < 4; ++i) own[i] = P::exact(word[i]);
-      weigh<kQueries>(counted, own, factor + strip * kRows);
+      weigh<kQueries>(counted, own, factor, strip);
       HW_UNROLL
       for (int k = 0; k < kOwn - 1; ++k) {
         Pair<Element> phi[4], once[4];
@@ -213,6 +213,7 @@ struct State {
     }
   }
 
+  // The special block of the warp.
   template <bool kByColumn, bool kQueries>
   HW_DEVICE HW_INLINE void add_special(const Pair<Element> x[kGroups][4],
                                        const Pair<Element> own[4], const Pair<Element> counted[4],
@@ -225,12 +226,13 @@ struct State {
     P::mma(n[k], phi, e);
     if constexpr (kQueries) {
       Pair<Element> weighed[4];
-      weigh<kQueries>(weighed, ones, factor + strip * kRows);
+      weigh<kQueries>(weighed, ones, factor, strip);
       special_by_tokens<Element>(phi, own, counted, weighed, block(k));
     }
     add_columns<kByColumn>(k, phi, x);
   }
 
+  // S of the warp's block k.
   template <bool kByColumn>
   HW_DEVICE HW_INLINE void add_columns(int k, const Pair<Element> phi[4],
                                        const Pair<Element> x[kGroups][4]) {
@@ -242,15 +244,15 @@ struct State {
     }
   }
 
-  // x as pairs of tokens, times factor over queries.
+  // x as pairs of tokens of a strip, times factor over queries.
   template <bool kQueries>
   HW_DEVICE static HW_INLINE void weigh(Pair<Element> to[4], const Pair<Element> x[4],
-                                        const float* factor) {
+                                        const float* factor, int strip) {
     HW_UNROLL
     for (int i = 0; i < 4; ++i) {
       to[i] = x[i];
       if constexpr (kQueries) {
-        const float* f = factor + 2 * (dev::lane() % 4) + (i & 2) * 4;
+        const float* f = factor + strip * kRows + 2 * (dev::lane() % 4) + (i & 2) * 4;
         const Two two = P::widen(x[i]);
         to[i] = P::round(two.lo * f[0], two.hi * f[1]);
       }
