@@ -303,8 +303,6 @@ struct ApplyKernel {
       if constexpr (!kQueries) {
         for (int i = dev::thread_index(); i < Smem::kPieces * Smem::kPitch; i += kThreads)
           smem.n[i / Smem::kPitch][i % Smem::kPitch] = P::zero();
-        dev::sync_block();
-        publish_sums();
       }
     }
 
