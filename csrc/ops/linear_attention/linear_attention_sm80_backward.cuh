@@ -201,7 +201,7 @@ struct GradientKernel {
         turn[i] = P::round(source == 8 * i ? 1.0f : 0.0f, source == 8 * i + 1 ? 1.0f : 0.0f);
     }
 
-    // n of the slots 2t, 2t+1 | + 8 of the warp's block k. It takes part once, in the first columns.
+    // n of slots 2t, 2t+1 | + 8 of the warp's block k. It takes part once, in the first columns.
     HW_DEVICE HW_INLINE void load_sums(float n[4], int k) {
       const bool first = part == 0 && p.first == 0;
       const float* from = smem.n + 16 * state.block(k) + 2 * (dev::lane() % 4);
