@@ -39,14 +39,15 @@ DENSE = ".*Dense"
 NARROW, MEDIUM, WIDE = (f".*ListCut<{n}>" for n in (16, 64, 128))
 
 BUDGETS = (
-    Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 216, 128, 2, 42 * KIB, TENSOR),
-    Budget(SM80 + r"ApplyKernel<hw::bf16, 128,", 216, 256, 1, 58 * KIB, TENSOR),
-    Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 44 * KIB, (*TENSOR, "tf32")),
-    Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 60 * KIB, (*TENSOR, "tf32")),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 64,", 168, 128, 3, 30 * KIB, TENSOR),
-    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 176, 256, 1, 46 * KIB, TENSOR),
-    Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 240, 128, 2, 78 * KIB, TENSOR),
-    Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 240, 256, 1, 130 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::bf16, 64,", 240, 128, 2, 60 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::bf16, 128,", 240, 256, 1, 96 * KIB, TENSOR),
+    Budget(SM80 + r"ApplyKernel<hw::f16, 64,", 255, 128, 2, 63 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"ApplyKernel<hw::f16, 128,", 255, 256, 1, 99 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"TotalsKernel<hw::bf16, 64,", 168, 128, 3, 30 * KIB, TENSOR),
+    Budget(SM80 + r"TotalsKernel<hw::f16, 64,", 208, 128, 2, 30 * KIB, (*TENSOR, "tf32")),
+    Budget(SM80 + r"TotalsKernel<hw::b?f16, 128,", 208, 256, 1, 46 * KIB, TENSOR),
+    Budget(SM80 + r"GradientKernel<hw::b?f16, 64,", 255, 128, 2, 78 * KIB, TENSOR),
+    Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 255, 256, 1, 130 * KIB, TENSOR),
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),
     Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
     # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
@@ -92,10 +93,14 @@ class Work:
 FORWARD_128, FORWARD_64, BACKWARD = (4.5, 0.4), (5.5, 0.4), (5.0, 0.4)
 
 WORK = (
-    Work(SM80 + r"(Apply|Totals)Kernel<hw::bf16,", 6.9, 0.58),
-    Work(SM80 + r"(Apply|Totals)Kernel<hw::f16,", 9.2, 0.31),
-    Work(SM80 + r"GradientKernel<hw::bf16,", 13.6, 0.55),
-    Work(SM80 + r"GradientKernel<hw::f16,", 13.2, 0.29),
+    # the keys (first: the queries) added to the state; of gradients in f16, the state read
+    Work(SM80 + r"(Apply|Totals)Kernel<hw::bf16, (64|128), true>", 5.5, 0.56),
+    Work(SM80 + r"(Apply|Totals)Kernel<hw::bf16,", 3.6, 0.26),
+    Work(SM80 + r"(Apply|Totals)Kernel<hw::f16, (64|128), true>", 6.9, 0.28),
+    Work(SM80 + r"(Apply|Totals)Kernel<hw::f16,", 5.2, 0.13),
+    Work(SM80 + r"GradientKernel<hw::bf16, (64|128), true>", 5.2, 0.41),
+    Work(SM80 + r"GradientKernel<hw::bf16,", 3.2, 0.26),
+    Work(SM80 + r"GradientKernel<hw::f16,", 8.8, 0.43),
     # fed with lists
     Work(
         LIST80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + NARROW, 12.1, 1.28, 2

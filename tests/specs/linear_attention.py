@@ -150,7 +150,7 @@ CASES = (
         for c in (True, False)
         for i in (True, False)
     ),
-    case(lengths=(3, 600, 17), H=1, Hq=2, Dv=16, state_in=True, state_out=True),
+    case(lengths=(3, 2000, 17), H=1, Hq=2, Dv=16, state_in=True, state_out=True),
     case(lengths=(9, 30), feature_map="elu1", normalize=False, state_in=True),
     case(lengths=(), state_out=True, label="none"),
     case(lengths=(0,), state_out=True, state_in=True),
@@ -187,6 +187,9 @@ EMULATOR_CASES = (
     case(S=33, H=1, D=1, Dv=8, feature_map="relu"),
     case(lengths=(100, 0, 260, 33), H=1, Dv=8, causal=False, state_out=True),
     case(lengths=(70, 9), H=1, Dv=8),
+    # Long enough to be cut (linear_attention_plan.h).
+    case(S=1300, H=1, Dv=24, state_in=True, state_out=True),
+    case(lengths=(1400, 5, 500), H=1, Hq=2, Dv=8, state_in=True, state_out=True),
     # Options that meet in pairs: maps beyond D = 32, groups of heads, scales of any sign, sliced
     # states, packed sequences that are cut.
     *(case(S=33, H=1, D=40, Dv=8, feature_map=m, state_out=True) for m in ("elu1", "relu")),

@@ -103,9 +103,59 @@ HW_HOST_DEVICE inline int64_t direct_limit(const CallSizes& s) {
   return min_of(max_of(limit, kChunk), kDirectTokens);
 }
 
+// ---- When to cut --------------------------------------------------------------------------------
+//
+// The device holds `resident` blocks at a time and runs others in rounds behind them. In rows that
+// a block walks, with F' what the traffic of a segment's state is worth:
+//
+//   single   rounds(blocks) S                       blocks: sequences x key heads x slices
+//   split    rounds(blocks c) (L + L / 2 + F') + launches        c segments of L = S / c rows
+//   full     single without a mask: has totals too, of all rows
+//
+//   L / 2    a walk reads q, k, v and writes o, totals read k and v: half of the bytes
+//   F'       a state of F (Dv + 1) floats is written by the totals, read and written by the prefix
+//            and read by the walk: 16 F (Dv + 1) bytes, where a row is 4 (D + Dv) of 16 bits
+// Where the blocks fill the device, cuts gain nothing. A block alone on its multiprocessor is taken
+// to be as fast as one beside others; it is faster, by how much is not known, so that whole calls
+// that fill half of the device may be a little better than this says.
+inline constexpr int64_t kLaunchRows = 256;  // two launches more, of about 3 us each
+
+inline int64_t state_rows(const CallSizes& s) {
+  return 4 * static_cast<int64_t>(s.features) * (s.value_dim + 1) /
+         max_of<int64_t>(s.dim + s.value_dim, 1);
+}
+
+// Rows of time of `blocks` blocks with `rows` rows each.
+inline int64_t time_of(const CallSizes& s, int64_t resident, int64_t blocks, int64_t rows,
+                       bool totals) {
+  const int64_t each = rows + (totals ? rows / 2 + state_rows(s) : 0);
+  return ceil_div(blocks, resident) * each + (totals ? kLaunchRows : 0);
+}
+
+// Rows of a segment; all tokens: not cut. Where packed sequences begin is not known here: the
+// longest is taken to have twice its share of the tokens.
+inline int64_t segment_of(const CallSizes& s, int64_t slices, int64_t resident) {
+  const int64_t tokens = max_of<int64_t>(s.tokens, 1), sequences = max_of<int64_t>(s.sequences, 1);
+  const int64_t heads = max_of<int64_t>(s.key_heads * slices, 1), blocks = sequences * heads;
+  if (blocks >= resident) return tokens;
+  const int64_t longest = s.packed ? min_of(tokens, 2 * ceil_div(tokens, sequences)) : tokens;
+  const int64_t most = ceil_div(resident, s.packed ? heads : blocks);
+  int64_t best = tokens, least = time_of(s, resident, blocks, longest, !s.causal);
+  for (int64_t cuts = 2; cuts <= most; ++cuts) {
+    const int64_t length = round_up(ceil_div(tokens, cuts), kChunk);
+    if (length >= tokens) continue;
+    const int64_t segments =
+        s.packed ? tokens / length + sequences : sequences * ceil_div(tokens, length);
+    const int64_t time = time_of(s, resident, segments * heads, length, true);
+    if (time < least) best = length, least = time;
+  }
+  return best;
+}
+
 // `slices`: blocks that share one segment of one key head. `direct_rows`: rows of one block in the
-// direct schedule.
-inline Plan make_plan(const CallSizes& s, int64_t slices, int64_t direct_rows) {
+// direct schedule. `side_by_side`: blocks that a multiprocessor holds.
+inline Plan make_plan(const CallSizes& s, int64_t slices, int64_t direct_rows,
+                      int64_t side_by_side = 2) {
   Plan p;
   p.packed = s.packed;
   p.causal = s.causal;
@@ -114,13 +164,8 @@ inline Plan make_plan(const CallSizes& s, int64_t slices, int64_t direct_rows) {
     p.schedule = Schedule::direct;
     p.segment_tokens = direct_rows;
   } else {
-    const int64_t wanted = 2 * static_cast<int64_t>(s.multiprocessors);
-    const int64_t per_sequence = max_of<int64_t>(s.key_heads * slices, 1);
-    const int64_t have = max_of<int64_t>(s.sequences, 1) * per_sequence;
-    const int64_t cuts = ceil_div(wanted, s.packed ? per_sequence : have);
-    const int64_t length = round_up(ceil_div(max_of<int64_t>(s.tokens, 1), cuts), kChunk);
-    p.schedule = have < wanted && length < s.tokens ? Schedule::split : Schedule::single;
-    p.segment_tokens = p.schedule == Schedule::split ? length : max_of<int64_t>(s.tokens, 1);
+    p.segment_tokens = segment_of(s, slices, side_by_side * s.multiprocessors);
+    p.schedule = p.segment_tokens < s.tokens ? Schedule::split : Schedule::single;
   }
   if (p.schedule == Schedule::single) {
     p.num_slots = s.sequences;

@@ -7,21 +7,20 @@
 //   over queries   y = dk   u = v,  x = do   (<v_i, do_j> + delta_j) / z_j
 // with delta = -<do, o> of the query, and dz = delta / z. (dv is ApplyKernel over queries.)
 //
-// A block owns all columns of v and one segment of one head; its warps share the columns, 16 each,
-// and every warp has the state of its columns in registers, as in _sm80_forward.cuh but with the
-// slots as rows, because now the columns of v are summed over:
+// A block owns all columns of v and one segment of one head. Its warps share the slots of 64
+// columns (_sm80_state.cuh) with the slots as rows, because now the columns of v are summed over:
 //
-//   earlier chunks   D [64, 160] = U [64, 16] S^T [16, 160] (+ n delta, by one warp per strip)
-//                    is the gradient of Phi(a); it is chained to a block by block in registers,
-//                    for the products x_c x_{c + r}:
+//   earlier chunks   D [64, 16] = U [64, 64] S^T [64, 16] (+ n delta), of the slots of a block r,
+//                    is the gradient of 16 features of a; it is chained to a in registers, for the
+//                    products x_c x_{c + r}:
 //                      y_c += D_c x_{c + r}           elementwise with the rotated fragment
 //                      y_{c + r} += D_c x_c           a product with the permutation c -> c + r,
 //                                                     which an mma does without leaving the warp
 //   this chunk       ((U X^T + delta) w'(s)) b        strips of 16 rows, one per warp
-//   state            S [160, 16] += Phi(b)^T [160, 64] x [64, 16]
+//   state            S [160, 64] += Phi(b)^T [160, 64] x [64, 64]
 //   sum over warps   [64, 16] each, through shared memory, in the order of the warps
 //
-// The factor 2 of the squares' derivative is in their coefficient. More than kDim columns are done
+// More than kDim columns are done
 // in slices, one launch after another, that add to sums in the workspace. Traffic per token and
 // head: 2 (3 16 + 2 Dv) bytes each for dq and dk, 2 (2 16 + 2 Dv) for dv.
 #pragma once
@@ -92,8 +91,8 @@ struct GradientKernel {
   static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
   static constexpr int kParts = kWarps / kStrips;  // warps that share the columns of a strip
   // Strips that read the state together; one rounding of the state serves them. tf32 operands are
-  // twice as wide and leave registers for one.
-  static constexpr int kTogether = std::is_same_v<Element, bf16> ? 2 : 1;
+  // twice as wide and leave registers for two.
+  static constexpr int kTogether = std::is_same_v<Element, bf16> ? 4 : 2;
 
   struct Smem {
     static constexpr int kPitch = kPadded + 4;
@@ -111,9 +110,9 @@ struct GradientKernel {
     const Params& p;
     Smem& smem;
     Stream stream;
-    Coefficients c;  // of the derivative: squares count twice
-    int column, strip, part;
-    State<Element, kWarps> state;
+    Coefficients c;
+    int strip, part;
+    State<Element> state;
     float chunk_y[2][4];  // this chunk's part of strip `strip`, columns 0 .. 7 and 8 .. 15
 
     HW_DEVICE Block(const Params& params, Smem& s)
@@ -121,23 +120,21 @@ struct GradientKernel {
           smem(s),
           stream{params, s.chunks, s.chunks.walk, params.first},
           c(coefficients(params.scale)),
-          column(dev::warp() * 16),
           strip(dev::warp() % kStrips),
-          part(dev::warp() / kStrips) {
-      c.square = c.product;
-    }
+          part(dev::warp() / kStrips) {}
 
     HW_DEVICE HW_INLINE void start() {
       const int64_t index = state_index(p, stream.walk.segment, dev::block_index_x());
       smem.chunks.features.template fill<kThreads>(p.dim());
       dev::sync_block();
-      state.template load<false>(p.before, index, stream.walk.state_head, p.first + column,
+      state.template load<false>(p.before, index, stream.walk.state_head, p.first,
                                  smem.chunks.features, factors_in(p.scale, kQueries));
       publish_sums();
       if (dev::thread_index() == 0) smem.c = c;
     }
 
     HW_DEVICE HW_INLINE void publish_sums() {
+      if (part != 0) return;
       state.visit_sums(c, [&](float& upper, float& lower, int slot, float coefficient) {
         if (dev::lane() % 4 == 0) smem.n[slot] = (upper + lower) * coefficient;
       });
@@ -160,103 +157,114 @@ struct GradientKernel {
 
     template <class S>
     HW_DEVICE HW_INLINE void read_strips(float y[kTogether][2][4], const S& s, int first_strip) {
-      uint32_t own[kTogether][4];
-      HW_UNROLL
-      for (int i = 0; i < kTogether; ++i)
-        tokens_by_columns(own[i], smem.chunks.a, first_strip + i, 0);
       // Read anew: with c in registers the compiler would round the state once for all strips, and
-      // keep 80 more registers alive.
+      // keep the rounded one in registers.
       const Coefficients factors = smem.c;
-      for_each_block([&](auto block) {
-        constexpr int r = block;
-        Pair<Element> operand[2][2], turn[2];
-        state_operand<r>(operand, factors);
-        permutation<r>(turn);
+      HW_UNROLL
+      for (int k = 0; k < state.kOwn; ++k) {
+        if (!state.has(k)) continue;
+        Pair<Element> operand[state.kGroups][2][2], turn[2];
+        state_operand(operand, k, factors);
+        permutation(turn, state.block(k));
+        float n[4];
+        load_sums(n, k);
         HW_UNROLL
         for (int i = 0; i < kTogether; ++i) {
           float d[2][4];
-          feature_gradient<r>(d, s, operand, first_strip + i);
-          chain<r>(y[i], d, own[i], turn, first_strip + i);
+          uint32_t mine[4], other[4];
+          feature_gradient(d, s, operand, n, first_strip + i);
+          factors_of(mine, other, k, first_strip + i);
+          chain(y[i], d, mine, other, turn);
         }
-      });
+      }
     }
 
-    // c S of block r as B: s[h] = (columns 2t, 2t+1 | + 8; slot 8 h + g).
-    template <int r>
-    HW_DEVICE HW_INLINE void state_operand(Pair<Element> s[2][2], const Coefficients& factors) {
+    // c S of the warp's block k as B: [16 columns][h] = (columns 2t, 2t+1 | + 8; slot 8 h + g).
+    HW_DEVICE HW_INLINE void state_operand(Pair<Element> s[][2][2], int k,
+                                           const Coefficients& factors) {
       HW_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const float factor = factors.template at<r>(h);
+        const float factor = factors.at(state.block(k), h);
         HW_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const float* tile = &state.s[r][j][2 * h];
-          s[h][j] = P::round(tile[0] * factor, tile[1] * factor);
+        for (int i = 0; i < state.kGroups * 2; ++i) {
+          const float* tile = &state.s[k][i / 2][i % 2][2 * h];
+          s[i / 2][h][i % 2] = P::round(tile[0] * factor, tile[1] * factor);
         }
       }
     }
 
     // The permutation c -> c + r as B: of columns 0 .. 7; those of columns 8 .. 15 are swapped.
-    template <int r>
-    HW_DEVICE HW_INLINE void permutation(Pair<Element> turn[2]) {
+    HW_DEVICE HW_INLINE void permutation(Pair<Element> turn[2], int r) {
       const int source = (dev::lane() / 4 - r + 16) % 16 - 2 * (dev::lane() % 4);
       HW_UNROLL
       for (int i = 0; i < 2; ++i)
         turn[i] = P::round(source == 8 * i ? 1.0f : 0.0f, source == 8 * i + 1 ? 1.0f : 0.0f);
     }
 
-    // d = u S^T + e n: the gradient of the features of block r, of one strip; e = delta, over
-    // queries 1. n takes part once, in the first slice and the warp of the strip's number.
-    template <int r, class S>
-    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const S& stage,
-                                              const Pair<Element> s[2][2], int i) {
-      const int g = dev::lane() / 4, t = dev::lane() % 4;
-      uint32_t word[4];
-      Pair<Element> a[4];
-      tokens_by_values(word, stage.u, i, column);
-      for (int k = 0; k < 4; ++k) a[k] = P::exact(word[k]);
-      for (int k = 0; k < 8; ++k) d[k / 4][k % 4] = 0.0f;
-      if (i == dev::warp() && p.first == 0) {
-        // Keeps this a branch (the warp agrees on it): in one straight run of code the compiler
-        // loads and rounds far ahead and is short of registers.
-        dev::sync_warp();
-        const float* delta = stage.scalars.delta + i * kRows;
-        const float low = kQueries ? 1.0f : delta[g], high = kQueries ? 1.0f : delta[g + 8];
-        HW_UNROLL
-        for (int k = 0; k < 8; ++k) {
-          const float n = smem.n[16 * r + k / 4 * 8 + 2 * t + (k & 1)];
-          d[k / 4][k % 4] = n * (k & 2 ? high : low);
-        }
-      }
-      P::mma(d[0], a, s[0]);
-      if constexpr (r != kProducts) P::mma(d[1], a, s[1]);
+    // n of slots 2t, 2t+1 | + 8 of the warp's block k. It takes part once, in the first columns.
+    HW_DEVICE HW_INLINE void load_sums(float n[4], int k) {
+      const bool first = part == 0 && p.first == 0;
+      const float* from = smem.n + 16 * state.block(k) + 2 * (dev::lane() % 4);
+      HW_UNROLL
+      for (int i = 0; i < 4; ++i) n[i] = first ? from[(i & 2) * 4 + (i & 1)] : 0.0f;
     }
 
-    // y += d chained through block r.
-    template <int r>
-    HW_DEVICE HW_INLINE void chain(float y[2][4], const float d[2][4], const uint32_t own[4],
-                                   const Pair<Element> turn[2], int i) {
-      if constexpr (r == kLinear) {
-        for (int k = 0; k < 8; ++k) y[k / 4][k % 4] += d[k / 4][k % 4];
+    // d = u S^T + e n: the gradient of the features of a block of slots, of one strip; e = delta,
+    // over queries 1.
+    template <class S>
+    HW_DEVICE HW_INLINE void feature_gradient(float d[2][4], const S& stage,
+                                              const Pair<Element> s[][2][2], const float n[4],
+                                              int i) {
+      const float* delta = stage.scalars.delta + i * kRows + dev::lane() / 4;
+      const float low = kQueries ? 1.0f : delta[0], high = kQueries ? 1.0f : delta[8];
+      HW_UNROLL
+      for (int e = 0; e < 8; ++e) d[e / 4][e % 4] = n[e / 4 * 2 + (e & 1)] * (e & 2 ? high : low);
+      HW_UNROLL
+      for (int group = 0; group < state.kGroups; ++group) {
+        uint32_t word[4];
+        Pair<Element> a[4];
+        tokens_by_values(word, stage.u, i, state.column() + 16 * group);
+        for (int e = 0; e < 4; ++e) a[e] = P::exact(word[e]);
+        P::mma(d[0], a, s[group][0]);
+        P::mma(d[1], a, s[group][1]);
+      }
+    }
+
+    // The two columns of a whose product a slot of the warp's block k is: x_c and x_{c + r}. Of the
+    // linear block 0 and 1, of the constants 0 and 0.
+    HW_DEVICE HW_INLINE void factors_of(uint32_t mine[4], uint32_t other[4], int k, int i) {
+      tokens_by_columns(mine, smem.chunks.a, i, 0);
+      if (k < state.kOwn - 1) {
+        tokens_by_columns(other, smem.chunks.a, i, state.block(k));
         return;
       }
-      constexpr int kHalves = r == kProducts ? 1 : 2;  // slots 8 .. 15 of the products are constant
-      uint32_t other[4] = {own[0], own[1], own[2], own[3]};
-      if constexpr (r == kProducts) other[0] = own[2], other[1] = own[3];
-      if constexpr (r > 0 && r < kProducts) tokens_by_columns(other, smem.chunks.a, i, r);
-      Pair<Element> moved[4] = {P::zero(), P::zero(), P::zero(), P::zero()};
+      const bool products = state.block(k) == kProducts;
+      const uint32_t ones = dev::pack<Element>(1.0f, 1.0f);
       HW_UNROLL
-      for (int k = 0; k < 2 * kHalves; ++k) {  // word k: half k / 2, row g + 8 (k mod 2)
+      for (int e = 0; e < 2; ++e) {
+        other[e] = products ? mine[e + 2] : ones;
+        other[e + 2] = products ? 0 : ones;
+        mine[e] = products ? mine[e] : 0;
+        mine[e + 2] = 0;
+      }
+    }
+
+    // y += d chained through a block: y_c += d_c other_c, y_{c + r} += d_c mine_c. A square thus
+    // counts twice.
+    HW_DEVICE HW_INLINE void chain(float y[2][4], const float d[2][4], const uint32_t mine[4],
+                                   const uint32_t other[4], const Pair<Element> turn[2]) {
+      Pair<Element> moved[4];
+      HW_UNROLL
+      for (int k = 0; k < 4; ++k) {  // word k: half k / 2, row g + 8 (k mod 2)
         const float *from = &d[k / 2][k % 2 * 2], lo = from[0], hi = from[1];
-        const Two x = dev::unpack<Element>(other[k]), z = dev::unpack<Element>(own[k]);
+        const Two x = dev::unpack<Element>(other[k]), z = dev::unpack<Element>(mine[k]);
         y[k / 2][k % 2 * 2] += lo * x.lo;
         y[k / 2][k % 2 * 2 + 1] += hi * x.hi;
-        if constexpr (r > 0) moved[k] = P::round(lo * z.lo, hi * z.hi);
+        moved[k] = P::round(lo * z.lo, hi * z.hi);
       }
-      if constexpr (r > 0) {
-        const Pair<Element> swapped[2] = {turn[1], turn[0]};
-        P::mma(y[0], moved, turn);
-        P::mma(y[1], moved, swapped);
-      }
+      const Pair<Element> swapped[2] = {turn[1], turn[0]};
+      P::mma(y[0], moved, turn);
+      P::mma(y[1], moved, swapped);
     }
 
     HW_DEVICE HW_INLINE void store_part(const float y[2][4], int i) {
@@ -280,9 +288,9 @@ struct GradientKernel {
         float ds[2][4];
         score_gradients(ds, s, a, keys, diagonal ? strip * kRows : kTile);
         uint32_t word[4];
-        columns_by_tokens(word, smem.chunks.b, keys, 0);
-        const Pair<Element> left[2] = {P::exact(word[0]), P::exact(word[2])};
-        const Pair<Element> right[2] = {P::exact(word[1]), P::exact(word[3])};
+        tokens_of_columns(word, smem.chunks.b, keys);
+        const Pair<Element> left[2] = {P::exact(word[0]), P::exact(word[1])};
+        const Pair<Element> right[2] = {P::exact(word[2]), P::exact(word[3])};
         Pair<Element> operand[4];
         for (int k = 0; k < 4; ++k)
           operand[k] = P::round(ds[k / 2][k % 2 * 2], ds[k / 2][k % 2 * 2 + 1]);

@@ -61,9 +61,10 @@ inline constexpr int64_t kAlwaysDirect = 256;
 
 inline Plan plan_of(CallSizes s, int tile) {
   const int64_t slices = max_of(ceil_div(s.value_dim, tile), 1);
-  const bool full = s.sequences * s.key_heads * slices >= 2 * s.multiprocessors;
+  const int64_t side_by_side = tile == kLeastTile ? 2 : 1;  // kMinBlocks of the kernels
+  const bool full = s.sequences * s.key_heads * slices >= side_by_side * s.multiprocessors;
   s.any_state |= s.tokens > kAlwaysDirect && full;
-  return make_plan(s, slices, kChunk);
+  return make_plan(s, slices, kChunk, side_by_side);
 }
 
 // Parts of the workspace; forward has only `slots`.

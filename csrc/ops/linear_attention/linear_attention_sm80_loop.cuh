@@ -243,10 +243,10 @@ struct Chunks {
   template <bool kByColumn, class State>
   HW_DEVICE HW_INLINE void add(State& state, Item item) const {
     const auto& s = stage(item);
-    const int count = walk.count(item.chunk), column = dev::warp() * 16;
+    const int count = walk.count(item.chunk);
     const float *factor = nullptr, *delta = nullptr;
     if constexpr (kQueries) factor = s.scalars.factor, delta = s.scalars.delta;
-    state.template add<kByColumn, kQueries>(smem.b, s.x, column, factor, delta, count);
+    state.template add<kByColumn, kQueries>(smem.b, s.x, factor, delta, count);
   }
 };
 

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The running state of a warp: sums over keys, kept in accumulators of mma.
 //
-//   S   [slots, columns]  sum_j phi(b_j) x_j     fp32; 16 columns (of v, do) per warp
-//   n   [slots]           sum_j phi(b_j) e_j     fp32; e_j = 1, or dz_j; blocks r with r mod kWarps
-//                                                = warp belong to a warp
+//   S   [slots, columns]  sum_j phi(b_j) x_j     fp32; 64 columns (of v, do) of up to 3 blocks
+//   n   [slots]           sum_j phi(b_j) e_j     fp32; e_j = 1, or dz_j; of the same blocks
+//
+// Four warps share the slots of 64 columns, so that features of a key are made once for them: warp
+// w of the four has blocks w and w + 4, products of two columns whose distance is the number of the
+// block, and of the two special blocks warps 0 and 1 have one each.
 //
 // Two orientations, because what is summed next must lie along k of an mma operand:
-//   ByColumn S^T: s[r][h][.] = rows: columns of the warp; columns: slots 8 h .. 8 h + 7 of block r.
-//            Two neighbours are slots: S is B of  Phi(a) S
-//   BySlot   S:   s[r][j][.] = rows: slots of block r; columns: columns 8 j .. 8 j + 7 of the warp.
+//   ByColumn S^T: s[k][i][h][.] = rows: columns 16 i .. 16 i + 15; columns: slots 8 h .. 8 h + 7 of
+//            the warp's block k. Two neighbours are slots: S is B of  Phi(a) S
+//   BySlot   S:   s[k][i][j][.] = rows: slots of the block; columns: columns 16 i + 8 j .. + 7.
 //            Two neighbours are columns: S^T is B of  U S^T
 // In memory states are [F, Dv] in the order of linear_attention.h. A state over queries is there
 // multiplied by the coefficients c of its features, which these kernels apply when they read: it is
@@ -23,12 +26,11 @@ namespace hw::linear_attention::sm80 {
 struct Coefficients {
   float square, product, linear;
 
-  // Half h of block r; h = 1 of block 8 is the constant.
-  template <int kBlock>
-  HW_DEVICE HW_INLINE float at(int h) const {
-    if constexpr (kBlock == kLinear) return linear;
-    if constexpr (kBlock == kProducts) return h == 0 ? product : 1.0f;
-    return kBlock == 0 ? square : product;
+  // Half h of a block; h = 1 of block 8 is the constant.
+  HW_DEVICE HW_INLINE float at(int block, int h) const {
+    if (block == kLinear) return linear;
+    if (block == kProducts) return h == 0 ? product : 1.0f;
+    return block == 0 ? square : product;
   }
 };
 
@@ -59,7 +61,7 @@ HW_DEVICE HW_INLINE int slot_feature(int d, int slot) {
   return b < d ? quadratic_feature(d, a, b) : -1;
 }
 
-// The same of all slots, in shared memory: a thread needs it of 80 elements.
+// The same of all slots, in shared memory: a thread needs it of 96 elements.
 struct SlotFeatures {
   int16_t at[kSlots];
 
@@ -77,48 +79,54 @@ struct StatePlace {
   Ref<float, 3> z;
 };
 
-template <class Element, int kWarps>
+template <class Element>
 struct State {
-  static constexpr int kOwnBlocks = (kBlocks + kWarps - 1) / kWarps;
+  static constexpr int kOwn = (kBlocks + kSharers - 1) / kSharers;  // blocks of a warp
+  static constexpr int kGroups = kShared / 16;                      // of 16 columns
   using P = Pairs<Element>;
 
-  float s[kBlocks][2][4];
-  float n[kOwnBlocks][4];  // rows: slots; columns 0, 1: upper and lower half of e
+  float s[kOwn][kGroups][2][4];
+  float n[kOwn][4];  // rows: slots; columns 0, 1: upper and lower half of e
+
+  // The warp's number among the four, its first column in the tile, and its blocks.
+  HW_DEVICE static HW_INLINE int member() { return dev::warp() % kSharers; }
+  HW_DEVICE static HW_INLINE int column() { return dev::warp() / kSharers * kShared; }
+  HW_DEVICE static HW_INLINE int block(int k) { return member() + kSharers * k; }
+  HW_DEVICE static HW_INLINE bool has(int k) { return block(k) < kBlocks; }
 
   HW_DEVICE HW_INLINE void clear() {
-    for_each_block([&](auto r) {
-      for (int h = 0; h < 2; ++h)
-        for (int i = 0; i < 4; ++i) s[r][h][i] = 0.0f;
-    });
     HW_UNROLL
-    for (int b = 0; b < kOwnBlocks; ++b)
-      for (int i = 0; i < 4; ++i) n[b][i] = 0.0f;
+    for (int k = 0; k < kOwn; ++k) {
+      HW_UNROLL
+      for (int i = 0; i < 8 * kGroups; ++i) s[k][i / 8][i / 4 % 2][i % 4] = 0.0f;
+      for (int i = 0; i < 4; ++i) n[k][i] = 0.0f;
+    }
   }
 
   // Visits every element of S once: f(value, slot, column of the warp, coefficient).
   template <bool kByColumn, class F>
   HW_DEVICE HW_INLINE void visit(const Coefficients& c, F&& f) {
     const int g = dev::lane() / 4, t = dev::lane() % 4;
-    for_each_block([&](auto block) {
-      constexpr int r = block;
+    HW_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      if (!has(k)) continue;
       HW_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        HW_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int row = g + (i & 2) * 4, column = 2 * t + (i & 1);  // of the 16 x 8 tile
-          const int slot = 16 * r + (kByColumn ? 8 * h + column : row);
-          const int half = kByColumn ? h : i / 2;
-          f(s[r][h][i], slot, kByColumn ? row : 8 * h + column, c.template at<r>(half));
-        }
+      for (int e = 0; e < 8 * kGroups; ++e) {
+        const int group = e / 8, h = e / 4 % 2, i = e % 4;
+        const int row = g + (i & 2) * 4, at = 8 * h + 2 * t + (i & 1);  // of the 16 x 16 tile
+        const int half = kByColumn ? h : i / 2;
+        f(s[k][group][h][i], 16 * block(k) + (kByColumn ? at : row),
+          16 * group + (kByColumn ? row : at), c.at(block(k), half));
       }
-    });
+    }
   }
 
-  // Loads the state of (index, head), times `c`; `first`: first column of the warp.
+  // Loads the state of (index, head), times `c`; `first`: first column of the tile.
   template <bool kByColumn>
   HW_DEVICE HW_INLINE void load(const StatePlace& place, int64_t index, int head, int64_t first,
                                 const SlotFeatures& features, const Coefficients& c) {
     clear();
+    first += column();
     if (place.kv) {
       const Ref<float, 2> kv = place.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
@@ -136,10 +144,11 @@ struct State {
     }
   }
 
-  // Stores it, times `c`; n only where `with_n` (one block of those that share the state).
+  // Stores it, times `c`; n where the tile is the first of those that share the state.
   template <bool kByColumn>
   HW_DEVICE HW_INLINE void store(const StatePlace& place, int64_t index, int head, int64_t first,
-                                 const SlotFeatures& features, const Coefficients& c, bool with_n) {
+                                 const SlotFeatures& features, const Coefficients& c) {
+    first += column();
     if (place.kv) {
       const Ref<float, 2> kv = place.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
@@ -148,7 +157,7 @@ struct State {
           kv(feature, first + column) = value * coefficient;
       });
     }
-    if (!with_n || !place.z) return;
+    if (first != 0 || !place.z) return;
     const Ref<float, 1> z = place.z.slice(index).slice(head);
     visit_sums(c, [&](float& value, float& rest, int slot, float coefficient) {
       const int feature = slot == kCopySlot ? -1 : features.at[slot];
@@ -160,61 +169,92 @@ struct State {
   // two parts of n, are in the lanes with t = 0; what the others hold is of no account.
   template <class F>
   HW_DEVICE HW_INLINE void visit_sums(const Coefficients& c, F&& f) {
-    const int g = dev::lane() / 4, warp = dev::warp();
-    for_each_block([&](auto block) {
-      constexpr int r = block;
-      if (r % kWarps != warp) return;
-      f(n[r / kWarps][0], n[r / kWarps][1], 16 * r + g, c.template at<r>(0));
-      f(n[r / kWarps][2], n[r / kWarps][3], 16 * r + 8 + g, c.template at<r>(1));
-    });
-  }
-
-  // Adds `count` keys: b their rows, `values` x, e = 1. kQueries: x is multiplied by factor[token]
-  // first, and e = delta[token] factor[token].
-  template <bool kByColumn, bool kQueries, int kDim>
-  HW_DEVICE HW_INLINE void add(const Turned<Element>& b, const Wide<Element, kDim>& values,
-                               int column, const float* factor, const float* delta, int count) {
-    const int strips = ceil_div(count, kRows);
-    HW_UNROLL_BY(1)
-    for (int strip = 0; strip < strips; ++strip) {
-      Pair<Element> x[4], own[4], e[2];
-      load_values<kQueries>(x, values, strip, column, factor);
-      load_extra<kQueries>(e, strip * kRows, count, factor, delta);
-      uint32_t word[4];
-      columns_by_tokens(word, b, strip, 0);
-      for (int i = 0; i < 4; ++i) own[i] = P::exact(word[i]);
-      for_each_block([&](auto block) {
-        constexpr int r = block;
-        Pair<Element> phi[4];
-        features_by_tokens<Element, r>(phi, own, b, strip);
-        if constexpr (kByColumn) {
-          const Pair<Element> low[2] = {phi[0], phi[2]}, high[2] = {phi[1], phi[3]};
-          P::mma(s[r][0], x, low);
-          P::mma(s[r][1], x, high);
-        } else {
-          const Pair<Element> low[2] = {x[0], x[2]}, high[2] = {x[1], x[3]};
-          P::mma(s[r][0], phi, low);
-          P::mma(s[r][1], phi, high);
-        }
-        if (r % kWarps == dev::warp()) P::mma(n[r / kWarps], phi, e);
-      });
+    HW_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      if (!has(k)) continue;
+      HW_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        f(n[k][2 * h], n[k][2 * h + 1], 16 * block(k) + 8 * h + dev::lane() / 4, c.at(block(k), h));
+      }
     }
   }
 
-  // x of a strip as pairs: (column g, tokens 2t, 2t+1 | + 8), times factor.
-  template <bool kQueries, int kDim>
-  HW_DEVICE static HW_INLINE void load_values(Pair<Element> x[4], const Wide<Element, kDim>& values,
-                                              int strip, int column, const float* factor) {
-    uint32_t word[4];
-    values_by_tokens(word, values, strip, column);
-    const int token = strip * kRows + 2 * (dev::lane() % 4);
+  // Adds `count` keys: b their rows, `values` x, e = 1. kQueries: x_j counts as factor_j x_j, and
+  // e = delta[token] factor[token]. The factor is given to the features of S, which are fewer.
+  template <bool kByColumn, bool kQueries, int kDim>
+  HW_DEVICE HW_INLINE void add(const Turned<Element>& b, const Wide<Element, kDim>& values,
+                               const float* factor, const float* delta, int count) {
+    const int strips = ceil_div(count, kRows);
+    HW_UNROLL_BY(1)
+    for (int strip = 0; strip < strips; ++strip) {
+      Pair<Element> x[kGroups][4], own[4], counted[4], e[2];
+      uint32_t word[4];
+      HW_UNROLL
+      for (int i = 0; i < 4 * kGroups; ++i) {
+        if (i % 4 == 0 && kByColumn) values_by_tokens(word, values, strip, column() + 4 * i);
+        if (i % 4 == 0 && !kByColumn) tokens_of_values(word, values, strip, column() + 4 * i);
+        x[i / 4][i % 4] = P::exact(word[i % 4]);
+      }
+      load_extra<kQueries>(e, strip * kRows, count, factor, delta);
+      columns_by_tokens(word, b, strip, 0);
+      for (int i = 0; i < 4; ++i) own[i] = P::exact(word[i]);
+      weigh<kQueries>(counted, own, factor, strip);
+      HW_UNROLL
+      for (int k = 0; k < kOwn - 1; ++k) {
+        Pair<Element> phi[4], once[4];
+        columns_by_tokens(word, b, strip, block(k));
+        for (int i = 0; i < 4; ++i) phi[i] = P::multiply(counted[i], P::exact(word[i]));
+        add_columns<kByColumn>(k, phi, x);
+        for (int i = 0; i < 4; ++i)
+          once[i] = kQueries ? P::multiply(own[i], P::exact(word[i])) : phi[i];
+        P::mma(n[k], once, e);
+      }
+      if (has(kOwn - 1)) add_special<kByColumn, kQueries>(x, own, counted, e, factor, strip);
+    }
+  }
+
+  // The special block of the warp.
+  template <bool kByColumn, bool kQueries>
+  HW_DEVICE HW_INLINE void add_special(const Pair<Element> x[kGroups][4],
+                                       const Pair<Element> own[4], const Pair<Element> counted[4],
+                                       const Pair<Element> e[2], const float* factor, int strip) {
+    constexpr int k = kOwn - 1;
+    const float one = dev::lane() / 4 < 2 ? 1.0f : 0.0f;
+    Pair<Element> ones[4], phi[4];
+    for (int i = 0; i < 4; ++i) ones[i] = P::round(one, one);
+    special_by_tokens<Element>(phi, own, own, ones, block(k));
+    P::mma(n[k], phi, e);
+    if constexpr (kQueries) {
+      Pair<Element> weighed[4];
+      weigh<kQueries>(weighed, ones, factor, strip);
+      special_by_tokens<Element>(phi, own, counted, weighed, block(k));
+    }
+    add_columns<kByColumn>(k, phi, x);
+  }
+
+  // S of the warp's block k.
+  template <bool kByColumn>
+  HW_DEVICE HW_INLINE void add_columns(int k, const Pair<Element> phi[4],
+                                       const Pair<Element> x[kGroups][4]) {
+    HW_UNROLL
+    for (int i = 0; i < kGroups; ++i) {
+      const Pair<Element> low[2] = {phi[0], phi[2]}, high[2] = {phi[1], phi[3]};
+      P::mma(s[k][i][0], kByColumn ? x[i] : phi, kByColumn ? low : x[i]);
+      P::mma(s[k][i][1], kByColumn ? x[i] : phi, kByColumn ? high : x[i] + 2);
+    }
+  }
+
+  // x as pairs of tokens of a strip, times factor over queries.
+  template <bool kQueries>
+  HW_DEVICE static HW_INLINE void weigh(Pair<Element> to[4], const Pair<Element> x[4],
+                                        const float* factor, int strip) {
     HW_UNROLL
     for (int i = 0; i < 4; ++i) {
-      x[i] = P::exact(word[i]);
+      to[i] = x[i];
       if constexpr (kQueries) {
-        const float* f = factor + token + (i & 2) * 4;
+        const float* f = factor + strip * kRows + 2 * (dev::lane() % 4) + (i & 2) * 4;
         const Two two = P::widen(x[i]);
-        x[i] = P::round(two.lo * f[0], two.hi * f[1]);
+        to[i] = P::round(two.lo * f[0], two.hi * f[1]);
       }
     }
   }

@@ -42,6 +42,8 @@ inline constexpr int kPadded = 16;                      // columns of q and k, p
 inline constexpr int kBlocks = 10;                      // blocks of 16 slots
 inline constexpr int kSlots = kBlocks * 16;
 inline constexpr int kProducts = 8, kLinear = 9;  // the two special blocks
+inline constexpr int kSharers = 4;                // warps that share the slots of
+inline constexpr int kShared = 64;                // columns of v
 
 // Two neighbours along the k dimension of an mma operand, and the arithmetic on them.
 //   bf16   packed bf16, mma m16n8k16: the range of bf16 holds every product
@@ -160,6 +162,14 @@ HW_DEVICE HW_INLINE void columns_by_tokens(uint32_t regs[4], const Turned<Elemen
                       &x.at[lane % 8 + (part & 1) * 8 + turn][strip * kRows + (part & 2) * 4]);
 }
 
+// Tokens of a strip as the sum of B: regs[2 h], regs[2 h + 1] = (tokens 2t, 2t+1 | + 8; column
+// 8 h + g).
+template <class Element>
+HW_DEVICE HW_INLINE void tokens_of_columns(uint32_t regs[4], const Turned<Element>& x, int strip) {
+  const int lane = dev::lane(), part = lane / 8;
+  dev::load_matrix_x4(regs, &x.at[lane % 8 + (part & 2) * 4][strip * kRows + (part & 1) * 8]);
+}
+
 // B of the scores: regs[2 h], regs[2 h + 1] = (columns 2t, 2t+1 | + 8; token 8 h + g).
 template <class Element>
 HW_DEVICE HW_INLINE void keys_of_scores(uint32_t regs[4], const Turned<Element>& x, int strip) {
@@ -168,14 +178,22 @@ HW_DEVICE HW_INLINE void keys_of_scores(uint32_t regs[4], const Turned<Element>&
                                  &x.at[lane % 8 + (part & 1) * 8][strip * kRows + (part & 2) * 4]);
 }
 
-// 16 columns of a wide tile as A: (column g, tokens 2t, 2t+1 | + 8). As B of tokens x columns,
-// columns 0 .. 7 are regs[0], regs[2] and columns 8 .. 15 are regs[1], regs[3].
+// 16 columns of a wide tile as A: (column g, tokens 2t, 2t+1 | + 8).
 template <class Element, int kDim>
 HW_DEVICE HW_INLINE void values_by_tokens(uint32_t regs[4], const Wide<Element, kDim>& x, int strip,
                                           int column) {
   const int lane = dev::lane(), part = lane / 8;
   dev::load_matrix_x4_transposed(
       regs, &x.at[strip * kRows + lane % 8 + (part & 2) * 4][column + (part & 1) * 8]);
+}
+
+// The same as B: regs[2 h], regs[2 h + 1] = (tokens 2t, 2t+1 | + 8; column 8 h + g).
+template <class Element, int kDim>
+HW_DEVICE HW_INLINE void tokens_of_values(uint32_t regs[4], const Wide<Element, kDim>& x, int strip,
+                                          int column) {
+  const int lane = dev::lane(), part = lane / 8;
+  dev::load_matrix_x4_transposed(
+      regs, &x.at[strip * kRows + lane % 8 + (part & 1) * 8][column + (part & 2) * 4]);
 }
 
 // 16 columns of a wide tile as A with tokens as rows: (token g, columns 2t, 2t+1 | + 8).
@@ -196,8 +214,8 @@ HW_DEVICE HW_INLINE void keys_by_values(uint32_t regs[4], const Wide<Element, kD
                       &x.at[strip * kRows + lane % 8 + (part & 2) * 4][column + (part & 1) * 8]);
 }
 
-// Both kinds of fragments of block kBlock of Phi from x itself (own) and, for blocks 1 .. 7, x
-// rotated by kBlock. In `rows are tokens` a[2], a[3] are the slots 8 .. 15, otherwise a[1], a[3].
+// Block kBlock of Phi with tokens as rows, from x itself (own) and, for blocks 1 .. 7, x rotated by
+// kBlock. a[2], a[3] are the slots 8 .. 15.
 template <class Element, int kBlock>
 HW_DEVICE HW_INLINE void features_of_tokens(Pair<Element> phi[4], const Pair<Element> own[4],
                                             const Turned<Element>& x, int strip) {
@@ -218,23 +236,17 @@ HW_DEVICE HW_INLINE void features_of_tokens(Pair<Element> phi[4], const Pair<Ele
   }
 }
 
-template <class Element, int kBlock>
-HW_DEVICE HW_INLINE void features_by_tokens(Pair<Element> phi[4], const Pair<Element> own[4],
-                                            const Turned<Element>& x, int strip) {
-  using P = Pairs<Element>;
-  if constexpr (kBlock == kLinear) {
-    for (int i = 0; i < 4; ++i) phi[i] = own[i];
-  } else if constexpr (kBlock == kProducts) {
-    const float one = dev::lane() / 4 < 2 ? 1.0f : 0.0f;
-    phi[0] = P::multiply(own[0], own[1]);
-    phi[2] = P::multiply(own[2], own[3]);
-    phi[1] = phi[3] = P::round(one, one);
-  } else if constexpr (kBlock == 0) {
-    for (int i = 0; i < 4; ++i) phi[i] = P::multiply(own[i], own[i]);
-  } else {
-    uint32_t turned[4];
-    columns_by_tokens(turned, x, strip, kBlock);
-    for (int i = 0; i < 4; ++i) phi[i] = P::multiply(own[i], P::exact(turned[i]));
+// One of the two special blocks with slots as rows: a[1], a[3] are the slots 8 .. 15. `counted`: x,
+// times a factor of the token if it has one, as `ones` are.
+template <class Element>
+HW_DEVICE HW_INLINE void special_by_tokens(Pair<Element> phi[4], const Pair<Element> own[4],
+                                           const Pair<Element> counted[4],
+                                           const Pair<Element> ones[4], int block) {
+  const bool products = block == kProducts;
+  HW_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    phi[i] = products ? Pairs<Element>::multiply(counted[i], own[i + 1]) : counted[i];
+    phi[i + 1] = products ? ones[i + 1] : counted[i + 1];
   }
 }
 
