@@ -5,9 +5,11 @@
 //   check(condition, ErrorKind::value, "k has size ", got, " at dimension 3, expected ", want)
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 namespace hw {
 
@@ -28,11 +30,32 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
+// Appends a text, a number or an address. Without streams: their locales are those of the process,
+// where several C++ libraries may have met.
+template <class T>
+void append(std::string& text, const T& part) {
+  if constexpr (std::is_convertible_v<const T&, std::string_view>) {
+    text += std::string_view(part);
+  } else if constexpr (std::is_same_v<T, char>) {
+    text += part;
+  } else if constexpr (std::is_integral_v<T>) {
+    text += std::to_string(part);
+  } else {
+    static_assert(std::is_floating_point_v<T> || std::is_pointer_v<T>);
+    char buffer[32];
+    if constexpr (std::is_pointer_v<T>)
+      std::snprintf(buffer, sizeof buffer, "%p", static_cast<const void*>(part));
+    else
+      std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(part));
+    text += buffer;
+  }
+}
+
 template <class... Part>
 std::string concat(const Part&... part) {
-  std::ostringstream out;
-  (out << ... << part);
-  return out.str();
+  std::string text;
+  (append(text, part), ...);
+  return text;
 }
 
 template <class... Part>
