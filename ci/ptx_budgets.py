@@ -53,7 +53,7 @@ BUDGETS = (
     # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
     Budget(LIST80 + "ForwardKernel" + TO_64 + NARROW, 128, 32, 8, 20 * KIB, TENSOR),
     Budget(LIST80 + "ForwardKernel" + NARROW, 128, 32, 7, 22 * KIB, TENSOR),
-    Budget(LIST80 + "ForwardKernel" + TO_64 + PLAIN + MEDIUM, 128, 128, 3, 44 * KIB, TENSOR),
+    Budget(LIST80 + "ForwardKernel" + TO_64 + PLAIN + MEDIUM, 168, 128, 3, 44 * KIB, TENSOR),
     Budget(LIST80 + "ForwardKernel" + MEDIUM, 168, 128, 3, 52 * KIB, TENSOR),
     Budget(LIST80 + "ForwardKernel" + WIDE, 255, 128, 2, 70 * KIB, TENSOR),
     Budget(LIST80 + "QueryGradKernel" + TO_64 + NARROW, 168, 32, 7, 23 * KIB, TENSOR),

@@ -102,12 +102,12 @@ Output<Element> output_of(const Ref<void, 4>& x) {
 }
 
 // Starts loading the first `valid` elements of a unit of 8, zeros in place of the others. `rows`:
-// what `from` belongs to.
+// what `from` belongs to. A unit in part goes element by element: compute-sanitizer counts a copy of
+// fewer than 16 bytes as one of 16, which may be more than the tensor has.
 template <class Rows, class Element>
 HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element* from, int valid) {
-  if (rows.aligned) {
-    dev::copy_async_16(to, valid > 0 ? from : rows.origin,
-                       valid * static_cast<int>(sizeof(Element)));
+  if (rows.aligned && (valid <= 0 || valid == 8)) {
+    dev::copy_async_16(to, valid > 0 ? from : rows.origin, valid > 0 ? 16 : 0);
   } else {
     for (int e = 0; e < 8; ++e) to[e] = e < valid ? from[e * rows.column] : Element(0.0f);
   }

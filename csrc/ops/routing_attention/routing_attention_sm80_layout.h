@@ -31,7 +31,7 @@ struct ForwardTiles {
   static constexpr int strips(bool) { return kOwn == kWide ? 2 : 1; }
   static constexpr int warps(bool) { return kRows / (16 * strips(true)); }
   static constexpr int blocks(bool plain) {
-    return kOwn == kNarrow ? 16 : kOwn == kWide ? 2 : plain && kDim <= 64 ? 4 : 3;
+    return kOwn == kNarrow ? 16 : kOwn == kWide ? 2 : plain && kDim <= 32 ? 4 : 3;
   }
 };
 

@@ -64,7 +64,7 @@ class ForwardBlock {
         task(t),
         tile(f, params.source, params.score, t.sequence, t.first, nullptr, nullptr, nullptr,
              &f.mass_keys),
-        soft(is_softmax(f.activation)) {}
+        soft(Score::kSoftmax || is_softmax(f.activation)) {}
 
   HW_DEVICE HW_INLINE void run() {
     if (!tile.start(task.head)) return;

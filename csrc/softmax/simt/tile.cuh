@@ -67,8 +67,10 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* buffer, const OperandRows<El
       HW_UNROLL
       for (int n = 0; n < kBatch; ++n) {
         const int i = (first + n * kThreads) / kGroups, c = first % kGroups * kTogether;
-        if (i < count && c < width && (!kGaps || row_of(i) >= 0))
-          x[n] = load_vector<kTogether>(from.x.at(batch, row_of(i), head, column + c));
+        if (i >= count || c >= width) continue;
+        const int64_t row = row_of(i);
+        if (!kGaps || row >= 0)
+          x[n] = load_vector<kTogether>(from.x.at(batch, row, head, column + c));
       }
       HW_UNROLL
       for (int n = 0; n < kBatch; ++n) {
