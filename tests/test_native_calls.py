@@ -138,18 +138,12 @@ def routing_call(rows, keys, tensors=(), **numbers):
 def test_lists_that_go_with_nothing_else():
     rows = torch.arange(4)[None, None, None]  # [B, Hq, G, N]
     _library.call(*with_backend(routing_call(rows, rows)))
-    for softcap in (0.5, 1.0, 2.0):
-        with pytest.raises(ValueError, match="listed keys go with plain scores"):
-            _library.call(*with_backend(routing_call(rows, rows, softcap=softcap)))
-    shapes = {
-        "bias": (1, 1, 4, 4), "key_bias": (1, 1, 4), "key_gain": (1, 1, 4),
-        "row_temperature": (1, 4, 1),
-    }  # fmt: skip
-    for name, shape in shapes.items():
-        option = {name: torch.zeros(shape)}
-        with pytest.raises(ValueError, match="listed keys go with plain scores"):
-            _library.call(*with_backend(routing_call(rows, rows, option)))
-        _library.call(*with_backend(routing_call(rows, None, option)))
+    with pytest.raises(ValueError, match="go with no window to the left"):
+        _library.call(*with_backend(routing_call(rows, rows, pad_keys=1, left=2)))
+    with pytest.raises(ValueError, match="mask_self is of listed keys"):
+        _library.call(*with_backend(routing_call(rows, None, mask_self=1)))
+    with pytest.raises(ValueError, match="by slot w and row are made"):
+        _library.call(*with_backend(routing_call(rows, rows, by_slot=1)))
     with pytest.raises(ValueError, match="all keys go with one list of rows"):
         _library.call(*with_backend(routing_call(rows.expand(1, 1, 2, 4), None)))
 

@@ -5,7 +5,8 @@
 //   check(condition, ErrorKind::value, "k has size ", got, " at dimension 3, expected ", want)
 #pragma once
 
-#include <cstdio>
+#include <charconv>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -30,8 +31,8 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
-// Appends a text, a number or an address. Without streams: their locales are those of the process,
-// where several C++ libraries may have met.
+// Appends a text, a number or an address. Without streams and locales, which are those of the
+// process, where several C++ libraries may have met.
 template <class T>
 void append(std::string& text, const T& part) {
   if constexpr (std::is_convertible_v<const T&, std::string_view>) {
@@ -43,11 +44,18 @@ void append(std::string& text, const T& part) {
   } else {
     static_assert(std::is_floating_point_v<T> || std::is_pointer_v<T>);
     char buffer[32];
-    if constexpr (std::is_pointer_v<T>)
-      std::snprintf(buffer, sizeof buffer, "%p", static_cast<const void*>(part));
-    else
-      std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(part));
-    text += buffer;
+    char* end = buffer;
+    if constexpr (std::is_pointer_v<T>) {
+      text += "0x";
+      end =
+          std::to_chars(buffer, buffer + sizeof buffer, reinterpret_cast<uintptr_t>(part), 16).ptr;
+    } else {
+      constexpr int kDigits = 6;
+      end = std::to_chars(buffer, buffer + sizeof buffer, static_cast<double>(part),
+                          std::chars_format::general, kDigits)
+                .ptr;
+    }
+    text.append(buffer, end);
   }
 }
 

@@ -31,7 +31,7 @@ void skip(Ref<const void, N>& x, int dimension, int64_t count, DType type) {
 
 void pack_query_heads(ForwardParams& p, DType element) {
   const int heads = p.key_heads();
-  bool per_head = p.sink || p.identity_mix;
+  bool per_head = p.sink || p.identity_mix || p.head_gate;
   for (const Ref<const void, 3>* x : {&p.key_bias, &p.key_gain, &p.mass_keys})
     per_head |= *x && x->stride[1] != 0;
   if (p.packed() || p.q.size[1] != 1 || per_head || heads == 0) return;
@@ -50,7 +50,7 @@ void pack_query_heads(ForwardParams& p, DType element) {
   if (p.gain_begin <= 0 && p.gain_end > 0) p.gain_end = group;
   pack(p.q, 1, 2, group), pack(p.o, 1, 2, group), pack(p.w, 1, 2, group);
   pack(p.bias, 2, 1, group);
-  pack(p.row_temperature, 1, 2, group), pack(p.head_gate, 1, 2, group);
+  pack(p.row_temperature, 1, 2, group);
   for (Ref<void, 3>* x : {&p.row, &p.rest, &p.entropy, &p.p_max, &p.sq_norm, &p.mass})
     pack(*x, 2, 1, group);
   p.max_q = group, p.max_k = p.k.size[1];

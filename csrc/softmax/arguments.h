@@ -65,8 +65,8 @@ void complete_scores(ScoreParams& p);
 
 // A single query: the heads that share a key head become rows, G of them, so that keys and values
 // are read once for all. References are laid out anew, and keys outside the window left out; rows
-// then see all of them. Where query heads have numbers of their own for keys, or beside the softmax,
-// heads stay heads.
+// then see all of them. Where query heads have numbers of their own for keys, beside the softmax or
+// behind it (a gate may be closed), heads stay heads.
 void pack_query_heads(ForwardParams& p, DType element);
 
 // Throw Error; `op` names the operator.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where rows and keys come from: the first of the three axes of a loop, whose others are what a
-// score is (softmax/score.h) and how the work is cut (layout.h of a backend). Every loop of every
-// backend takes any of each.
+// score is (softmax/score.h) and how the work is cut (layout.h of a backend). Loops R, R2 and C of
+// every backend take any of each; identity_mix, the gradient of a bias that is broadcast, and
+// single pairs are of sources in their order.
 //
 // A loop works on work items: a query head of one of the sequences that the source has. Each of its
 // two sides, rows and keys, has slots 0, 1, .. n - 1, and a slot
@@ -11,8 +12,9 @@
 //   position   what masks, biases and score functors call i and j. Numbers of keys and rows (bias,
 //              key_bias, key_gain, row_temperature, gates) are at begin + position, data at the
 //              token
-//   result     where its results and row statistics are on the axis S of the outputs, whether it
-//              has a token or not; negative: nowhere
+//   result     where its results are on the axis S of the outputs, whether it has a token or not;
+//              negative: nowhere. Of rows o, w, statistics, read-outs, d_q, d_row_temperature, of
+//              keys d_k and d_v; gradients and sums of numbers of keys are where numbers are
 //
 //                    token            position    result
 //   DenseSource      begin + slot     slot        begin + slot      a sequence in its order

@@ -7,8 +7,8 @@
 //
 //   PlainScore     scale > 0 times products, of a softmax: tensor-core kernels of their own
 //   FullScore      every option of ScoreParams
-//   SetScore       of an operator: one key of a row may have a constant for a score, which has no
-//                  gradient (ops/routing_attention: that of a token with itself)
+//   of an operator one key of a row may have a constant for a score (kSets), which has no gradient:
+//                  that of a token with itself
 //
 // V is a number (CUDA, one score) or a CPU vector (lanes are queries); A the accumulation type.
 #pragma once

@@ -28,8 +28,8 @@ struct LoadsTile {
 };
 
 // Rows of `width` columns of element (row, column) = row 32 + column + 1, as the lanes of a
-// fragment [8, 8 kTiles] hold them: lane l has columns 2 (l % 4) + {0, 1, 8, 9, ..} of row l / 4. Row
-// 5 does not exist.
+// fragment [8, 8 kTiles] hold them: lane l has columns 2 (l % 4) + {0, 1, 8, 9, ..} of row l / 4.
+// Row 5 does not exist.
 template <class Element, int kTiles, bool kPairByPair>
 struct StoresRows {
   static constexpr int kThreads = 32, kNowhere = 5;

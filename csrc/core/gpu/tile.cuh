@@ -21,13 +21,12 @@
 #include "core/gpu/async_copy.cuh"
 #include "core/gpu/device.cuh"
 #include "core/gpu/mma.cuh"
+#include "core/gpu/store.cuh"
 #include "core/gpu/vector.h"
 #include "core/math.h"
 #include "core/ref.h"
 
 namespace hw {
-
-using Word __attribute__((may_alias)) = uint32_t;  // two elements
 
 struct Nothing {};
 // A member that only some instances of a template have.
@@ -47,15 +46,6 @@ struct Rows {
 };
 
 inline constexpr int64_t kMaxStep = (1 << 24) - 1;  // of 128 rows one after the other, in 32 bits
-
-// Whether every row of a tensor [B, S, H, *] is contiguous and starts at a multiple of `bytes`.
-template <class T>
-bool rows_aligned(const Ref<T, 4>& x, int bytes) {
-  const int64_t unit = bytes / static_cast<int>(sizeof(T));
-  bool aligned = reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0;
-  for (int i = 0; i < 3; ++i) aligned &= x.size[i] <= 1 || x.stride[i] % unit == 0;
-  return aligned && (x.size[3] <= 1 || x.stride[3] == 1);
-}
 
 // Whether rows that are aligned have whole units of 8 columns, and 32 bits hold their distance.
 template <class T>
@@ -88,22 +78,9 @@ Input<Element> input_of(const Ref<const void, 4>& x) {
   return {ref, aligned, aligned && whole_units(ref)};
 }
 
-template <class Element>
-struct Output {
-  Ref<Element, 4> ref;  // [B, S, heads, columns]
-  bool paired = false;  // may be stored in words of two elements
-  bool whole = false;   // rows are of nothing but aligned units of 8 elements
-};
-
-template <class Element>
-Output<Element> output_of(const Ref<void, 4>& x) {
-  const Ref<Element, 4> ref = x.template as<Element>();
-  return {ref, rows_aligned(ref, 4), rows_aligned(ref, 16) && ref.size[3] % 8 == 0};
-}
-
 // Starts loading the first `valid` elements of a unit of 8, zeros in place of the others. `rows`:
-// what `from` belongs to. A unit in part goes element by element: compute-sanitizer counts a copy of
-// fewer than 16 bytes as one of 16, which may be more than the tensor has.
+// what `from` belongs to. A unit in part goes element by element: compute-sanitizer counts a copy
+// of fewer than 16 bytes as one of 16, which may be more than the tensor has.
 template <class Rows, class Element>
 HW_DEVICE HW_INLINE void load_unit(const Rows& rows, Element* to, const Element* from, int valid) {
   if (rows.aligned && (valid <= 0 || valid == 8)) {
@@ -210,101 +187,6 @@ HW_DEVICE HW_INLINE void load_numbers_at(float* to, const float* from, int64_t s
     if (kCount % kThreads != 0 && i >= kCount) continue;
     const int64_t place = at(i);
     dev::copy_async_4(to + i * kPitch, from + (place < 0 ? 0 : place * step), place < 0 ? 0 : 4);
-  }
-}
-
-// Stores two columns of a row, one word where the row allows it; columns beyond its end are
-// dropped.
-template <class Element>
-HW_DEVICE HW_INLINE void store_pair(const Ref<Element, 1>& row, int64_t column, bool paired,
-                                    float lo, float hi) {
-  const uint32_t word = dev::pack<Element>(lo, hi);
-  if (paired && column + 1 < row.size[0]) {
-    *reinterpret_cast<Word*>(aligned<4>(row.at(column))) = word;
-    return;
-  }
-  if (column < row.size[0]) row(column) = std::bit_cast<Element>(static_cast<uint16_t>(word));
-  if (column + 1 < row.size[0])
-    row(column + 1) = std::bit_cast<Element>(static_cast<uint16_t>(word >> 16));
-}
-
-// Of 4 neighbouring lanes with 4 words each: word i of lane t becomes word t of lane i. Whole warp.
-HW_DEVICE HW_INLINE void transpose_quad(uint32_t (&w)[4]) {
-  HW_UNROLL
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = dev::lane() & step;
-    HW_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      uint32_t &low = w[n * (3 - step)], &high = w[n * (3 - step) + step];
-      const uint32_t other = dev::shuffle_xor(upper ? low : high, step);
-      (upper ? low : high) = other;
-    }
-  }
-}
-
-// Stores a row of whole units of 8 elements: word[j] has columns 8 j + 2 t + {0, 1} of lane t of 4.
-// Four tiles at a time change places so that a lane has a unit. Whole warp.
-template <class Element, int kTiles>
-HW_DEVICE HW_INLINE void store_units(const Ref<Element, 1>& row, bool exists,
-                                     const uint32_t (&word)[kTiles]) {
-  HW_UNROLL
-  for (int j = 0; j < kTiles; j += 4) {
-    uint32_t unit[4] = {word[j], word[j + 1], word[j + 2], word[j + 3]};
-    transpose_quad(unit);
-    const int column = 8 * (j + dev::lane() % 4);
-    if (exists && column < row.size[0])
-      store_vector(reinterpret_cast<Word*>(row.at(column)),
-                   Vec<Word, 4>{unit[0], unit[1], unit[2], unit[3]});
-  }
-}
-
-// Stores x[j][i], columns first + 8 j + i of a row, `first` even: those of a lane in a row of a
-// fragment, whose other columns its 4 neighbours have. Rows of whole units take one store of 16
-// bytes per 4 pairs, rows of whole words one per pair; the others take turns in a loop that is not
-// unrolled, which keeps the kernels that end with this short. Whole warp; nothing is stored where
-// the row does not `exist`.
-template <class Element, int kTiles>
-HW_DEVICE HW_INLINE void store_pairs(const Ref<Element, 1>& row, bool exists, int first,
-                                     const Output<Element>& form, const float (&x)[kTiles][2]) {
-  Element* to = row.at(first);
-  const int end = static_cast<int>(row.size[0]) - first;
-  uint32_t word[kTiles];
-  HW_UNROLL
-  for (int j = 0; j < kTiles; ++j) word[j] = dev::pack<Element>(x[j][0], x[j][1]);
-  if constexpr (kTiles % 4 == 0) {
-    if (form.whole) return store_units(row, exists, word);
-  }
-  if (!exists) return;
-  if (form.paired && row.size[0] % 2 == 0) {
-    HW_UNROLL
-    for (int j = 0; j < kTiles; ++j)
-      if (8 * j < end) *reinterpret_cast<Word*>(aligned<4>(to + 8 * j)) = word[j];
-    return;
-  }
-  const auto element = [](uint32_t bits) {
-    return std::bit_cast<Element>(static_cast<uint16_t>(bits));
-  };
-  HW_UNROLL_BY(1)
-  for (int column = 0; column < end && column < 8 * kTiles; column += 8) {
-    to[column * row.stride[0]] = element(word[0]);
-    if (column + 1 < end) to[(column + 1) * row.stride[0]] = element(word[0] >> 16);
-    HW_UNROLL
-    for (int j = 0; j + 1 < kTiles; ++j) word[j] = word[j + 1];
-  }
-}
-
-// The same in fp32.
-template <int kTiles>
-HW_DEVICE HW_INLINE void store_pairs(const Ref<float, 1>& row, bool exists, int first,
-                                     const Output<float>&, const float (&x)[kTiles][2]) {
-  if (!exists) return;
-  float* to = row.at(first);
-  const int end = static_cast<int>(row.size[0]) - first;
-  const int64_t step = row.stride[0];
-  HW_UNROLL
-  for (int j = 0; j < kTiles; ++j) {
-    if (8 * j < end) to[8 * j * step] = x[j][0];
-    if (8 * j + 1 < end) to[(8 * j + 1) * step] = x[j][1];
   }
 }
 

@@ -78,6 +78,8 @@ void check_routing(const P& p, const Call& call) {
   if (listed) check_lists("keys", p.keys, p.k.size[1]);
   check(listed || (p.groups() == 1 && !p.by_slot), ErrorKind::value,
         "routing_attention: all keys go with one list of rows");
+  check(!p.pad_keys || p.left < 0, ErrorKind::value,
+        "routing_attention: keys of zeros, which all rows see, go with no window to the left");
   check(listed || !p.mask_self, ErrorKind::value, "routing_attention: mask_self is of listed keys");
 }
 
@@ -131,7 +133,7 @@ std::string why_not_many(const P& p) {
   const RoutingSizes s = shape_of(p);
   const int64_t slots = max_of(s.row_slots, s.key_slots);
   const int64_t most = max_of(max_of(s.rows, s.keys), s.groups * slots);
-  if (most >= INT32_MAX || s.key_regions >= INT32_MAX)
+  if (most >= INT32_MAX || max_of(p.rows.cells.count(), s.key_regions) >= INT32_MAX)
     return concat("there are ", most, " tokens or slots, and their numbers have 32 bits");
   return {};
 }

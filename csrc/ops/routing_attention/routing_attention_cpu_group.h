@@ -218,7 +218,7 @@ class Group {
   }
 
   // Of each row the keys it sees, and those that are the row itself: two walks side by side. Zero
-  // keys come first; every row sees them, unless a window begins behind them.
+  // keys come first, and every row sees them: no call has a window that begins behind them.
   HW_NOINLINE void find_seen() {
     const int64_t n = key_count(), *key = now_.keys.token;
     int64_t begin = 0, end = 0, self_begin = 0, self_end = 0;
@@ -235,7 +235,7 @@ class Group {
       self_begin = first_not_below(self_begin, self);
       self_end = first_not_below(self_end, self + 1);
       seen_[i] = {begin, std::max(begin, end)};
-      self_[i] = {self_begin, self_end};
+      self_[i] = self < 0 ? Range{0, 0} : Range{self_begin, self_end};
     }
   }
 

@@ -84,7 +84,7 @@ struct ListSource {
   HW_INLINE static Range set_keys(const WorkItem& w, int64_t slot) {
     if (w.self != nullptr) return w.self[slot];
     const int64_t self = w.mask.diagonal(w.row_tokens[slot]);
-    return {self, self + 1};
+    return self < 0 ? Range{0, 0} : Range{self, self + 1};
   }
   HW_NOINLINE static Range row_slots(const WorkItem& w, const Range& positions) {
     const int64_t *first = w.row_tokens, *last = first + w.rows;

@@ -203,17 +203,17 @@ class Backward {
 
   // d_q = scale tau sum, d_tau = scale <sum, q>
   HW_NOINLINE void write_query(const Block& block, int i, A* sum, A factor, A* q_row) {
-    const int64_t batch = block.batch(), row = block.token(i);
+    const int64_t batch = block.batch(), row = block.token(i), result = block.result(i);
     const int head = block.head();
     if (p_.d_row_temperature) {
       const Ref<const T, 4> q = p_.q.template as<const T>();
       widen(q_row, q.at(batch, row, head), dim_, q.stride[3]);
-      p_.d_row_temperature.template as<A>()(batch, block.number(i), head) =
+      p_.d_row_temperature.template as<A>()(batch, result, head) =
           static_cast<A>(p_.scale) * inner_product(sum, q_row, dim_);
     }
     for (int d = 0; d < dim_; ++d) sum[d] *= factor;
     const Ref<T, 4> d_q = p_.d_q.template as<T>();
-    narrow(d_q.at(batch, row, head), sum, dim_, d_q.stride[3]);
+    narrow(d_q.at(batch, result, head), sum, dim_, d_q.stride[3]);
   }
 
   void add_parts(int64_t i) {

@@ -27,6 +27,7 @@ HW_DEVICE HW_INLINE void store_gradient(const T& tile, const Ref<void, 4>& to, b
   for (int r = 0; r < kOwn; ++r) {
     if (!tile.exists(r)) continue;
     const int64_t at = tile.own_result(r);
+    if (at < 0) continue;
     HW_UNROLL
     for (int n = 0; n < kCount; ++n) {
       const int column = (first + n) * kSide<A> + other_lane() * kVector<A>;
@@ -170,7 +171,8 @@ struct KeyGradKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A sum = dev::warp_sum<kLanes>(share[r]);
       if (other_lane() != 0 || !tile.exists(r)) continue;
-      to.template as<A>()(tile.batch(), tile.head(), tile.own_result(r)) = sum;
+      const int64_t key = tile.number_of_own(tile.own_in_tile(r));
+      to.template as<A>()(tile.batch(), tile.head(), key) = sum;
     }
   }
 };

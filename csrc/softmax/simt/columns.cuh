@@ -65,7 +65,7 @@ struct ColumnsKernel {
     for (int r = 0; r < kOwn; ++r) {
       const A total = dev::warp_sum<kLanes>(sum[r]), largest = max_of_lanes(top[r]);
       if (!tile.exists(r)) continue;
-      const int64_t b = tile.batch(), key = tile.own_result(r);
+      const int64_t b = tile.batch(), key = tile.number_of_own(tile.own_in_tile(r));
       if (part == 0 && other_lane() == 0) {
         if (f.sum) f.sum.template as<A>()(b, head, key) = total;
         if (f.max) f.max.template as<A>()(b, head, key) = largest;

@@ -53,7 +53,7 @@ struct RowPlace {
 
 // Writes what becomes of rows. Plain: softmaxes, o and the row statistic only; kMixes: o may differ
 // from w.
-template <class Element, ScoreKind Kind, bool kMixes>
+template <class Element, ScoreKind Kind, bool kMixes, bool kOwnValues>
 struct Finish {
   static constexpr bool kPlain = Kind::kPlain;
   const ForwardParams& f;
@@ -88,7 +88,7 @@ struct Finish {
     const bool exists = row.result >= 0;
     if constexpr (kMixes) {
       if (f.w) store_pairs(row_of(w, row.result), exists, first, w, x);
-      if (f.identity_mix && exists) mix(number, first, x);
+      if (kOwnValues && f.identity_mix && exists) mix(number, first, x);
       if (f.head_gate && exists) {
         const float g = f.head_gate.template as<const float>()(batch, number, item.head);
         HW_UNROLL
@@ -180,7 +180,8 @@ struct MergeKernel {
       part.move_to(top, p.units);
       whole.add(part);
     }
-    const Finish<Element, Kind, !kPlain || kGathers> finish{p.f, p.o, p.w, item, p.units};
+    const Finish<Element, Kind, !kPlain || kGathers, !kGathers> finish{p.f, p.o, p.w, item,
+                                                                       p.units};
     const float factor = finish.finalize(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {

@@ -382,7 +382,8 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish() {
-      const Finish<Element, Kind, !kPlain || kGathers> finish{p.f, p.o, p.w, item, p.units};
+      const Finish<Element, Kind, !kPlain || kGathers, !kGathers> finish{p.f, p.o, p.w, item,
+                                                                         p.units};
       Scores::each_row([&](int strip, int half) {
         const int line = warp_row + Scores::row(strip, 2 * half);
         RowSums<float> r = sums[strip][half];
