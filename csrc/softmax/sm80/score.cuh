@@ -9,8 +9,8 @@
 // those of softmax/score.h, with fast functions by the type Fast.
 //
 // Kernels of plain scores (kPlain of a ScoreKind) have a softmax, scale > 0 and masks alone: c goes
-// straight into the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s is
-// kept, and the unit is log2 e.
+// straight into the exponent, p = exp2(unit (c - base)), with unit = scale log2 e. In the others s
+// is kept, and the unit is log2 e.
 #pragma once
 
 #include <limits>
