@@ -25,7 +25,7 @@ CORE = (
     "dtype.h", "math.h", "ref.h", "regions.h", "scalar_math.h", "sort_key.h", "cpu/bf16_dot.h",
     "cpu/matmul.h", "cpu/panel.h", "cpu/parallel.h", "cpu/simd.h", "cpu/simd_math.h",
     "cpu/transpose.h", "gpu/block_rank.cuh", "gpu/csr.cuh", "gpu/csr.h", "gpu/packed.cuh",
-    "gpu/tile.cuh", "gpu/vector.h",
+    "gpu/store.cuh", "gpu/tile.cuh", "gpu/vector.h",
 )  # fmt: skip
 # CPU instruction sets that are not built: of what is left the machine takes the best it has, pairs
 # of bf16 among it.
