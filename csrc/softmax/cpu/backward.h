@@ -285,8 +285,16 @@ class SharedBias {
   HW_NOINLINE void visit(int64_t batch, int head, int64_t index, Tile<T, Source, Score>& tile,
                          Cotangents<T>& cotangents, A* s, A* ds) {
     Block<Source> block{&source_, source_.work_item(p_, batch, head), {}};
-    block.rows = rows_at(block, {index * kRows, (index + 1) * kRows});
-    if (block.rows.empty()) return;
+    const Range rows = rows_at(block, {index * kRows, (index + 1) * kRows});
+    // More of them than positions where a list names a token several times.
+    for (int64_t i = rows.begin; i < rows.end; i += kRows) {
+      block.rows = {i, std::min<int64_t>(i + kRows, rows.end)};
+      add(block, tile, cotangents, s, ds);
+    }
+  }
+
+  HW_NOINLINE void add(const Block<Source>& block, Tile<T, Source, Score>& tile,
+                       Cotangents<T>& cotangents, A* s, A* ds) {
     tile.load_queries(block);
     if (!cotangents.load_rows(block, tile.width())) return;
     const Range keys = block.keys();
