@@ -162,10 +162,12 @@ def forward(score, v, routing, backend):
 
 
 def gradients(score, v, routing, made, d_o, backend):
+    """By slot every row is in one, so that its share of d_o is all of it."""
     wide = score.sink.dtype if score.sink is not None else F32 if v.dtype == BF16 else v.dtype
     delta = (d_o.to(wide) * made.o.to(wide)).sum(-1).transpose(1, 2).contiguous()
     want = WantGrad(v=True, row_temperature=score.row_temperature is not None)
-    return native.backward(score, v, d_o, made.row, delta, None, None, routing, want, backend)
+    delta, slots = (None, made.w) if routing.by_slot else (delta, None)
+    return native.backward(score, v, d_o, made.row, delta, slots, None, routing, want, backend)
 
 
 LEAVES = ("q", "k", "v", "row_temperature")
@@ -203,11 +205,12 @@ def test_regions_with_an_option(backend, dtype, pad, option):
     check(scored(option, q, k), v, routing, dtype, backend)
 
 
-@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("causal, by_slot", ((False, False), (True, False), (True, True)))
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("backend, dtype", BACKENDS, ids=str)
-def test_clusters_with_an_option(backend, dtype, option, causal):
+def test_clusters_with_an_option(backend, dtype, option, causal, by_slot):
     q, k, v, routing = clusters(dtype, 9, 21, 4, own=True)
+    routing = routing._replace(by_slot=by_slot)
     check(scored(option, q, k)._replace(causal=causal), v, routing, dtype, backend)
 
 
