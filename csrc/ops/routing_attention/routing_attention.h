@@ -18,7 +18,8 @@
 // tokens in the sequence there, in masks and biases too. Besides
 //
 //   pad_keys     a slot without token is a key 0 with the value 0 that is seen (score 0); without
-//                it such a slot is not there. Rows without token never are.
+//                it such a slot is not there. Rows without token never are. Goes with no
+//                window to the left
 //   mask_self    s_ij = kSelfScore where j = i + Sk - Sq, with d s_ij = 0
 //
 // A token may stand in several lists, and several times in one. Where rows may (by_slot), every
@@ -98,7 +99,8 @@ struct ForwardParams : softmax::ForwardParams, Routing {};
 // "routing_attention.backward". By slot: row as left by forward, `slots` its w, delta absent, d_w
 // [B, Sq, Hq, Dv]. Gradients are per token in any case. They are complete, 0 for tokens in no list;
 // but not by slot, d_q and d_row_temperature of tokens in no list are treated as o is, and
-// d_bias is added to or written where rows are listed: the caller hands over zeros.
+// d_bias is added to or written where rows are listed: the caller hands over zeros. Of listed keys
+// there are no d_bias, d_key_bias and d_key_gain: a key stands in several lists.
 struct BackwardParams : softmax::BackwardParams, Routing {
   Ref<const void, 4> slots;  // [B, G Wq, Hq, Dv]
 };
