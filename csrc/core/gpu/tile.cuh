@@ -346,6 +346,7 @@ HW_DEVICE HW_INLINE Packed<kStrips, kTiles / 2> pack(const Fragment<kStrips, kTi
 template <class T>
 struct MatrixLoads {
   const void* first;
+  int distance = 0;  // bytes from there to the tile that is loaded, of the same kind: see of()
 
   HW_DEVICE static HW_INLINE MatrixLoads left(const T& tile, int row) {
     const int lane = dev::lane();
@@ -355,10 +356,15 @@ struct MatrixLoads {
     const int lane = dev::lane();
     return {tile.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
   }
-  HW_DEVICE static HW_INLINE dev::AddressOffset offset(int down, int step) {
+  HW_DEVICE HW_INLINE dev::AddressOffset offset(int down, int step) const {
     dev::AddressOffset to = T::offset(2 * step);
-    to.shift += down * T::kUnits * 16;
+    to.shift += down * T::kUnits * 16 + distance;
     return to;
+  }
+  // The same place of another tile: where both are at fixed places, they share the address.
+  HW_DEVICE HW_INLINE MatrixLoads of(const T& other, const T& than) const {
+    return {first, distance + static_cast<int>(reinterpret_cast<const char*>(&other) -
+                                               reinterpret_cast<const char*>(&than))};
   }
   HW_DEVICE HW_INLINE void load(uint32_t regs[4], int down, int step) const {
     dev::load_matrix_x4(regs, first, offset(down, step));
@@ -368,14 +374,12 @@ struct MatrixLoads {
   }
 };
 
-// d += A B^T: rows a_row .. of a, rows b_row .. of b, both multiples of 8.
+// d += A B^T, of the loads of A (left) and of B (right).
 template <class Element, int kStrips, int kTiles, int kA, int kB, int kColumns>
 HW_DEVICE HW_INLINE void multiply_rows(Fragment<kStrips, kTiles>& d,
-                                       const Tile<Element, kA, kColumns>& a, int a_row,
-                                       const Tile<Element, kB, kColumns>& b, int b_row = 0) {
+                                       const MatrixLoads<Tile<Element, kA, kColumns>>& of_a,
+                                       const MatrixLoads<Tile<Element, kB, kColumns>>& of_b) {
   static_assert(kTiles % 2 == 0, "whole matrix loads");
-  const auto of_a = MatrixLoads<Tile<Element, kA, kColumns>>::left(a, a_row);
-  const auto of_b = MatrixLoads<Tile<Element, kB, kColumns>>::right(b, b_row);
   HW_UNROLL
   for (int step = 0; step < kColumns / 16; ++step) {
     uint32_t left[kStrips][4];
@@ -392,6 +396,15 @@ HW_DEVICE HW_INLINE void multiply_rows(Fragment<kStrips, kTiles>& d,
       }
     }
   }
+}
+
+// The same: rows a_row .. of a, rows b_row .. of b, both multiples of 8.
+template <class Element, int kStrips, int kTiles, int kA, int kB, int kColumns>
+HW_DEVICE HW_INLINE void multiply_rows(Fragment<kStrips, kTiles>& d,
+                                       const Tile<Element, kA, kColumns>& a, int a_row,
+                                       const Tile<Element, kB, kColumns>& b, int b_row = 0) {
+  multiply_rows<Element>(d, MatrixLoads<Tile<Element, kA, kColumns>>::left(a, a_row),
+                         MatrixLoads<Tile<Element, kB, kColumns>>::right(b, b_row));
 }
 
 // d += P B: rows of b from 0 on, its columns from 8 `unit` (even) on.

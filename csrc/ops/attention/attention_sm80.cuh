@@ -25,11 +25,7 @@
 
 namespace hw::softmax::sm80 {
 
-inline bool is_plain(const ForwardParams& f) {
-  const bool more =
-      f.w || f.head_gate || f.identity_mix || f.entropy || f.p_max || f.sq_norm || f.mass;
-  return has_plain_scores(f) && f.v && !more;
-}
+inline bool has_epilogue(const ForwardParams& f) { return f.w || f.head_gate || f.identity_mix; }
 
 inline Units units_of(bool plain, const ScoreParams& p) {
   if (!plain) return {};
@@ -66,8 +62,8 @@ void forward_of_sequences(const ForwardParams& f, const Call& call) {
 
 template <class Element, int kDim>
 void forward(const ForwardParams& f, const Call& call) {
-  is_plain(f) ? forward_of_sequences<Element, kDim, PlainScore>(f, call)
-              : forward_of_sequences<Element, kDim, FullScore>(f, call);
+  is_plain(f) && !has_epilogue(f) ? forward_of_sequences<Element, kDim, PlainScore>(f, call)
+                                  : forward_of_sequences<Element, kDim, FullScore>(f, call);
 }
 
 // ---- Passes that know the row statistics --------------------------------------------------------
@@ -121,7 +117,10 @@ void backward_of_sequences(const BackwardParams& b, const Context& context) {
       0};
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, Kind, Source, Cut>>(queries, p, b.max_q, context);
-  if constexpr (kDim <= 128) {
+  if constexpr (Cut::Loop::shares(kDim, Kind::kPlain)) {
+    using Split = SplitKeyGradKernel<Element, kDim, Kind, Source, Cut>;
+    launch_blocks<Split>(keys, p, b.max_k, context);
+  } else if constexpr (kDim <= 128) {
     using Both = KeyGradKernel<Element, kDim, Kind, true, true, Source, Cut>;
     launch_blocks<Both>(keys, p, b.max_k, context);
   } else {

@@ -37,12 +37,13 @@ struct ForwardTiles {
 
 template <int kOwn_>
 struct LoopTiles {
-  static constexpr int kOwn = kOwn_;
+  static constexpr int kOwn = kOwn_, kWarps = kOwn / 16;
   static constexpr int others(int dim, bool plain) {
     if (kOwn == kNarrow) return dim <= 64 ? 32 : 16;
     return softmax::sm80::LoopTiles::others(dim, plain);
   }
-  static constexpr int strips(int, bool) { return 1; }
+  static constexpr bool shares(int, bool) { return false; }
+  static constexpr int strips_of_queries(int, bool) { return 1; }
 };
 
 // The cut of blocks of kOwn slots.
@@ -53,11 +54,7 @@ struct ListCut {
   using Loop = LoopTiles<kOwn>;
 };
 
-// Gates do not change scores: mixtures of heads are plain too.
-inline bool is_plain(const softmax::ForwardParams& f) {
-  return softmax::sm80::has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm &&
-         !f.mass;
-}
+using softmax::sm80::is_plain;  // gates do not change scores: mixtures of heads are plain too
 
 // Slots of a block of the forward pass.
 inline int rows_of_block(const ForwardParams& p) {

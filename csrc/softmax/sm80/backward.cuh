@@ -4,6 +4,8 @@
 //   QueryGradKernel   a block: queries of a head, walks keys (loop R2)       d_q, d_tau, own d_b
 //   KeyGradKernel     a block: keys, walks the queries of the heads          d_k, d_v, d_beta,
 //                     that share them (loop C)                               d_gamma
+//   SplitKeyGradKernel  the same of plain scores: of two warps with the      d_k, d_v
+//                     same keys one makes p and sums d_v, the other dp, d_k
 //   BiasGradKernel    a block: a tile of a bias that is broadcast, walks     d_b
 //                     all that share it
 //
@@ -39,9 +41,9 @@ struct GradientParams {
 };
 
 // Gradients of one tile: p in place of c = <q, k>, ds in place of dp = <d_w, v>, and y.
-template <class Score, class Pairs>
-HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c, Pairs& dp,
-                                       Pairs& y) {
+template <class Score, class Scores>
+HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Scores& c, Scores& dp,
+                                       Scores& y) {
   score.shape_products(c);
   y = c;
   score.add_terms(c);
@@ -52,7 +54,7 @@ HW_DEVICE HW_INLINE void differentiate(const Score& score, float unit, Pairs& c,
 template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
 struct QueryGradKernel {
   using L = Loop<Element, kDim, Kind, false, true, Source, Cut>;
-  using Pairs = typename L::Pairs;
+  using Scores = typename L::Scores;
   using Params = GradientParams<Element, Kind, Source>;
   using Smem = typename L::Smem;
   static constexpr bool kPlain = Kind::kPlain;
@@ -73,7 +75,7 @@ struct QueryGradKernel {
     d_q.clear();
     const Range keys = loop.others();
     loop.walk(keys, [&](const auto& stage, const auto& score) {
-      Pairs c, dp, y;
+      Scores c, dp, y;
       loop.products(c, stage);
       loop.second_products(dp, stage);
       differentiate(score, p.inputs.unit, c, dp, y);
@@ -88,7 +90,7 @@ struct QueryGradKernel {
       if constexpr (!kPlain)
         if (b.row_temperature && loaded)
           return p.inputs.in.scale *
-                 loop.smem.numbers.tau[loop.warp_row() + L::Pairs::row(0, 2 * half)];
+                 loop.smem.numbers.tau[loop.warp_row() + L::Scores::row(0, 2 * half)];
       return p.inputs.in.scale;
     };
     if (p.sums_queries()) return loop.store(p.d_q_sums, loop.item.head, d_q, factor);
@@ -99,13 +101,13 @@ struct QueryGradKernel {
   // d_bias is zeros where it was not visited.
   template <class Score>
   HW_DEVICE HW_INLINE static void store_bias(const BackwardParams& b, const L& loop,
-                                             const Score& score, const Pairs& ds) {
+                                             const Score& score, const Scores& ds) {
     const Ref<float, 4> to = b.d_bias.template as<float>();
     if constexpr (Source::kGathers) {
       float* origin = to.at(loop.item.at.batch, loop.item.head);
-      Pairs::each([&](int s, int j, int i) {
-        const auto q = score.row_position(Pairs::row(s, i));
-        const auto k = score.key_position(Pairs::column(j, i));
+      Scores::each([&](int s, int j, int i) {
+        const auto q = score.row_position(Scores::row(s, i));
+        const auto k = score.key_position(Scores::column(j, i));
         if (q >= 0 && k >= 0) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
       });
       return;
@@ -113,8 +115,8 @@ struct QueryGradKernel {
     const int64_t row = score.operands.row, key = score.operands.key;
     float* origin = to.at(loop.item.at.batch, loop.item.head, row, key);
     const int64_t rows = loop.item.mask.rows - row, keys = loop.item.mask.keys - key;
-    Pairs::each([&](int s, int j, int i) {
-      const int q = Pairs::row(s, i), k = Pairs::column(j, i);
+    Scores::each([&](int s, int j, int i) {
+      const int q = Scores::row(s, i), k = Scores::column(j, i);
       if (q < rows && k < keys) origin[q * to.stride[2] + k * to.stride[3]] = ds.at[s][j][i];
     });
   }
@@ -133,19 +135,41 @@ struct QueryGradKernel {
         sum += d_q.at[0][j][2 * half] * q.lo + d_q.at[0][j][2 * half + 1] * q.hi;
       }
       sum = dev::warp_sum<4>(sum) * static_cast<float>(b.scale);
-      const int64_t at = loop.result_row(half);
+      const int64_t at = loop.own_result(half).at;
       if (dev::lane() % 4 == 0 && at >= 0)
         b.d_row_temperature.template as<float>()(loop.item.at.batch, at, loop.item.head) = sum;
     }
   }
 };
 
+// Walks the queries of every head that shares the block's keys, one head after the other, with
+// visit(stage, score); finish() after each. False: there are no such keys, and nothing was done.
+template <class L, class Params, class Visit, class Finish>
+HW_DEVICE HW_INLINE bool walk_heads(L& loop, const Params& p, const Visit& visit,
+                                    const Finish& finish) {
+  // Of 32 bits, as blocks of a launch are: registers are short.
+  const int blocks = static_cast<int>(p.blocks), heads = p.owners();
+  const int block = dev::block_index_x(), group = block / blocks;
+  loop.start(group / heads, static_cast<int64_t>(block % blocks) * L::kOwn, group % heads);
+  dev::sync_block();
+  const int& owner = loop.smem.owner;
+  HW_UNROLL_BY(1)
+  for (int head = owner * p.heads_of_owner(); head < (owner + 1) * p.heads_of_owner();
+       head = loop.item.head + 1) {
+    loop.take(head);
+    if (loop.own().empty()) return false;
+    loop.walk(loop.others(), visit);
+    finish();
+  }
+  return true;
+}
+
 // kKeyGrads: d_k and the sums of keys, kValueGrads: d_v; at least one of them.
 template <class Element, int kDim, ScoreKind Kind, bool kKeyGrads, bool kValueGrads,
           KeySource Source, class Cut>
 struct KeyGradKernel {
   using L = Loop<Element, kDim, Kind, true, kKeyGrads, Source, Cut>;
-  using Pairs = typename L::Pairs;
+  using Scores = typename L::Scores;
   using Values = typename L::Values;
   using Params = GradientParams<Element, Kind, Source>;
   using Smem = typename L::Smem;
@@ -158,34 +182,33 @@ struct KeyGradKernel {
     If<kKeyGrads, Values> d_k;
     If<kValueGrads, Values> d_v;
     float d_bias[2], d_gain[2];  // this lane's share of keys g and g + 8, of a query head
+
+    HW_DEVICE HW_INLINE void clear() {
+      if constexpr (kKeyGrads) d_k.clear();
+      if constexpr (kValueGrads) d_v.clear();
+      clear_of_head();
+    }
+    HW_DEVICE HW_INLINE void clear_of_head() {
+      HW_UNROLL
+      for (int half = 0; half < 2; ++half) d_bias[half] = d_gain[half] = 0.0f;
+    }
   };
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
-    // Of 32 bits, as blocks of a launch are: registers are short.
-    const int blocks = static_cast<int>(p.blocks), heads = p.owners();
-    const int block = dev::block_index_x(), group = block / blocks;
     L loop(b, p.inputs, p.source, p.kind, *dev::shared<Smem>());
-    loop.start(group / heads, static_cast<int64_t>(block % blocks) * L::kOwn, group % heads);
-    dev::sync_block();
-    const int& owner = loop.smem.owner;
     Sums sums;
-    if constexpr (kKeyGrads) sums.d_k.clear();
-    if constexpr (kValueGrads) sums.d_v.clear();
-    HW_UNROLL_BY(1)
-    for (int head = owner * p.heads_of_owner(); head < (owner + 1) * p.heads_of_owner();
-         head = loop.item.head + 1) {
-      loop.take(head);
-      if (loop.own().empty()) return;
-      HW_UNROLL
-      for (int half = 0; half < 2; ++half) sums.d_bias[half] = sums.d_gain[half] = 0.0f;
-      loop.walk(loop.others(),
-                [&](const auto& stage, const auto& score) { step(p, loop, stage, score, sums); });
-      if constexpr (kKeyGrads && !kPlain) {
-        loop.store_sums(b.d_key_bias, sums.d_bias);
-        loop.store_sums(b.d_key_gain, sums.d_gain);
-      }
-    }
+    sums.clear();
+    const bool walked = walk_heads(
+        loop, p, [&](const auto& stage, const auto& score) { step(p, loop, stage, score, sums); },
+        [&] {
+          if constexpr (!kKeyGrads || kPlain) return;
+          loop.store_sums(b.d_key_bias, sums.d_bias);
+          loop.store_sums(b.d_key_gain, sums.d_gain);
+          sums.clear_of_head();
+        });
+    if (!walked) return;
+    const int& owner = loop.smem.owner;
     const auto scale = [&](int) { return p.inputs.in.scale; };
     const auto one = [](int) { return 1.0f; };
     if constexpr (kKeyGrads) {
@@ -208,7 +231,7 @@ struct KeyGradKernel {
   HW_DEVICE HW_INLINE static void step(const Params& p, const L& loop, const Stage& stage,
                                        const Score& score, Sums& sums) {
     const BackwardParams& b = p.b;
-    Pairs c;
+    Scores c;
     loop.products(c, stage);
     if constexpr (!kKeyGrads) {
       score.shape_products(c);
@@ -217,7 +240,7 @@ struct KeyGradKernel {
       score.weigh(c, p.inputs.unit);
       multiply_columns<Element>(sums.d_v, pack<Element>(c), stage.second);
     } else {
-      Pairs dp, y;
+      Scores dp, y;
       loop.second_products(dp, stage);
       differentiate(score, p.inputs.unit, c, dp, y);
       if constexpr (kValueGrads)
@@ -232,8 +255,86 @@ struct KeyGradKernel {
     }
   }
 
-  HW_DEVICE HW_INLINE static void add(float (&share)[2], const Pairs& ds) {
-    Pairs::each([&](int s, int j, int i) { share[i / 2] += ds.at[s][j][i]; });
+  HW_DEVICE HW_INLINE static void add(float (&share)[2], const Scores& ds) {
+    Scores::each([&](int s, int j, int i) { share[i / 2] += ds.at[s][j][i]; });
+  }
+};
+
+// d_k and d_v of plain scores. Two warps have the same keys and hold the sums of twice as many as one
+// that sums both could: each operand of a product is read for twice as many rows. In every tile
+//
+//   the warp of d_v   p = exp(s - L), handed to the other        d_v += p^T d_w
+//   the warp of d_k   dp; given p, ds = p (dp - delta)           d_k += ds^T q
+//
+// which are the same two products of other operands.
+template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
+struct SplitKeyGradKernel {
+  using L = Loop<Element, kDim, Kind, true, true, Source, Cut>;
+  using Scores = typename L::Scores;
+  using Values = typename L::Values;
+  using Params = GradientParams<Element, Kind, Source>;
+  static constexpr int kThreads = L::kThreads, kMinBlocks = 2;
+  static constexpr int kTeam = 2 * dev::kWarp;  // threads that have the same keys
+  static_assert(L::kSharers == 2 && Kind::kPlain && !Source::kGathers);
+
+  // p of a team's keys and a tile's queries: the four elements that each lane has of 16 x 8.
+  using Weights = Vec<float, 4>[Scores::kStrips][Scores::kTiles][dev::kWarp];
+  struct Smem {
+    typename L::Smem loop;
+    Weights weights[kThreads / kTeam];
+  };
+  static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
+
+  HW_DEVICE static void main(const Params& p) {
+    Smem& smem = *dev::shared<Smem>();
+    L loop(p.b, p.inputs, p.source, p.kind, smem.loop);
+    const bool values = dev::warp() % 2 == 0;
+    Values sums;
+    sums.clear();
+    const bool walked = walk_heads(
+        loop, p,
+        [&](const auto& stage, const auto& score) {
+          step(p, loop, smem, stage, score, values, sums);
+        },
+        [] {});
+    if (!walked || (values && !p.b.d_v)) return;
+    const float factor = values ? 1.0f : p.inputs.in.scale;
+    loop.store(values ? p.d_v : p.d_k, smem.loop.owner, sums, [=](int) { return factor; });
+  }
+
+ private:
+  template <class Stage, class Score>
+  HW_DEVICE HW_INLINE static void step(const Params& p, const L& loop, Smem& smem,
+                                       const Stage& stage, const Score& score, bool values,
+                                       Values& sums) {
+    const int team = dev::warp() / 2;
+    Weights& weights = smem.weights[team];
+    Scores x;  // p, or ds
+    x.clear();
+    multiply_rows<Element>(x, values ? smem.loop.first_own : smem.loop.second_own, L::warp_row(),
+                           values ? stage.first : stage.second);
+    if (values) {
+      score.hide(x);
+      score.weigh(x, p.inputs.unit);
+      hand_over(x, weights);
+      dev::sync_group(1 + team, kTeam);
+    } else {
+      dev::sync_group(1 + team, kTeam);
+      score.differentiate_given(
+          x, [&](int s, int j) { return load_vector<4>(weights[s][j][dev::lane()].v); });
+    }
+    multiply_columns<Element>(sums, pack<Element>(x), values ? stage.second : stage.first);
+  }
+
+  HW_DEVICE HW_INLINE static void hand_over(const Scores& p, Weights& weights) {
+    HW_UNROLL
+    for (int s = 0; s < Scores::kStrips; ++s) {
+      HW_UNROLL
+      for (int j = 0; j < Scores::kTiles; ++j) {
+        const float (&of)[4] = p.at[s][j];
+        store_vector(weights[s][j][dev::lane()].v, Vec<float, 4>{of[0], of[1], of[2], of[3]});
+      }
+    }
   }
 };
 
@@ -242,7 +343,7 @@ struct KeyGradKernel {
 template <class Element, int kDim>
 struct BiasGradKernel {
   using L = Loop<Element, kDim, FullScore, false, true, DenseSource, SequenceCut>;
-  using Pairs = typename L::Pairs;
+  using Scores = typename L::Scores;
   using Params = GradientParams<Element, FullScore, DenseSource>;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads;
@@ -270,7 +371,7 @@ struct BiasGradKernel {
     const int64_t head = take(owners(b, 1, 1)), batch = rest;
     const bool all_keys = b.d_bias.stride[3] == 0;
 
-    Pairs sum;
+    Scores sum;
     sum.clear();
     HW_UNROLL_BY(1)
     for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
@@ -281,11 +382,11 @@ struct BiasGradKernel {
         if (!all_keys && (key >= keys.end || key + L::kOther <= keys.begin)) continue;
         if (!all_keys) keys = {key, key + L::kOther};
         loop.walk(keys, [&](const auto& stage, const auto& score) {
-          Pairs c, dp, y;
+          Scores c, dp, y;
           loop.products(c, stage);
           loop.second_products(dp, stage);
           differentiate(score, p.inputs.unit, c, dp, y);
-          Pairs::each([&](int s, int j, int i) { sum.at[s][j][i] += dp.at[s][j][i]; });
+          Scores::each([&](int s, int j, int i) { sum.at[s][j][i] += dp.at[s][j][i]; });
         });
       }
     }
@@ -295,16 +396,16 @@ struct BiasGradKernel {
  private:
   HW_DEVICE HW_INLINE static void store(const BackwardParams& b, const L& loop, int64_t batch,
                                         int64_t head, int64_t key, bool all_keys,
-                                        const Pairs& sum) {
+                                        const Scores& sum) {
     const Ref<float, 4> to = b.d_bias.template as<float>();
     HW_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t row = loop.own_row(half);
       HW_UNROLL
-      for (int j = 0; j < Pairs::kTiles; ++j) {
+      for (int j = 0; j < Scores::kTiles; ++j) {
         HW_UNROLL
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int64_t at = key + Pairs::column(j, i);
+          const int64_t at = key + Scores::column(j, i);
           if (!all_keys && row < to.size[2] && at < to.size[3])
             to(batch, head, row, at) = sum.at[0][j][i];
         }

@@ -13,7 +13,7 @@ namespace hw::softmax::sm80 {
 template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
 struct ColumnsKernel {
   using L = Loop<Element, kDim, Kind, true, false, Source, Cut>;
-  using Pairs = typename L::Pairs;
+  using Scores = typename L::Scores;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads, kMinBlocks = kDim <= 128 ? 2 : 1;
 
@@ -38,15 +38,15 @@ struct ColumnsKernel {
     y.clear();
     float sum[2] = {}, top[2] = {};  // this lane's share of keys g and g + 8
     loop.walk(loop.others(), [&](const auto& stage, const auto& score) {
-      Pairs weights;
+      Scores weights;
       loop.products(weights, stage);
       score.shape_products(weights);
       score.add_terms(weights);
       score.hide(weights);
       score.weigh(weights, p.inputs.unit);
-      Pairs::each([&](int s, int j, int i) {
+      Scores::each([&](int s, int j, int i) {
         const float w = weights.at[s][j][i];
-        sum[i / 2] += c.row_weight ? w * score.operands.numbers[Pairs::column(j, i)].v[2] : w;
+        sum[i / 2] += c.row_weight ? w * score.operands.numbers[Scores::column(j, i)].v[2] : w;
         top[i / 2] = larger(w, top[i / 2]);
       });
       if (c.x) multiply_columns<Element>(y, pack<Element>(weights), stage.second);

@@ -46,11 +46,6 @@ struct Partials {
   }
 };
 
-// Where results of a row are on the axis S, negative: nowhere; and its position.
-struct RowPlace {
-  int64_t result, position;
-};
-
 // Writes what becomes of rows. Plain: softmaxes, o and the row statistic only; kMixes: o may differ
 // from w.
 template <class Element, ScoreKind Kind, bool kMixes, bool kOwnValues>
@@ -64,7 +59,7 @@ struct Finish {
 
   // Row statistic and read-outs of a row (one lane of those that have it: writes = true); returns
   // the factor of its values.
-  HW_DEVICE HW_INLINE float finalize(const RowPlace& row, const RowSums<float>& r,
+  HW_DEVICE HW_INLINE float finalize(const SlotResult& row, const RowSums<float>& r,
                                      bool writes) const {
     if (!Kind::kSoftmax && !is_softmax(f.activation)) return normalize(row, r, writes);
     const RowResult<float> x =
@@ -83,11 +78,11 @@ struct Finish {
 
   // x[j][i]: columns first + 8 j + i of w (before gate and mix). Whole warp.
   template <int kTiles>
-  HW_DEVICE HW_INLINE void write(const RowPlace& row, int first, float (&x)[kTiles][2]) const {
+  HW_DEVICE HW_INLINE void write(const SlotResult& row, int first, float (&x)[kTiles][2]) const {
     const int64_t batch = item.at.batch, number = item.at.q_begin + row.position;
-    const bool exists = row.result >= 0;
+    const bool exists = row.at >= 0;
     if constexpr (kMixes) {
-      if (f.w) store_pairs(row_of(w, row.result), exists, first, w, x);
+      if (f.w) store_pairs(row_of(w, row.at), exists, first, w, x);
       if (kOwnValues && f.identity_mix && exists) mix(number, first, x);
       if (f.head_gate && exists) {
         const float g = f.head_gate.template as<const float>()(batch, number, item.head);
@@ -95,7 +90,7 @@ struct Finish {
         for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
       }
     }
-    store_pairs(row_of(o, row.result), exists, first, o, x);
+    store_pairs(row_of(o, row.at), exists, first, o, x);
   }
 
  private:
@@ -132,7 +127,7 @@ struct Finish {
     return {r.at(item.at.batch, max_of<int64_t>(result, 0), item.head), {r.size[3]}, {r.stride[3]}};
   }
 
-  HW_DEVICE HW_INLINE float normalize(const RowPlace& row, const RowSums<float>& r,
+  HW_DEVICE HW_INLINE float normalize(const SlotResult& row, const RowSums<float>& r,
                                       bool writes) const {
     const float n = f.normalizer == Normalizer::sum ? r.sum
                     : f.normalizer == Normalizer::length
@@ -142,8 +137,8 @@ struct Finish {
     return n != 0.0f ? 1.0f / n : 0.0f;
   }
 
-  HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, const RowPlace& row, float value) const {
-    if (to) to.template as<float>()(item.at.batch, item.head, row.result) = value;
+  HW_DEVICE HW_INLINE void put(const Ref<void, 3>& to, const SlotResult& row, float value) const {
+    if (to) to.template as<float>()(item.at.batch, item.head, row.at) = value;
   }
 };
 
@@ -168,8 +163,8 @@ struct MergeKernel {
     const int head = static_cast<int>(index / p.f.max_q % heads);
     const auto item = p.source.work_item(p.f, index / p.f.max_q / heads, head);
     if (slot >= p.source.rows(item)) return;
-    const RowPlace row = place_of(p.source, item, slot);
-    if (row.result < 0) return;
+    const SlotResult row = slot_result<false>(p.source, item, slot, token_of(p.source, item, slot));
+    if (row.at < 0) return;
     RowSums<float> whole;
     whole.clear();
     for (int64_t span = 0; span < p.spans; ++span)
@@ -198,14 +193,11 @@ struct MergeKernel {
     }
   }
 
-  HW_DEVICE static HW_INLINE RowPlace place_of(const Source& source,
-                                               const typename Source::WorkItem& item,
-                                               int64_t slot) {
-    if constexpr (!kGathers) return {source.row_result(item, slot, slot), slot};
-    const int at = static_cast<int>(slot);
-    const int token = static_cast<int>(source.row_token(item, at, source.row_entry(item, at)));
-    return {source.row_result(item, at, token),
-            token < 0 ? token : source.row_position(item, at, token)};
+  HW_DEVICE static HW_INLINE int token_of(const Source& source,
+                                          const typename Source::WorkItem& item, int64_t slot) {
+    if constexpr (!kGathers) return 0;
+    const int n = static_cast<int>(slot);
+    return static_cast<int>(source.row_token(item, n, source.row_entry(item, n)));
   }
 
   HW_DEVICE static HW_INLINE RowSums<float> sums(const Params& p, int64_t span, int64_t index) {

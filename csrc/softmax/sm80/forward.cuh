@@ -165,7 +165,7 @@ struct ForwardKernel {
       const Ref<const float, 3> g = f.head_gate.template as<const float>();
       bool some = false;
       for (int64_t i = first + dev::lane(); i < rows().end; i += dev::kWarp) {
-        const int64_t position = position_of(static_cast<int>(i - first));
+        const int64_t position = result_of(static_cast<int>(i - first)).position;
         some |= position >= 0 && g(b, item.at.q_begin + position, item.head) != 0.0f;
       }
       return !dev::any(some);
@@ -402,8 +402,8 @@ struct ForwardKernel {
           if (inside) keep(strip, half, index() + line, r, times);
           return;
         }
-        const RowPlace row{inside ? result_of(line) : kNoToken, inside ? position_of(line) : 0};
-        const float factor = row.result < 0 ? 0.0f : finish.finalize(row, r, dev::lane() % 4 == 0);
+        const SlotResult row = inside ? result_of(line) : SlotResult{kNoToken, 0};
+        const float factor = row.at < 0 ? 0.0f : finish.finalize(row, r, dev::lane() % 4 == 0);
         if (!kPlain && !p.f.v) return;
         float x[Values::kTiles][2];
         w.copy_row(x, strip, half, factor * times);
@@ -411,22 +411,11 @@ struct ForwardKernel {
       });
     }
 
-    // Of a line of the block that exists: where its results are, and its position; negative: none.
-    HW_DEVICE HW_INLINE int64_t result_of(int line) const {
-      const int64_t slot = first + line;
-      if constexpr (kGathers)
-        return p.source.row_result(item, static_cast<int>(slot), smem.tokens.own.at[line]);
-      else
-        return p.source.row_result(item, slot, slot);
-    }
-    HW_DEVICE HW_INLINE int64_t position_of(int line) const {
-      const int64_t slot = first + line;
-      if constexpr (kGathers) {
-        const int token = smem.tokens.own.at[line];
-        return token < 0 ? token : p.source.row_position(item, static_cast<int>(slot), token);
-      } else {
-        return p.source.row_position(item, slot, slot);
-      }
+    // Of a line of the block that exists.
+    HW_DEVICE HW_INLINE SlotResult result_of(int line) const {
+      int token = 0;
+      if constexpr (kGathers) token = smem.tokens.own.at[line];
+      return slot_result<false>(p.source, item, first + line, token);
     }
 
     HW_DEVICE HW_INLINE void keep(int strip, int half, int64_t row, const RowSums<float>& r,

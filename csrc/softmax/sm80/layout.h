@@ -17,6 +17,11 @@ inline bool has_plain_scores(const ScoreParams& p) {
          !p.key_gain && !p.row_temperature;
 }
 
+// Whether a forward pass makes outputs of such scores and row statistics, and no read-outs.
+inline bool is_plain(const ForwardParams& f) {
+  return has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm && !f.mass;
+}
+
 // Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of
 // keys half as often as one; scores that are not plain need the registers of the second.
 template <int kDim>
@@ -31,14 +36,20 @@ struct ForwardTiles {
 // either side, the other one twice, fit the shared memory of every architecture from sm_80 on; the
 // sums of both d_k and d_v beside scores that are not plain need narrow tiles.
 struct LoopTiles {
-  static constexpr int kOwn = 64;  // per strip of 16 rows of a warp
+  static constexpr int kWarps = 4;
   static constexpr int others(int dim, bool plain) {
     const int most = dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
     return plain ? most : most < 32 ? 16 : most / 2;
   }
-  // Two strips per warp read a tile half as often as one. Registers hold the sums of narrow heads.
-  static constexpr int strips(int dim, bool plain) { return plain && dim <= 64 ? 2 : 1; }
-  static constexpr int others_of_two(bool keys_down) { return keys_down ? 32 : 64; }
+  // Strips of 16 rows of a warp: the more, the less often tiles are read. Registers hold one sum of
+  // two strips of 128 columns, or of three of 64 beside what else a warp needs. Of d_k and d_v a
+  // warp has one: two warps share their keys.
+  static constexpr bool shares(int dim, bool plain) { return plain && dim <= 128; }
+  static constexpr int strips_of_queries(int dim, bool plain) {
+    return plain && dim <= 128 ? 2 : 1;
+  }
+  static constexpr int strips_of_shared_keys(int dim) { return dim <= 64 ? 3 : 2; }
+  static constexpr int kOthersOfShared = 32;
 };
 
 // How work on the slots of a sequence in its order is cut. Other sources may have a cut of their

@@ -38,23 +38,25 @@ struct Loop {
   using WorkItem = typename Source::WorkItem;
   static constexpr bool kKeysAsRows = kKeysAsRows_, kOwnSecond = kOwnSecond_;
   static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
+  // Warps that share own rows: see SplitKeyGradKernel.
+  static constexpr int kSharers = kKeysAsRows && kOwnSecond && Tiles::shares(kDim, kPlain) ? 2 : 1;
   static constexpr int strips() {
-    if constexpr (kOwnSecond)
-      return Tiles::strips(kDim, kPlain);
+    if constexpr (kSharers == 2)
+      return Tiles::strips_of_shared_keys(kDim);
     else
-      return 1;
+      return kOwnSecond && !kKeysAsRows ? Tiles::strips_of_queries(kDim, kPlain) : 1;
   }
   static constexpr int others_of_tile() {
-    if constexpr (strips() == 2)
-      return Tiles::others_of_two(kKeysAsRows);
+    if constexpr (kSharers == 2)
+      return Tiles::kOthersOfShared;
     else
       return Tiles::others(kDim, kPlain);
   }
   static constexpr int kStrips = strips();
-  static constexpr int kOwn = Tiles::kOwn * kStrips, kOther = others_of_tile();
-  static constexpr int kWarps = Tiles::kOwn / 16, kThreads = kWarps * dev::kWarp;
+  static constexpr int kWarps = Tiles::kWarps, kThreads = kWarps * dev::kWarp;
+  static constexpr int kOwn = 16 * kStrips * kWarps / kSharers, kOther = others_of_tile();
   static constexpr int kQueries = kKeysAsRows ? kOther : kOwn, kKeys = kKeysAsRows ? kOwn : kOther;
-  using Pairs = Fragment<kStrips, kOther / 8>;
+  using Scores = Fragment<kStrips, kOther / 8>;
   using Score = ScoreTile<Element, Kind, kKeysAsRows, kStrips, kOther / 8, Source>;
   using Values = Fragment<kStrips, kDim / 8>;  // [own 16 kStrips, columns]: what a warp sums up
 
@@ -137,7 +139,7 @@ struct Loop {
   }
 
   // Own row of this warp, in the block.
-  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() * 16 * kStrips; }
+  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() / kSharers * 16 * kStrips; }
 
   HW_DEVICE HW_INLINE Range own() const {
     const int64_t slots = kKeysAsRows ? source.keys(item) : source.rows(item);
@@ -183,14 +185,16 @@ struct Loop {
   }
 
   // The first products of a tile: c = <q, k>.
-  HW_DEVICE HW_INLINE void products(Pairs& c, const Stage& stage) const {
+  HW_DEVICE HW_INLINE void products(Scores& c, const Stage& stage) const {
     c.clear();
     multiply_rows<Element>(c, smem.first_own, warp_row(), stage.first);
   }
-  // The second: dp = <d_w, v>.
-  HW_DEVICE HW_INLINE void second_products(Pairs& dp, const Stage& stage) const {
+  // The second: dp = <d_w, v>. Own tiles share an address: registers are short.
+  HW_DEVICE HW_INLINE void second_products(Scores& dp, const Stage& stage) const {
     dp.clear();
-    multiply_rows<Element>(dp, smem.second_own, warp_row(), stage.second);
+    const auto own = MatrixLoads<Tile<Element, kOwn, kDim>>::left(smem.first_own, warp_row());
+    const auto other = MatrixLoads<Tile<Element, kOther, kDim>>::right(stage.second, 0);
+    multiply_rows<Element>(dp, own.of(smem.second_own, smem.first_own), other);
   }
 
   // Own slot of the lane in either half of a strip.
@@ -198,32 +202,12 @@ struct Loop {
     return first + warp_row() + Values::row(strip, 2 * half);
   }
 
-  // Where results of that slot are; negative: nowhere.
-  HW_DEVICE HW_INLINE int64_t result_row(int half, int strip = 0) const {
-    const int64_t at = own_row(half, strip);
-    if (at >= own().end) return kNoToken;
-    if constexpr (kGathers) {
-      const int token = own_token(half, strip), slot = static_cast<int>(at);
-      return kKeysAsRows ? source.key_result(item, slot, token)
-                         : source.row_result(item, slot, token);
-    } else {
-      return kKeysAsRows ? source.key_result(item, at, at) : source.row_result(item, at, at);
-    }
-  }
-  // Where numbers of that slot are, on the axis S; negative: nowhere.
-  HW_DEVICE HW_INLINE int64_t number_row(int half) const {
-    const int64_t at = own_row(half), begin = kKeysAsRows ? item.at.k_begin : item.at.q_begin;
-    if constexpr (kGathers) {
-      const int token = own_token(half, 0), slot = static_cast<int>(at);
-      if (token < 0) return token;
-      return begin + (kKeysAsRows ? source.key_position(item, slot, token)
-                                  : source.row_position(item, slot, token));
-    } else {
-      return at < own().end ? begin + at : kNoToken;
-    }
-  }
-  HW_DEVICE HW_INLINE int own_token(int half, int strip) const {
-    return smem.tokens.own.at[warp_row() + Values::row(strip, 2 * half)];
+  HW_DEVICE HW_INLINE SlotResult own_result(int half, int strip = 0) const {
+    const int64_t slot = own_row(half, strip);
+    if (slot >= own().end) return {kNoToken, kNoToken};
+    int token = 0;
+    if constexpr (kGathers) token = smem.tokens.own.at[slot - first];
+    return slot_result<kKeysAsRows>(source, item, slot, token);
   }
 
   // Row `at` of the own side's results [B, S, heads, columns].
@@ -239,7 +223,7 @@ struct Loop {
     HW_UNROLL
     for (int n = 0; n < 2 * kStrips; ++n) {
       const int strip = n / 2, half = n % 2;
-      const int64_t at = result_row(half, strip);
+      const int64_t at = own_result(half, strip).at;
       float x[Values::kTiles][2];
       sums.copy_row(x, strip, half, factor(half));
       store_pairs(row_of(to.ref, max_of<int64_t>(at, 0), head), at >= 0, Values::column(0, 0), to,
@@ -258,9 +242,9 @@ struct Loop {
     }
   }
   HW_DEVICE HW_INLINE void store_of_key(const Ref<void, 3>& to, int half, float value) const {
-    const int64_t at = number_row(half);
-    if (dev::lane() % 4 == 0 && at >= 0)
-      to.template as<float>()(item.at.batch, item.head, at) = value;
+    const int64_t position = own_result(half).position;
+    if (dev::lane() % 4 == 0 && position >= 0)
+      to.template as<float>()(item.at.batch, item.head, item.at.k_begin + position) = value;
   }
 
  private:
@@ -393,7 +377,7 @@ struct Loop {
     }
   }
 
-  // The warp's pairs of a tile.
+  // What the scores of the warp's rows and a tile go by.
   HW_DEVICE HW_INLINE TileOperands operands(const Stage& stage, int tile) const {
     TileOperands at;
     const int64_t mine = first + warp_row(), others = static_cast<int64_t>(tile) * kOther;

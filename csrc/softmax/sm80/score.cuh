@@ -266,6 +266,22 @@ struct ScoreTile {
     });
   }
 
+  // ds in place of dp of a softmax, given p(strip, j) of the lane's four elements of a tile.
+  template <class Weights>
+  HW_DEVICE HW_INLINE void differentiate_given(F& dp, const Weights& p_of) const {
+    static_assert(kPlain && kKeysAsRows && !Kind::kSets, "slopes are weights");
+    HW_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      const float extra[2] = {terms_of(F::column(j, 0)).extra, terms_of(F::column(j, 1)).extra};
+      HW_UNROLL
+      for (int s = 0; s < kStrips; ++s) {
+        const Vec<float, 4> weights = p_of(s, j);
+        HW_UNROLL
+        for (int i = 0; i < 4; ++i) dp.at[s][j][i] = weights.v[i] * (dp.at[s][j][i] - extra[i % 2]);
+      }
+    }
+  }
+
   // Whether dx differs from ds.
   HW_DEVICE HW_INLINE bool is_nonlinear() const { return !kPlain && (p.softcap > 0 || p.key_gain); }
 
