@@ -121,17 +121,23 @@ def _forward_numbers(score: Score, routing: Routing) -> tuple[Any, ...]:
     return FORWARD.numbers(score.numbers, skip_dead=False, **routing.numbers)
 
 
-def ready(score: Score, v: Tensor, gate: Maybe, routing: Routing, backend: str) -> Ready | None:
-    """`forward` for o alone, as a function of q, k, v, the gate if there is one, and the lists: of
-    keys, or of rows where there are none. None for a call that is empty, or whose native call does
-    not write all rows."""
-    assert not routing.by_slot
+def ready(
+    score: Score,
+    v: Tensor,
+    gate: Maybe,
+    routing: Routing,
+    lists: tuple[Tensor, ...],
+    backend: str,
+) -> Ready | None:
+    """`forward` for o alone, as a function of q, k, v, the gate if there is one, and those of the
+    routing's lists that are named. None for a call that is empty, or whose native call does not
+    write all rows."""
     if _empty(score, routing) or _leaves_rows(routing, backend):
         return None
-    made = Forward(o=score.q.new_empty((*score.q.shape[:3], v.shape[3])))
+    by_slot = routing.by_slot
+    made = outputs(score, v, routing, Want(by_slot, by_slot, skip_dead=False))
     given, numbers = _forward_inputs(score, v, gate, routing), _forward_numbers(score, routing)
-    lists = routing.rows if routing.keys is None else routing.keys
-    tensors = (score.q, score.k, v, *(() if gate is None else (gate,)), lists)
+    tensors = (score.q, score.k, v, *(() if gate is None else (gate,)), *lists)
     return Ready(FORWARD, backend, given, made, numbers, tensors)
 
 
