@@ -75,7 +75,7 @@ def attention_lse(
         return _differentiable(*apart(*score, backend))
     if key is not None and _repeated.comes_again(key):
         _repeated.keep(key, native.ready_row(score, backend))
-    row = operators.row_statistic(score, way, backend)
+    row = operators.row_statistic(score, backend)
     assert row is not None
     return row[0]
 
@@ -98,7 +98,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *score_arguments, backend = arguments
         score = Score(*score_arguments)
-        row = operators.row_statistic(score, "operator", backend)
+        row = operators.row_statistic(score, backend)
         assert row is not None
         ctx.save_for_backward(*score.tensors, row)
         ctx.numbers, ctx.backend = score.numbers, backend
