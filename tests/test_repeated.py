@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 
 import pytest
 import torch
 
 import headworks as hw
+from headworks import _library
 from headworks._repeated import Repeated
 from headworks.testing import assert_same_bits
 from identities import randn
@@ -375,6 +377,21 @@ def test_calls_without_options_inside_transforms(op):
     assert gradient.isfinite().all() and gradient.count_nonzero() > 0
     with pytest.raises(NotImplementedError, match="reference"):
         torch.func.vmap(lambda q: op(q, k, v))(q[None])
+
+
+def test_few_functions_stand_between_a_call_and_native_code(monkeypatch):
+    """docs/design.md counts them, these two and those of the libraries."""
+    ready_calls(monkeypatch, "attention.attention", "attention")
+    depths = []
+
+    def count(*arguments):
+        depths.append(len(inspect.stack()) - outside)
+
+    monkeypatch.setattr(_library, "call", count)
+    q, outside = randn(1, 4, 2, 8), len(inspect.stack()) + 1  # count itself
+    for _ in range(3):
+        hw.attention(q, q, q)
+    assert depths == [2, 2, 2]
 
 
 def test_only_so_many_calls_are_kept():

@@ -63,6 +63,11 @@ class Repeated(Generic[Call]):
         self._once.add(key)
         return False
 
+    def offer(self, key: Key | None, make: Callable[..., Call | None], *arguments: Any) -> None:
+        """Keeps what `make(*arguments)` gives, if a call like that was made before."""
+        if key is not None and self.comes_again(key):
+            self.keep(key, make(*arguments))
+
     def keep(self, key: Key, call: Call | None) -> None:
         """Keeps a call whose checks have passed; None: that there is no shorter way."""
         if len(self._calls) >= self._most:

@@ -61,8 +61,8 @@ const EntryPoint& prepare(Reading&, std::optional<Backend>, const Allocator& all
 
 // Bytes that prepare() would take from the allocator.
 int64_t workspace(FunctionId, Backend, const Call&);
-// The instance that prepare() would take of this backend, which can take the call: "bfloat16, dim 64",
-// "float32, avx2".
+// The instance that prepare() would take of this backend, which can take the call: "float32, avx2",
+// "bfloat16, dim 64".
 std::string instance_name(FunctionId, Backend, const Call&);
 
 // This library as JSON (see HwApi::info).

@@ -35,7 +35,9 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
 
 def scaled(factor: Tensor, x: Tensor) -> Tensor:
     """factor_i x_i of x [B, S, H, D], the product in the wider dtype, in the dtype of x: in one
-    pass over memory."""
+    pass over memory, as torch.compile makes it by itself."""
+    if torch.compiler.is_compiling():
+        return (factor[..., None] * x).to(x.dtype)
     made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.mul(factor[..., None], x, out=made)
 

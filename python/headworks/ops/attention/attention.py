@@ -198,8 +198,7 @@ def attention(
     if key is not None and q.numel() and k.shape[1] and v.shape[3]:
         shape = shape_of(OP, q, is_causal, window_size, scale, softcap)
         if (name := backend_for(OP, backend, q)) != "reference":
-            if _repeated.comes_again(key):
-                _repeated.keep(key, native.ready(q, k, v, shape, name))
+            _repeated.offer(key, native.ready, q, k, v, shape, name)
             return native.output(q, k, v, shape, name)
     score = score_of(
         OP, q, k, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
@@ -222,20 +221,19 @@ def attention(
             )  # fmt: skip
         return o if return_aux is None else (o, _result(aux, *(statistics or ())))
 
-    has_width = bool(v.shape[3])
-    v = v if has_width else widen(v)
-    way = route(OP, (*score.tensors, v, gate, mix))
+    values = v if v.shape[3] else widen(v)
+    way = route(OP, (*score.tensors, values, gate, mix))
     if way == "autograd":
         o, *made = differentiable(*apart(
-            *score.tensors, v, gate, mix, mass_keys, *score.numbers,
+            *score.tensors, values, gate, mix, mass_keys, *score.numbers,
             aux.lse, aux.entropy, aux.p_max, aux.sq_norm, backend,
         ))  # fmt: skip
     else:
         want = _PLAIN if return_aux is None else _wanted(aux)
         call = native.forward if way == "direct" else operators.forward
-        o, _, row, *made = call(score, v, gate, mix, mass_keys, want, backend)
+        o, _, row, *made = call(score, values, gate, mix, mass_keys, want, backend)
         made = [row[0] if want.row and row is not None else None, *made]
-    if not has_width:
+    if values is not v:
         o = o[..., :0]
     return o if return_aux is None else (o, _result(aux, *made))
 

@@ -73,8 +73,7 @@ def attention_lse(
     way = route(_OP, score.tensors)
     if way == "autograd":
         return _differentiable(*apart(*score, backend))
-    if key is not None and _repeated.comes_again(key):
-        _repeated.keep(key, native.ready_row(score, backend))
+    _repeated.offer(key, native.ready_row, score, backend)
     row = operators.row_statistic(score, backend)
     assert row is not None
     return row[0]

@@ -135,10 +135,7 @@ def key_scan(
     o1: Any
     lse1: Any
     if way == "direct":
-        if key is not None and _repeated.comes_again(key):
-            _repeated.keep(
-                key, Ready(FORWARD, backend, inputs, _outputs(s, v, False, False), (), (s, v))
-            )
+        _repeated.offer(key, _ready, inputs, backend)
         o, _, o1, lse1, _ = _forward(*inputs, output_final_state, False, backend)
     elif way == "operator":
         o, _, o1, lse1, _ = torch.ops.headworks.key_scan_fwd(
@@ -253,6 +250,13 @@ def _outputs(s: Tensor, v: Tensor, final_state: bool, wide: bool) -> Any:
     if wide and dtype != v.dtype:
         made["o_wide"] = torch.empty(v.shape, dtype=dtype, device=device)
     return FORWARD.Outputs(**made)
+
+
+def _ready(inputs: tuple[Maybe, ...], backend: str) -> Ready:
+    """`_forward` for o alone, without states, as a function of s and v."""
+    s, v, *_ = inputs
+    assert s is not None and v is not None
+    return Ready(FORWARD, backend, inputs, _outputs(s, v, False, False), (), (s, v))
 
 
 def _forward(

@@ -225,11 +225,12 @@ def _moh_arguments(
 
 
 def moh_prepared(
-    score: Score, v: Tensor, gate: Tensor, backend: str
+    score: Score, v: Tensor, gate: Tensor, given: Tensor, backend: str
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """`moh_attention` of a score without other tensors, as a function of q, k, v and gate like
-    these that want no gradient; None where there is no shorter way."""
-    if not v.shape[3]:
+    these that want no gradient; None where there is no shorter way, or the gate as it was given is
+    cast."""
+    if not v.shape[3] or gate.dtype != given.dtype:
         return None
     arguments = _moh_arguments(score, v, gate, unfilled_rows(gate))
     call = ready(*arguments, (arguments[3].rows,), backend)

@@ -110,8 +110,7 @@ def bilevel_route(
                 per_head=per_head,
             )  # fmt: skip
     given = q, k, own, other, topk, per_head, backend
-    if key is not None and _routes.comes_again(key):
-        _routes.keep(key, route_prepared(*given))
+    _routes.offer(key, route_prepared, *given)
     return native_route(*given)
 
 
@@ -233,8 +232,7 @@ def bilevel_routing_attention(
         q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
         scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
     )  # fmt: skip
-    if key is not None and _repeated.comes_again(key):
-        _repeated.keep(key, _ready(given, graph is None, name))
+    _repeated.offer(key, _ready, given, graph is None, name)
     return _attend(given, read_outs, name, return_aux is None, (num_regions, kv_num_regions))
 
 

@@ -106,13 +106,8 @@ def kmeans_route(
             return reference.kmeans_route(
                 x, mu, window=window, is_causal_prefix=causal, length=prefix_length
             )
-    if key is not None and _routes.comes_again(key):
-        # Not where centroids are cast.
-        same = mu.dtype == centroids.dtype
-        _routes.keep(
-            key,
-            route_native.route_prepared(x, mu, window, prefix_length, backend) if same else None,
-        )
+    if mu.dtype == centroids.dtype:
+        _routes.offer(key, route_native.route_prepared, x, mu, window, prefix_length, backend)
     return route_native.kmeans_route(x, mu, window, prefix_length, backend)
 
 
@@ -246,8 +241,7 @@ def kmeans_routing_attention(
                 q, k, v, q_index=q_index, k_index=k_index, is_causal=is_causal, scale=scale,
                 mean_eps=mean_eps, mask_self=mask_self,
             )  # fmt: skip
-    if key is not None and _repeated.comes_again(key):
-        _repeated.keep(key, _ready(given, backend))
+    _repeated.offer(key, _ready, given, backend)
     return native.kmeans_routing_attention(*given, backend)
 
 

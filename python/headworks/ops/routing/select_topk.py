@@ -59,8 +59,7 @@ def select_topk(score: Tensor, k: int, *, keep_order: bool = True, backend: str 
     k, keep_order, backend = _checked(score, k, keep_order, backend)
     if backend == "reference":
         return reference.select_topk(score, k, keep_order=keep_order)
-    if key is not None and _repeated.comes_again(key):
-        _repeated.keep(key, native.select_prepared(score, k, keep_order, backend))
+    _repeated.offer(key, native.select_prepared, score, k, keep_order, backend)
     return native.select_topk(score, k, keep_order, backend)
 
 
