@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import headworks as hw
 from headworks import _library
 
-native = _library._load()
+native = _library.native
 FORWARD = _library.function("key_scan.forward")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
           torch.uint8]  # fmt: skip

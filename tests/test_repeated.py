@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 
 import pytest
 import torch
 
 import headworks as hw
+from headworks import _library
 from headworks._repeated import Repeated
 from headworks.testing import assert_same_bits
 from identities import randn
@@ -111,10 +113,10 @@ def test_a_call_that_comes_again_knows_equal_options_apart(wrong, none_ready):
     assert none_ready() == 1
 
 
-def ready_calls(monkeypatch, module, op):
+def ready_calls(monkeypatch, module, op, name="_repeated"):
     """As if nothing had been called; the calls that are ready, to be looked at."""
     repeated = Repeated(op)
-    monkeypatch.setattr(import_module(f"headworks.ops.{module}"), "_repeated", repeated)
+    monkeypatch.setattr(import_module(f"headworks.ops.{module}"), name, repeated)
     return repeated._calls
 
 
@@ -168,6 +170,186 @@ def test_a_mixture_that_comes_again(gate_dtype, monkeypatch):
     assert [call is not None for call in ready.values()] == [gate_dtype == torch.float64] * 2
 
 
+@pytest.mark.parametrize("keys_given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3, "mask_self": True}])
+def test_clusters_that_come_again(keys_given, options, monkeypatch):
+    """Lists are other ones in each call, and are looked at in each."""
+    ready = ready_calls(monkeypatch, "routing.kmeans_routing", "kmeans_routing_attention")
+    for seed in range(3):
+        q = randn(2, 9, 4, 8, seed=seed)
+        k, v = (randn(2, 9 + keys_given, 2, 8, seed=seed + 5 * i) for i in (1, 2))
+        lists = {"q_index": torch.randint(-1, 9, (2, 4, 3, 5))}
+        if keys_given:
+            lists["k_index"] = torch.randint(-1, 10, (2, 4, 3, 7))
+        made = hw.kmeans_routing_attention(q, k, v, **lists, **options)
+        want = hw.kmeans_routing_attention(q, k, v, backend="reference", **lists, **options)
+        torch.testing.assert_close(made, want, rtol=1e-12, atol=1e-12)
+        for name, index in lists.items():
+            for wrong in (-2, 10):
+                spoilt = index.clone()
+                spoilt[1, 2, 0, 3] = wrong
+                with pytest.raises(ValueError, match=name):
+                    hw.kmeans_routing_attention(q, k, v, **{**lists, name: spoilt}, **options)
+    assert len(ready) == 1 and None not in ready.values()
+
+
+def test_lists_for_fewer_keys_than_queries_that_come_again(monkeypatch):
+    """A list that serves queries and keys is checked for both."""
+    ready = ready_calls(monkeypatch, "routing.kmeans_routing", "kmeans_routing_attention")
+    q, k, v = randn(1, 9, 2, 4), randn(1, 5, 2, 4, seed=1), randn(1, 5, 2, 4, seed=2)
+    for _ in range(3):
+        hw.kmeans_routing_attention(q, k, v, q_index=torch.randint(-1, 5, (1, 2, 3, 4)))
+        with pytest.raises(ValueError, match="for k too"):
+            hw.kmeans_routing_attention(q, k, v, q_index=torch.full((1, 2, 3, 4), 5))
+    assert len(ready) == 1
+
+
+def draw(*size, seed=0, dtype=torch.float64):
+    return randn(*size, seed=seed).to(dtype)
+
+
+def clusters(n, seed, dtype):
+    return draw(1, n, 2, 8, seed=seed, dtype=dtype), draw(2, 3, 8, seed=9, dtype=dtype)
+
+
+def image_pair(n, seed, dtype):
+    return tuple(draw(1, n, 10, 2, 4, seed=seed + 5 * i, dtype=dtype) for i in range(2))
+
+
+def sequences(n, seed, dtype):
+    return tuple(draw(1, n, 2, 8, seed=seed + 5 * i, dtype=dtype) for i in range(3))
+
+
+# By name: the function, the module and the name of its kept calls, tensors of n tokens, a seed and
+# a dtype, options that it needs, and others.
+ROUTES = {
+    "select_topk": (
+        hw.select_topk, "select_topk", "_repeated",
+        lambda n, seed, dtype: (draw(3, 2, n, seed=seed, dtype=dtype),),
+        {"k": 4}, ({"k": 3}, {"keep_order": False}),
+    ),
+    "kmeans_route": (
+        hw.kmeans_route, "kmeans_routing", "_routes", clusters,
+        {"window": 4}, ({"window": 3}, {"is_causal_prefix": True}),
+    ),
+    "kmeans_route, prefix": (
+        hw.kmeans_route, "kmeans_routing", "_routes", clusters,
+        {"window": 4, "is_causal_prefix": True}, ({"is_causal_prefix": False}, {"length": 30}),
+    ),
+    "bilevel_route": (
+        hw.bilevel_route, "bilevel_routing", "_routes", image_pair,
+        {"num_regions": (3, 2), "topk": 2},
+        ({"topk": 3}, {"per_head": True}, {"kv_num_regions": (2, 2)}, {"num_regions": (2, 2)}),
+    ),
+}  # fmt: skip
+ATTENTIONS = {
+    "kmeans_routing_attention": (
+        lambda q, k, v, **o: hw.kmeans_routing_attention(
+            q, k, v, q_index=torch.arange(8).view(1, 1, 2, 4).expand(1, 2, 2, 4), **o
+        ),
+        "routing.kmeans_routing", sequences,
+        ({"is_causal": True}, {"scale": 0.3}, {"mean_eps": 0.5}, {"mask_self": True}),
+    ),
+    "attention": (
+        hw.attention, "attention.attention", sequences,
+        ({"is_causal": True}, {"scale": 0.3}, {"softcap": 2.0}, {"window_size": (1, 1)}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_routes_that_come_again(name, monkeypatch):
+    """What is kept is for calls of the same kind alone; a gradient that is wanted is none."""
+    call, module, kept, tensors, needed, changes = ROUTES[name]
+    ready = ready_calls(monkeypatch, f"routing.{module}", name.split(",")[0], kept)
+
+    def compare(given, **options):
+        options = {**needed, **options}
+        made, want = (call(*given, backend=b, **options) for b in ("auto", "reference"))
+        assert not made.requires_grad and made.is_contiguous()
+        assert_same_bits(made, want)
+
+    for seed in range(3):
+        compare(tensors(12, seed, torch.float64))
+    assert len(ready) == 1 and None not in ready.values()
+    others = [tensors(n, 5, dtype) for n, dtype in ((13, torch.float64), (12, torch.float32))]
+    others.append(tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in others[0]))
+    for given in others[:2]:
+        compare(given)
+    for options in changes:
+        compare(tensors(12, 5, torch.float64), **options)
+    assert len(ready) == 1
+    for _ in range(3):
+        compare(others[2])
+    assert len(ready) == 2
+    learnt = [x.requires_grad_() for x in tensors(12, 7, torch.float64)]
+    compare(learnt)
+    compare([torch.nn.Parameter(x) for x in learnt])
+    assert len(ready) == 2
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_routes_that_come_again_under_autocast(name, monkeypatch):
+    call, module, kept, tensors, needed, _ = ROUTES[name]
+    ready = ready_calls(monkeypatch, f"routing.{module}", name.split(",")[0], kept)
+    for _ in range(3):
+        given = tensors(12, 3, torch.float32)
+        call(*given, **needed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made, want = (call(*given, backend=b, **needed) for b in ("auto", "reference"))
+        assert_same_bits(made, want)
+    assert len(ready) == 1
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_what_a_kept_call_is_not_for(name, monkeypatch):
+    """Other sizes, dtypes, strides and options, autocast, and gradients."""
+    call, module, tensors, changes = ATTENTIONS[name]
+    ready = ready_calls(monkeypatch, module, name)
+
+    def compare(given, close=1e-12, **options):
+        made, want = (call(*given, backend=b, **options) for b in ("auto", "reference"))
+        assert made.dtype == want.dtype and made.requires_grad == want.requires_grad
+        torch.testing.assert_close(made, want, rtol=close, atol=close)
+
+    for seed in range(3):
+        compare(tensors(12, seed, torch.float64))
+    assert len(ready) == 1 and None not in ready.values()
+    compare(tensors(13, 5, torch.float64))
+    single = tensors(12, 5, torch.float32)
+    compare(single, 1e-5)
+    for options in changes:
+        compare(tensors(12, 5, torch.float64), **options)
+    compare([x.requires_grad_() for x in tensors(12, 6, torch.float64)])
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compare(single, 2e-2)
+    assert len(ready) == 1
+    with pytest.raises(TypeError):
+        call(*tensors(12, 5, torch.float64), scale="1")
+    with pytest.raises(TypeError):
+        call(*tensors(12, 5, torch.float64), is_causal=0)
+
+
+def test_calls_without_elements_have_no_short_way(monkeypatch):
+    scores = ready_calls(monkeypatch, "routing.select_topk", "select_topk")
+    routes = ready_calls(monkeypatch, "routing.kmeans_routing", "kmeans_route", "_routes")
+    clustered = ready_calls(monkeypatch, "routing.kmeans_routing", "kmeans_routing_attention")
+    q, narrow = randn(1, 4, 2, 8), randn(1, 4, 2, 0)
+    index = torch.zeros(1, 2, 3, 2, dtype=torch.int64)
+    for _ in range(3):
+        assert hw.select_topk(torch.zeros(0, 3), 2).shape == (0, 2)
+        assert hw.select_topk(torch.zeros(2, 3), 0).shape == (2, 0)
+        assert hw.kmeans_route(q, randn(2, 0, 8), window=2).shape == (1, 2, 0, 2)
+        assert hw.kmeans_route(q, randn(2, 3, 8), window=0).shape == (1, 2, 3, 0)
+        assert_same_bits(hw.kmeans_route(narrow, randn(2, 3, 0), window=1), index[..., :1])
+        assert hw.kmeans_routing_attention(q, q, narrow, q_index=index).shape == narrow.shape
+        none = hw.kmeans_routing_attention(q, q, q, q_index=index[..., :0])
+        assert_same_bits(none, torch.zeros_like(q))
+    assert len(scores) == 2 and len(routes) == 3 and len(clustered) == 2
+    assert not any((*scores.values(), *routes.values(), *clustered.values()))
+
+
 @pytest.mark.parametrize(
     "op",
     [
@@ -179,8 +361,11 @@ def test_a_mixture_that_comes_again(gate_dtype, monkeypatch):
         lambda q, k, v, **o: hw.bilevel_routing_attention(
             *(x[:, None] for x in (q, k, v)), num_regions=(1, 3), topk=2, **o
         ),
+        lambda q, k, v, **o: hw.kmeans_routing_attention(
+            q, k, v, q_index=torch.arange(6).expand(1, 2, 2, 6), **o
+        ),
     ],
-    ids=["attention", "attention_lse", "linear_attention", "key_scan", "moh", "bilevel"],
+    ids=["attention", "attention_lse", "linear_attention", "key_scan", "moh", "bilevel", "kmeans"],
 )
 def test_calls_without_options_inside_transforms(op):
     """The reference composes with all of them; compiled backends say that they do not."""
@@ -192,6 +377,21 @@ def test_calls_without_options_inside_transforms(op):
     assert gradient.isfinite().all() and gradient.count_nonzero() > 0
     with pytest.raises(NotImplementedError, match="reference"):
         torch.func.vmap(lambda q: op(q, k, v))(q[None])
+
+
+def test_few_functions_stand_between_a_call_and_native_code(monkeypatch):
+    """docs/design.md counts them, these two and those of the libraries."""
+    ready_calls(monkeypatch, "attention.attention", "attention")
+    depths = []
+
+    def count(*arguments):
+        depths.append(len(inspect.stack()) - outside)
+
+    monkeypatch.setattr(_library, "call", count)
+    q, outside = randn(1, 4, 2, 8), len(inspect.stack()) + 1  # count itself
+    for _ in range(3):
+        hw.attention(q, q, q)
+    assert depths == [2, 2, 2]
 
 
 def test_only_so_many_calls_are_kept():

@@ -222,9 +222,9 @@ py::dict functions() {
 void set_allocator(const py::object& function) { allocator() = function; }
 
 void call(int function, const py::str& backend, const py::object& tensors,
-          const py::object& scalars, int threads) {
+          const py::object& scalars) {
   const Target t = target(view(backend));
-  Arguments arguments(function, tensors, scalars, threads);
+  Arguments arguments(function, tensors, scalars, num_threads());
   Buffer buffer;
   int status;
   {
@@ -269,9 +269,9 @@ std::string instance(int function, const py::str& backend, const py::object& ten
 }
 
 int64_t workspace(int function, const py::str& backend, const py::object& tensors,
-                  const py::object& scalars, int threads) {
+                  const py::object& scalars) {
   const Target t = target(view(backend));
-  const Arguments arguments(function, tensors, scalars, threads);
+  const Arguments arguments(function, tensors, scalars, num_threads());
   Buffer buffer;
   int64_t bytes = 0;
   require(t.api->workspace(function, t.backend, arguments.get(), &bytes, buffer.message()), buffer);
@@ -355,7 +355,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::register_local_exception_translator(&hw::translate);
   m.def("functions", &hw::functions);
   m.def("set_allocator", &hw::set_allocator);
-  m.def("call", &hw::call);
+  m.def("call", &hw::call, py::arg("fn"), py::arg("backend"), py::arg("tensors"),
+        py::arg("scalars") = py::tuple());
   m.def("choose", &hw::choose);
   m.def("why_not", &hw::why_not);
   m.def("instance", &hw::instance);

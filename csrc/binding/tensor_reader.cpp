@@ -57,6 +57,7 @@ struct Torch {
   PyTypeObject* parameter;
   const dlpack::ExchangeApi* exchange;  // of the two above; may be null
   PyObject* dtypes[std::size(kDTypes)];
+  PyObject* threads;     // torch.get_num_threads
   PyObject* raw_stream;  // torch._C._cuda_getCurrentRawStream; null in builds for the CPU
 
   Torch();
@@ -93,6 +94,7 @@ Torch::Torch() {
   exchange = exchange_of(tensor);
   for (size_t i = 0; i < std::size(kDTypes); ++i)
     dtypes[i] = Owned(PyObject_GetAttrString(module.get(), dtype_name(kDTypes[i]))).release();
+  threads = Owned(PyObject_GetAttrString(module.get(), "get_num_threads")).release();
   const Owned internals(PyObject_GetAttrString(module.get(), "_C"));
   raw_stream = PyObject_GetAttrString(internals.get(), "_cuda_getCurrentRawStream");
   if (!raw_stream) PyErr_Clear();
@@ -269,6 +271,11 @@ void* current_stream(PyObject* tensor, int device_index) {
   stream = PyLong_AsVoidPtr(result.get());
   if (!stream && PyErr_Occurred()) throw PythonError();
   return stream;
+}
+
+int num_threads() {
+  const Owned count(PyObject_CallNoArgs(torch().threads));
+  return static_cast<int>(as_integer(count.get()));
 }
 
 void use_exchange_api(bool use) { exchange_allowed.store(use, std::memory_order_relaxed); }

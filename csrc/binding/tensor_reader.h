@@ -29,6 +29,9 @@ bool is_plain_tensor(PyObject* object);
 // The current CUDA stream of torch on that device.
 void* current_stream(PyObject* tensor, int device_index);
 
+// As many threads as torch would use on the CPU.
+int num_threads();
+
 // For tests: read by attributes even where the exchange API is there.
 void use_exchange_api(bool use);
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native library as Python functions.
 
-`_C` (and libheadworks beside it) is loaded at the first use, from this package or from the folder
-named by HEADWORKS_LIBRARY_DIR. Nothing here touches CUDA. A call passes tensors and numbers in the
-order of the function's list (`arguments`); None stands for an absent tensor.
+`_C` (and libheadworks beside it) is loaded at import, from this package or from the folder named by
+HEADWORKS_LIBRARY_DIR. Nothing here touches CUDA. A call passes tensors and numbers in the order of
+the function's list (`arguments`); None stands for an absent tensor.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
 # In the order of preference; of those that can take a call, "auto" is the first.
 BACKENDS = ("cpu", "sm90", "sm80", "simt", "emulate:sm80", "emulate:simt")
@@ -30,7 +30,6 @@ Scalars = Sequence[float]
 # (name, kind, sizes, way, optional, has a rest): headworks._functions.Argument says what they mean
 Arguments = tuple[tuple[Any, ...], ...]
 
-_native: Any = None
 _functions: dict[str, tuple[int, Arguments]] = {}
 
 
@@ -46,46 +45,39 @@ def arguments(name: str) -> Arguments:
 
 def _function(name: str) -> tuple[int, Arguments]:
     if not _functions:
-        lists = (_native or _load()).functions()
+        lists = native.functions()
         _functions.update({n: (i, lists[n]) for i, n in enumerate(lists)})
     if name not in _functions:
         raise ValueError(f"no native function '{name}'; this build has {', '.join(_functions)}")
     return _functions[name]
 
 
-def call(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> None:
-    """Run function number `fn`. CUDA work goes to torch's current stream of the tensors' device;
-    a workspace comes from torch's allocator."""
-    (_native or _load()).call(fn, backend, tensors, scalars, get_num_threads())
-
-
 def choose(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> str:
     """The backend that `call` would use; tensors may be without data."""
-    chosen: str = (_native or _load()).choose(fn, backend, tensors, scalars)
+    chosen: str = native.choose(fn, backend, tensors, scalars)
     return chosen
 
 
 def reasons(fn: int, tensors: Tensors, scalars: Scalars = ()) -> dict[str, str]:
     """For each backend why it cannot take the call; an empty text where it can."""
-    native = _native or _load()
     return {name: native.why_not(fn, name, tensors, scalars) for name in BACKENDS}
 
 
 def instance(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> str:
     """Which of a backend's compiled instances `call` would run: "bfloat16, dim 64"."""
-    name: str = (_native or _load()).instance(fn, backend, tensors, scalars)
+    name: str = native.instance(fn, backend, tensors, scalars)
     return name
 
 
 def workspace(fn: int, backend: str, tensors: Tensors, scalars: Scalars = ()) -> int:
     """Bytes of workspace that the call needs on this backend, from shapes alone."""
-    size: int = (_native or _load()).workspace(fn, backend, tensors, scalars, get_num_threads())
+    size: int = native.workspace(fn, backend, tensors, scalars)
     return size
 
 
 def repeat_key(tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> bytes | None:
     """What a call depends on but the elements of its tensors; None where that has no bytes."""
-    key: bytes | None = (_native or _load()).repeat_key(tensors, options)
+    key: bytes | None = native.repeat_key(tensors, options)
     return key
 
 
@@ -95,13 +87,12 @@ def _workspace(size: int, like: Tensor) -> Tensor:
 
 def extremes(index: Tensor) -> tuple[int, int]:
     """The least and the largest element of an int64 tensor on the CPU that has any."""
-    least, most = (_native or _load()).extremes(index)
+    least, most = native.extremes(index)
     return least, most
 
 
 def info() -> dict[str, Any]:
     """What the native library contains; "emulator" is that of the emulator, or None without it."""
-    native = _native or _load()
     result: dict[str, Any] = json.loads(native.info(False))
     try:
         result["emulator"] = json.loads(native.info(True))
@@ -112,7 +103,7 @@ def info() -> dict[str, Any]:
 
 def set_cpu_isa(name: str | None = None) -> None:
     """Choose the CPU instruction set ("baseline", "avx2", ...); None: the best of this machine."""
-    (_native or _load()).configure(False, "cpu_isa", name or "")
+    native.configure(False, "cpu_isa", name or "")
 
 
 def configure_emulator(
@@ -129,7 +120,6 @@ def configure_emulator(
     ("late", "early", "mixed"); the device that calls are planned for: sm_<capability>, its
     multiprocessors, the most shared memory of a block; and, in a build of the preset races, how
     it compares accesses to memory ("on", "strict", "off"). Process-wide, from the next call on."""
-    native = _native or _load()
     settings = {"seed": seed, "order": order, "copies": copies, "races": races}
     settings |= {"capability": capability, "multiprocessors": multiprocessors}
     settings |= {"shared_bytes": shared_bytes}
@@ -150,7 +140,6 @@ def _find(folder: Path) -> Path | None:
 
 
 def _load() -> ModuleType:
-    global _native
     folder = _folder()
     file = _find(folder)
     if file is None:
@@ -166,7 +155,6 @@ def _load() -> ModuleType:
             "for another Python or machine. Reinstall headworks: pip install --force-reinstall ."
         ) from error
     module.set_allocator(_workspace)
-    _native = module
     return module
 
 
@@ -182,3 +170,11 @@ def _not_found(folder: Path) -> str:
         "'pip install .' (or 'pip install -e .') in the source folder, or let "
         "HEADWORKS_LIBRARY_DIR name the folder that holds _C and libheadworks."
     )
+
+
+native: Any = _load()
+
+# (fn, backend, tensors, scalars=()): run function number `fn`. CUDA work goes to torch's current
+# stream of the tensors' device, CPU work to as many threads as torch has; a workspace comes from
+# torch's allocator. It is the module's own function: every call of an operator ends here.
+call: Callable[..., None] = native.call

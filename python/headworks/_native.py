@@ -118,17 +118,36 @@ def route(op: str, tensors: Sequence[Maybe]) -> str:
                 "Trace under torch.no_grad(), or use torch.compile or torch.export.",
             )
         return "autograd"
+    return "direct" if _are_ordinary(tensors) else "operator"
+
+
+def is_direct(tensors: Sequence[Maybe]) -> bool:
+    """Whether a native call with these tensors can be made as it is, without the dispatcher: of
+    the passes of an autograd.Function, whose gradients are its own matter."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return _are_ordinary(tensors)
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def _are_ordinary(tensors: Sequence[Maybe]) -> bool:
+    """Whether nobody records or replaces operations, and tensors are what they look like."""
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or symbolic_trace._is_fx_tracing_flag
         or tensors[0].is_meta  # type: ignore[union-attr]
     ):
-        return "operator"
+        return False
+    ordinary = True
     for x in tensors:
-        if x is not None and (type(x) is not Tensor or x.is_neg()):
-            return "operator"
-    return "direct"
+        if x is not None and (type(x) not in _ORDINARY or x.is_neg()):
+            ordinary = False
+    return ordinary
 
 
 def _refuse_transforms(op: str, tensors: Sequence[Maybe]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import _library, _native
 from ._functions import Maybe, NativeFunction
@@ -62,11 +63,24 @@ class Repeated(Generic[Call]):
         self._once.add(key)
         return False
 
+    def offer(self, key: Key | None, make: Callable[..., Call | None], *arguments: Any) -> None:
+        """Keeps what `make(*arguments)` gives, if a call like that was made before."""
+        if key is not None and self.comes_again(key):
+            self.keep(key, make(*arguments))
+
     def keep(self, key: Key, call: Call | None) -> None:
         """Keeps a call whose checks have passed; None: that there is no shorter way."""
         if len(self._calls) >= self._most:
             self._calls.clear()
         self._calls[key] = call
+
+
+def detached(x: Tensor) -> Tensor:
+    """An argument of an operator without gradient, as it enters a key. What is no tensor or no
+    ordinary one is for the checks."""
+    if type(x) is Parameter or (type(x) is Tensor and x.requires_grad):
+        return x.detach()
+    return x
 
 
 class Ready:

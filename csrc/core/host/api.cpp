@@ -80,7 +80,9 @@ bool describe_function(int number, HwFunction* f) {
 
 int call(int function, int backend, const HwArguments* a, HwMessage message) {
   return guarded(message, [&] {
-    run(function_by_number(function), wanted(backend), as_call(*a), {a->allocate, a->self});
+    Reading r(function_by_number(function), as_call(*a));
+    const EntryPoint& entry = prepare(r, wanted(backend), {a->allocate, a->self});
+    entry.run(r.params, r.call);
   });
 }
 

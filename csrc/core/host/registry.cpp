@@ -52,26 +52,6 @@ std::span<const Instance> instances_of(const Operator* op) {
 
 bool serves(const Instance& i, Backend b, DType t) { return i.backend == b && i.dtype == t; }
 
-// A call that has been read: what everybody below looks at.
-struct Reading {
-  FunctionId id;
-  Call call;
-  alignas(16) std::byte params[kMaxParams];
-
-  // Throws unless the call is as its function's list and checks say.
-  Reading(FunctionId f, const Call& given) : id(f), call(given) {
-    const Function& function = f.function();
-    Sizes sizes;
-    check_arguments(f.op->name, function.name, function.list, call, sizes);
-    call.element = element_of(function.list, call);
-    function.read(call, sizes, params);
-    function.check(params, call);
-  }
-
-  int dim(Backend b) const { return id.function().dim(params, call, b); }
-  const Tensor& first() const { return call.tensors[0]; }
-};
-
 // On the CPU the strongest instruction set up to the one in use; on a GPU the smallest dim that
 // holds the call's.
 const Instance* find_instance(const Reading& r, Backend b) {
@@ -258,18 +238,26 @@ Backend choose(FunctionId f, std::optional<Backend> wanted, const Call& call) {
   return choose(Reading(f, call), wanted);
 }
 
-void run(FunctionId f, std::optional<Backend> wanted, Call call, const Allocator& allocator) {
-  Reading r(f, call);
+Reading::Reading(FunctionId f, const Call& given) : id(f), call(given) {
+  const Function& function = f.function();
+  Sizes sizes;
+  check_arguments(f.op->name, function.name, function.list, call, sizes);
+  call.element = element_of(function.list, call);
+  function.read(call, sizes, params);
+  function.check(params, call);
+}
+
+const EntryPoint& prepare(Reading& r, std::optional<Backend> wanted, const Allocator& allocator) {
   const Backend backend = choose(r, wanted);
   check_data(r);
   if (backend != Backend::cpu) {
     describe_device(r.call);
     take_workspace(r, backend, allocator);
   }
-  const EntryPoint& entry = entry_of(*find_instance(r, backend), f);
-  check(entry.tag == f.function().tag, ErrorKind::runtime, f.name(),
+  const EntryPoint& entry = entry_of(*find_instance(r, backend), r.id);
+  check(entry.tag == r.id.function().tag, ErrorKind::runtime, r.id.name(),
         ": an instance takes other parameters than the list fills");
-  entry.run(r.params, r.call);
+  return entry;
 }
 
 int64_t workspace(FunctionId f, Backend b, const Call& call) {

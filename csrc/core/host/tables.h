@@ -5,6 +5,7 @@
 // in every build of one version.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -41,13 +42,27 @@ struct Allocator {
   void* self = nullptr;
 };
 
-// Chooses, takes the workspace from `allocator` and runs. The call's tensors must have data.
-void run(FunctionId, std::optional<Backend>, Call, const Allocator& allocator);
+// A call that has been read: what everybody looks at who has a say in it.
+struct Reading {
+  FunctionId id;
+  Call call;
+  alignas(16) std::byte params[kMaxParams];
 
-// Bytes that run() would take from the allocator.
+  // Throws unless the call is as its function's list and checks say.
+  Reading(FunctionId, const Call& given);
+
+  int dim(Backend b) const { return id.function().dim(params, call, b); }
+  const Tensor& first() const { return call.tensors[0]; }
+};
+
+// What runs the call, of the backend asked for (nullopt: the first that can), with its workspace
+// from `allocator`. The call's tensors must have data.
+const EntryPoint& prepare(Reading&, std::optional<Backend>, const Allocator& allocator);
+
+// Bytes that prepare() would take from the allocator.
 int64_t workspace(FunctionId, Backend, const Call&);
-// The instance that run() would take of this backend, which can take the call: "bfloat16, dim 64",
-// "float32, avx2".
+// The instance that prepare() would take of this backend, which can take the call: "float32, avx2",
+// "bfloat16, dim 64".
 std::string instance_name(FunctionId, Backend, const Call&);
 
 // This library as JSON (see HwApi::info).

@@ -27,18 +27,10 @@ namespace hw::attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const softmax::ForwardParams& p, const Call& call) {
-    softmax::simt::forward<Element>(p, call);
-  }
-  static void backward(const softmax::BackwardParams& p, const Call& call) {
-    softmax::simt::backward<Element>(p, call);
-  }
-  static void columns(const softmax::ColumnsParams& p, const Call& call) {
-    softmax::simt::columns<Element>(p, call);
-  }
-  static void probs(const softmax::ProbsParams& p, const Call& call) {
-    softmax::simt::probs<Element>(p, call);
-  }
+  static constexpr auto& forward = softmax::simt::forward<Element>;
+  static constexpr auto& backward = softmax::simt::backward<Element>;
+  static constexpr auto& columns = softmax::simt::columns<Element>;
+  static constexpr auto& probs = softmax::simt::probs<Element>;
 };
 
 }  // namespace hw::attention

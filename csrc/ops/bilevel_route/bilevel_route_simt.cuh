@@ -118,8 +118,8 @@ namespace hw::bilevel_route {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void means(const MeansParams& p, const Call& call) { simt::means<Element>(p, call); }
-  static void scores(const ScoresParams& p, const Call& call) { simt::scores<Element>(p, call); }
+  static constexpr auto& means = simt::means<Element>;
+  static constexpr auto& scores = simt::scores<Element>;
 };
 
 }  // namespace hw::bilevel_route

@@ -264,16 +264,14 @@ struct SimtPrefix {};
 template <class Element>
   requires std::is_same_v<Element, Accum<Element>>
 struct SimtPrefix<Element> {
-  static void prefix(const PrefixParams& p, const Call& call) { simt::prefix<Element>(p, call); }
+  static constexpr auto& prefix = simt::prefix<Element>;
 };
 
 // kDim is 0: one instance takes every size.
 template <class Element, int kDim>
 struct Simt : SimtPrefix<Element> {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void similarity(const SimilarityParams& p, const Call& call) {
-    simt::similarity<Element>(p, call);
-  }
+  static constexpr auto& similarity = simt::similarity<Element>;
 };
 
 }  // namespace hw::kmeans_route

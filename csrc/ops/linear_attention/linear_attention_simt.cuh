@@ -19,11 +19,9 @@ namespace hw::linear_attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
-  static void backward(const BackwardParams& p, const Call& call) {
-    simt::backward<Element>(p, call);
-  }
-  static void step(const StepParams& p, const Call& call) { simt::step<Element>(p, call); }
+  static constexpr auto& forward = simt::forward<Element>;
+  static constexpr auto& backward = simt::backward<Element>;
+  static constexpr auto& step = simt::step<Element>;
 };
 
 }  // namespace hw::linear_attention

@@ -53,7 +53,7 @@ namespace hw::moh_route {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
+  static constexpr auto& forward = simt::forward<Element>;
 };
 
 }  // namespace hw::moh_route

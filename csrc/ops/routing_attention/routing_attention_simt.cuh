@@ -166,10 +166,8 @@ namespace hw::routing_attention {
 template <class Element, int kDim>
 struct Simt {
   static_assert(kDim == 0, "the simt backend has one instance per dtype");
-  static void forward(const ForwardParams& p, const Call& call) { simt::forward<Element>(p, call); }
-  static void backward(const BackwardParams& p, const Call& call) {
-    simt::backward<Element>(p, call);
-  }
+  static constexpr auto& forward = simt::forward<Element>;
+  static constexpr auto& backward = simt::backward<Element>;
 };
 
 }  // namespace hw::routing_attention

@@ -28,9 +28,18 @@ from ._score import TENSORS, Score
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> in the accumulation dtype, [B, S, H]."""
-    dtype = ACCUMULATION[x.dtype]
-    return (x.to(dtype) * y.to(dtype)).sum(-1)
+    """<x_i, y_i> in the accumulation dtype, [B, S, H]. Of 16-bit tensors x is copied, and y is
+    widened on its way into the product; x may be wide already."""
+    return (x.to(ACCUMULATION[x.dtype]) * y).sum(-1)
+
+
+def scaled(factor: Tensor, x: Tensor) -> Tensor:
+    """factor_i x_i of x [B, S, H, D], the product in the wider dtype, in the dtype of x: in one
+    pass over memory, as torch.compile makes it by itself."""
+    if torch.compiler.is_compiling():
+        return (factor[..., None] * x).to(x.dtype)
+    made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.mul(factor[..., None], x, out=made)
 
 
 def zeros(like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -119,7 +128,8 @@ class _Attention(torch.autograd.Function):
         lse = made.row if row is None else row[0]
         ctx.set_materialize_grads(False)
         # Once: a second call replaces the first.
-        ctx.mark_non_differentiable(*made[3:], *(() if want_lse else (lse,)))
+        others = made[3:] if want_lse else (lse, *made[3:])
+        ctx.mark_non_differentiable(*(x for x in others if x is not None))
         return made.o, lse, *made[3:]
 
     @staticmethod
@@ -130,17 +140,19 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if d_o is None:
             d_o = zeros(w, *w.shape)
-        a = row_dot(d_o, w)
         epilogue = needs[TENSORS + 1 : TENSORS + 3]
-        b = None
+        d_w, d_direct = _through_epilogue(d_o, gate, mix)
+        a = b = None
+        if d_w is not d_o and any(epilogue):
+            w = w.to(ACCUMULATION[w.dtype])  # for both
+            a = row_dot(w, d_o)
         if mix is not None and any(epilogue):
             b = row_dot(d_o, per_query_head(v, d_o.shape[2]))
-        d_w, d_direct = _through_epilogue(d_o, gate, mix)
         if row is None:
-            delta = zeros(a, *score.row_shape)
+            delta = zeros(w, *score.row_shape, dtype=ACCUMULATION[w.dtype])
         else:
             # Of d_w as rounded: then ds = 0 where a row sees one key.
-            delta = (a if d_w is d_o else row_dot(d_w, w)).transpose(1, 2)
+            delta = row_dot(w, d_w).transpose(1, 2)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
         want = score_gradients(needs, needs[TENSORS])
@@ -159,21 +171,21 @@ def _through_epilogue(d_o: Tensor, gate: Maybe, mix: Maybe) -> tuple[Tensor, May
     if mix is None:
         if gate is None:
             return d_o, None
-        return (gate[..., None] * d_o).to(d_o.dtype), None
+        return scaled(gate, d_o), None
     u = mix[:, None]
     g = u.new_ones(()) if gate is None else gate
     kept = g * (1 - u)
-    return (kept[..., None] * d_o).to(d_o.dtype), (g * u)[..., None] * d_o
+    return scaled(kept, d_o), (g * u)[..., None] * d_o
 
 
 def _of_epilogue(
-    a: Tensor, b: Maybe, gate: Maybe, mix: Maybe, needs: tuple[bool, ...]
+    a: Maybe, b: Maybe, gate: Maybe, mix: Maybe, needs: tuple[bool, ...]
 ) -> tuple[Maybe, Maybe]:
     """d_gate and d_mix."""
     d_gate = d_mix = None
-    if gate is not None and needs[0]:
+    if a is not None and gate is not None and needs[0]:
         d_gate = a if mix is None or b is None else (1 - mix[:, None]) * a + mix[:, None] * b
-    if b is not None and needs[1]:
+    if a is not None and b is not None and needs[1]:
         d_mix = ((b - a) if gate is None else gate * (b - a)).sum(1)
     return d_gate, d_mix
 

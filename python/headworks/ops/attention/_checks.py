@@ -138,7 +138,8 @@ def broadcast(
             "Heads are those of q. Check the order of the dimensions.",
         )
     require_same_device(op, "q", like, **{name: x})
-    return x.to(ACCUMULATION[like.dtype]).expand(*sizes)
+    dtype = ACCUMULATION[like.dtype]
+    return (x if x.dtype is dtype else x.to(dtype)).expand(sizes)
 
 
 def check_bias(op: str, bias: object, q: Tensor, k: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _library
 from ..._functions import Maybe, NativeFunction, record
 from ..._native import ACCUMULATION, NativeCall, described
 from ..._repeated import Ready
@@ -143,16 +144,17 @@ Shape = tuple[float, float, bool, int, int]
 def output(q: Tensor, k: Tensor, v: Tensor, shape: Shape, backend: str) -> Tensor:
     """o alone, of a call without options: what `forward` does, in half its time. There is a query,
     a key, a head and a value column."""
-    made = _output(q, v)
-    FORWARD.run(backend, (q, k, *_NO_OPTIONS, v, *_NO_REST), made, (*shape, *_PLAIN))
-    o: Tensor = made[0]
+    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    tensors = (q, k, *_NO_OPTIONS, v, *_NO_REST, o, *_NO_READ_OUTS)
+    _library.call(FORWARD.number, backend, tensors, (*shape, *_PLAIN))
     return o
 
 
 def ready(q: Tensor, k: Tensor, v: Tensor, shape: Shape, backend: str) -> Ready:
     """`output` of other tensors like these."""
     inputs = (q, k, *_NO_OPTIONS, v, *_NO_REST)
-    return Ready(FORWARD, backend, inputs, _output(q, v), (*shape, *_PLAIN), (q, k, v))
+    made = q.new_empty((*q.shape[:3], v.shape[3])), *_NO_READ_OUTS
+    return Ready(FORWARD, backend, inputs, made, (*shape, *_PLAIN), (q, k, v))
 
 
 def ready_row(score: Score, backend: str) -> Ready | None:
@@ -163,11 +165,6 @@ def ready_row(score: Score, backend: str) -> Ready | None:
     made = outputs(score, None, None, want)
     inputs, made, numbers = _forward_inputs(score, None, None, None, None, made, want)
     return Ready(FORWARD, backend, inputs, made, numbers, (score.q, score.k))
-
-
-def _output(q: Tensor, v: Tensor) -> tuple[Any, ...]:
-    size = (*q.shape[:3], v.shape[3])
-    return torch.empty(size, dtype=q.dtype, device=q.device), *_NO_READ_OUTS
 
 
 _NO_OPTIONS = (None,) * (TENSORS - 2)

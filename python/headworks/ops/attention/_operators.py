@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._functions import Maybe, NativeFunction
-from ..._native import define, fixed_arity
+from ..._native import define, fixed_arity, is_direct
 from .._operands import check_operands, require, require_given
 from . import _native as native
 from ._bounds import check_rows_have_values
@@ -139,9 +139,15 @@ define(COLUMNS.schema("attention_columns", _flags(("sum", "max"))), _columns, _c
 define(PROBS.schema("attention_probs"), _probs, _probs_fake)
 
 
+# The native calls, through the dispatcher where somebody records or replaces operations. It gives
+# empty tensors for what is not wanted.
+
+
 def forward(score: Score, *others: Any) -> Any:
-    """native.forward through the dispatcher; empty tensors for what is not wanted."""
+    """native.forward"""
     v, gate, mix, mass_keys, want, backend = others
+    if is_direct((*score.tensors, v, gate, mix, mass_keys)):
+        return native.forward(score, *others)
     inputs = FORWARD.tensors(
         score.tensors, v=v, head_gate=gate, identity_mix=mix, mass_keys=mass_keys
     )
@@ -151,31 +157,37 @@ def forward(score: Score, *others: Any) -> Any:
 
 
 def backward(score: Score, *others: Any) -> Any:
-    """native.backward through the dispatcher."""
+    """native.backward"""
     v, d_w, row, delta, want, backend = others
+    if is_direct((*score.tensors, v, d_w, row, delta)):
+        return native.backward(score, *others)
     inputs = BACKWARD.tensors(score.tensors, v=v, d_w=d_w, row=row, delta=delta)
     made = torch.ops.headworks.attention_bwd(*inputs, *score.numbers, *want, backend)
     return BACKWARD.Outputs(*made)
 
 
-def row_statistic(score: Score, way: str, backend: str) -> Maybe:
+def row_statistic(score: Score, backend: str) -> Maybe:
     """What later passes need of every row, [2, B, Hq, Sq], from a pass over the scores."""
     if not score.has_row_statistic:
         return None
-    call = native.forward if way == "direct" else forward
-    row: Tensor = call(score, None, None, None, None, Want(row=True, skip_dead=False), backend).row
+    want = Want(row=True, skip_dead=False)
+    row: Tensor = forward(score, None, None, None, None, want, backend).row
     return row
 
 
 def columns(score: Score, *others: Any) -> Any:
-    """native.columns through the dispatcher."""
+    """native.columns"""
     x, row, row_weight, total, largest, backend = others
+    if is_direct((*score.tensors, x, row, row_weight)):
+        return native.columns(score, *others)
     inputs = COLUMNS.tensors(score.tensors, x=x, row=row, row_weight=row_weight)
     made = torch.ops.headworks.attention_columns(*inputs, *score.numbers, total, largest, backend)
     return COLUMNS.Outputs(*made)
 
 
 def probs(score: Score, row: Maybe, keys: Maybe, rows: Maybe, offsets: Maybe, backend: str) -> Any:
-    """native.probs through the dispatcher."""
+    """native.probs"""
+    if is_direct((*score.tensors, row, keys, rows, offsets)):
+        return native.probs(score, row, keys, rows, offsets, backend)
     inputs = PROBS.tensors(score.tensors, row=row, keys=keys, rows=rows, offsets=offsets)
     return torch.ops.headworks.attention_probs(*inputs, *score.numbers, backend)

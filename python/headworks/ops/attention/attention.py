@@ -20,7 +20,7 @@ from ..._native import (
     route,
     widen,
 )
-from ..._repeated import Key, Ready, Repeated
+from ..._repeated import Ready, Repeated
 from ..._trees import saved_by_name
 from ...reference import attention as reference
 from . import _native as native
@@ -195,10 +195,11 @@ def attention(
         if (ready := _repeated.get(key)) is not None:
             return ready(q, k, v)
     q, k, v = _checked(q, k, v)
-    if key is not None:
-        plain = _plain(q, k, v, key, is_causal, window_size, scale, softcap, backend)
-        if plain is not None:
-            return plain
+    if key is not None and q.numel() and k.shape[1] and v.shape[3]:
+        shape = shape_of(OP, q, is_causal, window_size, scale, softcap)
+        if (name := backend_for(OP, backend, q)) != "reference":
+            _repeated.offer(key, native.ready, q, k, v, shape, name)
+            return native.output(q, k, v, shape, name)
     score = score_of(
         OP, q, k, is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
@@ -220,20 +221,19 @@ def attention(
             )  # fmt: skip
         return o if return_aux is None else (o, _result(aux, *(statistics or ())))
 
-    has_width = bool(v.shape[3])
-    v = v if has_width else widen(v)
-    way = route(OP, (*score.tensors, v, gate, mix))
+    values = v if v.shape[3] else widen(v)
+    way = route(OP, (*score.tensors, values, gate, mix))
     if way == "autograd":
         o, *made = differentiable(*apart(
-            *score.tensors, v, gate, mix, mass_keys, *score.numbers,
+            *score.tensors, values, gate, mix, mass_keys, *score.numbers,
             aux.lse, aux.entropy, aux.p_max, aux.sq_norm, backend,
         ))  # fmt: skip
     else:
         want = _PLAIN if return_aux is None else _wanted(aux)
         call = native.forward if way == "direct" else operators.forward
-        o, _, row, *made = call(score, v, gate, mix, mass_keys, want, backend)
+        o, _, row, *made = call(score, values, gate, mix, mass_keys, want, backend)
         made = [row[0] if want.row and row is not None else None, *made]
-    if not has_width:
+    if values is not v:
         o = o[..., :0]
     return o if return_aux is None else (o, _result(aux, *made))
 
@@ -246,28 +246,6 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _repeated: Repeated[Ready] = Repeated(OP)
-
-
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Key,
-    is_causal: bool,
-    window_size: tuple[int | None, int | None] | None,
-    scale: float | None,
-    softcap: float,
-    backend: str,
-) -> Tensor | None:
-    """o of a call without options and gradient, by the shortest way; None where there is none. The
-    second call like that is kept for others."""
-    shape = shape_of(OP, q, is_causal, window_size, scale, softcap)
-    backend = backend_for(OP, backend, q)
-    if backend == "reference" or not (q.numel() and k.shape[1] and v.shape[3]):
-        return None
-    if _repeated.comes_again(key):
-        _repeated.keep(key, native.ready(q, k, v, shape, backend))
-    return native.output(q, k, v, shape, backend)
 
 
 def _checked_rest(

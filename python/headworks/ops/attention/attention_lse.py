@@ -73,9 +73,8 @@ def attention_lse(
     way = route(_OP, score.tensors)
     if way == "autograd":
         return _differentiable(*apart(*score, backend))
-    if key is not None and _repeated.comes_again(key):
-        _repeated.keep(key, native.ready_row(score, backend))
-    row = operators.row_statistic(score, way, backend)
+    _repeated.offer(key, native.ready_row, score, backend)
+    row = operators.row_statistic(score, backend)
     assert row is not None
     return row[0]
 
@@ -98,7 +97,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *score_arguments, backend = arguments
         score = Score(*score_arguments)
-        row = operators.row_statistic(score, "operator", backend)
+        row = operators.row_statistic(score, backend)
         assert row is not None
         ctx.save_for_backward(*score.tensors, row)
         ctx.numbers, ctx.backend = score.numbers, backend

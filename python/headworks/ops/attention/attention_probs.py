@@ -85,7 +85,7 @@ def attention_probs(
             )  # fmt: skip
     way = route(_OP, (*score.tensors, lse, keys, rows, offsets))
     score, way = score.detached(), "operator" if way == "autograd" else way
-    row = operators.row_statistic(score, way, backend) if lse is None else lse
+    row = operators.row_statistic(score, backend) if lse is None else lse
     call = native.probs if way == "direct" else operators.probs
     return call(score, row, keys, rows, offsets, backend)
 

@@ -101,7 +101,7 @@ def attention_transpose(
     if way == "autograd":
         y = _differentiable(*apart(*score.tensors, x, lse, *score.numbers, backend))
     else:
-        row = operators.row_statistic(score, way, backend) if lse is None else lse
+        row = operators.row_statistic(score, backend) if lse is None else lse
         call = native.columns if way == "direct" else operators.columns
         y = call(score, x, row, None, False, False, backend).y
     return y if width else y[..., :0]
@@ -115,7 +115,7 @@ class _Transpose(torch.autograd.Function):
         tensors, (x, lse) = arguments[:TENSORS], arguments[TENSORS:][:2]
         *numbers, backend = arguments[TENSORS + 2 :]
         score = Score(*tensors, *numbers)
-        row = operators.row_statistic(score, "operator", backend) if lse is None else lse
+        row = operators.row_statistic(score, backend) if lse is None else lse
         y: Tensor = operators.columns(score, x, row, None, False, False, backend).y
         ctx.save_for_backward(*tensors, x, row)
         ctx.numbers, ctx.backend = numbers, backend

@@ -127,7 +127,7 @@ def _column_stats(
     if way == "autograd":
         result = _sum(*apart(*score.tensors, row_weight, lse, *score.numbers, backend))
     else:
-        row = operators.row_statistic(score, way, backend) if lse is None else lse
+        row = operators.row_statistic(score, backend) if lse is None else lse
         call = native.columns if way == "direct" else operators.columns
         made = call(score, None, row, row_weight, not largest, largest, backend)
         result = made.max if largest else made.sum
@@ -171,7 +171,7 @@ class _ColumnSum(torch.autograd.Function):
         tensors, (row_weight, lse) = arguments[:TENSORS], arguments[TENSORS:][:2]
         *numbers, backend = arguments[TENSORS + 2 :]
         score = Score(*tensors, *numbers)
-        row = operators.row_statistic(score, "operator", backend) if lse is None else lse
+        row = operators.row_statistic(score, backend) if lse is None else lse
         total: Tensor = operators.columns(score, None, row, row_weight, True, False, backend).sum
         ctx.save_for_backward(*tensors, row_weight, row)
         ctx.numbers, ctx.backend = numbers, backend

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._autograd import Saved, first_order
 from ..._functions import Maybe, NativeFunction
-from ..._native import ACCUMULATION, define, empties, fixed_arity
+from ..._native import ACCUMULATION, define, empties, fixed_arity, is_direct
 from ..._repeated import Ready
 from .._checks import check_cu_seqlens_values
 from .._operands import check_operands, require, require_given
@@ -113,19 +113,26 @@ def _gradients(inputs: tuple[Maybe, ...], state_grad: bool) -> Any:
     return BACKWARD.Outputs(*empties(q, k, v, *((kv0, z0) if state_grad else (None, None))))
 
 
+def backward(*arguments: Any) -> Any:
+    """Outputs of BACKWARD, from its inputs, the scalars, state_grad and a backend."""
+    inputs, scalars, (state_grad, backend) = BACKWARD.split(arguments)
+    q, bounds = inputs[0], inputs[5]
+    if bounds is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
+    made = _gradients(inputs, state_grad)
+    BACKWARD.run(backend, inputs, made, scalars)
+    return made
+
+
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     op = "linear_attention_bwd"
-    inputs, scalars, (state_grad, backend) = BACKWARD.split(arguments)
+    inputs, scalars, (state_grad, _backend) = BACKWARD.split(arguments)
     q, _, v, kv0, z0, bounds, _o, z, _d_o, d_kv1, d_z1 = inputs
     known = known_sizes(op, q, v, bounds, scalars[0])
     check_operands(op, BACKWARD.inputs, inputs, **known)
     require_given(op, z0=(z0, kv0 is not None), d_z1=(d_z1, d_kv1 is not None), z=(z, scalars[2]))
     require(op, "state_grad", state_grad, kv0 is not None or not state_grad, "False without kv0")
-    if bounds is not None:
-        check_cu_seqlens_values(OP, "cu_seqlens", bounds, q.shape[1])
-    made = _gradients(inputs, state_grad)
-    BACKWARD.run(backend, inputs, made, scalars)
-    return fixed_arity(made, q)
+    return fixed_arity(backward(*arguments), q)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -151,13 +158,18 @@ class _LinearAttention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, kv0, z0, bounds, *scalars, final_state, backend = arguments
         normalize = scalars[2]
-        o, z, kv1, z1 = torch.ops.headworks.linear_attention_fwd(
-            q, k, v, kv0, z0, bounds, *scalars, final_state, normalize, backend
-        )
+        inputs = q, k, v, kv0, z0, bounds
+        if is_direct(inputs):
+            made = forward(*inputs, tuple(scalars), final_state, normalize, backend)
+        else:
+            made = torch.ops.headworks.linear_attention_fwd(
+                *inputs, *scalars, final_state, normalize, backend
+            )
+        o, z, kv1, z1 = made
         ctx.save_for_backward(q, k, v, o, z if normalize else None, kv0, z0, bounds)
         ctx.scalars, ctx.final_state, ctx.backend = scalars, final_state, backend
         ctx.set_materialize_grads(False)
-        if not final_state:
+        if not final_state and kv1 is not None:
             ctx.mark_non_differentiable(kv1, z1)
         return o, kv1, z1
 
@@ -177,10 +189,8 @@ class _LinearAttention(torch.autograd.Function):
         inputs = BACKWARD.tensors(
             (q, k, v, kv0, z0, bounds), o=o, z=z, d_o=d_o, d_kv1=d_kv1, d_z1=d_z1
         )
-        grads = torch.ops.headworks.linear_attention_bwd(
-            *inputs, *ctx.scalars, state_grad, ctx.backend
-        )
-        d_q, d_k, d_v, d_kv0, d_z0 = grads
+        call = backward if is_direct(inputs) else torch.ops.headworks.linear_attention_bwd
+        d_q, d_k, d_v, d_kv0, d_z0 = call(*inputs, *ctx.scalars, state_grad, ctx.backend)
         if not state_grad:
             d_kv0 = d_z0 = None
         return d_q, d_k, d_v, d_kv0, d_z0, *(None,) * 8

@@ -34,6 +34,7 @@ from ..._native import (
     described,
     empties,
     fixed_arity,
+    is_direct,
     route,
     widen,
 )
@@ -134,10 +135,7 @@ def key_scan(
     o1: Any
     lse1: Any
     if way == "direct":
-        if key is not None and _repeated.comes_again(key):
-            _repeated.keep(
-                key, Ready(FORWARD, backend, inputs, _outputs(s, v, False, False), (), (s, v))
-            )
+        _repeated.offer(key, _ready, inputs, backend)
         o, _, o1, lse1, _ = _forward(*inputs, output_final_state, False, backend)
     elif way == "operator":
         o, _, o1, lse1, _ = torch.ops.headworks.key_scan_fwd(
@@ -254,6 +252,13 @@ def _outputs(s: Tensor, v: Tensor, final_state: bool, wide: bool) -> Any:
     return FORWARD.Outputs(**made)
 
 
+def _ready(inputs: tuple[Maybe, ...], backend: str) -> Ready:
+    """`_forward` for o alone, without states, as a function of s and v."""
+    s, v, *_ = inputs
+    assert s is not None and v is not None
+    return Ready(FORWARD, backend, inputs, _outputs(s, v, False, False), (), (s, v))
+
+
 def _forward(
     s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, final_state: bool, wide: bool, backend: str
 ) -> Any:
@@ -283,18 +288,24 @@ def _gradients(s: Tensor, v: Tensor, o0: Maybe, lse0: Maybe, state_grad: bool) -
     return BACKWARD.Outputs(*empties(s, v, *((o0, lse0) if state_grad else (None, None))))
 
 
+def _backward(*arguments: Any) -> Any:
+    inputs, _, (state_grad, backend) = BACKWARD.split(arguments)
+    s, v, _o, _lse, o0, lse0, *_ = inputs
+    made = _gradients(s, v, o0, lse0, state_grad)
+    BACKWARD.run(backend, inputs, made)
+    return made
+
+
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     op = "key_scan_bwd"
-    inputs, _, (state_grad, backend) = BACKWARD.split(arguments)
-    s, v, _o, _lse, o0, lse0, o1, _d_o, d_o1, d_lse1 = inputs
+    inputs, _, (state_grad, _backend) = BACKWARD.split(arguments)
+    s, _v, _o, _lse, o0, lse0, o1, _d_o, d_o1, d_lse1 = inputs
     sizes = check_operands(op, BACKWARD.inputs, inputs)
     require(op, "v", "width 0", sizes["Dv"] > 0, "a width of at least 1")
     require_given(op, lse0=(lse0, o0 is not None), d_lse1=(d_lse1, d_o1 is not None))
     require(op, "o1", "None", o1 is not None or d_o1 is None, "a tensor with d_o1")
     require(op, "state_grad", state_grad, o0 is not None or not state_grad, "False without o0")
-    made = _gradients(s, v, o0, lse0, state_grad)
-    BACKWARD.run(backend, inputs, made)
-    return fixed_arity(made, s)
+    return fixed_arity(_backward(*arguments), s)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -314,14 +325,13 @@ class _KeyScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         s, v, o0, lse0, final_state, backend = arguments
-        o, lse, o1, lse1, wide = torch.ops.headworks.key_scan_fwd(
-            s, v, o0, lse0, final_state, True, backend
-        )
+        call = _forward if is_direct((s, v, o0, lse0)) else torch.ops.headworks.key_scan_fwd
+        o, lse, o1, lse1, wide = call(s, v, o0, lse0, final_state, True, backend)
         wide = o if o.dtype == lse.dtype else wide
         ctx.save_for_backward(s, v, wide, lse, o0, lse0, o1 if final_state else None)
         ctx.final_state, ctx.backend = final_state, backend
         ctx.set_materialize_grads(False)
-        if not final_state:
+        if not final_state and o1 is not None:
             ctx.mark_non_differentiable(o1, lse1)
         return o, o1, lse1
 
@@ -343,7 +353,8 @@ class _KeyScan(torch.autograd.Function):
         inputs = BACKWARD.tensors(
             s=s, v=v, o=o, lse=lse, o0=o0, lse0=lse0, o1=o1, d_o=d_o, d_o1=d_o1, d_lse1=d_lse1
         )
-        d_s, d_v, d_o0, d_lse0 = torch.ops.headworks.key_scan_bwd(*inputs, state_grad, ctx.backend)
+        call = _backward if is_direct(inputs) else torch.ops.headworks.key_scan_bwd
+        d_s, d_v, d_o0, d_lse0 = call(*inputs, state_grad, ctx.backend)
         if not state_grad:
             d_o0 = d_lse0 = None
         return d_s, d_v, d_o0, d_lse0, None, None

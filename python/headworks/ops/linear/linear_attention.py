@@ -170,8 +170,7 @@ def linear_attention(
     kv1: Any
     z1: Any
     if way == "direct":
-        if key is not None and _repeated.comes_again(key):
-            _repeated.keep(key, native.ready(inputs, scalars, backend))
+        _repeated.offer(key, native.ready, inputs, scalars, backend)
         o, _, kv1, z1 = native.forward(*inputs, scalars, output_final_state, False, backend)
     elif way == "operator":
         o, _, kv1, z1 = torch.ops.headworks.linear_attention_fwd(

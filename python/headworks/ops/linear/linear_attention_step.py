@@ -129,8 +129,7 @@ def linear_attention_step(
         return o
     if way == "direct":
         inputs, scalars = (q, k, v, kv, z), (number, normalize, scale, float(eps))
-        if key is not None and _repeated.comes_again(key):
-            _repeated.keep(key, Ready(STEP, backend, inputs, (_output(q, v),), scalars, inputs))
+        _repeated.offer(key, _ready, inputs, scalars, backend)
         return _step(*inputs, *scalars, backend)
     o = torch.ops.headworks.linear_attention_step(
         q, k, v, kv, z, number, normalize, scale, float(eps), backend
@@ -207,6 +206,12 @@ def _repeats_memory(x: Tensor) -> bool:
 
 STEP = NativeFunction("linear_attention.step")
 STEP.begins_with(("q", "k", "v", "kv", "z"), ("feature_map", "normalize", "scale", "eps"))
+
+
+def _ready(inputs: tuple[Tensor, ...], scalars: tuple[Any, ...], backend: str) -> Ready:
+    """`_step` of other tensors like these."""
+    q, _, v, *_ = inputs
+    return Ready(STEP, backend, inputs, (_output(q, v),), scalars, inputs)
 
 
 def _step(

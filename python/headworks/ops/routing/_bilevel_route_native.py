@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from ..._functions import NativeFunction
 from ..._native import ACCUMULATION, NativeCall, define, described, route
+from ..._repeated import Ready
 from .._operands import check_operands, operands, require
 from ._grid import Grid
 from ._routing_attention_native import image_cells
-from ._select_topk_native import select_rows
+from ._select_topk_native import ready_rows, select_rows
 
 MEANS = NativeFunction("bilevel_route.means")
 SCORES = NativeFunction("bilevel_route.scores")
@@ -30,6 +32,29 @@ def bilevel_route(
     call = _route if direct else torch.ops.headworks.bilevel_route.default
     graph: Tensor = call(q, k, *own, *other, topk, per_head, backend)
     return graph
+
+
+def route_prepared(
+    q: Tensor, k: Tensor, own: Grid, other: Grid, topk: int, per_head: bool, backend: str
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """`bilevel_route` as a function of other q and k like these; None for empty ones."""
+    if not (q.numel() and k.numel()):
+        return None
+    shape = _shape(q, own, topk, per_head)
+    of_q, of_k = _means_of(q, own), _means_of(k, other)
+    a = q.new_empty(_scores_shape(q, own, other, per_head), dtype=of_q.dtype)
+    rows = a.flatten(0, -2)
+    cells_q, cells_k = (
+        image_cells(grid, (x.shape[1], x.shape[2])) for x, grid in ((q, own), (k, other))
+    )
+    average_q = Ready(MEANS, backend, (q,), (of_q,), cells_q, (q,))
+    average_k = Ready(MEANS, backend, (k,), (of_k,), cells_k, (k,))
+    score = Ready(SCORES, backend, (of_q, of_k), (a,), (), (of_q, of_k))
+    choose = ready_rows(rows, topk, False, backend)
+    if choose is None:
+        return None
+    sizes = rows.shape
+    return lambda q, k: choose(score(average_q(q), average_k(k)).view(sizes)).view(shape)
 
 
 def bilevel_route_call(q: Tensor, k: Tensor, own: Grid, backend: str) -> NativeCall:
@@ -82,13 +107,17 @@ def _shape(q: Tensor, own: Grid, topk: int, per_head: bool) -> tuple[int, ...]:
 
 def _scores(q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backend: str) -> Tensor:
     """A [B, Hq | 1, R, Rk]"""
-    shape = (q.shape[0], q.shape[3] if per_head else 1, own.regions, other.regions)
+    shape = _scores_shape(q, own, other, per_head)
     if not (q.numel() and k.numel()):
         return q.new_zeros(shape, dtype=ACCUMULATION[q.dtype])
     a = q.new_empty(shape, dtype=ACCUMULATION[q.dtype])
     means = (_means(x, grid, backend) for x, grid in ((q, own), (k, other)))
     SCORES.run(backend, tuple(means), (a,))
     return a
+
+
+def _scores_shape(q: Tensor, own: Grid, other: Grid, per_head: bool) -> tuple[int, int, int, int]:
+    return q.shape[0], q.shape[3] if per_head else 1, own.regions, other.regions
 
 
 def _means(x: Tensor, grid: Grid, backend: str) -> Tensor:

@@ -139,8 +139,13 @@ def check_slots(op: str, name: str, index: object, q: Tensor, tokens: int) -> Te
             "Of every head (those of q) and cluster the tokens; repeat it for grouped heads.",
         )
     require_same_device(op, "q", q, **{name: index})
-    check_range(op, name, index, -1, tokens, "-1 marks an empty slot.")
+    check_slot_values(op, name, index, tokens)
     return index
+
+
+def check_slot_values(op: str, name: str, index: Tensor, tokens: int) -> None:
+    """Numbers of tokens, or -1."""
+    check_range(op, name, index, -1, tokens, "-1 marks an empty slot.")
 
 
 def _check_int64(op: str, name: str, index: object, remedy: str) -> None:

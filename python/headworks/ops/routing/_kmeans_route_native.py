@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..._functions import NativeFunction
 from ..._native import ACCUMULATION, NativeCall, define, described, route, widen
+from ..._repeated import Ready
 from .._operands import check_operands, require
-from ._select_topk_native import select_rows
+from ._select_topk_native import ready_rows, select_rows
 
 SIMILARITY = NativeFunction("kmeans_route.similarity")
 PREFIX = NativeFunction("kmeans_route.prefix")
@@ -32,6 +35,26 @@ def kmeans_route(
     return call(x, centroids, window, prefix_length, backend)
 
 
+def route_prepared(
+    x: Tensor, centroids: Tensor, window: int, prefix_length: int | None, backend: str
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """`kmeans_route` as a function of other x and centroids like these; None for empty ones."""
+    d, shape = _similarity_fake(x, centroids), (*_similarity_shape(x, centroids)[:3], window)
+    if not x.numel() or not d.numel():
+        return None
+    measure = Ready(SIMILARITY, backend, (x, centroids), (d,), (), (x, centroids))
+    rows = d.flatten(0, 2)
+    choose = ready_rows(rows, window, True, backend) if prefix_length is None else None
+    if prefix_length is not None and window:
+        length = min(prefix_length, _LONGEST)
+        index = d.new_empty((rows.shape[0], window), dtype=torch.int64)
+        choose = Ready(PREFIX, backend, (rows,), (index,), (length,), (rows,))
+    if choose is None:
+        return None
+    sizes = rows.shape
+    return lambda x, centroids: choose(measure(x, centroids).view(sizes)).view(shape)
+
+
 def kmeans_route_call(x: Tensor, centroids: Tensor, backend: str) -> NativeCall:
     """The first call that `kmeans_route` makes, for hw.explain."""
     return described(SIMILARITY, backend, (x, centroids), (_similarity_fake(x, centroids),))
@@ -48,9 +71,12 @@ def similarity(x: Tensor, centroids: Tensor, backend: str) -> Tensor:
 
 
 def _similarity_fake(x: Tensor, centroids: Tensor) -> Tensor:
-    batch, tokens, heads, _ = x.shape
-    size = (batch, heads, centroids.shape[1], tokens)
-    return x.new_empty(size, dtype=ACCUMULATION[x.dtype])
+    return x.new_empty(_similarity_shape(x, centroids), dtype=ACCUMULATION[x.dtype])
+
+
+def _similarity_shape(x: Tensor, centroids: Tensor) -> tuple[int, int, int, int]:
+    """[B, H, K, S]"""
+    return x.shape[0], x.shape[2], centroids.shape[1], x.shape[1]
 
 
 def _prefix(d: Tensor, window: int, length: int, backend: str) -> Tensor:

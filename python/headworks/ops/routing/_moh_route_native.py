@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..._functions import NativeFunction
 from ..._native import ACCUMULATION, define, route
+from ..._repeated import Ready
 from .._operands import check_operands, require
 
 FORWARD = NativeFunction("moh_route.forward")
@@ -32,6 +33,11 @@ def list_rows(gate: Tensor, backend: str) -> Tensor:
     if rows.numel():
         FORWARD.run(backend, (gate,), (rows,))
     return rows
+
+
+def ready_rows(gate: Tensor, backend: str) -> Ready:
+    """`list_rows` of other gates like this, which is not empty."""
+    return Ready(FORWARD, backend, (gate,), (unfilled_rows(gate),), (), (gate,))
 
 
 def _rows_operator(gate: Tensor, backend: str) -> Tensor:

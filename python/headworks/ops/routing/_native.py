@@ -18,7 +18,7 @@ from ..._native import Maybe, NativeCall, widen, without_products
 from ..attention._native import Want
 from ..attention._score import Score
 from ._grid import Grid
-from ._moh_route_native import chosen_rows, list_rows, unfilled_rows
+from ._moh_route_native import chosen_rows, ready_rows, unfilled_rows
 from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import (
     Routing,
@@ -98,7 +98,7 @@ def bilevel_prepared(
     pairs = (q, score.q), (k, score.k), (v, values), (graph, routing.keys)
     if not all(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs):
         return None
-    call = ready(score, values, None, routing, backend)
+    call = ready(score, values, None, routing, (routing.keys,), backend)
     assert call is not None
     of_q, of_k, of_v, of_graph = ((y.shape, y.stride()) for _, y in pairs)
     made = q.new_empty((*q.shape[:4], v.shape[4]))
@@ -181,6 +181,18 @@ def _kmeans_arguments(
     return score, v if v.shape[3] else widen(v), None, routing
 
 
+def kmeans_prepared(
+    *arguments: Any, backend: str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """`kmeans_routing_attention` as a function of q, k, v, q_index and k_index like these that want
+    no gradient; None where there is no shorter way."""
+    score, v, _, routing = _kmeans_arguments(*arguments)
+    assert routing.keys is not None
+    if not arguments[2].shape[3]:
+        return None
+    return ready(score, v, None, routing, (routing.rows, routing.keys), backend)
+
+
 def kmeans_call(*arguments: Any, backend: str) -> NativeCall:
     """The call that `kmeans_routing_attention` makes, for hw.explain."""
     want = Want(True, True, skip_dead=False)
@@ -213,19 +225,21 @@ def _moh_arguments(
 
 
 def moh_prepared(
-    score: Score, v: Tensor, gate: Tensor, backend: str
+    score: Score, v: Tensor, gate: Tensor, given: Tensor, backend: str
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """`moh_attention` of a score without other tensors, as a function of q, k, v and gate like
-    these that want no gradient; None where there is no shorter way."""
-    if not v.shape[3]:
+    these that want no gradient; None where there is no shorter way, or the gate as it was given is
+    cast."""
+    if not v.shape[3] or gate.dtype != given.dtype:
         return None
-    call = ready(*_moh_arguments(score, v, gate, unfilled_rows(gate)), backend)
+    arguments = _moh_arguments(score, v, gate, unfilled_rows(gate))
+    call = ready(*arguments, (arguments[3].rows,), backend)
     if call is None:
         return None
-    choose = without_products(backend)
+    choose = ready_rows(gate, without_products(backend))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        return call(q, k, v, gate, list_rows(gate, choose)[:, :, None])
+        return call(q, k, v, gate, choose(gate).unsqueeze(2))
 
     return attend
 

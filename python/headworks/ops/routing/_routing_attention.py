@@ -17,7 +17,7 @@ from torch import Tensor
 from ..._autograd import Saved, apart, first_order
 from ..._functions import Maybe
 from ..._native import ACCUMULATION, route
-from ..attention._autograd import returned, row_dot, score_gradients, zeros
+from ..attention._autograd import returned, row_dot, scaled, score_gradients, zeros
 from ..attention._native import Want
 from ..attention._score import TENSORS, Score
 from . import _routing_attention_native as native
@@ -94,7 +94,8 @@ class _RoutingAttention(torch.autograd.Function):
         lse = row[0]
         ctx.set_materialize_grads(False)
         # Once: a second call replaces the first.
-        ctx.mark_non_differentiable(*others, *(() if ctx.want_lse else (lse,)))
+        unmoved = others if ctx.want_lse else (lse, *others)
+        ctx.mark_non_differentiable(*(x for x in unmoved if x is not None))
         return o, lse, *others
 
     @staticmethod
@@ -111,20 +112,23 @@ class _RoutingAttention(torch.autograd.Function):
         factor = _shares(routing, score) if routing.by_slot else gate
         d_w = d_o
         if factor is not None and not native.takes_factor(d_o, ctx.backend):
-            d_w = (factor[..., None] * d_o).to(d_o.dtype)
+            d_w = scaled(factor, d_o)
         if routing.by_slot:
             slots = w
         else:
-            a = d_gate = row_dot(d_o, w)
-            if gate is not None:
-                # Of d_w as rounded: then ds = 0 where a row sees one key.
-                a = gate * a if d_w is d_o else row_dot(d_w, w)
+            if d_w is not d_o and needs[TENSORS + 3]:
+                w = w.to(ACCUMULATION[w.dtype])  # for both
+                d_gate = row_dot(w, d_o)
+            # Of d_w as rounded: then ds = 0 where a row sees one key.
+            a = row_dot(w, d_w)
+            if gate is not None and d_w is d_o:
+                a, d_gate = gate * a, a
             delta = a.transpose(1, 2)
             if ctx.want_lse and d_lse is not None:
                 delta = delta - d_lse
         want = score_gradients(needs, True)
         made = native.backward_operator(
-            score, routing, want, ctx.backend, v=v, d_w=d_w, row=row, delta=delta, slots=slots,
+            score, v, routing, want, ctx.backend, d_w=d_w, row=row, delta=delta, slots=slots,
             factor=factor if d_w is d_o else None,
         )  # fmt: skip
         d_gate = d_gate if gate is not None and needs[TENSORS + 3] else None
@@ -151,12 +155,11 @@ def _without_unchosen(score: Score, d_o: Tensor, gate: Tensor) -> tuple[Score, T
 def _shares(routing: Routing, score: Score) -> Tensor:
     """1 / (n_i + eps) [B, Sq, Hq]; 0 for tokens in no slot."""
     batch, tokens, heads, _ = score.q.shape
-    rows = routing.rows.flatten(2)
-    rows = torch.where((rows >= 0) & (rows < tokens), rows, tokens)
+    rows = routing.rows.flatten(2).clamp(-1, tokens) + 1  # empty slots before and behind the rest
     dtype = ACCUMULATION[score.q.dtype]
     ones = torch.ones((), dtype=dtype, device=rows.device).expand(rows.shape)
-    count = torch.zeros((batch, heads, tokens + 1), dtype=dtype, device=rows.device)
-    count = count.scatter_add(2, rows, ones)[..., :tokens].transpose(1, 2)  # whole numbers: exact
+    count = torch.zeros((batch, heads, tokens + 2), dtype=dtype, device=rows.device)
+    count = count.scatter_add(2, rows, ones)[..., 1:-1].transpose(1, 2)  # whole numbers: exact
     return torch.where(count > 0, 1 / (count + routing.mean_eps), 0)
 
 

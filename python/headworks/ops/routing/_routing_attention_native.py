@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._functions import Maybe, NativeFunction
-from ..._native import ACCUMULATION, NativeCall, define, described, fixed_arity
+from ..._native import ACCUMULATION, NativeCall, define, described, fixed_arity, is_direct
 from ..._repeated import Ready
 from .._operands import check_operands, require, require_given
 from ..attention._native import Want, WantGrad, gradients
@@ -121,17 +121,23 @@ def _forward_numbers(score: Score, routing: Routing) -> tuple[Any, ...]:
     return FORWARD.numbers(score.numbers, skip_dead=False, **routing.numbers)
 
 
-def ready(score: Score, v: Tensor, gate: Maybe, routing: Routing, backend: str) -> Ready | None:
-    """`forward` for o alone, as a function of q, k, v, the gate if there is one, and the lists: of
-    keys, or of rows where there are none. None for a call that is empty, or whose native call does
-    not write all rows."""
-    assert not routing.by_slot
+def ready(
+    score: Score,
+    v: Tensor,
+    gate: Maybe,
+    routing: Routing,
+    lists: tuple[Tensor, ...],
+    backend: str,
+) -> Ready | None:
+    """`forward` for o alone, as a function of q, k, v, the gate if there is one, and those of the
+    routing's lists that are named. None for a call that is empty, or whose native call does not
+    write all rows."""
     if _empty(score, routing) or _leaves_rows(routing, backend):
         return None
-    made = Forward(o=score.q.new_empty((*score.q.shape[:3], v.shape[3])))
+    by_slot = routing.by_slot
+    made = outputs(score, v, routing, Want(by_slot, by_slot, skip_dead=False))
     given, numbers = _forward_inputs(score, v, gate, routing), _forward_numbers(score, routing)
-    lists = routing.rows if routing.keys is None else routing.keys
-    tensors = (score.q, score.k, v, *(() if gate is None else (gate,)), lists)
+    tensors = (score.q, score.k, v, *(() if gate is None else (gate,)), *lists)
     return Ready(FORWARD, backend, given, made, numbers, tensors)
 
 
@@ -144,18 +150,9 @@ def forward_call(
 
 
 def backward(
-    score: Score,
-    v: Tensor,
-    d_w: Tensor,
-    row: Tensor,
-    delta: Maybe,
-    slots: Maybe,
-    factor: Maybe,
-    routing: Routing,
-    want: Any,
-    backend: str,
+    score: Score, v: Tensor, routing: Routing, want: Any, backend: str, **others: Maybe
 ) -> Any:
-    """routing_attention.backward, its outputs.
+    """routing_attention.backward, its outputs; `others` are d_w, row, delta, slots and factor.
 
     `factor` [B, Sq, Hq]: what d_w is to be multiplied by still, where takes_factor().
     """
@@ -170,10 +167,7 @@ def backward(
             x.zero_()
     if made.d_bias is not None:  # of bias's own shape: the kernel adds into it
         made.d_bias.zero_()
-    inputs = BACKWARD.tensors(
-        (*score.tensors, routing.rows, routing.keys),
-        v=v, d_w=d_w, row=row, delta=delta, slots=slots, factor=factor,
-    )  # fmt: skip
+    inputs = BACKWARD.tensors((*score.tensors, routing.rows, routing.keys), v=v, **others)
     BACKWARD.run(backend, inputs, made, BACKWARD.numbers(score.numbers, **routing.numbers))
     return made
 
@@ -263,7 +257,10 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     require_given(op, row=(row, True), delta=(delta, not by_slot), slots=(slots, by_slot))
     taken = factor is None or takes_factor(d_w, backend)
     require(op, "factor", "a tensor", taken, "None with this backend")
-    made = backward(score, v, d_w, row, delta, slots, factor, routing, WantGrad(*want), backend)
+    made = backward(
+        score, v, routing, WantGrad(*want), backend, d_w=d_w, row=row, delta=delta, slots=slots,
+        factor=factor,
+    )  # fmt: skip
     return fixed_arity(made, score.q)
 
 
@@ -285,7 +282,10 @@ define(
 def forward_operator(
     score: Score, v: Tensor, gate: Maybe, routing: Routing, want: Want, backend: str
 ) -> Any:
-    """`forward` through the dispatcher; empty tensors for what is not wanted."""
+    """`forward`, through the dispatcher where somebody records or replaces operations: it gives
+    empty tensors for what is not wanted."""
+    if is_direct((*score.tensors, v, gate, routing.rows, routing.keys)):
+        return forward(score, v, gate, routing, want, backend)
     made = torch.ops.headworks.routing_attention_fwd(
         *_forward_inputs(score, v, gate, routing), *_forward_numbers(score, routing),
         routing.covers, *want[:-1], backend,
@@ -294,10 +294,12 @@ def forward_operator(
 
 
 def backward_operator(
-    score: Score, routing: Routing, want: Any, backend: str, **others: Maybe
+    score: Score, v: Tensor, routing: Routing, want: Any, backend: str, **others: Maybe
 ) -> Any:
-    """`backward` through the dispatcher, with `others` by name."""
-    inputs = BACKWARD.tensors((*score.tensors, routing.rows, routing.keys), **others)
+    """`backward`, likewise, with `others` by name."""
+    if is_direct((*score.tensors, routing.rows, routing.keys, v, *others.values())):
+        return backward(score, v, routing, want, backend, **others)
+    inputs = BACKWARD.tensors((*score.tensors, routing.rows, routing.keys), v=v, **others)
     numbers = BACKWARD.numbers(score.numbers, **routing.numbers)
     made = torch.ops.headworks.routing_attention_bwd(
         *inputs, *numbers, routing.covers, *want, backend

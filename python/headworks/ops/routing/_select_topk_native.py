@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..._functions import NativeFunction
 from ..._native import NativeCall, define, described, route
+from ..._repeated import Ready
 from .._operands import check_operands, require
 
 FORWARD = NativeFunction("select_topk.forward")
@@ -37,6 +39,26 @@ def select_rows(score: Tensor, k: int, keep_order: bool, backend: str) -> Tensor
     if index.numel():
         FORWARD.run(backend, (score,), (index,), (keep_order,))
     return index
+
+
+def select_prepared(
+    score: Tensor, k: int, keep_order: bool, backend: str
+) -> Callable[[Tensor], Tensor] | None:
+    """`select_topk` as a function of another score like this; None for one that is empty."""
+    rows, shape = _rows(score), (*score.shape[:-1], k)
+    call = ready_rows(rows, k, keep_order, backend)
+    if call is None or score.dim() == 2:
+        return call
+    sizes = rows.shape
+    return lambda score: call(score.reshape(sizes)).view(shape)
+
+
+def ready_rows(score: Tensor, k: int, keep_order: bool, backend: str) -> Ready | None:
+    """`select_rows` of other scores like these."""
+    index = _unfilled(score, k)
+    if not index.numel():
+        return None
+    return Ready(FORWARD, backend, (score,), (index,), (keep_order,), (score,))
 
 
 def _unfilled(score: Tensor, k: int) -> Tensor:

@@ -18,13 +18,13 @@ from ..._native import (
     backend_for,
     without_products,
 )
-from ..._repeated import Repeated
+from ..._repeated import Repeated, detached
 from ...reference import bilevel_routing as reference
 from ..attention._checks import cast
 from ..attention.attention import Aux, AuxResult, check_flags
 from . import _native as native
 from ._bilevel_route_native import bilevel_route as native_route
-from ._bilevel_route_native import bilevel_route_call
+from ._bilevel_route_native import bilevel_route_call, route_prepared
 from ._checks import (
     check_graph,
     check_graph_values,
@@ -96,6 +96,10 @@ def bilevel_route(
         >>> hw.bilevel_route(q, k, topk=4).shape
         torch.Size([1, 49, 4])
     """
+    q, k = detached(q), detached(k)
+    key = _routes.key((q, k), num_regions, topk, kv_num_regions, per_head, backend)
+    if (ready := _routes.get(key)) is not None:
+        return ready(q, k)
     q, k, own, other, topk, per_head, backend = _checked_route(
         q, k, num_regions, topk, kv_num_regions, per_head, backend
     )
@@ -105,7 +109,12 @@ def bilevel_route(
                 q, k, num_regions=num_regions, kv_num_regions=kv_num_regions, topk=topk,
                 per_head=per_head,
             )  # fmt: skip
-    return native_route(q.detach(), k.detach(), own, other, topk, per_head, backend)
+    given = q, k, own, other, topk, per_head, backend
+    _routes.offer(key, route_prepared, *given)
+    return native_route(*given)
+
+
+_routes: Repeated[Callable[[Tensor, Tensor], Tensor]] = Repeated(_ROUTE)
 
 
 def _checked_route(
@@ -223,8 +232,7 @@ def bilevel_routing_attention(
         q, k, v, num_regions=num_regions, topk=topk, graph=graph, kv_num_regions=kv_num_regions,
         scale=scale, mask_padding=mask_padding, return_aux=return_aux, backend=backend,
     )  # fmt: skip
-    if key is not None and _repeated.comes_again(key):
-        _repeated.keep(key, _ready(given, name))
+    _repeated.offer(key, _ready, given, graph is None, name)
     return _attend(given, read_outs, name, return_aux is None, (num_regions, kv_num_regions))
 
 
@@ -256,19 +264,21 @@ _Ready = Callable[[Tensor, Tensor, Tensor, Maybe], Tensor]  # q, k, v, graph -> 
 _repeated: Repeated[_Ready] = Repeated(_ATTEND)
 
 
-def _ready(given: Arguments, backend: str) -> _Ready | None:
+def _ready(given: Arguments, routes: bool, backend: str) -> _Ready | None:
     """A call that has passed its checks, for others like it; None where there is no shorter way."""
     attend = None if backend == "reference" else native.bilevel_prepared(*given, backend=backend)
     if attend is None:
         return None
-    _, _, _, graph, own, other, _, _ = given
-    choose, topk = without_products(backend), graph.shape[3]
+    q, k, _, graph, own, other, _, _ = given
+    if routes:
+        by = without_products(backend)
+        choose = route_prepared(q, k, own, other, graph.shape[3], False, by)
+        assert choose is not None  # there are elements, or `attend` would not be there
+        return lambda q, k, v, _: attend(q, k, v, choose(q, k))
 
     def ready(q: Tensor, k: Tensor, v: Tensor, graph: Maybe) -> Tensor:
-        if graph is None:
-            graph = native_route(q, k, own, other, topk, False, choose)
-        else:
-            check_graph_values(_ATTEND, graph, other)
+        assert graph is not None
+        check_graph_values(_ATTEND, graph, other)
         return attend(q, k, v, graph)
 
     return ready

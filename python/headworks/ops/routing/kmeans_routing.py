@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed
 from torch import Tensor
 
 from ..._errors import describe, fail, require_flag, require_number
-from ..._native import ACCUMULATION, NATIVE_CALLS, NativeCall, as_written, backend_for
+from ..._native import ACCUMULATION, NATIVE_CALLS, Maybe, NativeCall, as_written, backend_for
+from ..._repeated import Repeated, detached
 from ...reference import kmeans_routing as reference
 from ..attention._checks import cast, check_inputs, check_values
 from . import _kmeans_route_native as route_native
@@ -18,6 +20,7 @@ from . import _native as native
 from ._checks import (
     check_centroids,
     check_sequence,
+    check_slot_values,
     check_slots,
     require_count,
 )
@@ -90,6 +93,10 @@ def kmeans_route(
         >>> hw.kmeans_route(x, centroids, window=16).shape
         torch.Size([1, 2, 4, 16])
     """
+    x, centroids = detached(x), detached(centroids)
+    key = _routes.key((x, centroids), window, is_causal_prefix, length, backend)
+    if (ready := _routes.get(key)) is not None:
+        return ready(x, centroids)
     x, mu, window, prefix_length, backend = _checked_route(
         x, centroids, window, is_causal_prefix, length, backend
     )
@@ -99,7 +106,12 @@ def kmeans_route(
             return reference.kmeans_route(
                 x, mu, window=window, is_causal_prefix=causal, length=prefix_length
             )
-    return route_native.kmeans_route(x.detach(), mu, window, prefix_length, backend)
+    if mu.dtype == centroids.dtype:
+        _routes.offer(key, route_native.route_prepared, x, mu, window, prefix_length, backend)
+    return route_native.kmeans_route(x, mu, window, prefix_length, backend)
+
+
+_routes: Repeated[Callable[[Tensor, Tensor], Tensor]] = Repeated(_ROUTE)
 
 
 def _checked_route(
@@ -214,6 +226,10 @@ def kmeans_routing_attention(
         >>> o.shape
         torch.Size([1, 64, 2, 16])
     """
+    tensors = (q, k, v, q_index) if k_index is None else (q, k, v, q_index, k_index)
+    key = _repeated.key(tensors, is_causal, scale, mean_eps, mask_self, backend)
+    if (ready := _repeated.get(key)) is not None:
+        return ready(q, k, v, q_index, k_index)
     given, backend = _checked(
         q, k, v, q_index=q_index, k_index=k_index, is_causal=is_causal, scale=scale,
         mean_eps=mean_eps, mask_self=mask_self, backend=backend,
@@ -225,9 +241,35 @@ def kmeans_routing_attention(
                 q, k, v, q_index=q_index, k_index=k_index, is_causal=is_causal, scale=scale,
                 mean_eps=mean_eps, mask_self=mask_self,
             )  # fmt: skip
+    _repeated.offer(key, _ready, given, backend)
     return native.kmeans_routing_attention(*given, backend)
 
 
+_Ready = Callable[[Tensor, Tensor, Tensor, Tensor, Maybe], Tensor]  # q, k, v, q_index, k_index -> o
+_repeated: Repeated[_Ready] = Repeated(_ATTEND)
+
+
+def _ready(given: Arguments, backend: str) -> _Ready | None:
+    """A call that has passed its checks, for others like it; None where there is no shorter way."""
+    attend = native.kmeans_prepared(*given, backend=backend)
+    if attend is None:
+        return None
+    queries, keys = given[0].shape[1], given[1].shape[1]
+
+    def ready(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Maybe) -> Tensor:
+        check_slot_values(_ATTEND, "q_index", q_index, queries)
+        if k_index is None:
+            k_index = q_index
+            if keys != queries:
+                check_slot_values(_ATTEND, _FOR_KEYS, k_index, keys)
+        else:
+            check_slot_values(_ATTEND, "k_index", k_index, keys)
+        return attend(q, k, v, q_index, k_index)
+
+    return ready
+
+
+_FOR_KEYS = "q_index, for k too,"
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool, float, float]
 
 
@@ -250,7 +292,7 @@ def _checked(
     check_values(_ATTEND, "v", v, "[B, Sk, Hkv, Dv]", k.shape[:3], q)
     q_index = check_slots(_ATTEND, "q_index", q_index, q, q.shape[1])
     if k_index is None:
-        k_index = check_slots(_ATTEND, "q_index, for k too,", q_index, q, k.shape[1])
+        k_index = check_slots(_ATTEND, _FOR_KEYS, q_index, q, k.shape[1])
     else:
         k_index = check_slots(_ATTEND, "k_index", k_index, q, k.shape[1])
     if k_index.shape[2] != q_index.shape[2]:

@@ -88,10 +88,7 @@ def moh_attention(
         with as_written(q):
             written: dict[str, Any] = reference_options(OP, score)
             return reference.moh_attention(score.q, score.k, v, gate, **written)
-    if key is not None and _repeated.comes_again(key):
-        # Not where the gate is cast.
-        same = gate.dtype == given.dtype
-        _repeated.keep(key, native.moh_prepared(score, v, gate, backend) if same else None)
+    _repeated.offer(key, native.moh_prepared, score, v, gate, given, backend)
     return native.moh_attention(score, v, gate, backend)
 
 

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..._errors import fail, require_flag, require_one_dtype, require_tensors
 from ..._native import ACCUMULATION, NATIVE_CALLS, NativeCall, backend_for
+from ..._repeated import Repeated, detached
 from ...reference import select_topk as reference
 from . import _select_topk_native as native
 from ._checks import require_count
@@ -49,10 +52,18 @@ def select_topk(score: Tensor, k: int, *, keep_order: bool = True, backend: str 
         >>> hw.select_topk(score, 3, keep_order=False)
         tensor([1, 3, 2])
     """
+    score = detached(score)
+    key = _repeated.key((score,), k, keep_order, backend)
+    if (ready := _repeated.get(key)) is not None:
+        return ready(score)
     k, keep_order, backend = _checked(score, k, keep_order, backend)
     if backend == "reference":
         return reference.select_topk(score, k, keep_order=keep_order)
-    return native.select_topk(score.detach(), k, keep_order, backend)
+    _repeated.offer(key, native.select_prepared, score, k, keep_order, backend)
+    return native.select_topk(score, k, keep_order, backend)
+
+
+_repeated: Repeated[Callable[[Tensor], Tensor]] = Repeated(OP)
 
 
 def _checked(score: Tensor, k: int, keep_order: bool, backend: str) -> tuple[int, bool, str]:
