@@ -155,6 +155,12 @@ inline bool adds_up_bias(const BackwardParams& b) {
   return false;
 }
 
+// "attention.row_dot": D_i of d_w and w, and other inner products of rows with rows.
+struct RowDotParams {
+  Ref<const void, 4> x, y;  // [B, S, H, D]
+  Ref<void, 3> dot;         // [B, H, S]  out, acc: <x_i, y_i>
+};
+
 // "attention.columns"
 struct ColumnsParams : ScoreParams {
   Ref<const void, 4> x;           // [B, Sq, Hq, Dx], or absent

@@ -24,7 +24,7 @@
 
 namespace hw {
 
-inline constexpr int kMaxFunctions = 4;
+inline constexpr int kMaxFunctions = 5;
 inline constexpr size_t kMaxParams = 2048;  // bytes of the parameters of a function
 
 // CPU instruction sets, weakest first. CUDA instances carry Isa::none.

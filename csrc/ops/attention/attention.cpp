@@ -36,6 +36,10 @@ constexpr auto kProbsList = call_list<ProbsParams>(
     in("offsets", &ProbsParams::offsets, "n").index().optional(),
     out("p", &ProbsParams::p, "B Hq rows_of_p columns_of_p").wide());
 
+constexpr auto kRowDotList = call_list<RowDotParams>(
+    arguments(in("x", &RowDotParams::x, "B S H D"), in("y", &RowDotParams::y, "B S H D"),
+              out("dot", &RowDotParams::dot, "B H S").wide()));
+
 // ---- Checks -------------------------------------------------------------------------------------
 
 template <class P>
@@ -57,6 +61,10 @@ void check_backward_call(const BackwardParams& p, const Call& call) {
   check_narrow(kName, "the number of columns of v", p.v.size[3]);
   check_statistic(kName, p, p.row);
   check(bool(p.delta), ErrorKind::value, "attention: delta is missing");
+}
+
+void check_row_dot_call(const RowDotParams& p, const Call&) {
+  check_narrow(kName, "the number of columns of x", p.x.size[3]);
 }
 
 void check_columns_call(const ColumnsParams& p, const Call& call) {
@@ -102,10 +110,12 @@ constexpr Questions<ColumnsParams> kColumns{.complete = &complete<ColumnsParams>
                                             .dim = &width<ColumnsParams, &ColumnsParams::x>};
 constexpr Questions<ProbsParams> kProbs{.complete = &complete<ProbsParams>,
                                         .check = &check_probs_call};
+constexpr Questions<RowDotParams> kRowDot{.check = &check_row_dot_call};
 
 constexpr Function kFunctions[] = {
     function<kForwardList, kForward>("forward"), function<kBackwardList, kBackward>("backward"),
-    function<kColumnsList, kColumns>("columns"), function<kProbsList, kProbs>("probs")};
+    function<kColumnsList, kColumns>("columns"), function<kProbsList, kProbs>("probs"),
+    function<kRowDotList, kRowDot>("row_dot")};
 
 }  // namespace
 

@@ -7,12 +7,14 @@
 //   row_sums.h      what is kept of a row; outputs.h what becomes of it
 //   backward.h      gradients; walk.h those of one block of queries
 //   columns.h       columns given the row statistics; single weights
+//   row_dot.h       inner products of rows
 //   sorted_source.h what is asked of where rows and keys come from
 //   operands.h      blocks of rows, and rows of a tensor as operands of products; packed_keys.h
 //                   those that tasks share
 #include "softmax/cpu/backward.h"
 #include "softmax/cpu/columns.h"
 #include "softmax/cpu/forward.h"
+#include "softmax/cpu/row_dot.h"
 
 #include "core/host/registry.h"
 
@@ -42,6 +44,11 @@ void probs(const ProbsParams& p, const Call& call) {
   Probs<T>(p, call.context.num_threads).run();
 }
 
+template <class T>
+void row_dot(const RowDotParams& p, const Call& call) {
+  RowDot<T>(p, call.context.num_threads).run();
+}
+
 }  // namespace
 }  // namespace hw::attention
 
@@ -50,7 +57,8 @@ namespace {
 
 template <class T>
 constexpr FunctionTable kTable = {{entry<&attention::forward<T>>, entry<&attention::backward<T>>,
-                                   entry<&attention::columns<T>>, entry<&attention::probs<T>>}};
+                                   entry<&attention::columns<T>>, entry<&attention::probs<T>>,
+                                   entry<&attention::row_dot<T>>}};
 
 }  // namespace
 }  // namespace hw

@@ -9,6 +9,7 @@
 //   rows.cuh       sums of a row and its end         forward.cuh   loop R, merge of spans
 //   gradient.cuh   gradients of a tile               backward.cuh  loops R2 and C
 //   columns.cuh    loop C: sums, maxima, P^T x; single pairs
+//   row_dot.cuh    inner products of rows
 //
 // Compile-time choices: the dtype; whether rows or keys are owned, which decides what all indices
 // mean; 16 or 64 rows forward, since decoding would compute 64 for one; one or two slices of d_k
@@ -20,6 +21,7 @@
 #include "softmax/simt/backward.cuh"
 #include "softmax/simt/columns.cuh"
 #include "softmax/simt/forward.cuh"
+#include "softmax/simt/row_dot.cuh"
 
 namespace hw::attention {
 
@@ -31,6 +33,7 @@ struct Simt {
   static constexpr auto& backward = softmax::simt::backward<Element>;
   static constexpr auto& columns = softmax::simt::columns<Element>;
   static constexpr auto& probs = softmax::simt::probs<Element>;
+  static constexpr auto& row_dot = softmax::simt::row_dot<Element>;
 };
 
 }  // namespace hw::attention

@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "ops/routing_attention/routing_attention_simt_layout.h"
+#include "softmax/simt/row_dot.cuh"
 
 #include "core/gpu/csr.cuh"
 #include "core/gpu/device.cuh"
@@ -255,40 +256,13 @@ void sum_spans(const Regions& regions, const RegionGrid& cells, const Ref<Accum<
 
 // ---- D of slots ---------------------------------------------------------------------------------
 
-// A warp per slot and head.
-template <class Element>
-struct DeltaKernel {
-  using A = Accum<Element>;
-  static constexpr int kThreads = kSlotThreads;
-  struct Params {
-    Lists rows;
-    Ref<const Element, 4> d_w;    // [B, Sq, Hq, Dv]
-    Ref<const Element, 4> slots;  // [B, G Wq, Hq, Dv]
-    A* delta;                     // [B, Hq, G Wq]
-  };
-
-  HW_DEVICE static void main(const Params& p) {
-    const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kSlotWarps + dev::warp();
-    const int64_t heads = p.slots.size[2], head = index % heads, row = index / heads;
-    const int64_t slots = p.slots.size[1], slot = row % slots, b = row / slots;
-    if (b >= p.slots.size[0]) return;
-    const int64_t token = TokenOfSlot{p.rows}(b, head, slot);
-    A sum = 0;
-    for (int64_t c = dev::lane(); token >= 0 && c < p.slots.size[3]; c += dev::kWarp)
-      sum += static_cast<A>(p.d_w(b, token, head, c)) * static_cast<A>(p.slots(b, slot, head, c));
-    sum = dev::warp_sum(sum);
-    if (dev::lane() == 0) p.delta[(b * heads + head) * slots + slot] = sum;
-  }
-};
-
 // D [B, Hq, G Wq] of slots; 0 where there is no token.
 template <class Element>
 void slot_deltas(const BackwardParams& b, Accum<Element>* delta, const Context& context) {
-  using Kernel = DeltaKernel<Element>;
-  const Ref<const Element, 4> slots = b.slots.template as<const Element>();
-  const int64_t rows = slots.size[0] * slots.size[1] * slots.size[2];
-  launch<Kernel>({ceil_div<int64_t>(rows, kSlotWarps), 1, 1}, 0, context,
-                 {b.rows, b.d_w.template as<const Element>(), slots, delta});
+  const int64_t heads = b.slots.size[2], slots = b.slots.size[1];
+  softmax::simt::launch_row_dot<Element>(
+      TokenOfSlot{b.rows}, b.d_w, b.slots,
+      {delta, {b.slots.size[0], heads, slots}, {heads * slots, slots, 1}}, context);
 }
 
 }  // namespace hw::routing_attention
