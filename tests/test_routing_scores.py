@@ -167,7 +167,8 @@ def gradients(score, v, routing, made, d_o, backend):
     delta = (d_o.to(wide) * made.o.to(wide)).sum(-1).transpose(1, 2).contiguous()
     want = WantGrad(v=True, row_temperature=score.row_temperature is not None)
     delta, slots = (None, made.w) if routing.by_slot else (delta, None)
-    return native.backward(score, v, d_o, made.row, delta, slots, None, routing, want, backend)
+    given = {"d_w": d_o, "row": made.row, "delta": delta, "slots": slots, "factor": None}
+    return native.backward(score, v, routing, want, backend, **given)
 
 
 LEAVES = ("q", "k", "v", "row_temperature")
@@ -224,7 +225,7 @@ def test_gradients_of_numbers_of_listed_keys_are_refused(backend, dtype):
     for name in ("bias", "key_bias", "key_gain"):
         want = WantGrad(**{name: True})
         with pytest.raises(NotImplementedError, match=f"d_{name}.*listed"):
-            native.backward(score, v, made.o, made.row, delta, None, None, routing, want, backend)
+            native.backward(score, v, routing, want, backend, d_w=made.o, row=made.row, delta=delta)
 
 
 @pytest.fixture

@@ -128,6 +128,9 @@ def is_direct(tensors: Sequence[Maybe]) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
+    for x in tensors:
+        if x is not None and x._is_zerotensor():  # a cotangent without memory
+            return False
     return _are_ordinary(tensors)
 
 

@@ -137,7 +137,8 @@ def broadcast(
             f"{layout} where that is {list(sizes)}",
             "Heads are those of q. Check the order of the dimensions.",
         )
-    require_same_device(op, "q", like, **{name: x})
+    if x.device != like.device:
+        require_same_device(op, "q", like, **{name: x})
     dtype = ACCUMULATION[like.dtype]
     return (x if x.dtype is dtype else x.to(dtype)).expand(sizes)
 

@@ -89,12 +89,16 @@ def bilevel_prepared(
     backend: str,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """`bilevel_routing_attention` for o alone, as a function of other tensors of the same shapes,
-    strides and dtype that want no gradient; None where such calls copy their tensors or are empty.
+    strides and dtype that want no gradient; None where such calls copy their tensors or are empty,
+    and while a CUDA graph is captured.
 
     Its graph is [B, R, topk] or [B, Hq, R, topk], as that of this call was when it was given.
     """
     score, values, _, routing = _bilevel_arguments(q, k, v, graph, *rest)
     assert routing.keys is not None
+    # The list of regions that is kept has its values now, not at a replay.
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
     pairs = (q, score.q), (k, score.k), (v, values), (graph, routing.keys)
     if not all(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs):
         return None

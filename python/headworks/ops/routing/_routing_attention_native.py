@@ -104,8 +104,10 @@ def forward(
         for x in made:
             if x is not None:
                 x.zero_()
-    if made.row is not None and (empty or leaves):  # of rows without weight
-        made.row[0] = score.lse_without_keys if empty else torch.inf
+    if made.row is not None and empty:
+        made.row[0] = score.lse_without_keys
+    elif made.row is not None and leaves:
+        made.row.select(0, 0).fill_(torch.inf)  # of rows without weight
     if not empty:
         numbers = _forward_numbers(score, routing)
         FORWARD.run(backend, _forward_inputs(score, v, gate, routing), made, numbers)
