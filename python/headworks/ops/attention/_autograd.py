@@ -27,12 +27,6 @@ from ._operators import NUMBERS
 from ._score import TENSORS, Score
 
 
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> in the accumulation dtype, [B, S, H]. Of 16-bit tensors x is copied, and y is
-    widened on its way into the product; x may be wide already."""
-    return (x.to(ACCUMULATION[x.dtype]) * y).sum(-1)
-
-
 def scaled(factor: Tensor, x: Tensor) -> Tensor:
     """factor_i x_i of x [B, S, H, D], the product in the wider dtype, in the dtype of x: in one
     pass over memory, as torch.compile makes it by itself."""
@@ -144,15 +138,14 @@ class _Attention(torch.autograd.Function):
         d_w, d_direct = _through_epilogue(d_o, gate, mix)
         a = b = None
         if d_w is not d_o and any(epilogue):
-            w = w.to(ACCUMULATION[w.dtype])  # for both
-            a = row_dot(w, d_o)
+            a = operators.row_dot(w, d_o, ctx.backend)
         if mix is not None and any(epilogue):
-            b = row_dot(d_o, per_query_head(v, d_o.shape[2]))
+            b = operators.row_dot(d_o, per_query_head(v, d_o.shape[2]), ctx.backend)
         if row is None:
             delta = zeros(w, *score.row_shape, dtype=ACCUMULATION[w.dtype])
         else:
             # Of d_w as rounded: then ds = 0 where a row sees one key.
-            delta = row_dot(w, d_w).transpose(1, 2)
+            delta = operators.row_dot(w, d_w, ctx.backend).transpose(1, 2)
         if ctx.want_lse and d_lse is not None:
             delta = delta - d_lse
         want = score_gradients(needs, needs[TENSORS])

@@ -5,6 +5,7 @@
     backward    gradients, from d_w and the row statistic
     columns     P^T x, column sums and maxima
     probs       weights of chosen pairs
+    row_dot     inner products of rows with rows
 
 Without a query, a key or a head nothing native is called: the results are those of rows that see
 no key. Each has beside it the call itself, for hw.explain, and its unfilled outputs, for the fake
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ... import _library
 from ..._functions import Maybe, NativeFunction, record
-from ..._native import ACCUMULATION, NativeCall, described
+from ..._native import ACCUMULATION, NativeCall, described, without_products
 from ..._repeated import Ready
 from ._bounds import longest_of
 from ._checks import SOFTMAXES, check_index_values
@@ -32,6 +33,7 @@ FORWARD = NativeFunction("attention.forward")
 BACKWARD = NativeFunction("attention.backward")
 COLUMNS = NativeFunction("attention.columns")
 PROBS = NativeFunction("attention.probs")
+ROW_DOT = NativeFunction("attention.row_dot")
 for _function in (FORWARD, BACKWARD, COLUMNS, PROBS):
     _function.begins_with(Score._fields[:TENSORS], Score._fields[TENSORS:])
 
@@ -311,6 +313,20 @@ def probs_output(score: Score, keys: Maybe, rows: Maybe, offsets: Maybe) -> Tens
         assert offsets is not None
         shape = (batch, heads, queries, offsets.shape[0])
     return torch.empty(shape, dtype=ACCUMULATION[score.q.dtype], device=score.q.device)
+
+
+def row_dot(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """attention.row_dot: <x_i, y_i> of rows [B, S, H, D] in the accumulation dtype, [B, H, S]."""
+    dot = row_dot_output(x)
+    if not x.numel():
+        return dot.zero_()
+    ROW_DOT.run(without_products(backend), (x, y), (dot,))
+    return dot
+
+
+def row_dot_output(x: Tensor) -> Tensor:
+    batch, tokens, heads, _ = x.shape
+    return torch.empty((batch, heads, tokens), dtype=ACCUMULATION[x.dtype], device=x.device)
 
 
 def row_placeholder(score: Score, lse: Maybe) -> Maybe:

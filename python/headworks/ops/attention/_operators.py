@@ -4,7 +4,7 @@
     attention_fwd  attention_bwd  attention_columns  attention_probs
 
 each take the tensors of a Score, other tensors, the numbers of the Score, flags and a backend, and
-give an empty tensor for what is not asked for.
+give an empty tensor for what is not asked for. attention_row_dot takes two tensors and a backend.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .._operands import check_operands, require, require_given
 from . import _native as native
 from ._bounds import check_rows_have_values
 from ._checks import ACTIVATIONS, NORMALIZERS
-from ._native import BACKWARD, COLUMNS, FORWARD, PROBS, Want, WantGrad
+from ._native import BACKWARD, COLUMNS, FORWARD, PROBS, ROW_DOT, Want, WantGrad
 from ._score import TENSORS, Score
 
 NUMBERS = len(Score._fields) - TENSORS
@@ -129,6 +129,15 @@ def _probs_fake(*arguments: Any) -> Tensor:
     return native.probs_output(score, *chosen)
 
 
+def _row_dot(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    check_operands("attention_row_dot", ROW_DOT.inputs, (x, y))
+    return native.row_dot(x, y, backend)
+
+
+def _row_dot_fake(x: Tensor, _y: Tensor, _backend: str) -> Tensor:
+    return native.row_dot_output(x)
+
+
 def _flags(names: Iterable[str]) -> str:
     return ", ".join(f"bool want_{name}" for name in names)
 
@@ -137,6 +146,7 @@ define(FORWARD.schema("attention_fwd", _flags(Want._fields[:-1])), _forward, _fo
 define(BACKWARD.schema("attention_bwd", _flags(WantGrad._fields)), _backward, _backward_fake)
 define(COLUMNS.schema("attention_columns", _flags(("sum", "max"))), _columns, _columns_fake)
 define(PROBS.schema("attention_probs"), _probs, _probs_fake)
+define(ROW_DOT.schema("attention_row_dot"), _row_dot, _row_dot_fake)
 
 
 # The native calls, through the dispatcher where somebody records or replaces operations. It gives
@@ -191,3 +201,11 @@ def probs(score: Score, row: Maybe, keys: Maybe, rows: Maybe, offsets: Maybe, ba
         return native.probs(score, row, keys, rows, offsets, backend)
     inputs = PROBS.tensors(score.tensors, row=row, keys=keys, rows=rows, offsets=offsets)
     return torch.ops.headworks.attention_probs(*inputs, *score.numbers, backend)
+
+
+def row_dot(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """native.row_dot as [B, S, H]: of what is saved and of cotangents."""
+    if is_direct((x, y)):
+        return native.row_dot(x, y, backend).transpose(1, 2)
+    dot: Tensor = torch.ops.headworks.attention_row_dot(x, y, backend)
+    return dot.transpose(1, 2)

@@ -31,7 +31,6 @@ from . import _operators as operators
 from ._autograd import (
     per_query_head,
     returned,
-    row_dot,
     score_gradients,
     zeros,
 )
@@ -134,7 +133,7 @@ class _Transpose(torch.autograd.Function):
             want = score_gradients(ctx.needs_input_grad)
             delta = zeros(x, *own.row_shape, dtype=ACCUMULATION[x.dtype])
             if row is not None:
-                delta = row_dot(x, d_x).transpose(1, 2)
+                delta = operators.row_dot(x, d_x, ctx.backend).transpose(1, 2)
             made = operators.backward(score, g, x, row, delta, want, ctx.backend)
             grads = returned(own, made, ctx.needs_input_grad, row, delta)
         return *grads, d_x, *(None,) * (NUMBERS + 2)

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..._autograd import Saved, apart, first_order
 from ..._functions import Maybe
 from ..._native import ACCUMULATION, route
-from ..attention._autograd import returned, row_dot, scaled, score_gradients, zeros
+from ..attention._autograd import returned, scaled, score_gradients, zeros
 from ..attention._native import Want
+from ..attention._operators import row_dot
 from ..attention._score import TENSORS, Score
 from . import _routing_attention_native as native
 from ._routing_attention_native import NUMBERS, Routing
@@ -117,10 +118,9 @@ class _RoutingAttention(torch.autograd.Function):
             slots = w
         else:
             if d_w is not d_o and needs[TENSORS + 3]:
-                w = w.to(ACCUMULATION[w.dtype])  # for both
-                d_gate = row_dot(w, d_o)
+                d_gate = row_dot(w, d_o, ctx.backend)
             # Of d_w as rounded: then ds = 0 where a row sees one key.
-            a = row_dot(w, d_w)
+            a = row_dot(w, d_w, ctx.backend)
             if gate is not None and d_w is d_o:
                 a, d_gate = gate * a, a
             delta = a.transpose(1, 2)
