@@ -125,13 +125,13 @@ def test_bounds_of_packed_sequences_are_looked_at():
 
 
 def routing_call(rows, keys, tensors=(), **numbers):
-    """routing_attention.forward of one head of 4 tokens, whose cells are tokens."""
-    cell = {"columns": 4, "height": 1, "width": 1, "image_height": 1, "image_width": 4}
-    cells = {f"{side}_{name}": n for side in ("row", "key") for name, n in cell.items()}
+    """routing_attention.forward of one head of 4 tokens, whose regions are tokens."""
+    grid = {"columns": 4, "height": 1, "width": 1, "image_height": 1, "image_width": 4}
+    grids = {f"{side}_{name}": n for side in ("row", "key") for name, n in grid.items()}
     flags = {"by_slot": 0, "pad_keys": 0, "mask_self": 0, "mean_eps": 0.0}
     given = {"rows": rows, "keys": keys, **dict(tensors)}
     return calls_of(
-        "routing_attention.forward", (given, cells | flags | numbers), B=1, S=4, K=4, Q=1, H=1
+        "routing_attention.forward", (given, grids | flags | numbers), B=1, S=4, K=4, Q=1, H=1
     )
 
 

@@ -174,8 +174,8 @@ class Group {
       sorted &= count == 0 || to.token[count - 1] <= token;
       ++count;
     };
-    for (int64_t b = 0; b < lists.blocks.size[3]; ++b)
-      lists.cells.each_token(lists.blocks(next_.batch, next_.head, next_.group, b), take);
+    for (int64_t b = 0; b < lists.entries.size[3]; ++b)
+      lists.grid.each_token(lists.entries(next_.batch, next_.head, next_.group, b), take);
     to.count = count;
     if (ordered_ && !sorted) sort(to);
   }

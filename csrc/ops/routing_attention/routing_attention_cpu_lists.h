@@ -62,7 +62,7 @@ class GroupsForward {
 
   // Heads that have their lists in common are loaded together: their rows are neighbours in memory.
   int64_t heads_of_visit() const {
-    const bool common = p_.rows.blocks.stride[1] == 0 && p_.keys.blocks.stride[1] == 0;
+    const bool common = p_.rows.entries.stride[1] == 0 && p_.keys.entries.stride[1] == 0;
     const int64_t heads = std::min(together(p_.rows.slots()), std::max<int64_t>(heads_, 1));
     return common && heads % p_.group() == 0 ? heads : 1;
   }

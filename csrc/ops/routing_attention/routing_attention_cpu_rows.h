@@ -33,8 +33,8 @@ class SortedRows {
       const auto take = [&](int64_t token) {
         if (token >= 0) rows[n++] = token;
       };
-      for (int64_t i = 0; i < p.rows.blocks.size[3]; ++i)
-        p.rows.cells.each_token(p.rows.blocks(pair / heads_, pair % heads_, 0, i), take);
+      for (int64_t i = 0; i < p.rows.entries.size[3]; ++i)
+        p.rows.grid.each_token(p.rows.entries(pair / heads_, pair % heads_, 0, i), take);
       if (!std::is_sorted(rows, rows + n)) std::sort(rows, rows + n);
       counts_[pair] = n;
     });

@@ -112,24 +112,24 @@ void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Ele
 template <class Element>
 void backward_by_region(const BackwardParams& b, const BackwardWorkspace<Accum<Element>>& memory,
                         const Context& context) {
-  const int64_t batch = b.batch(), heads = b.query_heads(), cell = b.keys.cells.size();
+  const int64_t batch = b.batch(), heads = b.query_heads(), size = b.keys.grid.size();
   const Regions regions = index_regions(b.keys, memory.regions, context);
   query_gradients<Element>(b, context);
 
-  const auto d_k = place_array(memory.d_k, batch, regions.spans * cell, heads, b.dim());
-  const auto d_v = place_array(memory.d_v, batch, regions.spans * cell, heads, b.value_dim());
+  const auto d_k = place_array(memory.d_k, batch, regions.spans * size, heads, b.dim());
+  const auto d_v = place_array(memory.d_v, batch, regions.spans * size, heads, b.value_dim());
   auto p = params_of<Element, SpanSource>(b);
   p.b.d_k = d_k.template as<void>();
   if (b.d_v) p.b.d_v = d_v.template as<void>();
-  p.b.max_k = cell;
+  p.b.max_k = size;
   p.source.regions = regions;
   p.source.by_span = true;
-  p.source.blocks_of_list = static_cast<int>(b.keys.blocks.size[3]);
-  p.source.cell = static_cast<int>(cell);
+  p.source.entries_of_list = static_cast<int>(b.keys.entries.size[3]);
+  p.source.region_size = static_cast<int>(size);
   key_gradients_apart(p, batch * regions.spans, context);
 
-  sum_spans<Element>(regions, b.keys.cells, d_k, b.d_k, context);
-  if (b.d_v) sum_spans<Element>(regions, b.keys.cells, d_v, b.d_v, context);
+  sum_spans<Element>(regions, b.keys.grid, d_k, b.d_k, context);
+  if (b.d_v) sum_spans<Element>(regions, b.keys.grid, d_v, b.d_v, context);
 }
 
 // Listed rows and all keys: every gradient per token.

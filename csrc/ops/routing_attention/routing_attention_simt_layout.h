@@ -29,9 +29,9 @@ namespace hw::routing_attention {
 
 // Sizes of a call.
 struct RoutingSizes {
-  int64_t batch, heads, rows, keys, dim, value_dim;  // rows, keys: tokens
-  int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
-  int64_t key_blocks, key_cell, key_regions;         // N, n and R of the keys
+  int64_t batch, heads, rows, keys, dim, value_dim;   // rows, keys: tokens
+  int64_t groups, row_slots, key_slots;               // slots of a list: Wq, Wk
+  int64_t key_entries, key_region_size, key_regions;  // N, n and R of the keys
   bool keys_listed, by_slot;
   bool d_row_temperature;  // wanted
 };
@@ -45,17 +45,17 @@ RoutingSizes shape_of(const Params& p) {
   if constexpr (requires { p.d_row_temperature; }) s.d_row_temperature = bool(p.d_row_temperature);
   s.groups = p.groups();
   s.row_slots = p.rows.slots();
-  s.key_blocks = s.keys_listed ? p.keys.blocks.size[3] : 0;
-  s.key_cell = p.keys.cells.size();
-  s.key_slots = s.keys_listed ? s.key_blocks * s.key_cell : s.keys;
-  s.key_regions = s.keys_listed ? p.keys.cells.count() : 0;
+  s.key_entries = s.keys_listed ? p.keys.entries.size[3] : 0;
+  s.key_region_size = p.keys.grid.size();
+  s.key_slots = s.keys_listed ? s.key_entries * s.key_region_size : s.keys;
+  s.key_regions = s.keys_listed ? p.keys.grid.count() : 0;
   return s;
 }
 
 // ---- Key regions and who lists them -------------------------------------------------------------
 
 // Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr
-// is block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of
+// is entry i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of
 // region r = region[t], as far as it has any.
 struct Regions {
   Csr listed;                 // buckets are regions
@@ -81,7 +81,7 @@ struct Regions {
 
 inline Regions regions_in(Arena& arena, const RoutingSizes& s) {
   Regions r;
-  const int64_t items = s.groups * s.key_blocks, regions = s.key_regions;
+  const int64_t items = s.groups * s.key_entries, regions = s.key_regions;
   r.listed = csr_in(arena, s.batch, s.heads, regions, items);
   r.most = max_of<int64_t>(ceil_div<int64_t>(2 * items, max_of<int64_t>(regions, 1)), 1);
   r.spans = regions + items / r.most;
@@ -126,7 +126,7 @@ BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
     w.d_q = arena.take<A>(s.batch * slots * s.heads * s.dim);
   } else if (s.keys_listed) {
     w.regions = regions_in(arena, s);
-    places = w.regions.spans * s.key_cell;
+    places = w.regions.spans * s.key_region_size;
   }
   w.d_k = arena.take<A>(s.batch * places * s.heads * s.dim);
   w.d_v = arena.take<A>(s.batch * places * s.heads * s.value_dim);

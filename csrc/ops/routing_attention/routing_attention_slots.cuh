@@ -13,7 +13,7 @@
 // Sums run in order of head, then slot or span: the same bits at every call. A warp has a row of
 // the result, lanes are columns, so that rows of slots are read whole. Each slot is read once.
 //
-// Symbols are those of routing_attention.h; T spans, n tokens of a cell of keys.
+// Symbols are those of routing_attention.h; T spans, n tokens of a region of keys.
 #pragma once
 
 #include <cstring>
@@ -33,9 +33,9 @@ inline constexpr int kSlotThreads = 256, kSlotWarps = kSlotThreads / dev::kWarp;
 
 // Where lists are the same for all batch entries or heads, one Csr serves them.
 template <class T>
-Csr shared_where(Csr csr, const Ref<T, 4>& blocks) {
-  if (blocks.stride[0] == 0) csr.batches = 1;
-  if (blocks.stride[1] == 0) csr.heads = 1;
+Csr shared_where(Csr csr, const Ref<T, 4>& entries) {
+  if (entries.stride[0] == 0) csr.batches = 1;
+  if (entries.stride[1] == 0) csr.heads = 1;
   return csr;
 }
 
@@ -48,17 +48,17 @@ struct TokenOfSlot {
   }
 };
 
-// The block of item i = g N + n.
-struct BlockOfItem {
-  Ref<const int64_t, 4> blocks;  // [B, Hq, G, N]
+// The region of item i = g N + n.
+struct RegionOfItem {
+  Ref<const int64_t, 4> entries;  // [B, Hq, G, N]
   HW_DEVICE HW_INLINE int64_t operator()(int64_t b, int64_t head, int64_t i) const {
-    return blocks(b, head, i / blocks.size[3], i % blocks.size[3]);
+    return entries(b, head, i / entries.size[3], i % entries.size[3]);
   }
 };
 
 // Slots i = g W + slot of every token, in order. Returns the Csr as it is to be read.
 inline Csr index_tokens(const Lists& lists, const Csr& memory, const Context& context) {
-  const Csr csr = shared_where(memory, lists.blocks);
+  const Csr csr = shared_where(memory, lists.entries);
   make_csr(TokenOfSlot{lists}, csr, context);
   return csr;
 }
@@ -109,8 +109,8 @@ struct SpansKernel {
 // Who lists each key region, and the spans. Returns the Regions as they are to be read.
 inline Regions index_regions(const Lists& keys, const Regions& memory, const Context& context) {
   Regions r = memory;
-  r.listed = shared_where(memory.listed, keys.blocks);
-  make_csr(BlockOfItem{keys.blocks}, r.listed, context);
+  r.listed = shared_where(memory.listed, keys.entries);
+  make_csr(RegionOfItem{keys.entries}, r.listed, context);
   launch<SpansKernel>({r.listed.lists(), 1, 1}, sizeof(SpansKernel::Smem), context, r);
   return r;
 }
@@ -134,21 +134,21 @@ struct SlotsOfToken {
   }
 };
 
-// The places t n + (place in the cell) of a key in the spans t of its region.
+// Where a key lies in the spans t of its region: t n + its token there.
 struct SpansOfToken {
   Regions regions;
-  RegionGrid cells;
+  RegionGrid grid;
   struct Places {
-    int64_t cell, in_cell;
+    int64_t size, in_region;
     int32_t begin, end;
-    HW_DEVICE HW_INLINE int64_t place(int32_t span) const { return span * cell + in_cell; }
+    HW_DEVICE HW_INLINE int64_t place(int32_t span) const { return span * size + in_region; }
   };
   HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
-    const int64_t y = token / cells.columns_of_image, x = token % cells.columns_of_image;
-    const int64_t region = y / cells.height * cells.columns + x / cells.width;
-    const int64_t in_cell = y % cells.height * cells.width + x % cells.width;
+    const int64_t y = token / grid.columns_of_image, x = token % grid.columns_of_image;
+    const int64_t region = y / grid.height * grid.columns + x / grid.width;
+    const int64_t in_region = y % grid.height * grid.width + x % grid.width;
     const int32_t* first = regions.first_of(regions.listed.list(b, head)) + region;
-    return {cells.size(), in_cell, first[0], first[1]};
+    return {grid.size(), in_region, first[0], first[1]};
   }
 };
 
@@ -242,14 +242,14 @@ void sum_temperatures(const Csr& rows, A* from, const Ref<void, 3>& to, int64_t 
 
 // A gradient per key [B, Sk, H, width] from those of spans [B, T n, Hq, width].
 template <class Element>
-void sum_spans(const Regions& regions, const RegionGrid& cells, const Ref<Accum<Element>, 4>& from,
+void sum_spans(const Regions& regions, const RegionGrid& grid, const Ref<Accum<Element>, 4>& from,
                const Ref<void, 4>& to, const Context& context) {
   using A = Accum<Element>;
   using Kernel = SumKernel<A, Element, SpansOfToken>;
   if (to.size[2] == 0) return;
   const int64_t share = from.size[2] / to.size[2];
   Kernel::run(
-      {{regions, cells}, from.template as<const A>(), to.template as<Element>(), share, false, 0},
+      {{regions, grid}, from.template as<const A>(), to.template as<Element>(), share, false, 0},
       context);
 }
 

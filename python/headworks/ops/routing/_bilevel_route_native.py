@@ -12,7 +12,7 @@ from ..._functions import NativeFunction
 from ..._native import ACCUMULATION, NativeCall, define, described, route
 from .._operands import check_operands, operands, require
 from ._grid import Grid
-from ._routing_attention_native import image_cells
+from ._routing_attention_native import image_grid
 from ._select_topk_native import select_rows
 
 MEANS = NativeFunction("bilevel_route.means")
@@ -34,8 +34,8 @@ def bilevel_route(
 
 def bilevel_route_call(q: Tensor, k: Tensor, own: Grid, backend: str) -> NativeCall:
     """The first call that `bilevel_route` makes, for hw.explain."""
-    cells = image_cells(own, (q.shape[1], q.shape[2]))
-    return described(MEANS, backend, (q,), (_means_of(q, own),), cells)
+    numbers = image_grid(own, (q.shape[1], q.shape[2]))
+    return described(MEANS, backend, (q,), (_means_of(q, own),), numbers)
 
 
 def _route(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
@@ -64,8 +64,8 @@ def _route_operator(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
     sizes = check_operands(op, _OPERANDS, (q, k))
     for name, grid, image in (("own", own, ("Y", "X")), ("other", other, ("Yk", "Xk"))):
         cut = min(grid) > 0
-        for number, cell, axis in zip(grid[:2], grid[2:], image, strict=True):
-            cut = cut and number == -(-sizes[axis] // cell)
+        for number, size, axis in zip(grid[:2], grid[2:], image, strict=True):
+            cut = cut and number == -(-sizes[axis] // size)
         require(op, name, tuple(grid), cut, "rows, columns, height, width: regions of the image")
     require(op, "topk", topk, 0 <= topk <= other.regions, f"0 to {other.regions}, the regions of k")
     return _route(q, k, *numbers)
@@ -93,7 +93,7 @@ def _scores(q: Tensor, k: Tensor, own: Grid, other: Grid, per_head: bool, backen
 
 def _means(x: Tensor, grid: Grid, backend: str) -> Tensor:
     m = _means_of(x, grid)
-    MEANS.run(backend, (x,), (m,), image_cells(grid, (x.shape[1], x.shape[2])))
+    MEANS.run(backend, (x,), (m,), image_grid(grid, (x.shape[1], x.shape[2])))
     return m
 
 
