@@ -108,6 +108,18 @@ def test_what_is_said_of_a_wrong_call(change, error, message):
         _library.call(fn, "cpu", tensors, scalars)
 
 
+@pytest.mark.parametrize("wanted", ["w", "row", "entropy", "p_max", "sq_norm", "mass"])
+def test_what_is_wanted_of_all_rows_does_not_go_with_skip_dead(wanted):
+    rows = torch.empty(2, 4, 3)  # [B, Hq, Sq]
+    results = {"w": torch.empty(2, 3, 4, 8), "row": torch.empty(2, *rows.shape)}
+    given = {wanted: results.get(wanted, rows)}
+    if wanted == "mass":
+        given["mass_keys"] = torch.ones(2, 4, 4)
+    with pytest.raises(ValueError, match="skip_dead leaves out rows"):
+        _library.call(*with_backend(calls_of(more=(given, {}))))
+    _library.call(*with_backend(calls_of(more=(given, {"skip_dead": 0}))))
+
+
 def test_bounds_of_packed_sequences_are_looked_at():
     good = torch.tensor([0, 2, 6])
     for wrong in ([0, 7, 6], [0, 4, 7], [-1, 2, 6], [0, -(2**62), 6], []):
