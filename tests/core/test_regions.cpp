@@ -43,6 +43,8 @@ TEST(regions_of_an_image) {
         const int64_t token = g.token(region, t);
         EXPECT(token == by_hand(g, region, t) && token == in_turn[static_cast<size_t>(t)], region,
                " ", t, ": ", token);
+        const int short_token = g.token_in(static_cast<int>(region), static_cast<int>(t), -2);
+        EXPECT(short_token == (token < 0 ? -2 : static_cast<int>(token)), region, " ", t);
         if (token >= 0) ++seen[static_cast<size_t>(token)];
       }
     }
