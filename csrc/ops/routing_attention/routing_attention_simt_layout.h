@@ -69,7 +69,7 @@ struct Regions {
   }
   HW_HOST_DEVICE int32_t* regions_of(int64_t list) const { return region + list * spans; }
 
-  // Listings of span t of a list, as a range of the Csr's places; empty where there is none.
+  // Listings of span t of a list, as a range of the Csr's items; empty where there is none.
   HW_HOST_DEVICE Range listings(int64_t list, int64_t t) const {
     const int64_t r = regions_of(list)[t];
     if (r < 0) return {0, 0};
@@ -116,20 +116,20 @@ struct BackwardWorkspace {
 template <class A>
 BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
   BackwardWorkspace<A> w;
-  int64_t places = 0;  // of d_k and d_v
+  int64_t key_rows = 0;  // of d_k and d_v
   if (s.by_slot) {
     const int64_t slots = s.groups * s.row_slots;
-    places = s.groups * s.key_slots;
+    key_rows = s.groups * s.key_slots;
     w.rows = csr_in(arena, s.batch, s.heads, s.rows, slots);
-    w.keys = csr_in(arena, s.batch, s.heads, s.keys, places);
+    w.keys = csr_in(arena, s.batch, s.heads, s.keys, key_rows);
     w.delta = arena.take<A>(s.batch * s.heads * slots);
     w.d_q = arena.take<A>(s.batch * slots * s.heads * s.dim);
   } else if (s.keys_listed) {
     w.regions = regions_in(arena, s);
-    places = w.regions.spans * s.key_region_size;
+    key_rows = w.regions.spans * s.key_region_size;
   }
-  w.d_k = arena.take<A>(s.batch * places * s.heads * s.dim);
-  w.d_v = arena.take<A>(s.batch * places * s.heads * s.value_dim);
+  w.d_k = arena.take<A>(s.batch * key_rows * s.heads * s.dim);
+  w.d_v = arena.take<A>(s.batch * key_rows * s.heads * s.value_dim);
   if (s.by_slot && s.d_row_temperature)
     w.d_row_temperature = arena.take<A>(s.batch * s.groups * s.row_slots * s.heads);
   return w;

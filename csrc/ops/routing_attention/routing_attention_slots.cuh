@@ -117,33 +117,33 @@ inline Regions index_regions(const Lists& keys, const Regions& memory, const Con
 
 // ---- Sums ---------------------------------------------------------------------------------------
 
-// Where a token stands in lists: place(i) for i in [begin, end).
+// The rows of an array by slot or span that are of one token: row(i) for i in [begin, end).
 //
-// The slots of a token.
+// By slot.
 struct SlotsOfToken {
   Csr csr;
-  struct Places {
+  struct Rows {
     const int32_t* item;
     int32_t begin, end;
-    HW_DEVICE HW_INLINE int64_t place(int32_t i) const { return item[i]; }
+    HW_DEVICE HW_INLINE int64_t row(int32_t i) const { return item[i]; }
   };
-  HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
+  HW_DEVICE HW_INLINE Rows of(int64_t b, int64_t head, int64_t token) const {
     const int64_t list = csr.list(b, head);
     const int32_t* begin = csr.begin_of(list) + token;
     return {csr.items_of(list), begin[0], begin[1]};
   }
 };
 
-// Where a key lies in the spans t of its region: t n + its token there.
+// By span: a key has row t n + its number in the region, of each span t of that.
 struct SpansOfToken {
   Regions regions;
   RegionGrid grid;
-  struct Places {
+  struct Rows {
     int64_t size, in_region;
     int32_t begin, end;
-    HW_DEVICE HW_INLINE int64_t place(int32_t span) const { return span * size + in_region; }
+    HW_DEVICE HW_INLINE int64_t row(int32_t span) const { return span * size + in_region; }
   };
-  HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
+  HW_DEVICE HW_INLINE Rows of(int64_t b, int64_t head, int64_t token) const {
     const int64_t y = token / grid.columns_of_image, x = token % grid.columns_of_image;
     const int64_t region = y / grid.height * grid.columns + x / grid.width;
     const int64_t in_region = y % grid.height * grid.width + x % grid.width;
@@ -152,14 +152,15 @@ struct SpansOfToken {
   }
 };
 
-// to[b, i, h] = sum over the query heads of h, over the places of token i. A warp per row.
-template <class In, class Out, class Places>
+// to[b, i, h] = sum over the query heads of h, over the rows of `from` that are of token i. A warp
+// per row of `to`.
+template <class In, class Out, class RowsOfToken>
 struct SumKernel {
   using A = Accum<Out>;
   static constexpr int kThreads = kSlotThreads, kMinBlocks = 4;  // it waits for memory
   struct Params {
-    Places places;
-    Ref<const In, 4> from;  // [B, places, Hq, width]
+    RowsOfToken rows;
+    Ref<const In, 4> from;  // [B, slots or rows of spans, Hq, width]
     Ref<Out, 4> to;         // [B, S, H, width]
     int64_t share;          // query heads of a head
     bool mean;              // divide by their number + eps
@@ -180,11 +181,11 @@ struct SumKernel {
     A sum = 0;
     int32_t count = 0;
     for (int64_t h = head * p.share; h < (head + 1) * p.share; ++h) {
-      const auto places = p.places.of(b, h, token);
+      const auto rows = p.rows.of(b, h, token);
       const In* from = p.from.at(b, 0, h, c);
-      for (int32_t i = places.begin; i < places.end; ++i)
-        sum += static_cast<A>(from[places.place(i) * p.from.stride[1]]);
-      count += places.end - places.begin;
+      for (int32_t i = rows.begin; i < rows.end; ++i)
+        sum += static_cast<A>(from[rows.row(i) * p.from.stride[1]]);
+      count += rows.end - rows.begin;
     }
     if (!p.mean) return sum;
     return count > 0 ? sum / (static_cast<A>(count) + static_cast<A>(p.eps)) : A(0);
@@ -206,13 +207,13 @@ void mean_slots(const ForwardParams& f, const Csr& rows, const Context& context)
       context);
 }
 
-// A contiguous array [B, places, Hq, width] of the workspace.
+// A contiguous array [B, rows, Hq, width] of the workspace.
 template <class A>
-Ref<A, 4> place_array(A* data, int64_t batch, int64_t places, int64_t heads, int64_t width) {
+Ref<A, 4> array_of_rows(A* data, int64_t batch, int64_t rows, int64_t heads, int64_t width) {
   Ref<A, 4> r;
   r.data = data;
-  const int64_t size[] = {batch, places, heads, width};
-  const int64_t stride[] = {places * heads * width, heads * width, width, 1};
+  const int64_t size[] = {batch, rows, heads, width};
+  const int64_t stride[] = {rows * heads * width, heads * width, width, 1};
   for (int d = 0; d < 4; ++d) r.size[d] = size[d], r.stride[d] = stride[d];
   return r;
 }
@@ -237,7 +238,7 @@ void sum_temperatures(const Csr& rows, A* from, const Ref<void, 3>& to, int64_t 
   const Ref<void, 4> columns{to.data,
                              {to.size[0], to.size[1], to.size[2], 1},
                              {to.stride[0], to.stride[1], to.stride[2], 1}};
-  sum_slots<A>(rows, place_array(from, to.size[0], slots, to.size[2], 1), columns, context);
+  sum_slots<A>(rows, array_of_rows(from, to.size[0], slots, to.size[2], 1), columns, context);
 }
 
 // A gradient per key [B, Sk, H, width] from those of spans [B, T n, Hq, width].

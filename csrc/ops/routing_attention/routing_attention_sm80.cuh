@@ -82,7 +82,7 @@ struct Backward {
 
   Output<float> sums(float* data, int64_t places, int64_t width) const {
     if (!data) return {};
-    return {place_array(data, s.batch, places, s.heads, width), true};
+    return {array_of_rows(data, s.batch, places, s.heads, width), true};
   }
   // Gradients of what `source` gives.
   template <softmax::ScoreKind Kind, softmax::KeySource Source>
@@ -176,7 +176,7 @@ void backward(const BackwardParams& b, const Call& call) {
   gradients<Element, kDim>({context, b, s, at, inputs, softmax::adds_up_bias(b)});
 
   const auto places = [&](float* data, int64_t count, int64_t width) {
-    return place_array(data, s.batch, count, s.heads, width);
+    return array_of_rows(data, s.batch, count, s.heads, width);
   };
   if (s.by_slot) {
     const int64_t row_slots = s.groups * s.row_slots;

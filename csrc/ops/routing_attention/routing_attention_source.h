@@ -113,7 +113,7 @@ static_assert(softmax::KeySource<GroupSource>);
 struct SpanSource : GroupSource {
   Regions regions;
   bool by_span;
-  bool keys_apart;  // results of keys are [B, G Wk] by slot, [B, T n] by span; else tokens
+  bool keys_by_slot;  // results of keys are [B, G Wk] by slot, [B, T n] by span; else tokens
   int entries_of_list, region_size;  // N and n of the keys
 
   HW_HOST_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
@@ -140,7 +140,7 @@ struct SpanSource : GroupSource {
     return by_span ? w.region : GroupSource::key_entry(w, slot);
   }
   HW_HOST_DEVICE HW_INLINE int64_t key_result(const WorkItem& w, int slot, int token) const {
-    return token < 0 || !keys_apart ? token : int64_t{w.group} * w.keys + slot;
+    return token < 0 || !keys_by_slot ? token : int64_t{w.group} * w.keys + slot;
   }
 };
 static_assert(softmax::KeySource<SpanSource>);
