@@ -43,10 +43,10 @@ CORE = (
 
 
 def counts(name: str) -> bool:
-    room, _, file = name.removeprefix("csrc/").partition("/")
-    if room == "core":
+    folder, _, file = name.removeprefix("csrc/").partition("/")
+    if folder == "core":
         return file in CORE
-    return room in ("ops", "softmax") and not ("_cpu" in file or file.startswith("cpu/"))
+    return folder in ("ops", "softmax") and not ("_cpu" in file or file.startswith("cpu/"))
 
 
 @dataclass(frozen=True, order=True)

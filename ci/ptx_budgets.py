@@ -32,7 +32,7 @@ TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING = "hw::routing_attention::"
-LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, fed with lists
+LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
 DENSE = ".*Dense"
@@ -50,7 +50,7 @@ BUDGETS = (
     Budget(SM80 + r"GradientKernel<hw::b?f16, 128,", 255, 256, 1, 130 * KIB, TENSOR),
     Budget(SM80 + r"RowsKernel<", 96, 256, 2),
     Budget(r"hw::linear_attention::simt::PrefixKernel<", 96, 256, 2),
-    # fed with lists (routing_attention): a block owns 16, 64 or 128 slots
+    # over lists (routing_attention): a block owns 16, 64 or 128 slots
     Budget(LIST80 + "ForwardKernel" + TO_64 + NARROW, 128, 32, 8, 20 * KIB, TENSOR),
     Budget(LIST80 + "ForwardKernel" + NARROW, 128, 32, 7, 22 * KIB, TENSOR),
     Budget(LIST80 + "ForwardKernel" + TO_64 + PLAIN + MEDIUM, 168, 128, 3, 44 * KIB, TENSOR),
@@ -104,7 +104,7 @@ WORK = (
     Work(SM80 + r"GradientKernel<hw::bf16, (64|128), true>", 5.2, 0.41),
     Work(SM80 + r"GradientKernel<hw::bf16,", 3.2, 0.26),
     Work(SM80 + r"GradientKernel<hw::f16,", 8.8, 0.43),
-    # fed with lists
+    # over lists
     Work(
         LIST80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + NARROW, 12.1, 1.28, 2
     ),

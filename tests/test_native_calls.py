@@ -108,6 +108,18 @@ def test_what_is_said_of_a_wrong_call(change, error, message):
         _library.call(fn, "cpu", tensors, scalars)
 
 
+@pytest.mark.parametrize("wanted", ["w", "row", "entropy", "p_max", "sq_norm", "mass"])
+def test_what_is_wanted_of_all_rows_does_not_go_with_skip_dead(wanted):
+    rows = torch.empty(2, 4, 3)  # [B, Hq, Sq]
+    results = {"w": torch.empty(2, 3, 4, 8), "row": torch.empty(2, *rows.shape)}
+    given = {wanted: results.get(wanted, rows)}
+    if wanted == "mass":
+        given["mass_keys"] = torch.ones(2, 4, 4)
+    with pytest.raises(ValueError, match="skip_dead leaves out rows"):
+        _library.call(*with_backend(calls_of(more=(given, {}))))
+    _library.call(*with_backend(calls_of(more=(given, {"skip_dead": 0}))))
+
+
 def test_bounds_of_packed_sequences_are_looked_at():
     good = torch.tensor([0, 2, 6])
     for wrong in ([0, 7, 6], [0, 4, 7], [-1, 2, 6], [0, -(2**62), 6], []):
@@ -125,13 +137,13 @@ def test_bounds_of_packed_sequences_are_looked_at():
 
 
 def routing_call(rows, keys, tensors=(), **numbers):
-    """routing_attention.forward of one head of 4 tokens, whose cells are tokens."""
-    cell = {"columns": 4, "height": 1, "width": 1, "image_height": 1, "image_width": 4}
-    cells = {f"{side}_{name}": n for side in ("row", "key") for name, n in cell.items()}
+    """routing_attention.forward of one head of 4 tokens, whose regions are tokens."""
+    grid = {"columns": 4, "height": 1, "width": 1, "image_height": 1, "image_width": 4}
+    grids = {f"{side}_{name}": n for side in ("row", "key") for name, n in grid.items()}
     flags = {"by_slot": 0, "pad_keys": 0, "mask_self": 0, "mean_eps": 0.0}
     given = {"rows": rows, "keys": keys, **dict(tensors)}
     return calls_of(
-        "routing_attention.forward", (given, cells | flags | numbers), B=1, S=4, K=4, Q=1, H=1
+        "routing_attention.forward", (given, grids | flags | numbers), B=1, S=4, K=4, Q=1, H=1
     )
 
 

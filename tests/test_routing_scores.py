@@ -14,7 +14,7 @@ from headworks.ops.attention._native import Want, WantGrad
 from headworks.ops.attention._score import Score
 from headworks.ops.routing import _routing_attention_native as native
 from headworks.ops.routing._grid import Grid
-from headworks.ops.routing._routing_attention_native import Routing, image_cells, sequence_cells
+from headworks.ops.routing._routing_attention_native import Routing, image_grid, sequence_grid
 from headworks.testing import assert_same_bits, compare
 from identities import randn
 
@@ -50,20 +50,20 @@ def scored(option, q, k):
     return Score(q, k, scale=0.4, gain_end=rows - 2, **chosen)
 
 
-def token(cells, block, place):
-    """The token of a place of a block; -1: none."""
-    columns, height, width, rows, tokens = cells
-    y = block // columns * height + place // width
-    x = block % columns * width + place % width
-    inside = block >= 0 and 0 <= y < rows and 0 <= x < tokens
+def token(grid, region, t):
+    """Token t of a region; -1: none."""
+    columns, height, width, rows, tokens = grid
+    y = region // columns * height + t // width
+    x = region % columns * width + t % width
+    inside = region >= 0 and 0 <= y < rows and 0 <= x < tokens
     return y * tokens + x if inside else -1
 
 
-def tokens_of(lists, cells):
-    """[.., slots] from [.., blocks]."""
-    size = cells[1] * cells[2]
+def tokens_of(lists, grid):
+    """[.., slots] from [.., regions]."""
+    size = grid[1] * grid[2]
     made = [
-        [token(cells, b, t) for b in row for t in range(size)]
+        [token(grid, r, t) for r in row for t in range(size)]
         for row in lists.flatten(0, -2).tolist()
     ]
     return torch.tensor(made).reshape(*lists.shape[:-1], -1)
@@ -91,8 +91,8 @@ def written_out(s, v, routing):
     """o [B, Sq, Hq, Dv] of the groups' rows, each in one group; in the dtype of v."""
     batch, rows, heads, _ = s.q.shape
     o = v.new_zeros(batch, rows, heads, v.shape[3])
-    row_tokens = tokens_of(routing.rows, routing.row_cells)
-    key_tokens = tokens_of(routing.keys, routing.key_cells)
+    row_tokens = tokens_of(routing.rows, routing.row_grid)
+    key_tokens = tokens_of(routing.keys, routing.key_grid)
     group = heads // v.shape[2]
     shift = s.k.shape[1] - rows
     parts = {}
@@ -125,8 +125,8 @@ def bilevel(dtype, pad):
     k, v = randn(batch, 35, 1, 8, seed=1).to(dtype), randn(batch, 35, 1, 6, seed=2).to(dtype)
     regions = torch.arange(12)[:, None].expand(batch, heads, 12, 1)
     graph = torch.rand(batch, heads, 12, 12, generator=torch.Generator().manual_seed(3)).argsort(-1)
-    cells = image_cells(grid, image)
-    return q, k, v, Routing(regions, graph[..., :5].contiguous(), cells, cells, pad_keys=pad)
+    both = image_grid(grid, image)
+    return q, k, v, Routing(regions, graph[..., :5].contiguous(), both, both, pad_keys=pad)
 
 
 def clusters(dtype, rows, keys, groups, own=False):
@@ -141,7 +141,7 @@ def clusters(dtype, rows, keys, groups, own=False):
     )
     order = torch.rand(batch, heads, tokens, generator=g).argsort(-1)
     listed = torch.rand(batch, heads, groups, tokens, generator=g).argsort(-1)[..., :keys]
-    cells = sequence_cells(tokens)
+    grid = sequence_grid(tokens)
     return (
         q,
         k,
@@ -149,8 +149,8 @@ def clusters(dtype, rows, keys, groups, own=False):
         Routing(
             order.reshape(batch, heads, groups, rows),
             listed.contiguous(),
-            cells,
-            cells,
+            grid,
+            grid,
             mask_self=own,
         ),
     )

@@ -110,8 +110,8 @@ FAILED = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?error")
 def sources(only: str = "") -> list[str]:
     """Files under csrc/ that are changed; `only`: those whose path begins with it."""
     every = [f"core/{name}" for name in CORE]
-    for room in ("ops", "softmax"):
-        found = sorted((ROOT / "csrc" / room).rglob("*"))
+    for folder in ("ops", "softmax"):
+        found = sorted((ROOT / "csrc" / folder).rglob("*"))
         every += [str(p.relative_to(ROOT / "csrc")) for p in found if p.suffix in SUFFIXES]
     only = only.removeprefix("csrc/")
     return [f for f in every if f.startswith(only)]
@@ -119,8 +119,8 @@ def sources(only: str = "") -> list[str]:
 
 def part_of(file: str) -> str:
     """The operator that a file under csrc/ belongs to, or "softmax", or "core"."""
-    room, name, *_ = file.split("/")
-    return name if room == "ops" else room
+    folder, name, *_ = file.split("/")
+    return name if folder == "ops" else folder
 
 
 def find(files: list[str]) -> list[Mutant]:

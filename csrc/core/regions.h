@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Regions of an image: a grid of rectangles of tokens, its cells, counted row by row from the upper
-// left, as tokens of the image are, and the tokens of a cell.
+// Regions of an image: rectangles of tokens in a grid, counted row by row from the upper left, as
+// tokens of the image are.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 
 namespace hw {
 
-// How an image is cut into cells. The cells of the last row and column may reach beyond it.
+// How an image is cut into regions. Those of the last row and column may reach beyond it.
 struct RegionGrid {
-  int64_t columns = 1;            // cells in a row of cells
-  int64_t height = 1, width = 1;  // of a cell
+  int64_t columns = 1;            // regions side by side
+  int64_t height = 1, width = 1;  // of a region
   int64_t rows_of_image = 1, columns_of_image = 1;
 
   HW_HOST_DEVICE HW_INLINE int64_t size() const { return height * width; }
@@ -34,26 +34,33 @@ struct RegionGrid {
     return height > most || width > most || height * width > most;
   }
 
-  // A block is a token; block i is token i.
+  // A region is a token; region i is token i.
   HW_HOST_DEVICE HW_INLINE bool single() const { return height * width == 1; }
   HW_HOST_DEVICE HW_INLINE bool same() const { return single() && columns == columns_of_image; }
 
-  // Token of place t of a cell; -1 where there is none.
-  HW_HOST_DEVICE HW_INLINE int64_t token(int64_t block, int64_t t) const {
-    if (block < 0 || block >= columns * max_of<int64_t>(rows_of_image, 1)) return -1;
-    if (same()) return block < rows_of_image * columns_of_image ? block : -1;
-    const int64_t y = block / columns * height + t / width;
-    const int64_t x = block % columns * width + t % width;
-    return y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1;
+  // Token t of a region; -1 where the image has none.
+  HW_HOST_DEVICE HW_INLINE int64_t token(int64_t region, int64_t t) const {
+    if (region < 0 || region >= columns * rows_of_image) return -1;
+    return token_in<int64_t>(region, t, -1);
+  }
+  // The same of a region that exists, `absent` where the image has none. Int: divisions of 32 bits
+  // cost less, and do where no number of the grid has more.
+  template <class Int>
+  HW_HOST_DEVICE HW_INLINE Int token_in(Int region, Int t, Int absent) const {
+    if (same()) return region;
+    const Int regions = static_cast<Int>(columns), w = static_cast<Int>(width);
+    const Int y = region / regions * static_cast<Int>(height) + t / w;
+    const Int x = region % regions * w + t % w, image = static_cast<Int>(columns_of_image);
+    return y < static_cast<Int>(rows_of_image) && x < image ? y * image + x : absent;
   }
 
-  // f(token) for all places of a cell, in order: the same without a division per token.
+  // f(token) for all tokens of a region, in order: the same without a division per token.
   template <class F>
-  void each_token(int64_t block, F&& f) const {
-    if (same()) return f(token(block, 0));
-    const bool none = block < 0 || block >= columns * rows_of_image;
-    const int64_t top = none ? rows_of_image : block / columns * height;
-    const int64_t left = none ? 0 : block % columns * width;
+  void each_token(int64_t region, F&& f) const {
+    if (same()) return f(token(region, 0));
+    const bool none = region < 0 || region >= columns * rows_of_image;
+    const int64_t top = none ? rows_of_image : region / columns * height;
+    const int64_t left = none ? 0 : region % columns * width;
     for (int64_t y = top; y < top + height; ++y)
       for (int64_t x = left; x < left + width; ++x)
         f(y < rows_of_image && x < columns_of_image ? y * columns_of_image + x : -1);

@@ -87,6 +87,9 @@ void check_forward(const char* op, const ForwardParams& p) {
   check_together(op, "v and o", bool(p.v), bool(p.o));
   check(p.v || !(p.identity_mix || p.w), ErrorKind::value, op, ": v is missing");
   check_together(op, "mass_keys and mass", bool(p.mass_keys), bool(p.mass));
+  const bool of_rows = p.w || p.row || p.entropy || p.p_max || p.sq_norm || p.mass;
+  check(!p.skip_dead || !of_rows, ErrorKind::value, op,
+        ": skip_dead leaves out rows: it goes with o alone, not with w, row or a read-out");
   check(!p.identity_mix || p.q.size[1] == p.k.size[1], ErrorKind::value, op,
         ": identity_mix takes as many queries as keys, got ", p.q.size[1], " and ", p.k.size[1]);
 }

@@ -124,7 +124,7 @@ struct ForwardParams : ScoreParams {
   Ref<void, 4> w;                   // [B, Sq, Hq, Dv]  out: before gate and mix; absent: not wanted
   Ref<void, 3> row, rest;           // [B, Hq, Sq]  out, acc: row statistic; absent: not wanted
   Ref<void, 3> entropy, p_max, sq_norm, mass;  // [B, Hq, Sq]  out, acc; absent: not wanted
-  bool skip_dead;  // rows with g = 0 or u = 1 need no loop; nothing but o is wanted of a row
+  bool skip_dead;  // rows with g = 0 or u = 1 need no loop; goes with o alone
 
   HW_HOST_DEVICE int value_dim() const { return v ? static_cast<int>(v.size[3]) : 0; }
 };

@@ -79,6 +79,22 @@ struct ScoreShape {
   }
 };
 
+// s_ij of one pair, from c_ij = <q_i, k_j>. `row`, `key`: where numbers of i and of j are.
+template <class Element, class A>
+HW_HOST_DEVICE HW_INLINE A score_of_pair(const ScoreParams& p, const ScoreShape<A>& shape,
+                                         int64_t batch, int head, int64_t i, int64_t row,
+                                         int64_t key, A c) {
+  A x = static_cast<A>(p.scale) * c;
+  if (p.row_temperature) x *= p.row_temperature.as<const A>()(batch, row, head);
+  A gain = 0, added = 0;
+  if (p.key_gain && i >= p.gain_begin && i < p.gain_end)
+    gain = p.key_gain.as<const A>()(batch, head, key);
+  if (p.bias) added = static_cast<A>(p.bias.as<const Element>()(batch, head, row, key));
+  if (p.key_bias) added += p.key_bias.as<const A>()(batch, head, key);
+  const A y = shape.capped(x);
+  return p.key_gain ? shape.score(y, gain, added) : y + added;
+}
+
 // a(s) of the activations that are not softmaxes, and a'(s).
 template <class V>
 HW_HOST_DEVICE HW_INLINE V activation(Activation a, V s) {

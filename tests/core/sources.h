@@ -102,11 +102,11 @@ struct SourceCase {
 
 // A tensor [a, b, c, width], columns `stride` apart, and what lies between them.
 template <class T>
-struct Room {
+struct Storage {
   std::vector<T> memory;
   Ref<T, 4> x;
 
-  Room(int64_t a, int64_t b, int64_t c, int64_t width, int64_t stride = 1) {
+  Storage(int64_t a, int64_t b, int64_t c, int64_t width, int64_t stride = 1) {
     const T nan(std::numeric_limits<float>::quiet_NaN());
     memory.assign(static_cast<size_t>(std::max<int64_t>(a * b * c * width * stride, 1)), nan);
     x = {memory.data(),
@@ -140,8 +140,8 @@ struct SourceInputs {
   using A = Accum<T>;
   const SourceCase& c;
   std::vector<int64_t> table;
-  Room<T> q, k, v, paged_k, paged_v, d_w, bias;
-  Room<A> key_bias, key_gain, temperature, mass, delta;
+  Storage<T> q, k, v, paged_k, paged_v, d_w, bias;
+  Storage<A> key_bias, key_gain, temperature, mass, delta;
 
   static int64_t pages(const SourceCase& c) { return ceil_div(c.keys, kPage); }
 
@@ -163,8 +163,8 @@ struct SourceInputs {
     for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int64_t>(i) + 1;
     std::shuffle(table.begin(), table.end(), std::mt19937(7));
     unsigned seed = 1;
-    for (Room<T>* x : {&q, &k, &v, &d_w, &bias}) x->draw(seed++);
-    for (Room<A>* x : {&key_bias, &key_gain, &temperature, &mass, &delta}) x->draw(seed++);
+    for (Storage<T>* x : {&q, &k, &v, &d_w, &bias}) x->draw(seed++);
+    for (Storage<A>* x : {&key_bias, &key_gain, &temperature, &mass, &delta}) x->draw(seed++);
     clear_zero_keys();
     scatter(k, paged_k);
     scatter(v, paged_v);
@@ -176,13 +176,13 @@ struct SourceInputs {
 
  private:
   void clear_zero_keys() {
-    for (Room<T>* x : {&k, &v})
+    for (Storage<T>* x : {&k, &v})
       x->each([&](T& to, int64_t, int64_t j, int64_t, int64_t) { to = j < c.zeros ? T(0) : to; });
     bias.each([&](T& to, int64_t, int64_t, int64_t, int64_t j) { to = j < c.zeros ? T(0) : to; });
-    for (Room<A>* x : {&key_bias, &key_gain, &mass})
+    for (Storage<A>* x : {&key_bias, &key_gain, &mass})
       x->each([&](A& to, int64_t, int64_t, int64_t j, int64_t) { to = j < c.zeros ? A(0) : to; });
   }
-  void scatter(Room<T>& from, Room<T>& to) {
+  void scatter(Storage<T>& from, Storage<T>& to) {
     from.each([&](T& x, int64_t b, int64_t j, int64_t h, int64_t d) {
       if (j >= c.zeros) to.x(0, token(b, j - c.zeros), h, d) = x;
     });
@@ -251,18 +251,18 @@ class SourceRun {
     if (paged_) x.data += c_.zeros * x.stride[axis];
     return x;
   }
-  Ref<const void, 3> numbers(const Room<A>& x) const {
+  Ref<const void, 3> numbers(const Storage<A>& x) const {
     Ref<const void, 3> all = x.template flat<const void>();
     all.data = x.memory.data() + (paged_ ? c_.zeros : 0);
     return all;
   }
-  Ref<void, 3> numbers_of(Room<A>& x) const {
+  Ref<void, 3> numbers_of(Storage<A>& x) const {
     Ref<void, 3> all = x.template flat<void>();
     all.data = x.memory.data() + (paged_ ? c_.zeros : 0);
     return all;
   }
-  const Room<T>& keys() const { return paged_ ? in_.paged_k : in_.k; }
-  const Room<T>& values() const { return paged_ ? in_.paged_v : in_.v; }
+  const Storage<T>& keys() const { return paged_ ? in_.paged_k : in_.k; }
+  const Storage<T>& values() const { return paged_ ? in_.paged_v : in_.v; }
 
   template <class Params>
   void fill(Params& p) const {
@@ -285,13 +285,13 @@ class SourceRun {
   const bool paged_;
 
  public:
-  Room<T> o, w, d_q, d_k, d_v;
-  Room<A> d_bias, d_key_bias, d_key_gain, d_temperature;
-  std::vector<Room<A>> of_rows;  // row, rest, read-outs
+  Storage<T> o, w, d_q, d_k, d_v;
+  Storage<A> d_bias, d_key_bias, d_key_gain, d_temperature;
+  std::vector<Storage<A>> of_rows;  // row, rest, read-outs
 };
 
-template <class Room>
-void expect_same(Room& got, Room& want, const SourceCase& c, const char* what) {
+template <class Storage>
+void expect_same(Storage& got, Storage& want, const SourceCase& c, const char* what) {
   EXPECT(std::memcmp(got.memory.data(), want.memory.data(),
                      got.memory.size() * sizeof(got.memory[0])) == 0,
          c.name, ": ", what);
@@ -311,7 +311,7 @@ void compare_sources(const SourceInputs<T>& in, const Source& source) {
       expect_same(got.of_rows[i], want.of_rows[i], c, "a number of the rows");
     expect_same(got.d_q, want.d_q, c, "d_q");
     expect_same(got.d_temperature, want.d_temperature, c, "d_row_temperature");
-    const auto same_key = [&](Room<T>& x, Room<T>& y, const char* what) {
+    const auto same_key = [&](Storage<T>& x, Storage<T>& y, const char* what) {
       y.each([&](T& to, int64_t b, int64_t j, int64_t h, int64_t d) {
         if (j < c.zeros) return;
         const T one = x.x(0, in.token(b, j - c.zeros), h, d);
@@ -320,7 +320,8 @@ void compare_sources(const SourceInputs<T>& in, const Source& source) {
     };
     same_key(got.d_k, want.d_k, "d_k");
     same_key(got.d_v, want.d_v, "d_v");
-    const auto same_number = [&](Room<Accum<T>>& x, Room<Accum<T>>& y, int axis, const char* what) {
+    const auto same_number = [&](Storage<Accum<T>>& x, Storage<Accum<T>>& y, int axis,
+                                 const char* what) {
       y.each([&](Accum<T>& to, int64_t b, int64_t h, int64_t i, int64_t j) {
         if ((axis == 3 ? j : i) < c.zeros) return;
         EXPECT(!c.numbers || x.x(b, h, i, j) == to, c.name, ": ", what, ": ", x.x(b, h, i, j),

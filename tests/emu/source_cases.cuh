@@ -267,11 +267,11 @@ void check_lists(int multiprocessors) {
     // Of rows a list of every head; of keys one of all heads, since some share results.
     const Buffer<int64_t> rows(list(kBatch * kHeads, c.rows, 70)), keys(list(kBatch, c.keys, 90));
     Routing routing{};
-    routing.rows.blocks = ref<const int64_t>(rows, {kBatch, kHeads, 1, c.rows});
-    routing.rows.cells = {c.rows, 1, 1, 1, c.rows};
-    routing.keys.blocks = ref<const int64_t>(keys, {kBatch, 1, 1, c.keys});
-    routing.keys.blocks.size[1] = kHeads, routing.keys.blocks.stride[1] = 0;
-    routing.keys.cells = {c.keys, 1, 1, 1, c.keys};
+    routing.rows.entries = ref<const int64_t>(rows, {kBatch, kHeads, 1, c.rows});
+    routing.rows.grid = {c.rows, 1, 1, 1, c.rows};
+    routing.keys.entries = ref<const int64_t>(keys, {kBatch, 1, 1, c.keys});
+    routing.keys.entries.size[1] = kHeads, routing.keys.entries.stride[1] = 0;
+    routing.keys.grid = {c.keys, 1, 1, 1, c.keys};
     const GroupSource source{routing, static_cast<int>(c.rows), static_cast<int>(c.keys),
                              static_cast<int>(c.rows), static_cast<int>(c.keys)};
 

@@ -71,10 +71,10 @@ struct TwoGroups {
   }
 
   void describe(Routing& r) const {
-    r.rows.blocks = ref<const int64_t>(rows, {kBatch, kHeads, 2, row_slots});
-    r.rows.cells = {c.rows, 1, 1, 1, c.rows};
-    r.keys.blocks = ref<const int64_t>(keys, {kBatch, kHeads, 2, key_slots});
-    r.keys.cells = {c.keys, 1, 1, 1, c.keys};
+    r.rows.entries = ref<const int64_t>(rows, {kBatch, kHeads, 2, row_slots});
+    r.rows.grid = {c.rows, 1, 1, 1, c.rows};
+    r.keys.entries = ref<const int64_t>(keys, {kBatch, kHeads, 2, key_slots});
+    r.keys.grid = {c.keys, 1, 1, 1, c.keys};
     r.by_slot = by_slot, r.pad_keys = true;
   }
   template <class Params>

@@ -59,7 +59,7 @@ def make(case, dtype, device="cpu", seed=0):
     if feature_map == "identity":
         q[:, :1] = 0  # a row without weights, whose z is 0
     if feature_map == "relu" and n["D"] > 1:
-        q[:, 1::5, :, 0] = 0  # where it bends
+        q[:, 1::5, :, 0] = 0  # the kink of relu
     tensors = {
         "q": q.to(device, dtype),
         "k": draw_qk(n["B"], n["S"], n["H"], n["D"]).to(device, dtype),

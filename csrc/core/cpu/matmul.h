@@ -65,18 +65,18 @@ struct LaneFactors {
   HW_INLINE LaneFactors from(int lane) const { return {factor + lane}; }
 };
 
-// Memory that will be wanted afterwards is asked for, some rows a step. Requests in one burst would
+// Rows that will be read afterwards are prefetched, some a step. Prefetches in one burst would
 // wait for each other; among multiplications they cost next to nothing.
-struct Requests {
+struct Prefetches {
   const char* const* rows = nullptr;  // [count]
   int64_t count = 0, bytes = 0;       // bytes of a row
   int64_t at_once = 0;
 
-  HW_INLINE void step() { ask(std::min(at_once, count)); }
-  void rest() { ask(count); }
+  HW_INLINE void step() { prefetch_next(std::min(at_once, count)); }
+  void rest() { prefetch_next(count); }
 
  private:
-  HW_INLINE void ask(int64_t n) {
+  HW_INLINE void prefetch_next(int64_t n) {
     for (; n > 0; --n, --count) prefetch(*rows++, bytes);
   }
 };
@@ -115,16 +115,16 @@ HW_INLINE void tile(bool accumulate, int k, Operand<E> a, B b, T* __restrict c, 
 
 // All rows of a column panel of kVectors vectors, the last rows by a smaller tile. Never inlined:
 // amid other code the compiler would keep some of the sums in memory. Whether sums start from C,
-// and whether memory is asked for, is known at run time only: each size of a tile is compiled once.
+// and whether anything is prefetched, is known at run time only: a size of a tile is compiled once.
 template <int kVectors, int kRows = kTileRows, class E, class B, class T, class Factors>
 HW_NOINLINE void panel(bool accumulate, int m, int k, Operand<E> a, B b, T* c, int64_t ldc,
-                       Factors factors, Requests* meanwhile) {
+                       Factors factors, Prefetches* prefetches) {
   for (; m >= kRows; m -= kRows, a = a.rows(kRows), c += kRows * ldc) {
     tile<kRows, kVectors>(accumulate, k, a, b, c, ldc, factors);
-    if (meanwhile != nullptr) meanwhile->step();
+    if (prefetches != nullptr) prefetches->step();
   }
   if constexpr (kRows > 1)
-    if (m > 0) panel<kVectors, kRows - 1>(accumulate, m, k, a, b, c, ldc, factors, meanwhile);
+    if (m > 0) panel<kVectors, kRows - 1>(accumulate, m, k, a, b, c, ldc, factors, prefetches);
 }
 
 template <class T>
@@ -135,7 +135,7 @@ HW_NOINLINE void clear(int m, int n, T* c, int64_t ldc) {
 
 template <int kVectors, class E, class B, class T, class Factors>
 HW_NOINLINE void panels(bool accumulate, int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
-                        Factors factors, Requests* meanwhile) {
+                        Factors factors, Prefetches* prefetches) {
   constexpr int kColumns = kVectors * kLanes<T>;
   if (k <= 0) {
     if (!accumulate) clear(m, n, c, ldc);
@@ -143,24 +143,24 @@ HW_NOINLINE void panels(bool accumulate, int m, int n, int k, Operand<E> a, B b,
   }
   for (; n >= kColumns;
        n -= kColumns, b = b.from(kColumns), c += kColumns, factors = factors.from(kColumns))
-    panel<kVectors>(accumulate, m, k, a, b, c, ldc, factors, meanwhile);
+    panel<kVectors>(accumulate, m, k, a, b, c, ldc, factors, prefetches);
   if constexpr (kVectors > 1)
-    if (n > 0) panels<kVectors - 1>(accumulate, m, n, k, a, b, c, ldc, factors, meanwhile);
+    if (n > 0) panels<kVectors - 1>(accumulate, m, n, k, a, b, c, ldc, factors, prefetches);
 }
 
-// B: rows as core/cpu/panel.h knows them. `meanwhile`: a step of it after each register tile, or
+// B: rows as core/cpu/panel.h knows them. `prefetches`: a step of it after each register tile, or
 // null.
 template <bool kAccumulate, class E, class B, class T, class Factors = NoFactors>
 HW_INLINE void multiply(int m, int n, int k, Operand<E> a, B b, T* c, int64_t ldc,
-                        Factors factors = {}, Requests* meanwhile = nullptr) {
+                        Factors factors = {}, Prefetches* prefetches = nullptr) {
   static_assert(!kAccumulate || std::is_same_v<Factors, NoFactors>);
-  panels<kTileVectors>(kAccumulate, m, n, k, a, b, c, ldc, factors, meanwhile);
+  panels<kTileVectors>(kAccumulate, m, n, k, a, b, c, ldc, factors, prefetches);
 }
 
 template <bool kAccumulate, class E, class T, class Factors = NoFactors>
 HW_INLINE void multiply(int m, int n, int k, Operand<E> a, const E* b, int64_t ldb, T* c,
-                        int64_t ldc, Factors factors = {}, Requests* meanwhile = nullptr) {
-  multiply<kAccumulate>(m, n, k, a, Panel<E>{b, ldb}, c, ldc, factors, meanwhile);
+                        int64_t ldc, Factors factors = {}, Prefetches* prefetches = nullptr) {
+  multiply<kAccumulate>(m, n, k, a, Panel<E>{b, ldb}, c, ldc, factors, prefetches);
 }
 
 }  // namespace

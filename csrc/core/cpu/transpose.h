@@ -49,7 +49,7 @@ HW_NOINLINE void clear_columns(A* m, int64_t ld, int rows, int from, int to) {
 }
 
 // Heads lie between the rows of one head, so the hardware does not see the next rows coming: each
-// row that is read asks for the row `ahead` rows on, which the next chunk will want.
+// row that is read prefetches the row `ahead` rows on, which the next chunk reads.
 template <bool kWrite = false, class T>
 HW_INLINE void prefetch_row(const Ref<T, 2>& x, int64_t row) {
   if (x.stride[1] == 1) prefetch<kWrite>(x.at(row), x.size[1] * static_cast<int64_t>(sizeof(T)));
@@ -57,9 +57,9 @@ HW_INLINE void prefetch_row(const Ref<T, 2>& x, int64_t row) {
 
 // In lanes, then in order of the lanes.
 template <class A>
-HW_NOINLINE A inner_product(const A* x, const A* y, int n) {
+HW_NOINLINE A inner_product(const A* x, const A* y, int64_t n) {
   Vec<A> lanes{};
-  int j = 0;
+  int64_t j = 0;
   for (; j + kLanes<A> <= n; j += kLanes<A>) lanes = fma(load(x + j), load(y + j), lanes);
   A total = sum<A>(lanes);
   for (; j < n; ++j) total += x[j] * y[j];

@@ -9,11 +9,11 @@ namespace {
 
 constexpr auto kMeansList = call_list<MeansParams>(
     in("x", &MeansParams::x, "B Y X H D"), out("m", &MeansParams::m, "B R H D").wide(),
-    integer("columns", [](MeansParams& p) -> auto& { return p.cells.columns; }),
-    integer("height", [](MeansParams& p) -> auto& { return p.cells.height; }),
-    integer("width", [](MeansParams& p) -> auto& { return p.cells.width; }),
-    integer("image_height", [](MeansParams& p) -> auto& { return p.cells.rows_of_image; }),
-    integer("image_width", [](MeansParams& p) -> auto& { return p.cells.columns_of_image; }));
+    integer("columns", [](MeansParams& p) -> auto& { return p.grid.columns; }),
+    integer("height", [](MeansParams& p) -> auto& { return p.grid.height; }),
+    integer("width", [](MeansParams& p) -> auto& { return p.grid.width; }),
+    integer("image_height", [](MeansParams& p) -> auto& { return p.grid.rows_of_image; }),
+    integer("image_width", [](MeansParams& p) -> auto& { return p.grid.columns_of_image; }));
 constexpr auto kScoresList = call_list<ScoresParams>(in("q", &ScoresParams::q, "B R Hq D"),
                                                      in("k", &ScoresParams::k, "B Rk H D"),
                                                      out("a", &ScoresParams::a, "B graphs R Rk"));
@@ -29,10 +29,10 @@ bool contiguous(const Ref<T, 4>& x) {
 }
 
 void check_means(const MeansParams& p, const Call&) {
-  const RegionGrid& c = p.cells;
-  check(c.rows_of_image == p.x.size[1] && c.columns_of_image == p.x.size[2] &&
-            c.within(p.x.size[1] * p.x.size[2]) && p.m.size[1] == c.count(),
-        ErrorKind::value, "bilevel_route: cells of ", c.height, " x ", c.width,
+  const RegionGrid& g = p.grid;
+  check(g.rows_of_image == p.x.size[1] && g.columns_of_image == p.x.size[2] &&
+            g.within(p.x.size[1] * p.x.size[2]) && p.m.size[1] == g.count(),
+        ErrorKind::value, "bilevel_route: regions of ", g.height, " x ", g.width,
         " do not give an image of ", p.x.size[1], " x ", p.x.size[2], " tokens ", p.m.size[1],
         " regions");
   check(contiguous(p.m), ErrorKind::value, "bilevel_route: m is not contiguous");

@@ -5,7 +5,7 @@
 //   scores   A_brs   = sum_hd mq_brhd mk_bs(h/G)d                      one graph for all heads
 //            A_bhrs  = sum_d  mq_brhd mk_bs(h/G)d                      one for each
 //
-//   B batch, R and Rk regions (cells of core/regions.h) of q and k, Hq heads of q, H of k,
+//   B batch, R and Rk regions (core/regions.h) of q and k, Hq heads of q, H of k,
 //   G = Hq / H
 //
 // Sums are of the accumulation type and have one order: tokens of a region row by row, then h, d.
@@ -23,7 +23,7 @@ namespace hw::bilevel_route {
 struct MeansParams {
   Ref<const void, 5> x;  // [B, Y, X, H, D]
   Ref<void, 4> m;        // [B, R, H, D]  out, acc, contiguous
-  RegionGrid cells;
+  RegionGrid grid;
 
   HW_HOST_DEVICE int64_t channels() const { return m.size[2] * m.size[3]; }
 
@@ -33,10 +33,10 @@ struct MeansParams {
     HW_HOST_DEVICE int64_t count() const { return (y_end - y) * (x_end - x); }
   };
   HW_HOST_DEVICE Part part(int64_t region) const {
-    const int64_t y = region / cells.columns * cells.height;
-    const int64_t left = region % cells.columns * cells.width;
-    return {y, min_of(y + cells.height, cells.rows_of_image), left,
-            min_of(left + cells.width, cells.columns_of_image)};
+    const int64_t y = region / grid.columns * grid.height;
+    const int64_t left = region % grid.columns * grid.width;
+    return {y, min_of(y + grid.height, grid.rows_of_image), left,
+            min_of(left + grid.width, grid.columns_of_image)};
   }
 };
 

@@ -31,9 +31,9 @@ class Means {
         joined_(x_.stride[4] == 1 && (heads_ == 1 || x_.stride[3] == width_)) {}
 
   void run() const {
-    const int64_t rows = ceil_div(p_.cells.rows_of_image, p_.cells.height);
+    const int64_t rows = ceil_div(p_.grid.rows_of_image, p_.grid.height);
     parallel_tasks(p_.x.size[0] * rows, threads_,
-                   [&](int64_t task) { work(task / rows, task % rows * p_.cells.columns); });
+                   [&](int64_t task) { work(task / rows, task % rows * p_.grid.columns); });
   }
 
  private:
@@ -43,15 +43,15 @@ class Means {
     Scratch& scratch = Scratch::of_thread();
     scratch.reset(Scratch::bytes_of<A>(p_.channels()));
     A* token = scratch.take<A>(p_.channels());
-    std::fill_n(m.at(batch, first), p_.cells.columns * p_.channels(), A(0));
+    std::fill_n(m.at(batch, first), p_.grid.columns * p_.channels(), A(0));
     const int64_t top = p_.part(first).y, bottom = p_.part(first).y_end;
     for (int64_t y = top; y < bottom; ++y)
-      for (int64_t c = 0; c < p_.cells.columns; ++c) {
+      for (int64_t c = 0; c < p_.grid.columns; ++c) {
         const MeansParams::Part part = p_.part(first + c);
         for (int64_t x = part.x; x < part.x_end; ++x)
           add(m.at(batch, first + c), channels_of(batch, y, x, token));
       }
-    for (int64_t c = 0; c < p_.cells.columns; ++c)
+    for (int64_t c = 0; c < p_.grid.columns; ++c)
       divide(m.at(batch, first + c), p_.part(first + c).count());
   }
 

@@ -200,13 +200,13 @@ struct GradPrefixKernel {
     const Geometry& g = p.geometry;
     const int64_t index =
         static_cast<int64_t>(dev::block_index_x()) * kThreads + dev::thread_index();
-    if (index >= g.pairs() * width(g)) return;
-    const int64_t pair = index / width(g), e = index % width(g);
-    const int64_t b = pair / g.heads, h = pair % g.heads;
+    if (index >= g.batch_heads() * width(g)) return;
+    const int64_t batch_head = index / width(g), e = index % width(g);
+    const int64_t b = batch_head / g.heads, h = batch_head % g.heads;
     const bool row = e < g.value_dim;
     Acc enters = row ? (p.d_o1 ? p.d_o1(b, h, e) : Acc(0)) : final_total(p, b, h, e - g.value_dim);
     for (int64_t k = g.segments - 1; k >= 0; --k) {
-      const int64_t entry = k * g.pairs() + pair;
+      const int64_t entry = k * g.batch_heads() + batch_head;
       Acc& place =
           row ? p.rows[entry * g.value_dim + e] : p.totals[entry * g.slices + e - g.value_dim];
       const Acc own = place;
@@ -241,7 +241,9 @@ struct ScoreSumKernel {
   using Acc = Accum<Element>;
   static constexpr int kThreads = 256;
 
-  HW_HOST_DEVICE static int64_t elements(const Geometry& g) { return g.pairs() * (g.tokens + 1); }
+  HW_HOST_DEVICE static int64_t elements(const Geometry& g) {
+    return g.batch_heads() * (g.tokens + 1);
+  }
 
   HW_DEVICE static void main(const Params& p) {
     const Geometry& g = p.geometry;
@@ -268,7 +270,7 @@ void run_backward(const GradParams<Element>& p, const Context& context) {
   if (g.segments > 1) {
     using Prefix = GradPrefixKernel<Element>;
     launch<GradKernel<Element, kVectors, false>>({g.blocks(), 1, 1}, 0, context, p);
-    launch<Prefix>(blocks(g.pairs() * Prefix::width(g), Prefix::kThreads), 0, context, p);
+    launch<Prefix>(blocks(g.batch_heads() * Prefix::width(g), Prefix::kThreads), 0, context, p);
   }
   launch<GradKernel<Element, kVectors, true>>({g.blocks(), 1, 1}, 0, context, p);
   if (g.slices > 1) {

@@ -175,7 +175,7 @@ struct ScanPrefixKernel {
   static constexpr int kThreads = 128;
 
   HW_HOST_DEVICE static int64_t elements(const Geometry& g) {
-    return g.pairs() * max_of<int64_t>(g.value_dim, 1);
+    return g.batch_heads() * max_of<int64_t>(g.value_dim, 1);
   }
 
   HW_DEVICE static void main(const Params& p) {
@@ -184,13 +184,13 @@ struct ScanPrefixKernel {
         static_cast<int64_t>(dev::block_index_x()) * kThreads + dev::thread_index();
     if (index >= elements(g)) return;
     const int64_t width = max_of<int64_t>(g.value_dim, 1);
-    const int64_t pair = index / width, c = index % width;
-    const int64_t b = pair / g.heads, h = pair % g.heads;
+    const int64_t batch_head = index / width, c = index % width;
+    const int64_t b = batch_head / g.heads, h = batch_head % g.heads;
     const bool real = c < g.value_dim;
     LogSum<Acc> sum = initial_sum(p, b, h);
     Acc o = real ? initial_row(p, sum, b, h, c) : Acc(0);
     for (int64_t k = 0; k < g.segments; ++k) {
-      const int64_t entry = k * g.pairs() + pair;
+      const int64_t entry = k * g.batch_heads() + batch_head;
       const LogSum<Acc> own = {p.own[entry * 2], p.own[entry * 2 + 1]};
       const LogSum<Acc> next = join(sum, own);
       if (c == 0) p.start[entry * 2] = sum.m, p.start[entry * 2 + 1] = sum.a;

@@ -23,10 +23,10 @@ struct Unit {
   int first_lane;      // of the unit within the warp
   bool used;
 
-  HW_DEVICE HW_INLINE int64_t pair(const Geometry& g) const { return batch * g.heads + head; }
+  HW_DEVICE HW_INLINE int64_t batch_head(const Geometry& g) const { return batch * g.heads + head; }
   // Position of this unit's entry in [segments, B, H].
   HW_DEVICE HW_INLINE int64_t entry(const Geometry& g) const {
-    return segment * g.pairs() + pair(g);
+    return segment * g.batch_heads() + batch_head(g);
   }
 };
 

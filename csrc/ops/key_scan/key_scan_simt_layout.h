@@ -33,8 +33,8 @@ struct Geometry {
   int64_t segments = 1;  // of time; one also where there is no token
   int64_t segment_tokens = 0;
 
-  HW_HOST_DEVICE int64_t pairs() const { return batch * heads; }
-  HW_HOST_DEVICE int64_t units() const { return pairs() * slices * segments; }
+  HW_HOST_DEVICE int64_t batch_heads() const { return batch * heads; }
+  HW_HOST_DEVICE int64_t units() const { return batch_heads() * slices * segments; }
   HW_HOST_DEVICE int units_per_block() const { return kThreads / lanes; }
   int64_t blocks() const { return ceil_div<int64_t>(units(), units_per_block()); }
 };
@@ -47,7 +47,7 @@ Geometry make_geometry(const Ref<const void, 4>& v, const Context& context) {
   g.lanes = needed <= 8 ? 8 : needed <= 16 ? 16 : 32;
   g.slices = static_cast<int>(max_of<int64_t>(ceil_div<int64_t>(needed, g.lanes), 1));
   const int64_t wanted = kThreadsWanted * max_of<int64_t>(context.multiprocessors, 1);
-  const int64_t have = max_of<int64_t>(g.pairs() * g.slices * g.lanes, 1);
+  const int64_t have = max_of<int64_t>(g.batch_heads() * g.slices * g.lanes, 1);
   const int64_t length = ceil_div(max_of<int64_t>(g.tokens, 1), ceil_div(wanted, have));
   g.segment_tokens = round_up<int64_t>(length, kSegmentStep);
   g.segments = max_of<int64_t>(ceil_div(g.tokens, g.segment_tokens), 1);
@@ -71,12 +71,12 @@ inline Workspace make_workspace(const Geometry& g, bool gradients) {
     w.size += round_up<int64_t>(count, 32);
     return at;
   };
-  const int64_t cuts = g.segments > 1 ? g.segments * g.pairs() : 0;
+  const int64_t cuts = g.segments > 1 ? g.segments * g.batch_heads() : 0;
   w.rows = take(cuts * g.value_dim);
   w.own = take(gradients ? 0 : cuts * 2);
   w.start = take(gradients ? 0 : cuts * 2);
   w.totals = take(gradients ? cuts * g.slices : 0);
-  w.scores = take(gradients && g.slices > 1 ? g.slices * g.pairs() * (g.tokens + 1) : 0);
+  w.scores = take(gradients && g.slices > 1 ? g.slices * g.batch_heads() * (g.tokens + 1) : 0);
   return w;
 }
 

@@ -188,13 +188,13 @@ struct PrefixKernel {
     // one is filled while the other may still be read, and the next keys are on their way.
     HW_DEVICE HW_INLINE int64_t outranked(int64_t begin, Key own) const {
       int64_t count = 0;
-      Key coming = key(dev::thread_index());
+      Key next = key(dev::thread_index());
       HW_UNROLL_BY(1)
       for (int64_t first = 0; first < begin; first += kThreads) {
         Key* buffer = smem.keys[first / kThreads % 2];
-        buffer[dev::thread_index()] = coming;
+        buffer[dev::thread_index()] = next;
         dev::sync_block();
-        coming = key(first + kThreads + dev::thread_index());
+        next = key(first + kThreads + dev::thread_index());
         count += not_below(buffer, own);
       }
       Key* buffer = smem.keys[begin / kThreads % 2];

@@ -91,19 +91,19 @@ class StateArray {
     zero_.reserve(count);
   }
   HW_NOINLINE State<A> get(int64_t i) const {
-    State<A> state = place(i);
+    State<A> state = at(i);
     state.zero = zero_.data()[i] != 0;
     return state;
   }
   void set_zero(int64_t i, bool zero) { zero_.data()[i] = zero; }
   HW_NOINLINE void copy(int64_t i, const State<A>& from) {
-    State<A> to = place(i);
+    State<A> to = at(i);
     accumulate(shape_, from, to);
     set_zero(i, to.zero);
   }
 
  private:
-  State<A> place(int64_t i) const {
+  State<A> at(int64_t i) const {
     return State<A>::at(shape_, reinterpret_cast<A*>(memory_.data()) + i * State<A>::count(shape_));
   }
 

@@ -69,7 +69,7 @@ struct StepKernel {
       const int begin = split * p.columns, end = min_of(begin + p.columns, p.value_dim);
       clear_denominators();
       for (int column = begin; column == begin || column < end; column += dev::kWarp) {
-        take_columns(column, end, column == begin);
+        update_columns(column, end, column == begin);
       }
     }
   }
@@ -80,7 +80,7 @@ struct StepKernel {
   }
 
   // 32 columns, all features; `begin`: the first columns of the block, which also see to z.
-  HW_DEVICE HW_INLINE void take_columns(int column, int end, bool begin) {
+  HW_DEVICE HW_INLINE void update_columns(int column, int end, bool begin) {
     const int c = column + dev::lane();
     const bool inside = c < end;
     const Acc value = inside ? static_cast<Acc>(p.v(b, h, c)) : Acc(0);
@@ -91,9 +91,9 @@ struct StepKernel {
         dev::sync_block();
         make_features(first, count);
         dev::sync_block();
-        if (begin) meet_z(first, count);
+        if (begin) update_z(first, count);
       }
-      if (inside) pass_state(first, count, c, value, o);
+      if (inside) update_state(first, count, c, value, o);
     }
     store_sums(o);
     if (begin) store_denominators();
@@ -131,15 +131,15 @@ struct StepKernel {
 
   // z of this step: read, joined by the key, written by the one block that may; and its products.
   // A thread sees the same features for all query heads, so it reads back its own z.
-  HW_DEVICE HW_INLINE void meet_z(int first, int count) {
+  HW_DEVICE HW_INLINE void update_z(int first, int count) {
     if (!p.z) return;
     const bool writes = p.updates_z && split == 0;
     if (!writes && !p.normalize) return;
     for (int i = dev::thread_index(); i < count; i += kThreads) {
-      Acc& place = p.z(b, h, first + i);
+      Acc& stored = p.z(b, h, first + i);
       const bool joined = writes && first_head > 0;
-      const Acc z = joined ? place : place + key_features[i];
-      if (writes && !joined) place = z;
+      const Acc z = joined ? stored : stored + key_features[i];
+      if (writes && !joined) stored = z;
       HW_UNROLL
       for (int g = 0; g < kHeads; ++g) {
         if (g < heads) z_sum[g] += query_features[g * kFeatures + i] * z;
@@ -149,7 +149,7 @@ struct StepKernel {
 
   // The rows f = warp, warp + kWarps, ... of one column: joined by the key with the first query
   // heads, read again with later ones.
-  HW_DEVICE HW_INLINE void pass_state(int first, int count, int c, Acc value, Acc (&o)[kHeads]) {
+  HW_DEVICE HW_INLINE void update_state(int first, int count, int c, Acc value, Acc (&o)[kHeads]) {
     const int64_t stride = p.kv.stride[2];
     Acc* state = p.kv.at(b, h, first, c);
     for (int f0 = dev::warp(); f0 < count; f0 += kBatch * kWarps) {

@@ -40,16 +40,16 @@ struct Work {
   }
 
   // States of the segments.
-  StatePlace slots() const {
+  StateRefs slots() const {
     const StateLayout& l = at.states;
-    StatePlace place;
-    place.kv = {at.slots + l.kv(0, 0, 0),
-                {l.slots, l.heads, l.features, l.value_dim},
-                {l.kv(1, 0, 0), l.kv(0, 1, 0), l.kv(0, 0, 1), 1}};
-    place.z = {at.slots + l.z(0, 0),
-               {l.slots, l.heads, l.features},
-               {l.heads * l.features, l.features, 1}};
-    return place;
+    StateRefs refs;
+    refs.kv = {at.slots + l.kv(0, 0, 0),
+               {l.slots, l.heads, l.features, l.value_dim},
+               {l.kv(1, 0, 0), l.kv(0, 1, 0), l.kv(0, 0, 1), 1}};
+    refs.z = {at.slots + l.z(0, 0),
+              {l.slots, l.heads, l.features},
+              {l.heads * l.features, l.features, 1}};
+    return refs;
   }
 };
 
@@ -68,10 +68,10 @@ LoopParams<Element> loop_params(const Work<Params>& w) {
 }
 
 // States as they come with the call; null where absent.
-inline StatePlace place_of(const Ref<const void, 4>& kv, const Ref<const void, 3>& z) {
+inline StateRefs state_refs(const Ref<const void, 4>& kv, const Ref<const void, 3>& z) {
   Ref<void, 4> kv_out;
   Ref<void, 3> z_out;
-  kv_out.data = const_cast<void*>(kv.data);  // only read: the place is a `before`
+  kv_out.data = const_cast<void*>(kv.data);  // only read: it is a `before`
   z_out.data = const_cast<void*>(z.data);
   for (int i = 0; i < 4; ++i) kv_out.size[i] = kv.size[i], kv_out.stride[i] = kv.stride[i];
   for (int i = 0; i < 3; ++i) z_out.size[i] = z.size[i], z_out.stride[i] = z.stride[i];
@@ -83,7 +83,7 @@ inline StatePlace place_of(const Ref<const void, 4>& kv, const Ref<const void, 3
 template <class Element, int kDim, bool kQueries, class Params>
 void make_states(LoopParams<Element>& p, const Work<Params>& w) {
   if (!w.plan.has_totals()) return;
-  const StatePlace start = p.before, final = p.after;
+  const StateRefs start = p.before, final = p.after;
   p.after = w.slots();
   using Totals = TotalsKernel<Element, kDim, kQueries>;
   const Grid grid{w.plan.num_slots, w.shape.key_heads, w.slices(kDim)};
@@ -144,7 +144,7 @@ void forward(const ForwardParams& f, const Call& call) {
   p.x = input_of<Element>(f.v);
   set_output(p, f.o);
   p.z = f.z.template as<float>();
-  p.before = place_of(f.kv0, f.z0);
+  p.before = state_refs(f.kv0, f.z0);
   p.after = {f.kv1.template as<float>(), f.z1.template as<float>()};
   make_states<Element, kDim, false>(p, w);
   apply<Element, kDim, false>(p, w);
@@ -197,12 +197,12 @@ void backward(const BackwardParams& b, const Call& call) {
   keys.x = queries.u = input_of<Element>(b.v);
   keys.u = queries.x = input_of<Element>(b.d_o);
 
-  keys.before = place_of(b.kv0, b.z0);
+  keys.before = state_refs(b.kv0, b.z0);
   make_states<Element, kDim, false>(keys, w);
   set_output(keys, b.d_q);
   gradient<Element, kDim, false>(keys, w);
 
-  queries.before = place_of(b.d_kv1, b.d_z1);
+  queries.before = state_refs(b.d_kv1, b.d_z1);
   queries.after = {b.d_kv0.template as<float>(), b.d_z0.template as<float>()};
   make_states<Element, kDim, true>(queries, w);
   set_output(queries, b.d_v);

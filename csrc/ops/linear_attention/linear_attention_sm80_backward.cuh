@@ -89,7 +89,7 @@ struct GradientKernel {
   using P = Pairs<Element>;
   static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
   static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
-  static constexpr int kParts = kWarps / kStrips;  // warps that share the columns of a strip
+  static constexpr int kStripWarps = kWarps / kStrips;  // warps that share the columns of a strip
   // Strips that read the state together; one rounding of the state serves them. tf32 operands are
   // twice as wide and leave registers for two.
   static constexpr int kTogether = std::is_same_v<Element, bf16> ? 4 : 2;
@@ -311,10 +311,10 @@ struct GradientKernel {
       for (int k = 0; k < 8; ++k) ds[k / 4][k % 4] = score[k / 4][k % 4] = 0.0f;
       for (int h = 0; h < 2; ++h) dev::mma_16x8x16<Element>(score[h], a, b + 2 * h);
       HW_UNROLL
-      for (int columns = 0; columns < kDim / kParts; columns += 16) {
+      for (int columns = 0; columns < kDim / kStripWarps; columns += 16) {
         uint32_t u[4], x[4];
-        tokens_by_values(u, s.u, strip, part * (kDim / kParts) + columns);
-        keys_by_values(x, s.x, keys, part * (kDim / kParts) + columns);
+        tokens_by_values(u, s.u, strip, part * (kDim / kStripWarps) + columns);
+        keys_by_values(x, s.x, keys, part * (kDim / kStripWarps) + columns);
         for (int h = 0; h < 2; ++h) dev::mma_16x8x16<Element>(ds[h], u, x + 2 * h);
       }
       HW_UNROLL

@@ -40,8 +40,8 @@ struct ApplyKernel {
   static constexpr int kWarps = Stream::kWarps, kThreads = Stream::kThreads;
   static constexpr int kMinBlocks = kDim == 64 ? 2 : 1;
 
-  static constexpr int kParts = kWarps / kStrips;  // warps that share the rows of a strip
-  static constexpr int kGroups = kWarps / kParts;  // of 16 columns, that a warp has of its rows
+  static constexpr int kStripWarps = kWarps / kStrips;  // warps that share the rows of a strip
+  static constexpr int kGroups = kWarps / kStripWarps;  // of 16 columns, of a warp's rows
   // Blocks of slots that are published together; tf32 operands are twice as wide.
   static constexpr int kPasses = std::is_same_v<Element, bf16> ? 1 : 2;
   static constexpr int kPublished = kBlocks / kPasses;
@@ -52,10 +52,10 @@ struct ApplyKernel {
   };
   // The same of a warp, 16 bytes of each lane side by side.
   struct Published {
-    static constexpr int kParts = sizeof(Operand) / 16;
+    static constexpr int kVectors = sizeof(Operand) / 16;
     struct alignas(16) Sixteen {
       uint32_t word[4];
-    } at[kParts][dev::kWarp];
+    } at[kVectors][dev::kWarp];
   };
 
   struct Smem {
@@ -106,7 +106,7 @@ struct ApplyKernel {
           state_operand(operand.b, k, group);
           Published& to = smem.s[r % kPublished][state.column() / 16 + group];
           HW_UNROLL
-          for (int i = 0; i < Published::kParts; ++i)
+          for (int i = 0; i < Published::kVectors; ++i)
             memcpy(&to.at[i][dev::lane()], reinterpret_cast<const char*>(&operand) + 16 * i, 16);
         }
       }
@@ -142,7 +142,7 @@ struct ApplyKernel {
             Operand s;
             const Published& from = smem.s[r % kPublished][column / 16 + group];
             HW_UNROLL
-            for (int i = 0; i < Published::kParts; ++i)
+            for (int i = 0; i < Published::kVectors; ++i)
               memcpy(reinterpret_cast<char*>(&s) + 16 * i, &from.at[i][dev::lane()], 16);
             P::mma(y[group][0], phi, s.b[0]);
             P::mma(y[group][1], phi, s.b[1]);

@@ -32,11 +32,11 @@ struct LoopParams {
   bool y_paired = false;              // y may be stored in words of two elements
   Ref<float, 3> z;                    // [B, S, Hq] out, or absent
   Ref<const float, 3> factor, delta;  // [B, S, Hq] 1 / z and -<do, o>, or absent: 1 and 0
-  Ref<float, 4> sum;         // gradients of more than one slice: what the slices before gave
-  int first = 0;             // gradients: first column of the slice
-  StatePlace before, after;  // state ahead of the segment; behind it (out); or absent
-  bool by_slot = false;      // indexed by slot instead of by sequence
-  int group = 1;             // query heads per key head
+  Ref<float, 4> sum;        // gradients of more than one slice: what the slices before gave
+  int first = 0;            // gradients: first column of the slice
+  StateRefs before, after;  // state ahead of the segment; behind it (out); or absent
+  bool by_slot = false;     // indexed by slot instead of by sequence
+  int group = 1;            // query heads per key head
   bool causal = false, normalize = false;
   float scale = 1, eps = 0;
 

@@ -74,7 +74,7 @@ struct SlotFeatures {
 };
 
 // Where states of one direction live: [slot or sequence, H, F, Dv] and [.., H, F].
-struct StatePlace {
+struct StateRefs {
   Ref<float, 4> kv;
   Ref<float, 3> z;
 };
@@ -123,20 +123,20 @@ struct State {
 
   // Loads the state of (index, head), times `c`; `first`: first column of the tile.
   template <bool kByColumn>
-  HW_DEVICE HW_INLINE void load(const StatePlace& place, int64_t index, int head, int64_t first,
+  HW_DEVICE HW_INLINE void load(const StateRefs& refs, int64_t index, int head, int64_t first,
                                 const SlotFeatures& features, const Coefficients& c) {
     clear();
     first += column();
-    if (place.kv) {
-      const Ref<float, 2> kv = place.kv.slice(index).slice(head);
+    if (refs.kv) {
+      const Ref<float, 2> kv = refs.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
         const int feature = features.at[slot];
         if (feature < 0 || first + column >= kv.size[1]) return;
         value = kv(feature, first + column) * coefficient;
       });
     }
-    if (place.z) {
-      const Ref<float, 1> z = place.z.slice(index).slice(head);
+    if (refs.z) {
+      const Ref<float, 1> z = refs.z.slice(index).slice(head);
       visit_sums(c, [&](float& value, float&, int slot, float coefficient) {
         const int feature = features.at[slot];
         if (feature >= 0) value = z(feature) * coefficient;
@@ -146,19 +146,19 @@ struct State {
 
   // Stores it, times `c`; n where the tile is the first of those that share the state.
   template <bool kByColumn>
-  HW_DEVICE HW_INLINE void store(const StatePlace& place, int64_t index, int head, int64_t first,
+  HW_DEVICE HW_INLINE void store(const StateRefs& refs, int64_t index, int head, int64_t first,
                                  const SlotFeatures& features, const Coefficients& c) {
     first += column();
-    if (place.kv) {
-      const Ref<float, 2> kv = place.kv.slice(index).slice(head);
+    if (refs.kv) {
+      const Ref<float, 2> kv = refs.kv.slice(index).slice(head);
       visit<kByColumn>(c, [&](float& value, int slot, int column, float coefficient) {
         const int feature = slot == kCopySlot ? -1 : features.at[slot];
         if (feature >= 0 && first + column < kv.size[1])
           kv(feature, first + column) = value * coefficient;
       });
     }
-    if (first != 0 || !place.z) return;
-    const Ref<float, 1> z = place.z.slice(index).slice(head);
+    if (first != 0 || !refs.z) return;
+    const Ref<float, 1> z = refs.z.slice(index).slice(head);
     visit_sums(c, [&](float& value, float& rest, int slot, float coefficient) {
       const int feature = slot == kCopySlot ? -1 : features.at[slot];
       if (feature >= 0 && dev::lane() % 4 == 0) z(feature) = (value + rest) * coefficient;

@@ -14,29 +14,29 @@ namespace {
 
 constexpr const char* kName = "routing_attention";
 
-// The cells of rows or of keys.
+// The regions of rows or of keys.
 template <Lists Routing::* lists>
-consteval auto cells(const char* columns, const char* height, const char* width, const char* rows,
-                     const char* image) {
+consteval auto region_grid(const char* columns, const char* height, const char* width,
+                           const char* rows, const char* image) {
   return arguments(
-      integer(columns, [](Routing& r) -> auto& { return (r.*lists).cells.columns; }),
-      integer(height, [](Routing& r) -> auto& { return (r.*lists).cells.height; }),
-      integer(width, [](Routing& r) -> auto& { return (r.*lists).cells.width; }),
-      integer(rows, [](Routing& r) -> auto& { return (r.*lists).cells.rows_of_image; }),
-      integer(image, [](Routing& r) -> auto& { return (r.*lists).cells.columns_of_image; }));
+      integer(columns, [](Routing& r) -> auto& { return (r.*lists).grid.columns; }),
+      integer(height, [](Routing& r) -> auto& { return (r.*lists).grid.height; }),
+      integer(width, [](Routing& r) -> auto& { return (r.*lists).grid.width; }),
+      integer(rows, [](Routing& r) -> auto& { return (r.*lists).grid.rows_of_image; }),
+      integer(image, [](Routing& r) -> auto& { return (r.*lists).grid.columns_of_image; }));
 }
 
 // Results: where w and row statistics are, slots or tokens.
 constexpr auto kListArguments = arguments(
     in(
-        "rows", [](Routing& r) -> auto& { return r.rows.blocks; }, "B Hq G Nq")
+        "rows", [](Routing& r) -> auto& { return r.rows.entries; }, "B Hq G Nq")
         .index(),
-    in("keys", [](Routing& r) -> auto& { return r.keys.blocks; }, "B Hq G Nk").index().optional());
+    in("keys", [](Routing& r) -> auto& { return r.keys.entries; }, "B Hq G Nk").index().optional());
 constexpr auto kRoutingScalars = std::tuple_cat(
-    cells<&Routing::rows>("row_columns", "row_height", "row_width", "row_image_height",
-                          "row_image_width"),
-    cells<&Routing::keys>("key_columns", "key_height", "key_width", "key_image_height",
-                          "key_image_width"),
+    region_grid<&Routing::rows>("row_columns", "row_height", "row_width", "row_image_height",
+                                "row_image_width"),
+    region_grid<&Routing::keys>("key_columns", "key_height", "key_width", "key_image_height",
+                                "key_image_width"),
     arguments(flag("by_slot", &Routing::by_slot), flag("pad_keys", &Routing::pad_keys),
               flag("mask_self", &Routing::mask_self), number("mean_eps", &Routing::mean_eps)));
 
@@ -61,9 +61,9 @@ void complete(P& p, const Call&) {
 }
 
 void check_lists(const char* which, const Lists& l, int64_t tokens) {
-  const RegionGrid& c = l.cells;
-  check(c.within(tokens), ErrorKind::value, "routing_attention: an image of ", c.rows_of_image,
-        " x ", c.columns_of_image, " tokens in cells of ", c.height, " x ", c.width,
+  const RegionGrid& g = l.grid;
+  check(g.within(tokens), ErrorKind::value, "routing_attention: an image of ", g.rows_of_image,
+        " x ", g.columns_of_image, " tokens in regions of ", g.height, " x ", g.width,
         " does not fit the ", tokens, " tokens of the ", which);
 }
 
@@ -133,7 +133,7 @@ std::string why_not_many(const P& p) {
   const RoutingSizes s = shape_of(p);
   const int64_t slots = max_of(s.row_slots, s.key_slots);
   const int64_t most = max_of(max_of(s.rows, s.keys), s.groups * slots);
-  if (most >= INT32_MAX || max_of(p.rows.cells.count(), s.key_regions) >= INT32_MAX)
+  if (most >= INT32_MAX || max_of(p.rows.grid.count(), s.key_regions) >= INT32_MAX)
     return concat("there are ", most, " tokens or slots, and their numbers have 32 bits");
   return {};
 }

@@ -2,13 +2,12 @@
 // Attention of listed queries to listed keys: the loops of csrc/softmax over index lists.
 //
 // Of every batch entry and query head there are G groups. Group g has a list of rows and a list of
-// keys; each row of the group attends to the group's keys. A list names blocks of n tokens:
+// keys; each row of the group attends to the group's keys. A list names regions of n tokens:
 //
-//   token(slot) = cell(block[slot / n], slot % n)        n = height width tokens of a cell
+//   token(slot) = token slot % n of region[slot / n]        n = height width
 //
-// A cell is a rectangle of an image, cells are counted row by row from the upper left, and tokens
-// of an image likewise. Sequences are images of one row with cells of one token: then a block is a
-// token. A slot beyond the image, or in a block that does not exist, has no token.
+// A region is a rectangle of an image (core/regions.h). Sequences are images of one row, with
+// regions of one token. A slot beyond the image, or in a region that does not exist, has no token.
 //
 //   bi-level routing   groups are regions: rows = the region itself, keys = those the graph lists
 //   k-means routing    groups are clusters: rows and keys are lists of tokens
@@ -33,8 +32,8 @@
 // token is. Rows of tokens in no list are left alone; but where all keys go with one list, cpu
 // clears them (w = 0, row +inf).
 //
-// Symbols beside those of softmax/params.h: G groups, N blocks of a list, n tokens of a block, Wq,
-// Wk slots of a list (N n; without lists Sq, Sk).
+// Symbols beside those of softmax/params.h: G groups, N regions of a list, n tokens of a region,
+// Wq, Wk slots of a list (N n; without lists Sq, Sk).
 #pragma once
 
 #include "softmax/mask.h"
@@ -70,16 +69,16 @@ static_assert(softmax::ScoreKind<SelfScore<softmax::PlainScore>>);
 
 // Lists of rows or of keys: absent, all tokens in their order are the one list.
 struct Lists {
-  Ref<const int64_t, 4> blocks;  // [B, Hq, G, N]; zero strides where lists are shared
-  RegionGrid cells;
+  Ref<const int64_t, 4> entries;  // [B, Hq, G, N] regions; zero strides where lists are shared
+  RegionGrid grid;
 
-  HW_HOST_DEVICE explicit operator bool() const { return static_cast<bool>(blocks); }
-  HW_HOST_DEVICE int64_t slots() const { return blocks.size[3] * cells.size(); }
+  HW_HOST_DEVICE explicit operator bool() const { return static_cast<bool>(entries); }
+  HW_HOST_DEVICE int64_t slots() const { return entries.size[3] * grid.size(); }
   HW_HOST_DEVICE int64_t token(int64_t b, int64_t head, int64_t group, int64_t slot) const {
-    if (!blocks) return slot;
-    if (cells.single()) return cells.token(blocks(b, head, group, slot), 0);
-    const int64_t n = cells.size();
-    return cells.token(blocks(b, head, group, slot / n), slot % n);
+    if (!entries) return slot;
+    if (grid.single()) return grid.token(entries(b, head, group, slot), 0);
+    const int64_t n = grid.size();
+    return grid.token(entries(b, head, group, slot / n), slot % n);
   }
 };
 
@@ -88,7 +87,7 @@ struct Routing {
   bool by_slot, pad_keys, mask_self;
   double mean_eps;
 
-  HW_HOST_DEVICE int64_t groups() const { return rows.blocks.size[2]; }
+  HW_HOST_DEVICE int64_t groups() const { return rows.entries.size[2]; }
 };
 
 // "routing_attention.forward". By slot: o [B, Sq, Hq, Dv] is the mean, w [B, G Wq, Hq, Dv] and row

@@ -70,7 +70,7 @@ class Group {
   int64_t row_slot(int64_t i) const { return now_.rows.slot[i]; }  // in the group
   int64_t result(int64_t i) const { return result_[i]; }
   int64_t key_token(int64_t j) const { return now_.keys.token[j]; }  // -1: a zero key
-  // The token whose row should be on its way while that of i, of j is worked on; -1: none.
+  // The token whose row is prefetched while that of i, of j is worked on; -1: none.
   int64_t row_ahead(int64_t i) const {
     return i + kRowsAhead < rows() ? row_token(i + kRowsAhead) : -1;
   }
@@ -83,24 +83,24 @@ class Group {
     next_.batch = batch, next_.head = head, next_.heads = heads, next_.group = group;
     read(routing_.rows, false, next_.rows);
     read(routing_.keys, routing_.pad_keys, next_.keys);
-    wanted_count_ = 0;
-    wanted_bytes_ = heads * q_.size[3] * static_cast<int64_t>(sizeof(T));
-    want(q_, next_.rows, head);
-    want(k_, next_.keys, key_head(head));
-    want(v_, next_.keys, key_head(head));
-    want(o_, next_.rows, head);
+    ahead_count_ = 0;
+    ahead_bytes_ = heads * q_.size[3] * static_cast<int64_t>(sizeof(T));
+    add_ahead(q_, next_.rows, head);
+    add_ahead(k_, next_.keys, key_head(head));
+    add_ahead(v_, next_.keys, key_head(head));
+    add_ahead(o_, next_.rows, head);
   }
 
-  // A part of what the next group reads and writes, to be asked for while a block of this one is
+  // A part of what the next group reads and writes, to be prefetched while a block of this one is
   // worked on; as many rows a step as get through with the block.
-  HW_NOINLINE Requests requests(int64_t part, int64_t parts) const {
-    const int64_t begin = wanted_count_ * part / parts, end = wanted_count_ * (part + 1) / parts;
+  HW_NOINLINE Prefetches prefetches(int64_t part, int64_t parts) const {
+    const int64_t begin = ahead_count_ * part / parts, end = ahead_count_ * (part + 1) / parts;
     const int64_t width = v_.size[3];
     const int64_t tiles = ceil_div<int64_t>(key_count(), softmax::kKeys);
     const int64_t rows_of_products =
         in_place_ ? 2 * std::min<int64_t>(rows(), kRows) : softmax::kKeys + width;
     const int64_t steps = tiles * ceil_div<int64_t>(rows_of_products, kTileRows);
-    return {wanted_ + begin, end - begin, wanted_bytes_,
+    return {ahead_ + begin, end - begin, ahead_bytes_,
             ceil_div(end - begin, std::max<int64_t>(steps, 1))};
   }
 
@@ -141,7 +141,7 @@ class Group {
       members->keys = {l.take<int64_t>(most_keys_), l.take<int64_t>(most_keys_), 0};
     }
     result_ = l.take<int64_t>(most_rows_);
-    wanted_ = l.take<const char*>(2 * (most_rows_ + most_keys_));
+    ahead_ = l.take<const char*>(2 * (most_rows_ + most_keys_));
     order_ = l.take<Listed>(std::max(most_rows_, most_keys_));
     seen_ = l.take<Range>(most_rows_);
     self_ = l.take<Range>(most_rows_);
@@ -174,17 +174,17 @@ class Group {
       sorted &= count == 0 || to.token[count - 1] <= token;
       ++count;
     };
-    for (int64_t b = 0; b < lists.blocks.size[3]; ++b)
-      lists.cells.each_token(lists.blocks(next_.batch, next_.head, next_.group, b), take);
+    for (int64_t b = 0; b < lists.entries.size[3]; ++b)
+      lists.grid.each_token(lists.entries(next_.batch, next_.head, next_.group, b), take);
     to.count = count;
     if (ordered_ && !sorted) sort(to);
   }
 
-  HW_NOINLINE void want(const Ref<const T, 4>& x, const List& list, int head) {
+  HW_NOINLINE void add_ahead(const Ref<const T, 4>& x, const List& list, int head) {
     if (!x || x.stride[3] != 1) return;
     for (int64_t row = 0; row < list.count; ++row)
       if (list.token[row] >= 0)
-        wanted_[wanted_count_++] =
+        ahead_[ahead_count_++] =
             reinterpret_cast<const char*>(x.at(next_.batch, list.token[row], head));
   }
 
@@ -255,8 +255,8 @@ class Group {
     List rows, keys;
   };
   Members now_{}, next_{};
-  const char** wanted_ = nullptr;  // rows of the next group
-  int64_t wanted_count_ = 0, wanted_bytes_ = 0;
+  const char** ahead_ = nullptr;  // rows of the next group
+  int64_t ahead_count_ = 0, ahead_bytes_ = 0;
   ListSource source_;
   ListSource::WorkItem item_{};  // of any head
   int64_t* result_ = nullptr;    // [rows] where results of a row lie

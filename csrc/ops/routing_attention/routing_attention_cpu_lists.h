@@ -23,7 +23,7 @@ namespace hw::routing_attention {
 namespace {
 
 constexpr int64_t kRowsOfTask = 512;  // groups that a forward thread takes have as many together
-constexpr int64_t kFarSlots = 2048;   // rows and keys of longer lists need not be asked for ahead
+constexpr int64_t kFarSlots = 2048;   // rows and keys of longer lists need no prefetches
 constexpr int64_t kFewHeads = 8;      // fewer key heads than this: cut the groups into parts
 
 template <class T>
@@ -37,74 +37,74 @@ class GroupsForward {
         threads_(threads),
         groups_(p.groups()),
         heads_(p.query_heads()),
-        heads_at_once_(heads_of_visit()),
-        pieces_(ceil_div(heads_, heads_at_once_)),
-        apart_(p.batch() * heads_ * blocks_of_call() < softmax::kFewTasks &&
-               p.keys.slots() >= 2 * softmax::kSpanTokens),
-        in_place_(apart_ || (AlongKeys::reads_anywhere(p.k.as<const T>()) &&
-                             AlongKeys::reads_anywhere(p.v.as<const T>()) &&
-                             AlongKeys::serves(p, std::min<int64_t>(p.rows.slots(), kRows),
-                                               p.keys.slots()))) {}
+        heads_at_once_(heads_of_task()),
+        head_parts_(ceil_div(heads_, heads_at_once_)),
+        span_tasks_(p.batch() * heads_ * blocks_of_call() < softmax::kFewTasks &&
+                    p.keys.slots() >= 2 * softmax::kSpanTokens),
+        in_place_(span_tasks_ || (AlongKeys::reads_anywhere(p.k.as<const T>()) &&
+                                  AlongKeys::reads_anywhere(p.v.as<const T>()) &&
+                                  AlongKeys::serves(p, std::min<int64_t>(p.rows.slots(), kRows),
+                                                    p.keys.slots()))) {}
 
   void run() {
-    parallel_walks(p_.batch() * groups_ * pieces_, together(p_.rows.slots() * heads_at_once_),
-                   apart_ ? 1 : threads_, [&](auto next) { walk(next); });
+    parallel_walks(p_.batch() * groups_ * head_parts_, at_once(p_.rows.slots() * heads_at_once_),
+                   span_tasks_ ? 1 : threads_, [&](auto next) { walk(next); });
   }
 
  private:
   // Blocks of rows of a head.
   int64_t blocks_of_call() const { return groups_ * ceil_div<int64_t>(p_.rows.slots(), kRows); }
 
-  // Parts of so many rows that a thread takes together.
-  static int64_t together(int64_t rows) {
+  // Tasks, or heads, of so many rows that a thread takes at once.
+  static int64_t at_once(int64_t rows) {
     return std::max<int64_t>(kRowsOfTask / std::max<int64_t>(rows, 1), 1);
   }
 
   // Heads that have their lists in common are loaded together: their rows are neighbours in memory.
-  int64_t heads_of_visit() const {
-    const bool common = p_.rows.blocks.stride[1] == 0 && p_.keys.blocks.stride[1] == 0;
-    const int64_t heads = std::min(together(p_.rows.slots()), std::max<int64_t>(heads_, 1));
+  int64_t heads_of_task() const {
+    const bool common = p_.rows.entries.stride[1] == 0 && p_.keys.entries.stride[1] == 0;
+    const int64_t heads = std::min(at_once(p_.rows.slots()), std::max<int64_t>(heads_, 1));
     return common && heads % p_.group() == 0 ? heads : 1;
   }
 
-  // A visit: a group of some heads. Those of other heads come next, for their rows lie next.
-  void look_up(int64_t visit, Group<T>& group) const {
-    const int64_t head = visit % pieces_ * heads_at_once_;
-    group.look_up(visit / pieces_ / groups_, static_cast<int>(head),
+  // A task: a group of some heads. Those of other heads come next, for their rows lie next.
+  void look_up(int64_t task, Group<T>& group) const {
+    const int64_t head = task % head_parts_ * heads_at_once_;
+    group.look_up(task / head_parts_ / groups_, static_cast<int>(head),
                   static_cast<int>(std::min(heads_at_once_, heads_ - head)),
-                  visit / pieces_ % groups_);
+                  task / head_parts_ % groups_);
   }
 
   template <class Next>
   HW_NOINLINE void walk(Next next) const {
     Group<T> group(p_, static_cast<int>(heads_at_once_), in_place_);
-    // `moves`: the heads whose keys lie in the group's memory change from visit to visit.
+    // `moves`: the heads whose keys lie in the group's memory change from task to task.
     std::optional<Pass> pass;
-    const bool moves = pieces_ > 1 && heads_at_once_ > 1 && !in_place_;
-    int64_t visit = next();
-    if (visit < 0) return;
-    look_up(visit, group);
-    while (visit >= 0) {
+    const bool moves = head_parts_ > 1 && heads_at_once_ > 1 && !in_place_;
+    int64_t task = next();
+    if (task < 0) return;
+    look_up(task, group);
+    while (task >= 0) {
       group.enter();
-      visit = next();
-      if (visit >= 0) look_up(visit, group);
+      task = next();
+      if (task >= 0) look_up(task, group);
       if (!pass || moves) pass.emplace(engine_params(group), threads_, groups_, score_of(p_));
-      attend(group, *pass, visit >= 0 && p_.rows.slots() + p_.keys.slots() <= kFarSlots);
+      attend(group, *pass, task >= 0 && p_.rows.slots() + p_.keys.slots() <= kFarSlots);
     }
   }
 
-  // The group's rows; `more`: memory is asked for the next group's meanwhile.
+  // The group's rows; `more`: the next group's are prefetched on the way.
   HW_NOINLINE void attend(const Group<T>& group, Pass& pass, bool more) const {
     const int64_t blocks = ceil_div<int64_t>(group.rows(), kRows), all = group.heads() * blocks;
     for (int h = 0; h < group.heads(); ++h) {
       const int head = group.first_head() + h;
       if (p_.by_slot && group.rows() < p_.rows.slots())
         clear_slots(group.batch(), head, group.number());
-      for (int64_t b = 0; b < blocks && !apart_; ++b)
+      for (int64_t b = 0; b < blocks && !span_tasks_; ++b)
         pass.run_block(group.block(b * kRows, head),
-                       more ? group.requests(h * blocks + b, all) : Requests{});
+                       more ? group.prefetches(h * blocks + b, all) : Prefetches{});
     }
-    if (!apart_ || all == 0) return;
+    if (!span_tasks_ || all == 0) return;
     const auto block = [&](int64_t i) {
       return group.block(i % blocks * kRows, group.first_head() + static_cast<int>(i / blocks));
     };
@@ -134,9 +134,9 @@ class GroupsForward {
 
   const ForwardParams& p_;
   const int threads_;
-  const int64_t groups_, heads_, heads_at_once_, pieces_;  // pieces: of all heads
-  const bool apart_;     // spans of the keys of a group are tasks, for there are few others
-  const bool in_place_;  // keys are read where they lie
+  const int64_t groups_, heads_, heads_at_once_, head_parts_;
+  const bool span_tasks_;  // of the keys of a group, for there are few other tasks
+  const bool in_place_;    // keys are read where they lie
 };
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class TokenSums {
     for (int64_t i = 0; i < to_.size[1]; ++i)
       if (!given_[i]) std::fill_n(at_ + i * ld_, padded_, A(0));
   }
-  // Asks for the row of a token, if it is one.
+  // Of a token, if it is one.
   void prefetch(int64_t token) const {
     if (token >= 0)
       hw::prefetch<true>(at_ + token * ld_, padded_ * static_cast<int64_t>(sizeof(A)));
@@ -226,25 +226,25 @@ class GroupsBackward {
         heads_(p.key_heads()),
         group_(p.group()),
         groups_(p.groups()),
-        pairs_(p.batch() * heads_) {
+        batch_heads_(p.batch() * heads_) {
     if (heads_ > 0 && heads_ < kFewHeads)
       parts_ = std::max<int64_t>(1, std::min(ceil_div<int64_t>(kFewHeads, heads_), groups_));
-    apart_ = parts_ > 1 && pairs_ < kFewHeads;
-    in_place_ = !apart_ && TokenSums<T>::in_place(p.d_q) && TokenSums<T>::in_place(p.d_k) &&
+    split_ = parts_ > 1 && batch_heads_ < kFewHeads;
+    in_place_ = !split_ && TokenSums<T>::in_place(p.d_q) && TokenSums<T>::in_place(p.d_k) &&
                 TokenSums<T>::in_place(p.d_v);
   }
 
   void run() {
-    if (!apart_) {
-      parallel_tasks(pairs_, threads_, [&](int64_t pair) { work(pair); });
+    if (!split_) {
+      parallel_tasks(batch_heads_, threads_, [&](int64_t batch_head) { work(batch_head); });
       return;
     }
-    memory_.reserve(pairs_ * parts_ * sums_size() * static_cast<int64_t>(sizeof(A)));
-    parallel_tasks(pairs_ * parts_, threads_, [&](int64_t task) {
+    memory_.reserve(batch_heads_ * parts_ * sums_size() * static_cast<int64_t>(sizeof(A)));
+    parallel_tasks(batch_heads_ * parts_, threads_, [&](int64_t task) {
       A* base = reinterpret_cast<A*>(memory_.data()) + task * this->sums_size();
       add_groups(task / parts_, task % parts_, base);
     });
-    parallel_tasks(pairs_, threads_, [&](int64_t pair) { add_parts(pair); });
+    parallel_tasks(batch_heads_, threads_, [&](int64_t batch_head) { add_parts(batch_head); });
   }
 
  private:
@@ -252,15 +252,15 @@ class GroupsBackward {
   struct Sums {
     TokenSums<T> d_k, d_v;
     GroupsBackward* pass;
-    int64_t pair;
+    int64_t batch_head;
     A* d_q_sums;
     bool* given;  // [S], those of d_q
 
     TokenSums<T> d_q(int h) const {
       const Ref<void, 4>& to = pass->p_.d_q;
       A* base = d_q_sums == nullptr ? nullptr : d_q_sums + h * TokenSums<T>::sums_size(to);
-      const int64_t head = pair % pass->heads_ * pass->group_ + h;
-      return {to, pair / pass->heads_, static_cast<int>(head), base, given};
+      const int64_t head = batch_head % pass->heads_ * pass->group_ + h;
+      return {to, batch_head / pass->heads_, static_cast<int>(head), base, given};
     }
   };
 
@@ -270,9 +270,9 @@ class GroupsBackward {
   }
 
   // `given`: memory for marks of the tokens, [2 Sk + Sq]; null for what has come to its end.
-  HW_NOINLINE Sums sums_of(int64_t pair, A* base, bool* given) {
-    const int64_t batch = pair / heads_;
-    const int head = static_cast<int>(pair % heads_);
+  HW_NOINLINE Sums sums_of(int64_t batch_head, A* base, bool* given) {
+    const int64_t batch = batch_head / heads_;
+    const int head = static_cast<int>(batch_head % heads_);
     A* d_v = base == nullptr ? nullptr : base + TokenSums<T>::sums_size(p_.d_k);
     A* d_q = base == nullptr ? nullptr : d_v + TokenSums<T>::sums_size(p_.d_v);
     bool *of_d_v = given, *of_d_q = given;
@@ -280,49 +280,49 @@ class GroupsBackward {
     return {{p_.d_k, batch, head, base, given},
             {p_.d_v, batch, head, d_v, of_d_v},
             this,
-            pair,
+            batch_head,
             d_q,
             of_d_q};
   }
 
   // A key head whose parts are worked on one after another.
-  void work(int64_t pair) {
+  void work(int64_t batch_head) {
     Buffer memory;
     const int64_t copies = (in_place_ ? 0 : 1) + (parts_ > 1 ? 1 : 0);
     if (copies > 0) memory.reserve(copies * sums_size() * static_cast<int64_t>(sizeof(A)));
     A* base = in_place_ ? nullptr : reinterpret_cast<A*>(memory.data());
     A* more = reinterpret_cast<A*>(memory.data()) + (in_place_ ? 0 : this->sums_size());
-    const Sums whole = add_groups(pair, 0, base);
-    for (int64_t part = 1; part < parts_; ++part) add(whole, add_groups(pair, part, more));
+    const Sums whole = add_groups(batch_head, 0, base);
+    for (int64_t part = 1; part < parts_; ++part) add(whole, add_groups(batch_head, part, more));
     write(whole);
   }
 
   // Sums over a part of the groups, complete.
-  HW_NOINLINE Sums add_groups(int64_t pair, int64_t part, A* base) {
+  HW_NOINLINE Sums add_groups(int64_t batch_head, int64_t part, A* base) {
     Buffer marks;
     marks.reserve(2 * p_.k.size[1] + p_.q.size[1]);
-    Sums sums = sums_of(pair, base, reinterpret_cast<bool*>(marks.data()));
+    Sums sums = sums_of(batch_head, base, reinterpret_cast<bool*>(marks.data()));
     sums.d_k.begin();
     sums.d_v.begin();
     Groups groups(*this);
     for (int h = 0; h < group_; ++h) {
       TokenSums<T> d_q = sums.d_q(h);
       d_q.begin();
-      const int head = static_cast<int>(pair % heads_) * group_ + h;
+      const int head = static_cast<int>(batch_head % heads_) * group_ + h;
       for (int64_t g = groups_ * part / parts_; g < groups_ * (part + 1) / parts_; ++g)
-        groups.add(pair / heads_, head, g, d_q, sums.d_k, sums.d_v);
+        groups.add(batch_head / heads_, head, g, d_q, sums.d_k, sums.d_v);
       d_q.end();
     }
     sums.d_k.end();
     sums.d_v.end();
-    return sums_of(pair, base, nullptr);
+    return sums_of(batch_head, base, nullptr);
   }
 
-  HW_NOINLINE void add_parts(int64_t pair) {
-    A* part_sums = reinterpret_cast<A*>(memory_.data()) + pair * parts_ * sums_size();
-    const Sums whole = sums_of(pair, part_sums, nullptr);
+  HW_NOINLINE void add_parts(int64_t batch_head) {
+    A* part_sums = reinterpret_cast<A*>(memory_.data()) + batch_head * parts_ * sums_size();
+    const Sums whole = sums_of(batch_head, part_sums, nullptr);
     for (int64_t part = 1; part < parts_; ++part)
-      add(whole, sums_of(pair, part_sums + part * sums_size(), nullptr));
+      add(whole, sums_of(batch_head, part_sums + part * sums_size(), nullptr));
     write(whole);
   }
 
@@ -338,13 +338,14 @@ class GroupsBackward {
     for (int h = 0; h < group_; ++h) {
       const TokenSums<T> d_q = sums.d_q(h);
       if (p_.row_temperature)
-        temper(d_q, sums.pair / heads_, static_cast<int>(sums.pair % heads_) * group_ + h);
+        apply_temperature(d_q, sums.batch_head / heads_,
+                          static_cast<int>(sums.batch_head % heads_) * group_ + h);
       d_q.write();
     }
   }
 
   // From d_q without tau: d_tau_i = <d_q_i, q_i>, then d_q_i times tau_i.
-  HW_NOINLINE void temper(const TokenSums<T>& d_q, int64_t batch, int head) const {
+  HW_NOINLINE void apply_temperature(const TokenSums<T>& d_q, int64_t batch, int head) const {
     const Ref<const T, 4> q = p_.q.template as<const T>();
     const Ref<const A, 3> tau = p_.row_temperature.template as<const A>();
     const Ref<A, 3> d_tau = p_.d_row_temperature.template as<A>();
@@ -364,7 +365,7 @@ class GroupsBackward {
 
   // The walk over groups, and the gradients of one group's keys.
   class Groups {
-    using Walk = softmax::BlockGradients<T, ListSource, ListScore>;
+    using Gradients = softmax::BlockGradients<T, ListSource, ListScore>;
 
    public:
     HW_NOINLINE explicit Groups(const GroupsBackward& pass)
@@ -374,7 +375,7 @@ class GroupsBackward {
           padded_values_(TokenSums<T>::padded(p_.d_v)),
           engine_(engine_params()),
           factor_(p_.factor.template as<const A>()),
-          walk_(engine_, score_of(p_)) {}
+          gradients_(engine_, score_of(p_)) {}
 
     HW_NOINLINE void add(int64_t batch, int head, int64_t g, TokenSums<T>& d_q, TokenSums<T>& d_k,
                          TokenSums<T>& d_v) {
@@ -388,10 +389,10 @@ class GroupsBackward {
       const softmax::KeySums<A> sums{d_k_, d_v_, padded_, padded_values_, false};
       for (int64_t begin = 0; begin < group_.rows(); begin += kRows) {
         const Block block = group_.block(begin, head);
-        walk_.block(block, {0, keys}, sums);
+        gradients_.add(block, {0, keys}, sums);
         for (int i = 0; i < block.count(); ++i) {
           d_q.prefetch(group_.row_ahead(begin + i));
-          d_q.add(block.token(i), walk_.d_q() + i * padded_, scale);
+          d_q.add(block.token(i), gradients_.d_q() + i * padded_, scale);
         }
       }
       for (int64_t j = 0; j < keys; ++j) {
@@ -422,7 +423,7 @@ class GroupsBackward {
         e.delta.data = delta_;  // of any batch entry and head
         e.delta.stride[2] = 1;
       }
-      Scratch::of_thread().reset(Walk::bytes(e));
+      Scratch::of_thread().reset(Gradients::bytes(e));
       return e;
     }
 
@@ -450,15 +451,15 @@ class GroupsBackward {
     A* delta_;               // [G Wq], by slot
     const softmax::BackwardParams engine_;
     const Ref<const A, 3> factor_;
-    Walk walk_;
+    Gradients gradients_;
   };
 
   const BackwardParams& p_;
   const int threads_;
   const int heads_, group_;  // key heads; query heads that share one
-  const int64_t groups_, pairs_;
+  const int64_t groups_, batch_heads_;
   int64_t parts_ = 1;
-  bool apart_ = false;  // parts are tasks of their own
+  bool split_ = false;  // parts are tasks of their own
   bool in_place_;
   Buffer memory_;  // sums of the parts of all tasks, if there are parts
 };

@@ -21,8 +21,8 @@ class Mean {
   Mean(const ForwardParams& p, int threads) : p_(p), threads_(threads) {}
 
   void run() const {
-    parallel_tasks(p_.batch() * p_.query_heads(), threads_, [&](int64_t pair) {
-      average(pair / p_.query_heads(), static_cast<int>(pair % p_.query_heads()));
+    parallel_tasks(p_.batch() * p_.query_heads(), threads_, [&](int64_t batch_head) {
+      average(batch_head / p_.query_heads(), static_cast<int>(batch_head % p_.query_heads()));
     });
   }
 

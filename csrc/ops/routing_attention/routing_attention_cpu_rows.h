@@ -24,19 +24,20 @@ class SortedRows {
         batch_(p.batch()),
         tokens_(p.q.size[1]),
         threads_(threads) {
-    const int64_t pairs = batch_ * heads_;
-    rows_.reserve((pairs * most_ + pairs) * static_cast<int64_t>(sizeof(int64_t)));
-    counts_ = reinterpret_cast<int64_t*>(rows_.data()) + pairs * most_;
-    parallel_tasks(pairs, threads, [&](int64_t pair) {
-      int64_t* rows = reinterpret_cast<int64_t*>(rows_.data()) + pair * most_;
+    const int64_t batch_heads = batch_ * heads_;
+    rows_.reserve((batch_heads * most_ + batch_heads) * static_cast<int64_t>(sizeof(int64_t)));
+    counts_ = reinterpret_cast<int64_t*>(rows_.data()) + batch_heads * most_;
+    parallel_tasks(batch_heads, threads, [&](int64_t batch_head) {
+      int64_t* rows = reinterpret_cast<int64_t*>(rows_.data()) + batch_head * most_;
       int64_t n = 0;
       const auto take = [&](int64_t token) {
         if (token >= 0) rows[n++] = token;
       };
-      for (int64_t i = 0; i < p.rows.blocks.size[3]; ++i)
-        p.rows.cells.each_token(p.rows.blocks(pair / heads_, pair % heads_, 0, i), take);
+      for (int64_t i = 0; i < p.rows.entries.size[3]; ++i)
+        p.rows.grid.each_token(p.rows.entries(batch_head / heads_, batch_head % heads_, 0, i),
+                               take);
       if (!std::is_sorted(rows, rows + n)) std::sort(rows, rows + n);
-      counts_[pair] = n;
+      counts_[batch_head] = n;
     });
   }
 

@@ -71,9 +71,9 @@ void query_gradients(const BackwardParams& b, const Context& context) {
 
 // d_k and d_v, of slots or spans, in the accumulation type.
 template <class Element>
-void key_gradients_apart(GradParams<Element, SpanSource>& p, int64_t sequences,
-                         const Context& context) {
-  p.wide_keys = p.keys_apart = p.source.keys_apart = true;
+void key_gradients_by_slot(GradParams<Element, SpanSource>& p, int64_t sequences,
+                           const Context& context) {
+  p.wide_keys = p.keys_per_query_head = p.source.keys_by_slot = true;
   describe_tensors(p);
   run_key_grad(p, sequences, context);
 }
@@ -90,9 +90,9 @@ void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Ele
 
   BackwardParams of_slots = b;
   of_slots.delta = {memory.delta, {batch, heads, slots}, {heads * slots, slots, 1}};
-  const auto d_q = place_array(memory.d_q, batch, slots, heads, b.dim());
-  const auto d_k = place_array(memory.d_k, batch, key_slots, heads, b.dim());
-  const auto d_v = place_array(memory.d_v, batch, key_slots, heads, b.value_dim());
+  const auto d_q = array_of_rows(memory.d_q, batch, slots, heads, b.dim());
+  const auto d_k = array_of_rows(memory.d_k, batch, key_slots, heads, b.dim());
+  const auto d_v = array_of_rows(memory.d_v, batch, key_slots, heads, b.value_dim());
   of_slots.d_q = d_q.template as<void>(), of_slots.d_k = d_k.template as<void>();
   if (b.d_v) of_slots.d_v = d_v.template as<void>();
   if (b.d_row_temperature)
@@ -100,7 +100,7 @@ void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Ele
         memory.d_row_temperature, {batch, slots, heads}, {slots * heads, heads, 1}};
   query_gradients<Element>(of_slots, context);
   auto p = params_of<Element, SpanSource>(of_slots);
-  key_gradients_apart(p, batch * b.groups(), context);
+  key_gradients_by_slot(p, batch * b.groups(), context);
 
   sum_slots<Element>(rows, d_q, b.d_q, context);
   sum_slots<Element>(keys, d_k, b.d_k, context);
@@ -112,24 +112,24 @@ void backward_by_slot(const BackwardParams& b, const BackwardWorkspace<Accum<Ele
 template <class Element>
 void backward_by_region(const BackwardParams& b, const BackwardWorkspace<Accum<Element>>& memory,
                         const Context& context) {
-  const int64_t batch = b.batch(), heads = b.query_heads(), cell = b.keys.cells.size();
+  const int64_t batch = b.batch(), heads = b.query_heads(), size = b.keys.grid.size();
   const Regions regions = index_regions(b.keys, memory.regions, context);
   query_gradients<Element>(b, context);
 
-  const auto d_k = place_array(memory.d_k, batch, regions.spans * cell, heads, b.dim());
-  const auto d_v = place_array(memory.d_v, batch, regions.spans * cell, heads, b.value_dim());
+  const auto d_k = array_of_rows(memory.d_k, batch, regions.spans * size, heads, b.dim());
+  const auto d_v = array_of_rows(memory.d_v, batch, regions.spans * size, heads, b.value_dim());
   auto p = params_of<Element, SpanSource>(b);
   p.b.d_k = d_k.template as<void>();
   if (b.d_v) p.b.d_v = d_v.template as<void>();
-  p.b.max_k = cell;
+  p.b.max_k = size;
   p.source.regions = regions;
   p.source.by_span = true;
-  p.source.blocks_of_list = static_cast<int>(b.keys.blocks.size[3]);
-  p.source.cell = static_cast<int>(cell);
-  key_gradients_apart(p, batch * regions.spans, context);
+  p.source.entries_of_list = static_cast<int>(b.keys.entries.size[3]);
+  p.source.region_size = static_cast<int>(size);
+  key_gradients_by_slot(p, batch * regions.spans, context);
 
-  sum_spans<Element>(regions, b.keys.cells, d_k, b.d_k, context);
-  if (b.d_v) sum_spans<Element>(regions, b.keys.cells, d_v, b.d_v, context);
+  sum_spans<Element>(regions, b.keys.grid, d_k, b.d_k, context);
+  if (b.d_v) sum_spans<Element>(regions, b.keys.grid, d_v, b.d_v, context);
 }
 
 // Listed rows and all keys: every gradient per token.

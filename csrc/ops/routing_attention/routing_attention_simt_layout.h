@@ -29,9 +29,9 @@ namespace hw::routing_attention {
 
 // Sizes of a call.
 struct RoutingSizes {
-  int64_t batch, heads, rows, keys, dim, value_dim;  // rows, keys: tokens
-  int64_t groups, row_slots, key_slots;              // slots of a list: Wq, Wk
-  int64_t key_blocks, key_cell, key_regions;         // N, n and R of the keys
+  int64_t batch, heads, rows, keys, dim, value_dim;   // rows, keys: tokens
+  int64_t groups, row_slots, key_slots;               // slots of a list: Wq, Wk
+  int64_t key_entries, key_region_size, key_regions;  // N, n and R of the keys
   bool keys_listed, by_slot;
   bool d_row_temperature;  // wanted
 };
@@ -45,17 +45,17 @@ RoutingSizes shape_of(const Params& p) {
   if constexpr (requires { p.d_row_temperature; }) s.d_row_temperature = bool(p.d_row_temperature);
   s.groups = p.groups();
   s.row_slots = p.rows.slots();
-  s.key_blocks = s.keys_listed ? p.keys.blocks.size[3] : 0;
-  s.key_cell = p.keys.cells.size();
-  s.key_slots = s.keys_listed ? s.key_blocks * s.key_cell : s.keys;
-  s.key_regions = s.keys_listed ? p.keys.cells.count() : 0;
+  s.key_entries = s.keys_listed ? p.keys.entries.size[3] : 0;
+  s.key_region_size = p.keys.grid.size();
+  s.key_slots = s.keys_listed ? s.key_entries * s.key_region_size : s.keys;
+  s.key_regions = s.keys_listed ? p.keys.grid.count() : 0;
   return s;
 }
 
 // ---- Key regions and who lists them -------------------------------------------------------------
 
 // Lists are those of the Csr: one per (batch entry, head), or shared. Of a list: item i of the Csr
-// is block i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of
+// is entry i % N of group i / N; span t is the listings [begin[r] + P (t - first[r]), + P) of
 // region r = region[t], as far as it has any.
 struct Regions {
   Csr listed;                 // buckets are regions
@@ -69,7 +69,7 @@ struct Regions {
   }
   HW_HOST_DEVICE int32_t* regions_of(int64_t list) const { return region + list * spans; }
 
-  // Listings of span t of a list, as a range of the Csr's places; empty where there is none.
+  // Listings of span t of a list, as a range of the Csr's items; empty where there is none.
   HW_HOST_DEVICE Range listings(int64_t list, int64_t t) const {
     const int64_t r = regions_of(list)[t];
     if (r < 0) return {0, 0};
@@ -81,7 +81,7 @@ struct Regions {
 
 inline Regions regions_in(Arena& arena, const RoutingSizes& s) {
   Regions r;
-  const int64_t items = s.groups * s.key_blocks, regions = s.key_regions;
+  const int64_t items = s.groups * s.key_entries, regions = s.key_regions;
   r.listed = csr_in(arena, s.batch, s.heads, regions, items);
   r.most = max_of<int64_t>(ceil_div<int64_t>(2 * items, max_of<int64_t>(regions, 1)), 1);
   r.spans = regions + items / r.most;
@@ -116,20 +116,20 @@ struct BackwardWorkspace {
 template <class A>
 BackwardWorkspace<A> backward_workspace(Arena& arena, const RoutingSizes& s) {
   BackwardWorkspace<A> w;
-  int64_t places = 0;  // of d_k and d_v
+  int64_t key_rows = 0;  // of d_k and d_v
   if (s.by_slot) {
     const int64_t slots = s.groups * s.row_slots;
-    places = s.groups * s.key_slots;
+    key_rows = s.groups * s.key_slots;
     w.rows = csr_in(arena, s.batch, s.heads, s.rows, slots);
-    w.keys = csr_in(arena, s.batch, s.heads, s.keys, places);
+    w.keys = csr_in(arena, s.batch, s.heads, s.keys, key_rows);
     w.delta = arena.take<A>(s.batch * s.heads * slots);
     w.d_q = arena.take<A>(s.batch * slots * s.heads * s.dim);
   } else if (s.keys_listed) {
     w.regions = regions_in(arena, s);
-    places = w.regions.spans * s.key_cell;
+    key_rows = w.regions.spans * s.key_region_size;
   }
-  w.d_k = arena.take<A>(s.batch * places * s.heads * s.dim);
-  w.d_v = arena.take<A>(s.batch * places * s.heads * s.value_dim);
+  w.d_k = arena.take<A>(s.batch * key_rows * s.heads * s.dim);
+  w.d_v = arena.take<A>(s.batch * key_rows * s.heads * s.value_dim);
   if (s.by_slot && s.d_row_temperature)
     w.d_row_temperature = arena.take<A>(s.batch * s.groups * s.row_slots * s.heads);
   return w;

@@ -13,7 +13,7 @@
 // Sums run in order of head, then slot or span: the same bits at every call. A warp has a row of
 // the result, lanes are columns, so that rows of slots are read whole. Each slot is read once.
 //
-// Symbols are those of routing_attention.h; T spans, n tokens of a cell of keys.
+// Symbols are those of routing_attention.h; T spans, n tokens of a region of keys.
 #pragma once
 
 #include <cstring>
@@ -34,9 +34,9 @@ inline constexpr int kSlotThreads = 256, kSlotWarps = kSlotThreads / dev::kWarp;
 
 // Where lists are the same for all batch entries or heads, one Csr serves them.
 template <class T>
-Csr shared_where(Csr csr, const Ref<T, 4>& blocks) {
-  if (blocks.stride[0] == 0) csr.batches = 1;
-  if (blocks.stride[1] == 0) csr.heads = 1;
+Csr shared_where(Csr csr, const Ref<T, 4>& entries) {
+  if (entries.stride[0] == 0) csr.batches = 1;
+  if (entries.stride[1] == 0) csr.heads = 1;
   return csr;
 }
 
@@ -49,17 +49,17 @@ struct TokenOfSlot {
   }
 };
 
-// The block of item i = g N + n.
-struct BlockOfItem {
-  Ref<const int64_t, 4> blocks;  // [B, Hq, G, N]
+// The region of item i = g N + n.
+struct RegionOfItem {
+  Ref<const int64_t, 4> entries;  // [B, Hq, G, N]
   HW_DEVICE HW_INLINE int64_t operator()(int64_t b, int64_t head, int64_t i) const {
-    return blocks(b, head, i / blocks.size[3], i % blocks.size[3]);
+    return entries(b, head, i / entries.size[3], i % entries.size[3]);
   }
 };
 
 // Slots i = g W + slot of every token, in order. Returns the Csr as it is to be read.
 inline Csr index_tokens(const Lists& lists, const Csr& memory, const Context& context) {
-  const Csr csr = shared_where(memory, lists.blocks);
+  const Csr csr = shared_where(memory, lists.entries);
   make_csr(TokenOfSlot{lists}, csr, context);
   return csr;
 }
@@ -110,57 +110,58 @@ struct SpansKernel {
 // Who lists each key region, and the spans. Returns the Regions as they are to be read.
 inline Regions index_regions(const Lists& keys, const Regions& memory, const Context& context) {
   Regions r = memory;
-  r.listed = shared_where(memory.listed, keys.blocks);
-  make_csr(BlockOfItem{keys.blocks}, r.listed, context);
+  r.listed = shared_where(memory.listed, keys.entries);
+  make_csr(RegionOfItem{keys.entries}, r.listed, context);
   launch<SpansKernel>({r.listed.lists(), 1, 1}, sizeof(SpansKernel::Smem), context, r);
   return r;
 }
 
 // ---- Sums ---------------------------------------------------------------------------------------
 
-// Where a token stands in lists: place(i) for i in [begin, end).
+// The rows of an array by slot or span that are of one token: row(i) for i in [begin, end).
 //
-// The slots of a token.
+// By slot.
 struct SlotsOfToken {
   Csr csr;
-  struct Places {
+  struct Rows {
     const int32_t* item;
     int32_t begin, end;
-    HW_DEVICE HW_INLINE int64_t place(int32_t i) const { return item[i]; }
+    HW_DEVICE HW_INLINE int64_t row(int32_t i) const { return item[i]; }
   };
-  HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
+  HW_DEVICE HW_INLINE Rows of(int64_t b, int64_t head, int64_t token) const {
     const int64_t list = csr.list(b, head);
     const int32_t* begin = csr.begin_of(list) + token;
     return {csr.items_of(list), begin[0], begin[1]};
   }
 };
 
-// The places t n + (place in the cell) of a key in the spans t of its region.
+// By span: a key has row t n + its number in the region, of each span t of that.
 struct SpansOfToken {
   Regions regions;
-  RegionGrid cells;
-  struct Places {
-    int64_t cell, in_cell;
+  RegionGrid grid;
+  struct Rows {
+    int64_t size, in_region;
     int32_t begin, end;
-    HW_DEVICE HW_INLINE int64_t place(int32_t span) const { return span * cell + in_cell; }
+    HW_DEVICE HW_INLINE int64_t row(int32_t span) const { return span * size + in_region; }
   };
-  HW_DEVICE HW_INLINE Places of(int64_t b, int64_t head, int64_t token) const {
-    const int64_t y = token / cells.columns_of_image, x = token % cells.columns_of_image;
-    const int64_t region = y / cells.height * cells.columns + x / cells.width;
-    const int64_t in_cell = y % cells.height * cells.width + x % cells.width;
+  HW_DEVICE HW_INLINE Rows of(int64_t b, int64_t head, int64_t token) const {
+    const int64_t y = token / grid.columns_of_image, x = token % grid.columns_of_image;
+    const int64_t region = y / grid.height * grid.columns + x / grid.width;
+    const int64_t in_region = y % grid.height * grid.width + x % grid.width;
     const int32_t* first = regions.first_of(regions.listed.list(b, head)) + region;
-    return {cells.size(), in_cell, first[0], first[1]};
+    return {grid.size(), in_region, first[0], first[1]};
   }
 };
 
-// to[b, i, h] = sum over the query heads of h, over the places of token i. A warp per row.
-template <class In, class Out, class Places>
+// to[b, i, h] = sum over the query heads of h, over the rows of `from` that are of token i. A warp
+// per row of `to`.
+template <class In, class Out, class RowsOfToken>
 struct SumKernel {
   using A = Accum<Out>;
   static constexpr int kThreads = kSlotThreads, kMinBlocks = 4;  // it waits for memory
   struct Params {
-    Places places;
-    Ref<const In, 4> from;  // [B, places, Hq, width]
+    RowsOfToken rows;
+    Ref<const In, 4> from;  // [B, slots or rows of spans, Hq, width]
     Ref<Out, 4> to;         // [B, S, H, width]
     int64_t share;          // query heads of a head
     bool mean;              // divide by their number + eps
@@ -181,11 +182,11 @@ struct SumKernel {
     A sum = 0;
     int32_t count = 0;
     for (int64_t h = head * p.share; h < (head + 1) * p.share; ++h) {
-      const auto places = p.places.of(b, h, token);
+      const auto rows = p.rows.of(b, h, token);
       const In* from = p.from.at(b, 0, h, c);
-      for (int32_t i = places.begin; i < places.end; ++i)
-        sum += static_cast<A>(from[places.place(i) * p.from.stride[1]]);
-      count += places.end - places.begin;
+      for (int32_t i = rows.begin; i < rows.end; ++i)
+        sum += static_cast<A>(from[rows.row(i) * p.from.stride[1]]);
+      count += rows.end - rows.begin;
     }
     if (!p.mean) return sum;
     return count > 0 ? sum / (static_cast<A>(count) + static_cast<A>(p.eps)) : A(0);
@@ -207,13 +208,13 @@ void mean_slots(const ForwardParams& f, const Csr& rows, const Context& context)
       context);
 }
 
-// A contiguous array [B, places, Hq, width] of the workspace.
+// A contiguous array [B, rows, Hq, width] of the workspace.
 template <class A>
-Ref<A, 4> place_array(A* data, int64_t batch, int64_t places, int64_t heads, int64_t width) {
+Ref<A, 4> array_of_rows(A* data, int64_t batch, int64_t rows, int64_t heads, int64_t width) {
   Ref<A, 4> r;
   r.data = data;
-  const int64_t size[] = {batch, places, heads, width};
-  const int64_t stride[] = {places * heads * width, heads * width, width, 1};
+  const int64_t size[] = {batch, rows, heads, width};
+  const int64_t stride[] = {rows * heads * width, heads * width, width, 1};
   for (int d = 0; d < 4; ++d) r.size[d] = size[d], r.stride[d] = stride[d];
   return r;
 }
@@ -238,19 +239,19 @@ void sum_temperatures(const Csr& rows, A* from, const Ref<void, 3>& to, int64_t 
   const Ref<void, 4> columns{to.data,
                              {to.size[0], to.size[1], to.size[2], 1},
                              {to.stride[0], to.stride[1], to.stride[2], 1}};
-  sum_slots<A>(rows, place_array(from, to.size[0], slots, to.size[2], 1), columns, context);
+  sum_slots<A>(rows, array_of_rows(from, to.size[0], slots, to.size[2], 1), columns, context);
 }
 
 // A gradient per key [B, Sk, H, width] from those of spans [B, T n, Hq, width].
 template <class Element>
-void sum_spans(const Regions& regions, const RegionGrid& cells, const Ref<Accum<Element>, 4>& from,
+void sum_spans(const Regions& regions, const RegionGrid& grid, const Ref<Accum<Element>, 4>& from,
                const Ref<void, 4>& to, const Context& context) {
   using A = Accum<Element>;
   using Kernel = SumKernel<A, Element, SpansOfToken>;
   if (to.size[2] == 0) return;
   const int64_t share = from.size[2] / to.size[2];
   Kernel::run(
-      {{regions, cells}, from.template as<const A>(), to.template as<Element>(), share, false, 0},
+      {{regions, grid}, from.template as<const A>(), to.template as<Element>(), share, false, 0},
       context);
 }
 

@@ -82,7 +82,7 @@ struct Backward {
 
   Output<float> sums(float* data, int64_t places, int64_t width) const {
     if (!data) return {};
-    return {place_array(data, s.batch, places, s.heads, width), true};
+    return {array_of_rows(data, s.batch, places, s.heads, width), true};
   }
   // Gradients of what `source` gives.
   template <softmax::ScoreKind Kind, softmax::KeySource Source>
@@ -124,10 +124,10 @@ void key_gradients(const Backward<Element>& x) {
                           x.at.regions,
                           x.by_span(),
                           s.keys_listed,
-                          static_cast<int>(s.key_blocks),
-                          static_cast<int>(s.key_cell)};
+                          static_cast<int>(s.key_entries),
+                          static_cast<int>(s.key_region_size)};
   const int64_t groups = source.by_span ? x.at.regions.spans : s.groups;
-  const int64_t slots = source.by_span ? s.key_cell : s.key_slots;
+  const int64_t slots = source.by_span ? s.key_region_size : s.key_slots;
   auto p = x.template params<Kind>(source);
   if (s.keys_listed) {
     p.d_k_sums = x.sums(x.at.d_k, groups * slots, s.dim);
@@ -151,7 +151,7 @@ void gradients(const Backward<Element>& x) {
   }
   x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, PlainScore, kNarrow>(x)
                            : query_gradients<Element, kDim, PlainScore, kMedium>(x);
-  (x.by_span() ? x.s.key_cell : x.s.key_slots) <= kNarrow
+  (x.by_span() ? x.s.key_region_size : x.s.key_slots) <= kNarrow
       ? key_gradients<Element, kDim, PlainScore, kNarrow>(x)
       : key_gradients<Element, kDim, PlainScore, kMedium>(x);
 }
@@ -176,7 +176,7 @@ void backward(const BackwardParams& b, const Call& call) {
   gradients<Element, kDim>({context, b, s, at, inputs, softmax::adds_up_bias(b)});
 
   const auto places = [&](float* data, int64_t count, int64_t width) {
-    return place_array(data, s.batch, count, s.heads, width);
+    return array_of_rows(data, s.batch, count, s.heads, width);
   };
   if (s.by_slot) {
     const int64_t row_slots = s.groups * s.row_slots;
@@ -186,11 +186,11 @@ void backward(const BackwardParams& b, const Call& call) {
     sum_slots<Element>(at.keys, places(at.d_k, slots, s.dim), b.d_k, context);
     if (b.d_v) sum_slots<Element>(at.keys, places(at.d_v, slots, s.value_dim), b.d_v, context);
   } else if (s.keys_listed) {
-    const RegionGrid& cells = b.keys.cells;
-    const int64_t slots = at.regions.spans * s.key_cell;
-    sum_spans<Element>(at.regions, cells, places(at.d_k, slots, s.dim), b.d_k, context);
+    const RegionGrid& grid = b.keys.grid;
+    const int64_t slots = at.regions.spans * s.key_region_size;
+    sum_spans<Element>(at.regions, grid, places(at.d_k, slots, s.dim), b.d_k, context);
     if (b.d_v)
-      sum_spans<Element>(at.regions, cells, places(at.d_v, slots, s.value_dim), b.d_v, context);
+      sum_spans<Element>(at.regions, grid, places(at.d_v, slots, s.value_dim), b.d_v, context);
   }
 }
 

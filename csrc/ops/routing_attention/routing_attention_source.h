@@ -34,12 +34,12 @@ struct GroupSource {
 
   Routing lists;
   int row_slots_of_list, key_slots_of_list;  // Wq, Wk
-  int row_cells, key_cells;                  // that there are
+  int row_regions, key_regions;              // that there are
 
   template <class Params>  // of a call
   static GroupSource of(const Params& p) {
     return {p, static_cast<int>(p.max_q), static_cast<int>(p.max_k),
-            static_cast<int>(p.rows.cells.count()), static_cast<int>(p.keys.cells.count())};
+            static_cast<int>(p.rows.grid.count()), static_cast<int>(p.keys.grid.count())};
   }
 
   HW_HOST_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
@@ -52,18 +52,19 @@ struct GroupSource {
   HW_HOST_DEVICE HW_INLINE static int rows(const WorkItem& w) { return w.rows; }
   HW_HOST_DEVICE HW_INLINE static int keys(const WorkItem& w) { return w.keys; }
   HW_HOST_DEVICE HW_INLINE int64_t row_entry(const WorkItem& w, int slot) const {
-    return block(lists.rows, w, w.group, slot);
+    return region(lists.rows, w, w.group, slot);
   }
   HW_HOST_DEVICE HW_INLINE int64_t key_entry(const WorkItem& w, int slot) const {
-    return keys_in_order() ? slot : block(lists.keys, w, w.group, slot);
+    return keys_in_order() ? slot : region(lists.keys, w, w.group, slot);
   }
-  // A list's slots are whole cells: of a span too, where slots of several lists follow each other.
+  // A list's slots are whole regions: of a span too, where those of several lists follow each
+  // other.
   HW_HOST_DEVICE HW_INLINE int row_token(const WorkItem&, int slot, int64_t entry) const {
-    return token(lists.rows.cells, row_cells, slot, entry, kNoToken);
+    return token(lists.rows.grid, row_regions, slot, entry, kNoToken);
   }
   HW_HOST_DEVICE HW_INLINE int key_token(const WorkItem&, int slot, int64_t entry) const {
     if (keys_in_order()) return slot;
-    return token(lists.keys.cells, key_cells, slot, entry, lists.pad_keys ? kZeroKey : kNoToken);
+    return token(lists.keys.grid, key_regions, slot, entry, lists.pad_keys ? kZeroKey : kNoToken);
   }
   HW_HOST_DEVICE HW_INLINE static int row_position(const WorkItem&, int, int token) {
     return token;
@@ -93,24 +94,18 @@ struct GroupSource {
     return w;
   }
 
-  // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: cells that there
+  // Lists::token in two steps and in 32 bits, since divisions are dear; `count`: regions that there
   // are, `absent`: in place of a token.
-  HW_HOST_DEVICE HW_INLINE static int64_t block(const Lists& l, const WorkItem& w, int group,
-                                                int slot) {
-    const Ref<const int64_t, 4>& blocks = l.blocks;
-    const int size = static_cast<int>(l.cells.size());
-    return blocks(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
+  HW_HOST_DEVICE HW_INLINE static int64_t region(const Lists& l, const WorkItem& w, int group,
+                                                 int slot) {
+    const int size = static_cast<int>(l.grid.size());
+    return l.entries(w.at.batch, w.head, group, size == 1 ? slot : slot / size);
   }
-  HW_HOST_DEVICE HW_INLINE static int token(const RegionGrid& c, int count, int slot, int64_t block,
-                                            int absent) {
-    if (block < 0 || block >= count) return absent;
-    const int size = static_cast<int>(c.size()), cell = static_cast<int>(block);
-    if (size == 1 && c.columns == c.columns_of_image) return cell;
-    const int at = slot % size, cells = static_cast<int>(c.columns);
-    const int width = static_cast<int>(c.width), columns = static_cast<int>(c.columns_of_image);
-    const int y = cell / cells * static_cast<int>(c.height) + at / width;
-    const int x = cell % cells * width + at % width;
-    return y < static_cast<int>(c.rows_of_image) && x < columns ? y * columns + x : absent;
+  HW_HOST_DEVICE HW_INLINE static int token(const RegionGrid& grid, int count, int slot,
+                                            int64_t region, int absent) {
+    if (region < 0 || region >= count) return absent;
+    const int size = static_cast<int>(grid.size());
+    return grid.token_in(static_cast<int>(region), slot % size, absent);
   }
 };
 static_assert(softmax::KeySource<GroupSource>);
@@ -118,8 +113,8 @@ static_assert(softmax::KeySource<GroupSource>);
 struct SpanSource : GroupSource {
   Regions regions;
   bool by_span;
-  bool keys_apart;           // results of keys are [B, G Wk] by slot, [B, T n] by span; else tokens
-  int blocks_of_list, cell;  // N and n of the keys
+  bool keys_by_slot;  // results of keys are [B, G Wk] by slot, [B, T n] by span; else tokens
+  int entries_of_list, region_size;  // N and n of the keys
 
   HW_HOST_DEVICE HW_INLINE WorkItem work_item(const ScoreParams& p, int64_t n, int head) const {
     if (!by_span) return GroupSource::work_item(p, n, head);
@@ -131,21 +126,21 @@ struct SpanSource : GroupSource {
     w.region = regions.regions_of(w.list)[span];
     w.first_listing = static_cast<int>(listings.begin);
     w.rows = static_cast<int>(listings.count()) * row_slots_of_list;
-    w.keys = w.region < 0 ? 0 : cell;
+    w.keys = w.region < 0 ? 0 : region_size;
     return w;
   }
 
   HW_HOST_DEVICE HW_INLINE int64_t row_entry(const WorkItem& w, int slot) const {
     if (!by_span) return GroupSource::row_entry(w, slot);
     const int listing = w.first_listing + slot / row_slots_of_list;
-    const int group = regions.listed.items_of(w.list)[listing] / blocks_of_list;
-    return block(lists.rows, w, group, slot % row_slots_of_list);
+    const int group = regions.listed.items_of(w.list)[listing] / entries_of_list;
+    return region(lists.rows, w, group, slot % row_slots_of_list);
   }
   HW_HOST_DEVICE HW_INLINE int64_t key_entry(const WorkItem& w, int slot) const {
     return by_span ? w.region : GroupSource::key_entry(w, slot);
   }
   HW_HOST_DEVICE HW_INLINE int64_t key_result(const WorkItem& w, int slot, int token) const {
-    return token < 0 || !keys_apart ? token : int64_t{w.group} * w.keys + slot;
+    return token < 0 || !keys_by_slot ? token : int64_t{w.group} * w.keys + slot;
   }
 };
 static_assert(softmax::KeySource<SpanSource>);

@@ -76,13 +76,13 @@ class AlongKeys {
   // Adds the keys to the sums of the block's rows, and makes w of them, [values, kRows, padded Dv].
   // To be called once: w is empty before.
   HW_NOINLINE void walk(const Block& block, const Range& keys, BlockSums<A>& sums, A* w,
-                        Requests& meanwhile) {
+                        Prefetches& prefetches) {
     w_ = w;
     load_queries(block);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys)
-      tile(block, {j, std::min<int64_t>(j + kKeys, keys.end)}, sums, meanwhile);
+      tile(block, {j, std::min<int64_t>(j + kKeys, keys.end)}, sums, prefetches);
     if (empty_) clear(block.count());
-    meanwhile.rest();
+    prefetches.rest();
   }
 
  private:
@@ -118,10 +118,10 @@ class AlongKeys {
     }
   }
 
-  void tile(const Block& block, const Range& keys, BlockSums<A>& sums, Requests& meanwhile) {
+  void tile(const Block& block, const Range& keys, BlockSums<A>& sums, Prefetches& prefetches) {
     const int n = static_cast<int>(keys.count());
     with_rows(k_, block, block.key_batch(), keys, k_buffer_,
-              [&](const auto& k) { products(k, block.count(), n, meanwhile); });
+              [&](const auto& k) { products(k, block.count(), n, prefetches); });
     if constexpr (kPaired<T>)
       for (int i = 0; i < block.count(); ++i)
         for (int l = 0; l < kKeys; l += kSide) store(p_of(i) + l, load(p_of(i) + l) * factor_[i]);
@@ -141,7 +141,7 @@ class AlongKeys {
     for (int64_t b = 0; v_ && b < values_; ++b)
       with_rows(v_, block, block.key_batch() + b, keys, v_buffer_, [&](const auto& v) {
         if (all)
-          add_values(v, block.count(), n, w_of(b, 0), meanwhile);
+          add_values(v, block.count(), n, w_of(b, 0), prefetches);
         else
           add_values_of(any, v, block.count(), n, b);
       });
@@ -154,31 +154,32 @@ class AlongKeys {
   template <class F>
   void with_rows(const Ref<const T, 4>& x, const Block& block, int64_t batch, const Range& keys,
                  A* buffer, F f) const {
-    const T* apart[kKeys];
+    const T* gathered[kKeys];
     const T* zeros = nullptr;
     if constexpr (std::is_same_v<T, A>)
       if (x.stride[3] == 1) zeros = zeros_;
-    const Rows<T> some = rows_of_keys<T>(x, block, batch, keys, nullptr, apart, zeros);
+    const Rows<T> some = rows_of_keys<T>(x, block, batch, keys, nullptr, gathered, zeros);
     if constexpr (std::is_same_v<T, A> && Source::kGathers)
-      if (some.apart != nullptr && reads_anywhere(x)) return f(RowPointers<A>{apart});
-    if (some.apart == nullptr) {
+      if (some.gathered != nullptr && reads_anywhere(x)) return f(RowPointers<A>{gathered});
+    if (some.gathered == nullptr) {
       const Ref<const T, 2> rows = rows_of_head(x, batch, some.head);
       for (int64_t j = keys.begin + kKeys; j < std::min(keys.end + kKeys, block.key_count()); ++j)
         prefetch_row(rows, block.key_token(j));
     }
     if constexpr (std::is_same_v<T, A>)
-      if (some.apart == nullptr && reads_anywhere(x)) return f(Panel<A>{some.row(0), x.stride[1]});
+      if (some.gathered == nullptr && reads_anywhere(x))
+        return f(Panel<A>{some.row(0), x.stride[1]});
     f(vector_rows(some, buffer));
   }
 
   // x of n keys in lanes; beyond them in whole vectors anything, which is hidden.
   template <class K>
-  void products(const K& k, int rows, int n, Requests& meanwhile) {
+  void products(const K& k, int rows, int n, Prefetches& prefetches) {
     if (rows == 1) return products_of_row(k, n, p_tile_);
     hw::transpose(k, n, p_.dim(), columns_, kKeys);
     multiply<false>(rows, round_up(n, kSide), p_.dim(),
                     row_major(static_cast<const A*>(q_rows_), padded_), Panel<A>{columns_, kKeys},
-                    p_tile_, kKeys, NoFactors{}, &meanwhile);
+                    p_tile_, kKeys, NoFactors{}, &prefetches);
   }
 
   template <class K>
@@ -320,16 +321,16 @@ class AlongKeys {
 
   // w [rows, Dv] += p [rows, n] v [n, Dv]
   template <class Values>
-  void add_values(const Values& v, int rows, int n, A* w, Requests& meanwhile) {
+  void add_values(const Values& v, int rows, int n, A* w, Prefetches& prefetches) {
     if (rows == 1) {
       if (empty_) std::fill_n(w, padded_values_, A(0));
       return add_values_of_row(v, n, p_tile_, w);
     }
     const Operand<A> p = row_major(static_cast<const A*>(p_tile_), kKeys);
     if (empty_)
-      multiply<false>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, &meanwhile);
+      multiply<false>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, &prefetches);
     else
-      multiply<true>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, &meanwhile);
+      multiply<true>(rows, padded_values_, n, p, v, w, padded_values_, NoFactors{}, &prefetches);
   }
 
   // The same of the rows that have `any` weight.

@@ -12,7 +12,7 @@
 // is a second loop (SharedBias) whose tasks own rows of the bias and walk all that share them.
 #pragma once
 
-#include "softmax/cpu/walk.h"
+#include "softmax/cpu/block_gradients.h"
 
 namespace hw::softmax {
 namespace {
@@ -25,7 +25,7 @@ class Backward {
  public:
   using Block = softmax::Block<Source>;
   using WorkItem = typename Source::WorkItem;
-  using Walk = BlockGradients<T, Source, Score>;
+  using Gradients = BlockGradients<T, Source, Score>;
   using A = Accum<T>;
   using E = Multiplied<T>;
   using V = Vec<A>;
@@ -43,8 +43,8 @@ class Backward {
         value_dim_(p_.value_dim()),
         padded_(round_up(dim_, kLanes<A>)),
         padded_values_(round_up(value_dim_, kLanes<A>)),
-        pairs_(p_.sequences() * heads_) {
-    if (pairs_ >= kFewHeads) return;
+        sequence_heads_(p_.sequences() * heads_) {
+    if (sequence_heads_ >= kFewHeads) return;
     for (int64_t n = 0; n < p_.sequences() && heads_ > 0; ++n)
       for (int head = 0; head < heads_; ++head)
         spans_ = std::max(spans_, cut_of(item_of(n * heads_ + head)).spans);
@@ -52,11 +52,12 @@ class Backward {
 
   void run() {
     if (spans_ == 1) {
-      parallel_tasks(pairs_, threads_, [&](int64_t pair) { work(pair); });
+      parallel_tasks(sequence_heads_, threads_,
+                     [&](int64_t sequence_head) { work(sequence_head); });
       return;
     }
     parts_.reserve(spans_ * part_size() * static_cast<int64_t>(sizeof(A)));
-    parallel_tasks(pairs_ * spans_, threads_,
+    parallel_tasks(sequence_heads_ * spans_, threads_,
                    [&](int64_t i) { work_span(i / spans_, i % spans_); });
     parallel_tasks(p_.sequences() * p_.query_heads(), threads_, [&](int64_t i) { add_parts(i); });
   }
@@ -91,53 +92,54 @@ class Backward {
   }
 
   // Of the first query head of a key head.
-  WorkItem item_of(int64_t pair) const {
-    return source_.work_item(p_, pair / heads_, static_cast<int>(pair % heads_) * group_);
+  WorkItem item_of(int64_t sequence_head) const {
+    return source_.work_item(p_, sequence_head / heads_,
+                             static_cast<int>(sequence_head % heads_) * group_);
   }
 
   // A key head whose spans are worked on one after another, for each block of queries.
-  void work(int64_t pair) {
-    const WorkItem w = item_of(pair);
+  void work(int64_t sequence_head) {
+    const WorkItem w = item_of(sequence_head);
     const Cut cut = cut_of(w);
     const int64_t count = source_.keys(w);
     Scratch& scratch = Scratch::of_thread();
-    scratch.reset(Walk::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
-    Walk walk(p_, score_);
+    scratch.reset(Gradients::bytes(p_) + Scratch::bytes_of<A>(kRows * padded_));
+    Gradients gradients(p_, score_);
     A* total = scratch.take<A>(kRows * padded_);
-    each_block(pair, {0, count}, [&](const Block& block, const KeySums<A>& sums) {
-      walk.block(block, cut.span(0, count), sums);
-      if (cut.spans > 1) std::copy_n(walk.d_q(), block.count() * padded_, total);
+    each_block(sequence_head, {0, count}, [&](const Block& block, const KeySums<A>& sums) {
+      gradients.add(block, cut.span(0, count), sums);
+      if (cut.spans > 1) std::copy_n(gradients.d_q(), block.count() * padded_, total);
       for (int64_t i = 1; i < cut.spans; ++i) {
         const Range keys = cut.span(i, count);
-        walk.block(block, keys, sums.from(keys.begin));
-        for (int d = 0; d < block.count() * padded_; ++d) total[d] += walk.d_q()[d];
+        gradients.add(block, keys, sums.from(keys.begin));
+        for (int d = 0; d < block.count() * padded_; ++d) total[d] += gradients.d_q()[d];
       }
-      write_queries(block, cut.spans > 1 ? total : walk.d_q(), walk);
+      write_queries(block, cut.spans > 1 ? total : gradients.d_q(), gradients);
     });
   }
 
-  void work_span(int64_t pair, int64_t span) {
-    const WorkItem w = item_of(pair);
+  void work_span(int64_t sequence_head, int64_t span) {
+    const WorkItem w = item_of(sequence_head);
     const Cut cut = cut_of(w);
     if (span >= cut.spans) return;
-    Scratch::of_thread().reset(Walk::bytes(p_));
-    Walk walk(p_, score_);
+    Scratch::of_thread().reset(Gradients::bytes(p_));
+    Gradients gradients(p_, score_);
     const Range keys = cut.span(span, source_.keys(w));
-    each_block(pair, keys, [&](const Block& block, const KeySums<A>& sums) {
-      walk.block(block, keys, sums);
+    each_block(sequence_head, keys, [&](const Block& block, const KeySums<A>& sums) {
+      gradients.add(block, keys, sums);
       for (int i = 0; i < block.count(); ++i)
-        std::copy_n(walk.d_q() + i * padded_, padded_, part_of(block, i, span));
+        std::copy_n(gradients.d_q() + i * padded_, padded_, part_of(block, i, span));
     });
   }
 
   // f(block, sums) for every block of queries of a key head, with the sums of `keys`.
   template <class F>
-  void each_block(int64_t pair, const Range& keys, const F& f) {
+  void each_block(int64_t sequence_head, const Range& keys, const F& f) {
     Buffer buffer;
-    const Block of_head{&source_, item_of(pair), {}};
+    const Block of_head{&source_, item_of(sequence_head), {}};
     const KeySums<A> sums = prepare(of_head, keys, buffer);
     for (int h = of_head.head(); h < of_head.head() + group_; ++h) {
-      Block block{&source_, source_.work_item(p_, pair / heads_, h), {}};
+      Block block{&source_, source_.work_item(p_, sequence_head / heads_, h), {}};
       clear_key_gradients(block, keys);
       const int64_t rows = block.row_count();
       for (int64_t i = 0; i * kRows < rows; ++i) {
@@ -196,9 +198,9 @@ class Backward {
   }
 
   // `sums` [rows, padded]: of all keys.
-  void write_queries(const Block& block, A* sums, Walk& walk) {
+  void write_queries(const Block& block, A* sums, Gradients& gradients) {
     for (int i = 0; i < block.count(); ++i)
-      write_query(block, i, sums + i * padded_, walk.factor(i), walk.row());
+      write_query(block, i, sums + i * padded_, gradients.factor(i), gradients.row());
   }
 
   // d_q = scale tau sum, d_tau = scale <sum, q>
@@ -242,7 +244,7 @@ class Backward {
   const Source source_;
   const Score score_;
   const int heads_, group_, dim_, value_dim_, padded_, padded_values_;
-  const int64_t pairs_;
+  const int64_t sequence_heads_;
   int64_t spans_ = 1;  // tasks of a key head: the most spans of any, or one for all of them
   Buffer parts_;
 };

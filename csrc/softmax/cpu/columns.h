@@ -206,19 +206,12 @@ class Probs {
 
   HW_NOINLINE A weight(const Block& b, int64_t key, const A* q, A* k,
                        const Statistic& statistic) const {
-    const int64_t batch = b.batch(), j = b.key_token(key), row = b.token(0);
-    const int h = b.head();
-    widen(k, k_.at(batch, j, b.item.key_head), p_.dim(), k_.stride[3]);
-    A x = static_cast<A>(p_.scale) * inner_product(q, k, p_.dim());
-    if (p_.row_temperature) x *= p_.row_temperature.template as<const A>()(batch, row, h);
-    A gain = 0, added = 0;
-    if (p_.key_gain && b.rows.begin >= p_.gain_begin && b.rows.begin < p_.gain_end)
-      gain = p_.key_gain.template as<const A>()(batch, h, j);
-    if (p_.key_bias) added += p_.key_bias.template as<const A>()(batch, h, j);
-    if (p_.bias)
-      added += static_cast<A>(p_.bias.template as<const T>()(batch, h, b.rows.begin, key));
-    const A y = shape_.capped(x);
-    return replay_weight(p_, p_.key_gain ? shape_.score(y, gain, added) : y + added, statistic);
+    const int64_t batch = b.batch();
+    widen(k, k_.at(batch, b.key_token(key), b.item.key_head), p_.dim(), k_.stride[3]);
+    const A c = inner_product(q, k, p_.dim());
+    const A s = score_of_pair<T>(p_, shape_, batch, b.head(), b.rows.begin, b.number(0),
+                                 b.key_number(key), c);
+    return replay_weight(p_, s, statistic);
   }
 
   const ProbsParams p_;

@@ -7,8 +7,8 @@
 // partial results are merged in order. Cuts depend on the sizes of a sequence alone, so results
 // depend neither on the number of threads nor on the other sequences; whether the spans of a block
 // are tasks of their own may depend on both. Where q and k are the same for all batch entries (zero
-// strides), one task serves up to kPanels entries: scores and softmax are computed once. Blocks of
-// a few queries or of a few keys are walked by AlongKeys.
+// strides), one task serves up to kBatchAtOnce of them: scores and softmax are computed once.
+// Blocks of a few queries or of a few keys are walked by AlongKeys.
 #pragma once
 
 #include "softmax/cpu/along_keys.h"
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kFewTasks = 16;      // fewer than this, of a sequence: cut the keys
 constexpr int64_t kSpanTokens = 1024;  // shortest span of keys
-constexpr int64_t kPanels = 8;         // batch entries that share scores
+constexpr int64_t kBatchAtOnce = 8;    // batch entries whose scores are computed once
 
 // By how much scores may exceed the running shift before it moves to their maximum and all sums are
 // multiplied: weights stay below e^8, and the shift cancels when rows are divided by their sums.
@@ -86,15 +86,15 @@ class Forward {
     });
   }
 
-  // A block that is not empty, and all its keys, spans one after another. `meanwhile`: see
+  // A block that is not empty, and all its keys, spans one after another. `prefetches`: see
   // core/cpu/matmul.h.
-  HW_NOINLINE void run_block(const Block& block, const Requests& meanwhile = {},
+  HW_NOINLINE void run_block(const Block& block, const Prefetches& prefetches = {},
                              PackedKeys<T>* packed = nullptr) {
     const Cut cut = cut_of(block);
     if (cut.spans > 1) return run_spans(block, cut, packed);
     Scratch& scratch = reserve();
     State state = state_in(scratch.take<char>(partial_bytes()));
-    fill(block, cut, 0, state, scratch, meanwhile, packed);
+    fill(block, cut, 0, state, scratch, prefetches, packed);
     finish(block, state, scratch);
   }
 
@@ -102,7 +102,7 @@ class Forward {
   int64_t spans_of(const Block& block) const { return cut_of(block).spans; }
 
  private:
-  // `cuts`: into panels of batch entries, and spans of keys.
+  // `cuts`: into batch entries at once, and spans of keys.
   HW_NOINLINE Forward(const ForwardParams& p, int threads, const Source& source, const Score& score,
                       bool cuts)
       : p_(p),
@@ -115,8 +115,8 @@ class Forward {
         reads_out_(p_.row || p_.entropy || p_.p_max || p_.sq_norm || p_.mass),
         value_dim_(p_.value_dim()),
         heads_(p_.query_heads()),
-        panels_(cuts && shared_scores() ? std::min(p_.batch(), kPanels) : 1),
-        groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), panels_)),
+        batch_at_once_(cuts && shared_scores() ? std::min(p_.batch(), kBatchAtOnce) : 1),
+        groups_(p_.packed() ? p_.sequences() : ceil_div(p_.batch(), batch_at_once_)),
         blocks_(ceil_div<int64_t>(p_.max_q, kRows)),
         tasks_(groups_ * heads_ * blocks_),
         packs_(cuts && packs_keys()) {
@@ -144,7 +144,7 @@ class Forward {
   // What a task keeps: sums of its rows, and w before the division.
   struct State {
     BlockSums<A>* rows;
-    A* values;  // w^T [panels, Dv, kRows], or `along_keys` w [panels, kRows, padded Dv]
+    A* values;  // w^T [batch, Dv, kRows], or `along_keys` w [batch, kRows, padded Dv]
     bool along_keys = false;
   };
 
@@ -157,12 +157,12 @@ class Forward {
 
   // Whether a thread keeps operands of keys: they are worth their making twice, and not too large.
   bool packs_keys() const {
-    return !std::is_same_v<T, A> && panels_ == 1 && blocks_ * p_.group() >= kFewTasks &&
+    return !std::is_same_v<T, A> && batch_at_once_ == 1 && blocks_ * p_.group() >= kFewTasks &&
            source_.keys_in_order() &&
            PackedKeys<T>::bytes(p_.max_k, p_.dim(), value_dim_) <= PackedKeys<T>::kMostBytes;
   }
 
-  int64_t values_size() const { return panels_ * padded_values() * kRows; }
+  int64_t values_size() const { return batch_at_once_ * padded_values() * kRows; }
   HW_NOINLINE int64_t partial_bytes() const {
     return round_up<int64_t>(sizeof(BlockSums<A>), 64) + Scratch::bytes_of<A>(values_size());
   }
@@ -170,15 +170,15 @@ class Forward {
   // Blocks of a head lie together, the last one, which sees most keys, first.
   HW_NOINLINE Block block_of(int64_t task) const {
     const int64_t group = task / blocks_ / heads_, head = task / blocks_ % heads_;
-    const int64_t first = p_.packed() ? group : group * panels_;
+    const int64_t first = p_.packed() ? group : group * batch_at_once_;
     const Block all{&source_, source_.work_item(p_, first, static_cast<int>(head)), {0, 0}};
     const int64_t index = blocks_ - 1 - task % blocks_, rows = all.row_count();
     if (index * kRows >= rows) return all;
     return {&source_, all.item, rows_of_block<Source>(index, rows)};
   }
 
-  int64_t panels_of(const Block& b) const {
-    return p_.packed() ? 1 : std::min(panels_, p_.batch() - b.batch());
+  int64_t batch_of(const Block& b) const {
+    return p_.packed() ? 1 : std::min(batch_at_once_, p_.batch() - b.batch());
   }
 
   HW_NOINLINE Scratch& reserve() const {
@@ -211,13 +211,13 @@ class Forward {
 
   // The sums of a span of keys.
   HW_NOINLINE void fill(const Block& block, const Cut& cut, int64_t span, State& state,
-                        Scratch& scratch, const Requests& meanwhile = {},
+                        Scratch& scratch, const Prefetches& prefetches = {},
                         PackedKeys<T>* packed = nullptr) {
     state.rows->clear();
     const bool unseen = dead(block);
     state.along_keys = along_keys(block);
     if (unseen || !state.along_keys) std::fill_n(state.values, values_size(), A(0));
-    if (!unseen) walk(block, cut, span, state, scratch, meanwhile, packed);
+    if (!unseen) walk(block, cut, span, state, scratch, prefetches, packed);
   }
 
   bool along_keys(const Block& block) const {
@@ -236,19 +236,19 @@ class Forward {
   }
 
   HW_NOINLINE void walk(const Block& block, const Cut& cut, int64_t span, State& state,
-                        Scratch& scratch, Requests meanwhile, PackedKeys<T>* packed) {
+                        Scratch& scratch, Prefetches prefetches, PackedKeys<T>* packed) {
     Range keys = block.keys();
     keys.begin = std::max(keys.begin / kKeys * kKeys, span * cut.length);
     keys.end = std::min(keys.end, (span + 1) * cut.length);
     if (state.along_keys)
-      return AlongKeys<T, Source, Score>(p_, panels_, score_)
-          .walk(block, keys, *state.rows, state.values, meanwhile);
+      return AlongKeys<T, Source, Score>(p_, batch_at_once_, score_)
+          .walk(block, keys, *state.rows, state.values, prefetches);
     Tile<T, Source, Score> tile(p_, score_);
-    tile.meanwhile = meanwhile;
+    tile.prefetches = prefetches;
     tile.packed = packed;
     A* s = scratch.take<A>(kTile);
     E* buffer = scratch.take<E>(operand_size<T>(kKeys, value_dim_));
-    const T* apart[kKeys];
+    const T* gathered[kKeys];
     tile.load_queries(block);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const Range some{j, std::min<int64_t>(j + kKeys, keys.end)};
@@ -257,7 +257,7 @@ class Forward {
       tile.scores(some, s, s);
       const bool any = soft_ ? exponentiate(block, some, tile, s, state)
                              : activate(block, some, tile.lanes(), s, state);
-      if (any && v_) add_values(block, some, tile, s, state, buffer, apart);
+      if (any && v_) add_values(block, some, tile, s, state, buffer, gathered);
     }
   }
 
@@ -321,7 +321,7 @@ class Forward {
   }
 
   HW_NOINLINE void rescale(const Lanes& lanes, const A* factor, A* values) {
-    for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+    for (int64_t d = 0; d < batch_at_once_ * value_dim_; ++d)
       for (int l = lanes.begin; l < lanes.end; l += kLanes<A>) {
         A* at = values + d * kRows + l;
         store(at, load(at) * load(factor + l));
@@ -348,15 +348,15 @@ class Forward {
 
   // w^T += v^T p^T of the tile.
   HW_NOINLINE void add_values(const Block& block, const Range& keys, Tile<T, Source, Score>& tile,
-                              const A* s, State& state, E* buffer, const T** apart) {
+                              const A* s, State& state, E* buffer, const T** gathered) {
     const int n = static_cast<int>(keys.count());
     const E* p = kPaired<T> && soft_ ? tile.pairs() : tile.over_keys(s, n);
-    for (int64_t b = 0; b < panels_of(block); ++b) {
-      Rows<T> v = rows_of_keys(v_, block, block.key_batch() + b, keys, buffer, apart);
+    for (int64_t b = 0; b < batch_of(block); ++b) {
+      Rows<T> v = rows_of_keys(v_, block, block.key_batch() + b, keys, buffer, gathered);
       if (tile.packed != nullptr) tile.packed->find_v(keys, v);
       multiply<true>(value_dim_, tile.lanes().count(), steps<E>(n), over_rows_transposed(v), p,
                      kRows, state.values + b * value_dim_ * kRows + tile.lanes().begin, kRows,
-                     NoFactors{}, &tile.meanwhile);
+                     NoFactors{}, &tile.prefetches);
     }
   }
 
@@ -376,7 +376,7 @@ class Forward {
       a.mass[i] += b.mass[i];
     }
     if (whole.along_keys) return add_rows(block, whole.values, of_whole, part.values, of_part);
-    for (int64_t d = 0; d < panels_ * value_dim_; ++d)
+    for (int64_t d = 0; d < batch_at_once_ * value_dim_; ++d)
       for (int l = 0; l < width; l += kLanes<A>) {
         A* at = whole.values + d * kRows + l;
         const V part_value = load(part.values + d * kRows + l) * load(of_part + l);
@@ -386,7 +386,7 @@ class Forward {
 
   HW_NOINLINE void add_rows(const Block& block, A* whole, const A* of_whole, const A* part,
                             const A* of_part) {
-    for (int64_t b = 0; b < panels_; ++b)
+    for (int64_t b = 0; b < batch_at_once_; ++b)
       for (int i = 0; i < block.count(); ++i) {
         const int64_t row = (b * kRows + i) * padded_values();
         for (int d = 0; d < padded_values(); ++d)
@@ -401,7 +401,7 @@ class Forward {
     if (!v_) return;
     if (state.along_keys) return finish_rows(block, state.values, factor, scratch);
     if (outputs_.writes_vectors()) {
-      for (int64_t b = 0; b < panels_of(block); ++b)
+      for (int64_t b = 0; b < batch_of(block); ++b)
         outputs_.write_rows(block, block.batch() + b, factor,
                             state.values + b * value_dim_ * kRows);
       return;
@@ -410,7 +410,7 @@ class Forward {
     rescale({0, round_up(block.count(), kLanes<A>)}, factor, state.values);
     A* rows = scratch.take<A>(kRows * padded);
     A* v_row = scratch.take<A>(kRows * padded);
-    for (int64_t b = 0; b < panels_of(block); ++b) {
+    for (int64_t b = 0; b < batch_of(block); ++b) {
       hw::transpose(state.values + b * value_dim_ * kRows, kRows, value_dim_, block.count(), rows,
                     padded);
       for (int i = 0; i < block.count(); ++i)
@@ -422,7 +422,7 @@ class Forward {
   HW_NOINLINE void finish_rows(const Block& block, A* values, const A* factor, Scratch& scratch) {
     const bool vectors = outputs_.writes_vectors();
     A* v_row = scratch.take<A>(padded_values());
-    for (int64_t b = 0; b < panels_of(block); ++b) {
+    for (int64_t b = 0; b < batch_of(block); ++b) {
       A* of_batch = values + b * kRows * padded_values();
       if (vectors) {
         outputs_.write_vectors(block, block.batch() + b, factor, of_batch);
@@ -477,7 +477,7 @@ class Forward {
   }
 
   HW_NOINLINE void put(const Ref<void, 3>& to, const Block& block, int i, A value) {
-    for (int64_t b = 0; to && b < panels_of(block); ++b)
+    for (int64_t b = 0; to && b < batch_of(block); ++b)
       to.template as<A>()(block.batch() + b, block.head(), block.result(i)) = value;
   }
 
@@ -489,7 +489,7 @@ class Forward {
   const Outputs<T> outputs_;
   const bool soft_, reads_out_;  // reads_out: something is wanted of a row besides its values
   const int value_dim_, heads_;
-  const int64_t panels_, groups_, blocks_, tasks_;
+  const int64_t batch_at_once_, groups_, blocks_, tasks_;
   const bool packs_;
   int64_t items_ = 1;  // of which a batch entry has as many for each head
   int64_t spans_ = 1;  // tasks of a block: the most spans of any, or one for all of them

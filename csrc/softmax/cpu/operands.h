@@ -29,8 +29,8 @@ namespace {
 constexpr int kRows = 64;  // queries of a block: distance of two keys in a tile
 constexpr int kKeys = 64;  // keys of a tile
 constexpr int kTile = kKeys * kRows;
-constexpr int kRowsAhead =
-    8;  // of rows that lie apart, those that are asked for ahead of their use
+// Of gathered rows, those that are prefetched ahead of their use.
+constexpr int kRowsAhead = 8;
 
 // Whether products of elements T multiply pairs.
 template <class T>
@@ -182,34 +182,34 @@ Operand<E> transposed(const Operand<E>& a) {
   return {a.data, a.col, a.row};
 }
 
-// The rows of one head of a tensor that an operand is made of, and room for it if it is not read
-// where it lies: operand_size<T>(n, width) elements.
+// The rows of one head of a tensor that an operand is made of, and memory for it if it is not
+// read where it lies: operand_size<T>(n, width) elements.
 template <class T>
 struct Rows {
   const Ref<const T, 4>& x;
   int64_t batch, first;
   int n, head;
   Multiplied<T>* buffer;
-  bool made = false;                // the operand is in `buffer` already
-  const T* const* apart = nullptr;  // [n] rows that are not neighbours, null: a row of zeros
+  bool made = false;                   // the operand is in `buffer` already
+  const T* const* gathered = nullptr;  // [n] rows that are no neighbours, null: a row of zeros
 
   int width() const { return static_cast<int>(x.size[3]); }
   const T* row(int64_t i) const {
-    return apart != nullptr ? apart[i] : x.at(batch, first + i, head);
+    return gathered != nullptr ? gathered[i] : x.at(batch, first + i, head);
   }
 
-  // f(i, row) for all of them. Of those that lie apart the next are asked for.
+  // f(i, row) for all of them. Of gathered rows the next are prefetched.
   template <class F>
   HW_INLINE void each(F f) const {
-    if (apart == nullptr) {
+    if (gathered == nullptr) {
       const T* row = this->row(0);
       for (int i = 0; i < n; ++i) f(i, row + i * x.stride[1]);
       return;
     }
     for (int i = 0; i < n; ++i) {
-      if (i + kRowsAhead < n && apart[i + kRowsAhead] != nullptr && x.stride[3] == 1)
-        prefetch(apart[i + kRowsAhead], width() * static_cast<int64_t>(sizeof(T)));
-      f(i, apart[i]);
+      if (i + kRowsAhead < n && gathered[i + kRowsAhead] != nullptr && x.stride[3] == 1)
+        prefetch(gathered[i + kRowsAhead], width() * static_cast<int64_t>(sizeof(T)));
+      f(i, gathered[i]);
     }
   }
 };
@@ -237,15 +237,15 @@ HW_INLINE void point_at_keys(const Ref<const T, 4>& x, const Block<Source>& bloc
   }
 }
 
-// The rows of k or v of some keys of a block; `apart`: room for where they are, [kKeys].
+// The rows of k or v of some keys of a block; `gathered`: memory for where they are, [kKeys].
 template <class T, class Source>
 HW_NOINLINE Rows<T> rows_of_keys(const Ref<const T, 4>& x, const Block<Source>& block,
-                                 int64_t batch, Range keys, Multiplied<T>* buffer, const T** apart,
-                                 const T* absent = nullptr) {
+                                 int64_t batch, Range keys, Multiplied<T>* buffer,
+                                 const T** gathered, const T* absent = nullptr) {
   const int n = static_cast<int>(keys.count()), head = block.item.key_head;
   if (block.keys_adjacent()) return {x, batch, block.key_token(keys.begin), n, head, buffer};
-  point_at_keys(x, block, batch, keys, absent, apart);
-  return {x, batch, 0, n, head, buffer, false, apart};
+  point_at_keys(x, block, batch, keys, absent, gathered);
+  return {x, batch, 0, n, head, buffer, false, gathered};
 }
 
 template <class T>
@@ -253,10 +253,10 @@ constexpr int64_t operand_size(int n, int width) {
   return steps<Multiplied<T>>(n) * round_up(std::max(width, 1), kLanes<Accum<T>>);
 }
 
-// Asks for the rows of the next tile. Rows without gaps come by themselves.
+// Prefetches the rows of the next tile. Rows without gaps come by themselves.
 template <class T>
 HW_NOINLINE void prefetch_next(const Rows<T>& rows) {
-  if (rows.apart != nullptr || rows.x.stride[1] == rows.width()) return;
+  if (rows.gathered != nullptr || rows.x.stride[1] == rows.width()) return;
   const Ref<const T, 2> head = rows_of_head(rows.x, rows.batch, rows.head);
   const int64_t begin = rows.first + kKeys, end = std::min(begin + rows.n, rows.x.size[1]);
   for (int64_t i = begin; i < end; ++i) prefetch_row(head, i);
@@ -279,7 +279,7 @@ HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
     return {rows.buffer, padded / 2, 1};
   } else {
     if constexpr (std::is_same_v<T, E>)
-      if (rows.apart == nullptr) return {rows.row(0), x.stride[1], x.stride[3]};
+      if (rows.gathered == nullptr) return {rows.row(0), x.stride[1], x.stride[3]};
     if (!rows.made)
       rows.each([&](int i, const T* row) {
         widen_row(rows.buffer + i * width, row, width, x.stride[3]);
@@ -295,7 +295,7 @@ HW_NOINLINE Panel<Accum<T>> vector_rows(const Rows<T>& rows, Accum<T>* buffer) {
   const int width = rows.width(), padded = round_up(width, kLanes<A>);
   const int64_t stride = rows.x.stride[3];
   if constexpr (std::is_same_v<T, A>)
-    if (rows.apart == nullptr && stride == 1 && width == padded)
+    if (rows.gathered == nullptr && stride == 1 && width == padded)
       return {rows.row(0), rows.x.stride[1]};
   rows.each([&](int i, const T* row) { widen_row(buffer + i * padded, row, width, stride); });
   clear_columns(buffer, padded, rows.n, width, padded);

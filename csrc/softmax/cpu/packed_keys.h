@@ -19,15 +19,15 @@ class PackedKeys {
   static constexpr int64_t kMostBytes = 4 << 20;  // of a thread; beyond it tiles are made anew
 
   static int64_t bytes(int64_t keys, int dim, int value_dim) {
-    return ceil_div<int64_t>(keys, kKeys) * (room_of(dim) + room_of(value_dim)) *
+    return ceil_div<int64_t>(keys, kKeys) * (size_of(dim) + size_of(value_dim)) *
            static_cast<int64_t>(sizeof(E));
   }
 
-  // Room for `keys` keys of a head.
+  // Memory for `keys` keys of a head.
   HW_NOINLINE void reserve(int64_t keys, int dim, int value_dim) {
-    k_buffer_ = room_of(dim), v_buffer_ = room_of(value_dim);
+    k_size_ = size_of(dim), v_size_ = size_of(value_dim);
     tiles_ = ceil_div<int64_t>(keys, kKeys);
-    rooms_.reserve(bytes(keys, dim, value_dim));
+    operands_.reserve(bytes(keys, dim, value_dim));
     made_.reserve(2 * tiles_);
   }
 
@@ -44,23 +44,24 @@ class PackedKeys {
   HW_NOINLINE void find_v(const Range& keys, Rows<T>& rows) { find(keys, true, rows); }
 
  private:
-  static int64_t room_of(int width) {
+  // Elements of the operand of a tile, in whole cache lines.
+  static int64_t size_of(int width) {
     return round_up<int64_t>(operand_size<T>(kKeys, width), 64 / sizeof(E));
   }
 
   void find(const Range& keys, bool value, Rows<T>& rows) {
     const int64_t tile = keys.begin / kKeys;
     char& made = made_.data()[2 * tile + (value ? 1 : 0)];
-    rows.buffer = reinterpret_cast<E*>(rooms_.data()) + tile * (k_buffer_ + v_buffer_) +
-                  (value ? k_buffer_ : 0);
+    rows.buffer =
+        reinterpret_cast<E*>(operands_.data()) + tile * (k_size_ + v_size_) + (value ? k_size_ : 0);
     rows.made = made == rows.n;
     made = static_cast<char>(rows.n);
   }
 
-  int64_t tiles_ = 0, k_buffer_ = 0, v_buffer_ = 0;
+  int64_t tiles_ = 0, k_size_ = 0, v_size_ = 0;
   int64_t batch_ = -1, first_ = -1;
   int head_ = -1;
-  Buffer rooms_, made_;  // made_: keys in each operand, k and v in turn
+  Buffer operands_, made_;  // made_: keys in each operand, k and v in turn
 };
 
 }  // namespace

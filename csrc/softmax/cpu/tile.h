@@ -74,7 +74,7 @@ class Tile {
   bool shapes_gradients() const { return p_.softcap > 0 || key_gain_; }
 
   PackedKeys<T>* packed = nullptr;  // of the block's head: k is kept there once it is made
-  Requests meanwhile;  // served during the products with k, and with v where the caller says so
+  Prefetches prefetches;  // served during the products with k, and with v where the caller says so
 
   const Block& block() const { return block_; }
   int width() const { return width_; }              // lanes of the block, whole vectors
@@ -109,7 +109,7 @@ class Tile {
     if (packed != nullptr) packed->find_k(keys, k);
     multiply<false>(k.n, lanes_.count(), steps<E>(dim_), over_width(k),
                     queries_.over_width() + lanes_.begin, kRows, x + lanes_.begin, kRows,
-                    factors().from(lanes_.begin), &meanwhile);
+                    factors().from(lanes_.begin), &prefetches);
   }
 
   // s from x, which may be the same array; -inf where a row does not see a key.
@@ -181,7 +181,7 @@ class Tile {
 
  private:
   Rows<T> key_rows(const Range& keys) {
-    return rows_of_keys(k_, block_, block_.key_batch(), keys, k_buffer_, apart_);
+    return rows_of_keys(k_, block_, block_.key_batch(), keys, k_buffer_, gathered_);
   }
 
   HW_INLINE void finish(const Range& keys, bool masked, A* s) {
@@ -281,7 +281,7 @@ class Tile {
   int width_ = 0;
   Lanes lanes_{};
   E *k_buffer_, *tile_buffer_ = nullptr;
-  const T* apart_[kKeys];  // where keys of the tile are, if they are gathered
+  const T* gathered_[kKeys];  // where keys of the tile are, if they are gathered
   A *bias_rows_ = nullptr, *bias_tile_ = nullptr;
   alignas(64) A factor_[kRows], gain_rows_[kRows], first_[kRows], last_[kRows];
 };

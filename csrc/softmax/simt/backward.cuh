@@ -55,7 +55,7 @@ struct QueryGradKernel {
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = 2;
-  using ForwardBlock = ScoreTile<Element, Score, Source, kOwn, true>;
+  using RowTile = ScoreTile<Element, Score, Source, kOwn, true>;
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
@@ -63,9 +63,8 @@ struct QueryGradKernel {
     const int64_t heads = b.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    ForwardBlock tile(b, p.source, p.score, group / p.parts / heads,
-                      (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta,
-                      nullptr);
+    RowTile tile(b, p.source, p.score, group / p.parts / heads,
+                 (p.blocks - 1 - index % p.blocks) * kSide<A>, &b.row, &b.rest, &b.delta, nullptr);
     if (!tile.start(head)) return;
 
     A d_q[kSlices][kOwn][kOwn], d_tau[kOwn] = {};
@@ -73,14 +72,14 @@ struct QueryGradKernel {
     for (int n = 0; n < kSlices; ++n) clear(d_q[n]);
     const bool writes_bias = b.d_bias && !p.shared_bias && part == 0;
     tile.walk(tile.reach(), [&] {
-      typename ForwardBlock::Micro c, dp;
+      typename RowTile::Micro c, dp;
       if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
       tile.template multiply<false, false>(c, p.q, p.k);
       for_gradients(
           tile, c, dp,
           [&](int r, int u, const PairGradient<A>& g) {
             d_tau[0] += g.dx * g.c;
-            if (writes_bias && tile.has_bias(r, u)) *bias_place(b, tile, r, u) = g.ds;
+            if (writes_bias && tile.has_bias(r, u)) *bias_element(b, tile, r, u) = g.ds;
             dp[0][u] = g.dc;
           },
           d_tau);
@@ -101,8 +100,8 @@ struct QueryGradKernel {
 
  private:
   // d_bias is zeros where it was not visited.
-  HW_DEVICE HW_INLINE static A* bias_place(const BackwardParams& b, const ForwardBlock& tile, int r,
-                                           int u) {
+  HW_DEVICE HW_INLINE static A* bias_element(const BackwardParams& b, const RowTile& tile, int r,
+                                             int u) {
     const int64_t i = tile.row_number(r, u), j = tile.key_number(r, u);
     return b.d_bias.template as<A>().at(tile.batch(), tile.head(), i, j);
   }
@@ -116,15 +115,15 @@ struct KeyGradKernel {
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = kCount == 1 ? 2 : 1;
-  using Keys = ScoreTile<Element, Score, Source, kOwn, false>;
+  using KeyTile = ScoreTile<Element, Score, Source, kOwn, false>;
 
   HW_DEVICE static void main(const Params& p) {
     const BackwardParams& b = p.b;
     const int64_t index = dev::block_index_x(), group = index / p.blocks;
     const int part = static_cast<int>(group % p.parts), first = part * kCount;
     const int owner = static_cast<int>(group / p.parts % p.key_owners);
-    Keys tile(b, p.source, p.score, group / p.parts / p.key_owners, index % p.blocks * kSide<A>,
-              &b.row, &b.rest, &b.delta, nullptr);
+    KeyTile tile(b, p.source, p.score, group / p.parts / p.key_owners, index % p.blocks * kSide<A>,
+                 &b.row, &b.rest, &b.delta, nullptr);
 
     A d_k[kCount][kOwn][kOwn], d_v[kCount][kOwn][kOwn];
     HW_UNROLL
@@ -133,7 +132,7 @@ struct KeyGradKernel {
       A d_bias[kOwn] = {}, d_gain[kOwn] = {};
       if (!tile.start(h)) return;
       tile.walk(tile.reach(), [&] {
-        typename Keys::Micro c, dp;
+        typename KeyTile::Micro c, dp;
         if (!tile.template multiply<false, true>(dp, p.v, p.d_w)) return;
         tile.template multiply<false, false>(c, p.k, p.q);
         for_gradients(
@@ -164,7 +163,7 @@ struct KeyGradKernel {
 
  private:
   // [B, Hq, Sk], if wanted: the lanes' shares of the own keys' sums.
-  HW_DEVICE HW_INLINE static void store_sums(const Ref<void, 3>& to, const Keys& tile,
+  HW_DEVICE HW_INLINE static void store_sums(const Ref<void, 3>& to, const KeyTile& tile,
                                              const A (&share)[kOwn]) {
     if (!to) return;
     HW_UNROLL
@@ -186,7 +185,7 @@ struct BiasGradKernel {
   using Params = GradParams<Element, Score, Source>;
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
-  using ForwardBlock = ScoreTile<Element, Score, Source, kOwn, true>;
+  using RowTile = ScoreTile<Element, Score, Source, kOwn, true>;
 
   // Tiles, batch entries or heads that have results of their own.
   HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
@@ -213,7 +212,7 @@ struct BiasGradKernel {
     const int64_t head = take(owners(b, 1, 1)), batch = rest;
     const bool all_keys = b.d_bias.stride[3] == 0;
 
-    typename ForwardBlock::Micro sum;
+    typename RowTile::Micro sum;
     clear(sum);
     for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1))
       for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1))
@@ -224,9 +223,8 @@ struct BiasGradKernel {
  private:
   HW_DEVICE HW_INLINE static void visit(const Params& p, int64_t sequence, int head, int64_t first,
                                         int64_t key_tile, bool all_keys,
-                                        typename ForwardBlock::Micro& sum) {
-    ForwardBlock tile(p.b, p.source, p.score, sequence, first, &p.b.row, &p.b.rest, &p.b.delta,
-                      nullptr);
+                                        typename RowTile::Micro& sum) {
+    RowTile tile(p.b, p.source, p.score, sequence, first, &p.b.row, &p.b.rest, &p.b.delta, nullptr);
     if (!tile.start(head)) return;
     Range keys = tile.reach();
     if (!all_keys) {  // the whole tile: keys stay where their sums are
@@ -235,7 +233,7 @@ struct BiasGradKernel {
       keys = begin < keys.end && keys.begin < end ? Range{begin, end} : Range{0, 0};
     }
     tile.walk(keys, [&] {
-      typename ForwardBlock::Micro c, dp;
+      typename RowTile::Micro c, dp;
       if (!tile.template multiply<false, true>(dp, p.d_w, p.v)) return;
       tile.template multiply<false, false>(c, p.q, p.k);
       for_gradients(
@@ -246,7 +244,7 @@ struct BiasGradKernel {
   // Sums over lanes where keys are broadcast.
   HW_DEVICE HW_INLINE static void store(const BackwardParams& b, int64_t batch, int64_t head,
                                         int64_t first_row, int64_t first_key, bool all_keys,
-                                        typename ForwardBlock::Micro& sum) {
+                                        typename RowTile::Micro& sum) {
     const Ref<A, 4> to = b.d_bias.template as<A>();
     const int64_t rows = to.size[2], keys = all_keys ? 1 : to.size[3];
     if (all_keys) {
@@ -288,8 +286,8 @@ void run_key_grad(GradParams<Element, Score, Source> p, int64_t sequences, const
   const int most = max_of(slices_of<A>(p.b.dim()), p.b.d_v ? slices_of<A>(p.b.value_dim()) : 1);
   p.blocks = ceil_div<int64_t>(p.b.max_k, kSide<A>);
   p.parts = ceil_div(most, kSlices);
-  p.key_owners = p.keys_apart ? p.b.query_heads() : p.b.key_heads();
-  p.key_sharers = p.keys_apart ? 1 : p.b.group();
+  p.key_owners = p.keys_per_query_head ? p.b.query_heads() : p.b.key_heads();
+  p.key_sharers = p.keys_per_query_head ? 1 : p.b.group();
   const Grid grid{sequences * p.key_owners * p.parts * p.blocks, 1, 1};
   if (most == 1)
     launch<KeyGradKernel<Element, Score, Source, 1>>(grid, bytes, context, p);

@@ -28,22 +28,22 @@ struct ColumnsKernel {
   using A = Accum<Element>;
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   static constexpr int kMinBlocks = 2;
-  using Keys = ScoreTile<Element, Score, Source, kOwn, false>;
+  using KeyTile = ScoreTile<Element, Score, Source, kOwn, false>;
 
   HW_DEVICE static void main(const Params& p) {
     const ColumnsParams& f = p.c;
     const int64_t index = dev::block_index_x(), group = index / p.blocks, heads = f.query_heads();
     const int part = static_cast<int>(group % p.parts), first = part * kSlices;
     const int head = static_cast<int>(group / p.parts % heads);
-    Keys tile(f, p.source, p.score, group / p.parts / heads, index % p.blocks * kSide<A>, &f.row,
-              &f.rest, &f.row_weight, nullptr);
+    KeyTile tile(f, p.source, p.score, group / p.parts / heads, index % p.blocks * kSide<A>, &f.row,
+                 &f.rest, &f.row_weight, nullptr);
     if (!tile.start(head)) return;
 
     A y[kSlices][kOwn][kOwn], sum[kOwn] = {}, top[kOwn] = {};
     HW_UNROLL
     for (int n = 0; n < kSlices; ++n) clear(y[n]);
     tile.walk(tile.reach(), [&] {
-      typename Keys::Micro c;
+      typename KeyTile::Micro c;
       tile.template multiply<true, false>(c, p.k, p.q);
       const auto weigh = [&](int r) {
         HW_UNROLL
@@ -160,19 +160,10 @@ struct ProbsKernel {
 
   HW_DEVICE HW_INLINE static A weight(const Params& p, const WorkItem& w, int64_t i, int64_t j) {
     const ProbsParams& f = p.f;
-    const ScoreShape<A> shape(f.softcap);
     const int64_t b = w.at.batch, row = row_of(p.source, w, i), key = key_of(p.source, w, j);
-    const int64_t row_number = w.at.q_begin + i, key_number = w.at.k_begin + j;
-    A x = product(f, b, row, p.source.key_batch(w), key, w) * static_cast<A>(f.scale);
-    if (f.row_temperature) x *= f.row_temperature.template as<const A>()(b, row_number, w.head);
-    A gain = 0, added = 0;
-    if (f.key_gain && i >= f.gain_begin && i < f.gain_end)
-      gain = f.key_gain.template as<const A>()(b, w.head, key_number);
-    if (f.bias)
-      added =
-          static_cast<A>(f.bias.template as<const Element>()(b, w.head, row_number, key_number));
-    if (f.key_bias) added += f.key_bias.template as<const A>()(b, w.head, key_number);
-    const A y = shape.capped(x), s = f.key_gain ? shape.score(y, gain, added) : y + added;
+    const A c = product(f, b, row, p.source.key_batch(w), key, w);
+    const A s = score_of_pair<Element>(f, ScoreShape<A>(f.softcap), b, w.head, i, w.at.q_begin + i,
+                                       w.at.k_begin + j, c);
     const int64_t at = p.source.row_result(w, i, row);
     const A statistic = f.row ? f.row.template as<const A>()(b, w.head, at) : A(1);
     const A rest = f.rest ? f.rest.template as<const A>()(b, w.head, at) : A(0);

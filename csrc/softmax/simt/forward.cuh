@@ -24,31 +24,31 @@ struct RowsParams {
   ForwardPlan plan;
   OperandRows<Element> q, k, v;
   bool o_vectors, w_vectors;
-  Accum<Element>* partials;  // [tasks, spans, plan.partial_size()]
+  Accum<Element>* partials;  // [row blocks, spans, plan.partial_size()]
 };
 
 // What one block works on. Blocks of a head lie together, the last one, which sees most keys,
 // first.
-struct RowsTask {
+struct RowBlock {
   int64_t index, span, sequence, first;  // first: row
   int head, part;
 };
 
-HW_DEVICE HW_INLINE RowsTask rows_task(const ForwardParams& f, const ForwardPlan& plan,
+HW_DEVICE HW_INLINE RowBlock row_block(const ForwardParams& f, const ForwardPlan& plan,
                                        int64_t index, int64_t span) {
-  const int64_t group = index / plan.blocks, heads = f.query_heads();
+  const int64_t group = index / plan.blocks_of_head, heads = f.query_heads();
   return {index,
           span,
           group / plan.parts / heads,
-          (plan.blocks - 1 - index % plan.blocks) * plan.rows,
+          (plan.blocks_of_head - 1 - index % plan.blocks_of_head) * plan.rows,
           static_cast<int>(group / plan.parts % heads),
           static_cast<int>(group % plan.parts)};
 }
 
 template <class Element, ScoreKind Score, KeySource Source>
 HW_DEVICE HW_INLINE Accum<Element>* partial_of(const RowsParams<Element, Score, Source>& p,
-                                               int64_t task, int64_t span) {
-  return p.partials + (task * p.plan.spans + span) * p.plan.partial_size();
+                                               int64_t block, int64_t span) {
+  return p.partials + (block * p.plan.spans + span) * p.plan.partial_size();
 }
 
 template <class Element, ScoreKind Score, KeySource Source, int kOwn>
@@ -58,16 +58,16 @@ class ForwardBlock {
   using Params = RowsParams<Element, Score, Source>;
   static constexpr int kV = kVector<A>;
 
-  HW_DEVICE HW_INLINE ForwardBlock(const Params& params, const RowsTask& t)
+  HW_DEVICE HW_INLINE ForwardBlock(const Params& params, const RowBlock& t)
       : p(params),
         f(params.f),
-        task(t),
+        block(t),
         tile(f, params.source, params.score, t.sequence, t.first, nullptr, nullptr, nullptr,
              &f.mass_keys),
         soft(Score::kSoftmax || is_softmax(f.activation)) {}
 
   HW_DEVICE HW_INLINE void run() {
-    if (!tile.start(task.head)) return;
+    if (!tile.start(block.head)) return;
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) sums[r].clear();
     HW_UNROLL
@@ -82,8 +82,8 @@ class ForwardBlock {
  private:
   HW_DEVICE HW_INLINE Range keys() const {
     const Range seen = tile.reach();
-    return {max_of(seen.begin, task.span * p.plan.span),
-            min_of(seen.end, (task.span + 1) * p.plan.span)};
+    return {max_of(seen.begin, block.span * p.plan.span),
+            min_of(seen.end, (block.span + 1) * p.plan.span)};
   }
 
   // Nobody can see what the loop would find.
@@ -111,7 +111,7 @@ class ForwardBlock {
     if (soft) rescale(factor);
     if (!p.v.x) return;
     tile.put_weights(s);
-    if (tile.vote(some)) tile.template apply<false>(values, p.v, task.part * kSlices);
+    if (tile.vote(some)) tile.template apply<false>(values, p.v, block.part * kSlices);
   }
 
   // p relative to the running maximum, in place of s; returns the factor of what was summed before.
@@ -150,11 +150,11 @@ class ForwardBlock {
   }
 
   HW_DEVICE HW_INLINE int column(int n) const {
-    return (task.part * kSlices + n) * kSide<A> + other_lane() * kV;
+    return (block.part * kSlices + n) * kSide<A> + other_lane() * kV;
   }
 
   HW_DEVICE HW_INLINE void store_partial() {
-    A* to = partial_of(p, task.index, task.span);
+    A* to = partial_of(p, block.index, block.span);
     HW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       const int64_t row = own_lane() + kLanes * r;
@@ -172,18 +172,18 @@ class ForwardBlock {
   HW_DEVICE HW_INLINE void finish() {
     const auto row = [&](int r) {
       if (tile.own_slot(r) >= tile.own().end) return;
-      const bool writes = task.part == 0 && other_lane() == 0;
-      const RowEnd<Element, Source> end(f, p.source, tile.item(), tile.own_slot(r),
-                                        tile.own_token(r));
-      if (!end.has_result()) return;
-      const A factor = end.finalize(sums[0], writes);
+      const bool writes = block.part == 0 && other_lane() == 0;
+      const RowEpilogue<Element, Source> epilogue(f, p.source, tile.item(), tile.own_slot(r),
+                                                  tile.own_token(r));
+      if (!epilogue.has_result()) return;
+      const A factor = epilogue.finalize(sums[0], writes);
       if (!p.v.x) return;
       HW_UNROLL
       for (int n = 0; n < kSlices; ++n) {
         if (column(n) >= p.v.width()) continue;
         HW_UNROLL
         for (int c = 0; c < kV; ++c) values[n][0][c] *= factor;
-        end.template write<kV>(column(n), p.v.width(), values[n][0], p.o_vectors, p.w_vectors);
+        epilogue.template write<kV>(column(n), p.v.width(), values[n][0], p.o_vectors, p.w_vectors);
       }
     };
     static_assert(kSlices == 2);
@@ -192,7 +192,7 @@ class ForwardBlock {
 
   const Params& p;
   const ForwardParams& f;
-  const RowsTask task;
+  const RowBlock block;
   ScoreTile<Element, Score, Source, kOwn, true> tile;
   const bool soft;
   LaneSums<A> sums[kOwn];       // max: of the row; the others: this lane's share
@@ -206,8 +206,8 @@ struct RowsKernel {
   static constexpr int kMinBlocks = kOwn == 1 ? 3 : 2;
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = dev::block_index_x();
-    const RowsTask task = rows_task(p.f, p.plan, index / p.plan.spans, index % p.plan.spans);
-    ForwardBlock<Element, Score, Source, kOwn>(p, task).run();
+    const RowBlock block = row_block(p.f, p.plan, index / p.plan.spans, index % p.plan.spans);
+    ForwardBlock<Element, Score, Source, kOwn>(p, block).run();
   }
 };
 
@@ -219,34 +219,34 @@ struct MergeKernel {
 
   HW_DEVICE static void main(const Params& p) {
     const int64_t index = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
-    const RowsTask task = rows_task(p.f, p.plan, index / p.plan.rows, 0);
-    const int64_t row = index % p.plan.rows, slot = task.first + row;
-    const typename Source::WorkItem w = p.source.work_item(p.f, task.sequence, task.head);
+    const RowBlock block = row_block(p.f, p.plan, index / p.plan.rows, 0);
+    const int64_t row = index % p.plan.rows, slot = block.first + row;
+    const typename Source::WorkItem w = p.source.work_item(p.f, block.sequence, block.head);
     if (slot >= p.source.rows(w)) return;
-    const RowEnd<Element, Source> end(p.f, p.source, w, slot,
-                                      p.source.row_token(w, slot, p.source.row_entry(w, slot)));
-    if (!end.has_result()) return;
+    const RowEpilogue<Element, Source> epilogue(
+        p.f, p.source, w, slot, p.source.row_token(w, slot, p.source.row_entry(w, slot)));
+    if (!epilogue.has_result()) return;
 
     LaneSums<A> whole;
     whole.clear();
     for (int64_t span = 0; span < p.plan.spans; ++span)
-      whole.merge(LaneSums<A>::loaded(partial_of(p, task.index, span) + row * kRowSums));
+      whole.merge(LaneSums<A>::loaded(partial_of(p, block.index, span) + row * kRowSums));
     const A top = whole.max;
-    const A factor = end.finalize(whole, task.part == 0 && dev::lane() == 0);
+    const A factor = epilogue.finalize(whole, block.part == 0 && dev::lane() == 0);
     if (!p.v.x) return;
 
-    const int first = task.part * kSlices * kSide<A>;
+    const int first = block.part * kSlices * kSide<A>;
     const int columns = min_of(p.v.width() - first, static_cast<int>(p.plan.columns));
     for (int c = dev::lane(); c < columns; c += dev::kWarp) {
       A sum[1] = {A(0)};
       for (int64_t span = 0; span < p.plan.spans; ++span) {
-        const A* part = partial_of(p, task.index, span);
+        const A* part = partial_of(p, block.index, span);
         RowSums<A> of_span{part[row * kRowSums], A(0), A(0), A(0), A(0)};
         const A share = is_softmax(p.f.activation) ? of_span.move_to(top) : A(1);
         sum[0] += share * part[p.plan.rows * kRowSums + row * p.plan.columns + c];
       }
       sum[0] *= factor;
-      end.template write<1>(first + c, p.v.width(), sum, false, false);
+      epilogue.template write<1>(first + c, p.v.width(), sum, false, false);
     }
   }
 };
@@ -255,14 +255,14 @@ template <class Element, ScoreKind Score, KeySource Source>
 void run_rows(const RowsParams<Element, Score, Source>& p, const Context& context) {
   using A = Accum<Element>;
   constexpr int kMany = kVector<A>;
-  const Grid grid{p.plan.tasks * p.plan.spans, 1, 1};
+  const Grid grid{p.plan.row_blocks * p.plan.spans, 1, 1};
   if (p.plan.few)
     launch<RowsKernel<Element, Score, Source, 1>>(grid, kBytes<A, Source, 1>, context, p);
   else
     launch<RowsKernel<Element, Score, Source, kMany>>(grid, kBytes<A, Source, kMany>, context, p);
   if (p.plan.spans == 1) return;
   static_assert(kFewRows % kWarps == 0 && kSide<A> % kWarps == 0, "whole blocks of warps");
-  const int64_t blocks = p.plan.tasks * (p.plan.rows / kWarps);
+  const int64_t blocks = p.plan.row_blocks * (p.plan.rows / kWarps);
   launch<MergeKernel<Element, Score, Source>>({blocks, 1, 1}, 0, context, p);
 }
 

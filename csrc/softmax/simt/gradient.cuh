@@ -21,7 +21,7 @@ struct GradParams {
   bool shared_bias;  // d_bias has a kernel of its own
   // Of sources that gather: d_q, or d_k and d_v, are of the accumulation type, to be added up.
   bool wide_rows, wide_keys;
-  bool keys_apart;              // d_k and d_v of each query head; else of key heads
+  bool keys_per_query_head;     // d_k and d_v of each query head; else of key heads
   int key_owners, key_sharers;  // heads of d_k and d_v, query heads of each
   int64_t blocks;               // tiles of a head
   int64_t parts;                // of the columns of d_q, or of d_k and d_v

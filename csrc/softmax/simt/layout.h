@@ -43,10 +43,10 @@ inline constexpr int kStride = kSide<A> + kVector<A>;
 // Shared memory of a block that owns kOwn x 16 rows: what it works on and a vote per warp, the
 // buffers, the terms.
 inline constexpr int kWorkBytes = 160;
-inline constexpr int kRoomsAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
+inline constexpr int kBuffersAt = kWorkBytes + kWarps * static_cast<int>(sizeof(int));
 template <class A, int kOwn>
-inline constexpr int kSharedBytes = kRoomsAt + ((2 * kOwn * kLanes + kSide<A>)*kStride<A> +
-                                                kTerms * kSide<A>)*static_cast<int>(sizeof(A));
+inline constexpr int kSharedBytes = kBuffersAt + ((2 * kOwn * kLanes + kSide<A>)*kStride<A> +
+                                                  kTerms * kSide<A>)*static_cast<int>(sizeof(A));
 
 // The same of a source that gathers: the tokens of a tile, and a vote per warp, besides.
 template <class A, int kOwn>
@@ -67,18 +67,18 @@ inline constexpr int64_t kBlocksWanted = 2;  // per multiprocessor; fewer: cut t
 inline constexpr int kRowSums = 5;           // of a row of a partial result
 
 struct ForwardPlan {
-  bool few = false;     // blocks of 16 rows
-  int64_t rows = 0;     // of a block
-  int64_t blocks = 0;   // of a head of a sequence
-  int64_t parts = 1;    // of the value columns
-  int64_t spans = 1;    // of the keys
-  int64_t span = 0;     // keys of one
-  int64_t tasks = 0;    // sequences x heads x parts x blocks
-  int64_t columns = 0;  // of a partial result
+  bool few = false;            // blocks of 16 rows
+  int64_t rows = 0;            // of a block
+  int64_t blocks_of_head = 0;  // of a sequence
+  int64_t parts = 1;           // of the value columns
+  int64_t spans = 1;           // of the keys
+  int64_t span = 0;            // keys of one
+  int64_t row_blocks = 0;      // of all: sequences x heads x parts x blocks_of_head
+  int64_t columns = 0;         // of a partial result
 
   // A partial result: [rows][kRowSums], then [rows][columns].
   HW_HOST_DEVICE int64_t partial_size() const { return rows * (kRowSums + columns); }
-  int64_t workspace() const { return spans > 1 ? tasks * spans * partial_size() : 0; }
+  int64_t workspace() const { return spans > 1 ? row_blocks * spans * partial_size() : 0; }
 };
 
 template <class A>
@@ -87,15 +87,15 @@ ForwardPlan forward_plan(int64_t sequences, int64_t heads, int64_t max_q, int64_
   ForwardPlan p;
   p.few = max_q <= kFewRows;
   p.rows = p.few ? kFewRows : kSide<A>;
-  p.blocks = ceil_div(max_q, p.rows);
+  p.blocks_of_head = ceil_div(max_q, p.rows);
   const int slices = slices_of<A>(value_dim);
   p.parts = ceil_div(slices, kSlices);
   p.columns = value_dim > 0 ? static_cast<int64_t>(min_of(slices, kSlices)) * kSide<A> : 0;
-  p.tasks = sequences * heads * p.parts * p.blocks;
+  p.row_blocks = sequences * heads * p.parts * p.blocks_of_head;
   const int64_t wanted = kBlocksWanted * max_of<int64_t>(multiprocessors, 1);
-  if (p.tasks > 0 && p.tasks < wanted) {
+  if (p.row_blocks > 0 && p.row_blocks < wanted) {
     const int64_t most = max_k / (kSpanTiles * kSide<A>);
-    p.spans = max_of<int64_t>(min_of(ceil_div(wanted, p.tasks), most), 1);
+    p.spans = max_of<int64_t>(min_of(ceil_div(wanted, p.row_blocks), most), 1);
   }
   p.span = round_up(ceil_div(max_of<int64_t>(max_k, 1), p.spans), int64_t{kSide<A>});
   p.spans = ceil_div(max_of<int64_t>(max_k, 1), p.span);

@@ -172,11 +172,11 @@ class ScoreTile {
     int column = 0;
     do {
       dev::sync_block();
-      if (!kept) load_rows<kOwnRows, kOwnSide, kVote && kOwnRows>(own_room(), own_side, column);
-      load_rows<!kOwnRows, kOtherSide, kVote && !kOwnRows>(other_room(), other_side, column);
+      if (!kept) load_rows<kOwnRows, kOwnSide, kVote && kOwnRows>(own_buffer(), own_side, column);
+      load_rows<!kOwnRows, kOtherSide, kVote && !kOwnRows>(other_buffer(), other_side, column);
       if constexpr (kVote) put_vote(some_);
       dev::sync_block();
-      if (!idle_) add_dot(c, own_room(), other_room(), min_of(width - column, kSide<A>));
+      if (!idle_) add_dot(c, own_buffer(), other_buffer(), min_of(width - column, kSide<A>));
       column += kSide<A>;
     } while (column < width);
     if constexpr (kVote) return count_votes();
@@ -207,10 +207,11 @@ class ScoreTile {
       if (first + n >= side.slices()) continue;
       if (!held) {
         dev::sync_block();
-        load_rows<!kOwnRows, kOtherSide, false>(other_room(), side, (first + n) * kSide<A>);
+        load_rows<!kOwnRows, kOtherSide, false>(other_buffer(), side, (first + n) * kSide<A>);
         dev::sync_block();
       }
-      if (!idle_) add_weighted(acc[n], weights(), other_room(), static_cast<int>(others().count()));
+      if (!idle_)
+        add_weighted(acc[n], weights(), other_buffer(), static_cast<int>(others().count()));
     }
   }
 
@@ -283,11 +284,11 @@ class ScoreTile {
   HW_DEVICE HW_INLINE static int* flags() {
     return reinterpret_cast<int*>(dev::shared<char>() + kWorkBytes);
   }
-  HW_DEVICE HW_INLINE static A* own_room() {
-    return reinterpret_cast<A*>(dev::shared<char>() + kRoomsAt);
+  HW_DEVICE HW_INLINE static A* own_buffer() {
+    return reinterpret_cast<A*>(dev::shared<char>() + kBuffersAt);
   }
-  HW_DEVICE HW_INLINE static A* other_room() { return own_room() + kOwnSide * kStride<A>; }
-  HW_DEVICE HW_INLINE static A* weights() { return other_room() + kOtherSide * kStride<A>; }
+  HW_DEVICE HW_INLINE static A* other_buffer() { return own_buffer() + kOwnSide * kStride<A>; }
+  HW_DEVICE HW_INLINE static A* weights() { return other_buffer() + kOtherSide * kStride<A>; }
   HW_DEVICE HW_INLINE static A* terms(Term t) {
     return weights() + kOwnSide * kStride<A> + static_cast<int>(t) * kSide<A>;
   }

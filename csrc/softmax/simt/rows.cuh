@@ -51,13 +51,13 @@ HW_DEVICE HW_INLINE bool is_dead(const ForwardParams& f, int64_t batch, int head
 // The end of the row of a slot: statistics, division, mix and gate. Where it lies is found once: in
 // lists that takes divisions.
 template <class Element, KeySource Source>
-class RowEnd {
+class RowEpilogue {
  public:
   using A = Accum<Element>;
   using WorkItem = typename Source::WorkItem;
 
-  HW_DEVICE HW_INLINE RowEnd(const ForwardParams& params, const Source& s, const WorkItem& item,
-                             int64_t slot, int64_t token)
+  HW_DEVICE HW_INLINE RowEpilogue(const ForwardParams& params, const Source& s,
+                                  const WorkItem& item, int64_t slot, int64_t token)
       : f(params),
         w(item),
         position(Source::kInOrder ? slot : s.row_position(item, slot, token)),

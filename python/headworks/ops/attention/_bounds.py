@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._errors import fail
+from ..._errors import describe, fail
 from ..._native import Maybe, is_readable
 from .._checks import check_cu_seqlens, check_cu_seqlens_values, check_running_sum
 
@@ -32,13 +32,13 @@ def check_bounds(
             "Packed sequences need cu_seqlens_q and cu_seqlens_k, and both max_seqlen if those "
             "are tensors on a GPU.",
         )
-    is_number = not isinstance(longest, (bool, float, Tensor))
-    if longest is not None and not (is_number and longest >= 0):  # type: ignore[operator]
+    number = _is_length(longest)
+    if longest is not None and not (number and longest >= 0):  # type: ignore[operator]
         fail(
-            TypeError if isinstance(longest, (bool, float, Tensor)) else ValueError,
+            ValueError if number else TypeError,
             op,
             name_max,
-            longest,
+            longest if number else describe(longest),
             "a Python integer >= 0",
             "Pass the length of the longest sequence, without asking the device for it.",
         )
@@ -56,6 +56,13 @@ def check_bounds(
             "make the host wait.",
         )
     return tensor, -1 if longest is None else longest  # type: ignore[return-value]
+
+
+def _is_length(n: object) -> bool:
+    """numpy's integers too; a tensor, of which the device would have to be asked, is none."""
+    if isinstance(n, (bool, Tensor)):
+        return False
+    return isinstance(n, (int, torch.SymInt)) or hasattr(type(n), "__index__")
 
 
 def _bounds_of_list(

@@ -14,7 +14,7 @@ from ..._native import ACCUMULATION, NativeCall, define, described, route
 from ..._repeated import Ready
 from .._operands import check_operands, operands, require
 from ._grid import Grid
-from ._routing_attention_native import image_cells
+from ._routing_attention_native import image_grid
 from ._select_topk_native import ready_rows, select_rows
 
 MEANS = NativeFunction("bilevel_route.means")
@@ -44,11 +44,11 @@ def route_prepared(
     of_q, of_k = _means_of(q, own), _means_of(k, other)
     a = q.new_empty(_scores_shape(q, own, other, per_head), dtype=of_q.dtype)
     rows = a.flatten(0, -2)
-    cells_q, cells_k = (
-        image_cells(grid, (x.shape[1], x.shape[2])) for x, grid in ((q, own), (k, other))
+    grid_q, grid_k = (
+        image_grid(grid, (x.shape[1], x.shape[2])) for x, grid in ((q, own), (k, other))
     )
-    average_q = Ready(MEANS, backend, (q,), (of_q,), cells_q, (q,))
-    average_k = Ready(MEANS, backend, (k,), (of_k,), cells_k, (k,))
+    average_q = Ready(MEANS, backend, (q,), (of_q,), grid_q, (q,))
+    average_k = Ready(MEANS, backend, (k,), (of_k,), grid_k, (k,))
     score = Ready(SCORES, backend, (of_q, of_k), (a,), (), (of_q, of_k))
     choose = ready_rows(rows, topk, False, backend)
     if choose is None:
@@ -59,8 +59,8 @@ def route_prepared(
 
 def bilevel_route_call(q: Tensor, k: Tensor, own: Grid, backend: str) -> NativeCall:
     """The first call that `bilevel_route` makes, for hw.explain."""
-    cells = image_cells(own, (q.shape[1], q.shape[2]))
-    return described(MEANS, backend, (q,), (_means_of(q, own),), cells)
+    numbers = image_grid(own, (q.shape[1], q.shape[2]))
+    return described(MEANS, backend, (q,), (_means_of(q, own),), numbers)
 
 
 def _route(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
@@ -89,8 +89,8 @@ def _route_operator(q: Tensor, k: Tensor, *numbers: Any) -> Tensor:
     sizes = check_operands(op, _OPERANDS, (q, k))
     for name, grid, image in (("own", own, ("Y", "X")), ("other", other, ("Yk", "Xk"))):
         cut = min(grid) > 0
-        for number, cell, axis in zip(grid[:2], grid[2:], image, strict=True):
-            cut = cut and number == -(-sizes[axis] // cell)
+        for number, size, axis in zip(grid[:2], grid[2:], image, strict=True):
+            cut = cut and number == -(-sizes[axis] // size)
         require(op, name, tuple(grid), cut, "rows, columns, height, width: regions of the image")
     require(op, "topk", topk, 0 <= topk <= other.regions, f"0 to {other.regions}, the regions of k")
     return _route(q, k, *numbers)
@@ -122,7 +122,7 @@ def _scores_shape(q: Tensor, own: Grid, other: Grid, per_head: bool) -> tuple[in
 
 def _means(x: Tensor, grid: Grid, backend: str) -> Tensor:
     m = _means_of(x, grid)
-    MEANS.run(backend, (x,), (m,), image_cells(grid, (x.shape[1], x.shape[2])))
+    MEANS.run(backend, (x,), (m,), image_grid(grid, (x.shape[1], x.shape[2])))
     return m
 
 

@@ -23,9 +23,9 @@ from ._routing_attention import NO_READ_OUTS, attend
 from ._routing_attention_native import (
     Routing,
     forward_call,
-    image_cells,
+    image_grid,
     ready,
-    sequence_cells,
+    sequence_grid,
 )
 
 
@@ -72,8 +72,8 @@ def _bilevel_arguments(
     routing = Routing(
         regions.expand(batch, heads, own.regions, 1),
         graph.expand(batch, heads, own.regions, graph.shape[3]),
-        image_cells(own, (q.shape[1], q.shape[2])),
-        image_cells(other, (k.shape[1], k.shape[2])),
+        image_grid(own, (q.shape[1], q.shape[2])),
+        image_grid(other, (k.shape[1], k.shape[2])),
         pad_keys=not mask_padding,
     )
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))
@@ -174,8 +174,8 @@ def _kmeans_arguments(
     routing = Routing(
         q_index,
         k_index,
-        sequence_cells(q.shape[1]),
-        sequence_cells(k.shape[1]),
+        sequence_grid(q.shape[1]),
+        sequence_grid(k.shape[1]),
         by_slot=True,
         mask_self=mask_self,
         mean_eps=mean_eps,
@@ -221,8 +221,8 @@ def _moh_arguments(
     routing = Routing(
         rows[:, :, None],
         None,
-        sequence_cells(score.q.shape[1]),
-        sequence_cells(score.k.shape[1]),
+        sequence_grid(score.q.shape[1]),
+        sequence_grid(score.k.shape[1]),
         covers=False,
     )
     return score, v if v.shape[3] else widen(v), gate, routing

@@ -58,13 +58,13 @@ def _wanted(routing: Routing, w: bool, read_outs: tuple[bool, ...]) -> Want:
     return Want(w or by_slot, lse or by_slot, entropy, p_max, sq_norm, skip_dead=False)
 
 
-_CELLS = 5  # numbers of Routing.row_cells and of key_cells
+_GRID = 5  # numbers of Routing.row_grid and of key_grid
 
 
 def _packed(score: Score, routing: Routing, v: Tensor, gate: Maybe) -> tuple[Any, ...]:
     """One by one: what _RoutingAttention takes first."""
     tensors = *score.tensors, routing.rows, routing.keys, v, gate
-    return *tensors, *score.numbers, *routing.row_cells, *routing.key_cells, *routing[4:]
+    return *tensors, *score.numbers, *routing.row_grid, *routing.key_grid, *routing[4:]
 
 
 def _unpacked(
@@ -73,9 +73,9 @@ def _unpacked(
     """Score, routing, v, gate, and the arguments behind them."""
     (rows, keys, v, gate), rest = arguments[TENSORS:][:4], arguments[TENSORS + 4 :]
     score, rest = Score(*arguments[:TENSORS], *rest[:NUMBERS]), rest[NUMBERS:]
-    cells, rest = (rest[:_CELLS], rest[_CELLS : 2 * _CELLS]), rest[2 * _CELLS :]
+    grids, rest = (rest[:_GRID], rest[_GRID : 2 * _GRID]), rest[2 * _GRID :]
     flags = len(Routing._fields) - 4
-    return score, Routing(rows, keys, *cells, *rest[:flags]), v, gate, rest[flags:]
+    return score, Routing(rows, keys, *grids, *rest[:flags]), v, gate, rest[flags:]
 
 
 class _RoutingAttention(torch.autograd.Function):

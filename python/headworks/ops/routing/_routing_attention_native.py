@@ -27,20 +27,20 @@ from ._grid import Grid
 FORWARD = NativeFunction("routing_attention.forward")
 BACKWARD = NativeFunction("routing_attention.backward")
 
-# columns, height, width, rows of the image, columns of the image
-Cells = tuple[int, int, int, int, int]
-_CELL = ("columns", "height", "width", "image_height", "image_width")
+# Regions side by side, height and width of a region and of the image (csrc/core/regions.h).
+RegionGrid = tuple[int, int, int, int, int]
+_GRID = ("columns", "height", "width", "image_height", "image_width")
 _FLAGS = ("by_slot", "pad_keys", "mask_self", "mean_eps")
-_NUMBERS = (*(f"row_{name}" for name in _CELL), *(f"key_{name}" for name in _CELL), *_FLAGS)
+_NUMBERS = (*(f"row_{name}" for name in _GRID), *(f"key_{name}" for name in _GRID), *_FLAGS)
 
 
 class Routing(NamedTuple):
-    """Who attends to whom. Lists [B, Hq, G, N] of blocks; cells say what a block is."""
+    """Who attends to whom. Lists [B, Hq, G, N] of regions; grids say what a region is."""
 
     rows: Tensor
     keys: Maybe  # None: all keys
-    row_cells: Cells
-    key_cells: Cells
+    row_grid: RegionGrid
+    key_grid: RegionGrid
     by_slot: bool = False
     pad_keys: bool = False
     mask_self: bool = False
@@ -56,16 +56,16 @@ class Routing(NamedTuple):
     @property
     def slots(self) -> int:
         """G Wq"""
-        _, height, width, _, _ = self.row_cells
+        _, height, width, _, _ = self.row_grid
         return self.rows.shape[2] * self.rows.shape[3] * height * width
 
 
-def sequence_cells(tokens: int) -> Cells:
-    """Cells of one token: a block is a token."""
+def sequence_grid(tokens: int) -> RegionGrid:
+    """Regions of one token."""
     return max(tokens, 1), 1, 1, 1, tokens
 
 
-def image_cells(grid: Grid, image: tuple[int, int]) -> Cells:
+def image_grid(grid: Grid, image: tuple[int, int]) -> RegionGrid:
     """The regions of an image [Y, X]."""
     return grid.columns, grid.height, grid.width, *image
 
@@ -203,7 +203,7 @@ def _split(
     inputs, numbers, (covers, *rest) = function.split(arguments)
     score = Score(*inputs[:TENSORS], *numbers[:NUMBERS])
     named = dict(zip((a.name for a in function.scalars), numbers, strict=True))
-    row, key = (tuple(named[f"{side}_{name}"] for name in _CELL) for side in ("row", "key"))
+    row, key = (tuple(named[f"{side}_{name}"] for name in _GRID) for side in ("row", "key"))
     rows, keys, *others = inputs[TENSORS:]
     flags = {name: named[name] for name in _FLAGS}
     routing = Routing(rows, keys, row, key, covers=covers, **flags)
@@ -213,14 +213,15 @@ def _split(
 def _checked(
     op: str, function: NativeFunction, arguments: tuple[Any, ...]
 ) -> tuple[Score, Routing, tuple[Any, ...], list[Any]]:
-    """The same, of tensors, numbers and cells that belong together."""
+    """The same, of tensors, numbers and grids that belong together."""
     score, routing, others, rest = _split(function, arguments)
     q, k, v = score.q, score.k, others[0]
-    slots, cells = None, (routing.row_cells, routing.key_cells)
-    for name, x, (*cell, height, width) in zip("qk", (q, k), cells, strict=True):
-        require(op, f"cells of {name}", cell, min(cell) > 0, "sizes of at least 1")
+    slots, grids = None, (routing.row_grid, routing.key_grid)
+    for name, x, (*regions, height, width) in zip("qk", (q, k), grids, strict=True):
+        require(op, f"regions of {name}", regions, min(regions) > 0, "sizes of at least 1")
         image = f"an image of {height} x {width}"
-        require(op, f"cells of {name}", image, height * width == x.shape[1], f"{x.shape[1]} tokens")
+        fits = height * width == x.shape[1]
+        require(op, f"regions of {name}", image, fits, f"{x.shape[1]} tokens")
     if routing.rows.dim() == 4:
         slots = routing.slots
     known = {"Results": slots if routing.by_slot and slots is not None else q.shape[1]}

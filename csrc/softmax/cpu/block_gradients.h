@@ -70,8 +70,8 @@ class Cotangents {
       replay_.weights(n, lanes, s);
     else
       replay_.weights_and_slopes(n, lanes, s, slope_);
-    const T* apart[kKeys];
-    const Rows<T> v = rows_of_keys(v_, block, block.key_batch(), keys, v_buffer_, apart);
+    const T* gathered[kKeys];
+    const Rows<T> v = rows_of_keys(v_, block, block.key_batch(), keys, v_buffer_, gathered);
     multiply<false>(n, lanes.count(), steps<E>(value_dim_), over_width(v),
                     rows_.over_width() + lanes.begin, kRows, ds + lanes.begin, kRows);
     const A* slope = soft ? s : slope_;
@@ -161,7 +161,8 @@ class BlockGradients {
   A* row() { return row_; }
   A factor(int i) const { return tile_.factor(i); }
 
-  HW_NOINLINE void block(const Block& block, const Range& span, const KeySums<A>& sums) {
+  // Of the keys of `span`: d_k and d_v are added to the sums, d_q() is of this span alone.
+  HW_NOINLINE void add(const Block& block, const Range& span, const KeySums<A>& sums) {
     std::fill_n(d_q_, kRows * padded_, A(0));
     tile_.load_queries(block);
     if (!cotangents_.load_rows(block, tile_.width())) return;
