@@ -10,9 +10,9 @@ from torch import Tensor
 
 import headworks as hw
 from bench import peers, predictions
-from bench.parts import call_of, empty_op, exponent, graphed, no_grad, overhead, percent, speedup
+from bench.parts import call_of, empty_op, exponent, no_grad, overhead, percent, speedup
 from bench.suite import Case, Result, Target
-from bench.timing import Call
+from bench.timing import Call, graphed
 from headworks.cost import cost
 
 D, DV = 16, 64

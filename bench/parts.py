@@ -36,28 +36,6 @@ def call_of(function: Callable[..., Any], arguments: tuple[Tensor, ...], mode: s
     return train
 
 
-def graphed(call: Call) -> Call:
-    """The same work as one replay of a CUDA graph, captured at the first call: what is left of a
-    small call when the host has nothing to do."""
-    graphs: list[Any] = []
-
-    def replay() -> None:
-        if not graphs:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            graphs.append(graph)
-        graphs[0].replay()
-
-    return replay
-
-
 def cost_of(op: str, mode: str, **shape: Any) -> Cost:
     """What a call costs; with the backward pass where mode is train."""
     total = cost(op, **shape)

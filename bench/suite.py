@@ -146,6 +146,9 @@ def run_case(
     peers.forget_compiled()
     result = Result(case.name, dict(case.shape), {})
     contenders = {n: f for n, f in case.contenders().items() if n.startswith(only or "")}
+    if device == "cuda" and case.shape.get("mode") == "train" and "headworks" in contenders:
+        # The difference is what the host takes.
+        contenders["headworks, graph"] = timing.graphed(contenders["headworks"])
     rulers = machine.yardsticks(device, case.shape.get("dtype", "float32")) if case.cost else {}
     times = timing.interleave(
         {**contenders, **{name: ruler.call for name, ruler in rulers.items()}},

@@ -77,6 +77,28 @@ def interleave(
     return {name: summary(samples[name]) for name in whole}
 
 
+def graphed(call: Call) -> Call:
+    """The same work as one replay of a CUDA graph, captured at the first call: what is left of a
+    small call when the host has nothing to do."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        if not graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
+
+
 @contextlib.contextmanager
 def _caught(name: str, failed: dict[str, str] | None) -> Iterator[None]:
     """Notes an exception under the contender's name, where it may be noted."""

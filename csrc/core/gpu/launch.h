@@ -8,13 +8,16 @@
 // when the kernel has ended).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <type_traits>
 
 #include "core/error.h"
 #include "core/host/call.h"
+#include "core/host/cuda_device.h"
 #include "core/macros.h"
 
 #if defined(HW_EMULATE)
@@ -133,6 +136,21 @@ __global__ void __launch_bounds__(Kernel::kThreads, min_blocks<Kernel>())
   Kernel::main(params);
 }
 
+// Lets launches of `entry` on the current device have that much shared memory. The driver is told
+// once, unless more is asked for.
+template <class Kernel, class Require>
+void allow_shared(void (*entry)(typename Kernel::Params), int bytes, int device,
+                  const Require& require) {
+  static std::atomic<int> allowed[kMaxDevices] = {};
+  if (bytes <= allowed[device].load(std::memory_order_acquire)) return;
+  static std::mutex telling;
+  const std::lock_guard<std::mutex> lock(telling);
+  if (bytes <= allowed[device].load(std::memory_order_relaxed)) return;
+  require(cudaFuncSetAttribute(reinterpret_cast<const void*>(entry),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allowed[device].store(bytes, std::memory_order_release);
+}
+
 template <class Kernel>
 void launch(Grid grid, int shared_bytes, const Context& context,
             const typename Kernel::Params& params) {
@@ -148,10 +166,8 @@ void launch(Grid grid, int shared_bytes, const Context& context,
   };
   const DeviceGuard guard(context.device_index);
   const auto entry = kernel_entry<Kernel>;
-  if (shared_bytes > kPlainSharedBytes) {
-    require(cudaFuncSetAttribute(reinterpret_cast<const void*>(entry),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  }
+  if (shared_bytes > kPlainSharedBytes)
+    allow_shared<Kernel>(entry, shared_bytes, context.device_index, require);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                     static_cast<unsigned>(grid.z));
   entry<<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(

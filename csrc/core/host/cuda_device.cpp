@@ -70,7 +70,6 @@ bool archs_cover(const char* archs, int capability) {
 #if HW_HAS_CUDA_RUNTIME
 
 CudaDevice cuda_device(int index) {
-  constexpr int kMaxDevices = 128;
   static std::once_flag once[kMaxDevices];
   static CudaDevice devices[kMaxDevices];
   check(index >= 0 && index < kMaxDevices, ErrorKind::runtime, "CUDA device index ", index);

@@ -16,6 +16,8 @@ struct CudaDevice {
   int shared_bytes_per_block = 0;
 };
 
+inline constexpr int kMaxDevices = 128;
+
 CudaDevice cuda_device(int index);
 
 #if defined(HW_EMULATE)
