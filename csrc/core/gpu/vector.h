@@ -4,6 +4,7 @@
 //   Vec<T, N>            N elements, aligned as a whole
 //   load_vector<N>(p)    p[0 .. N-1] in one load (p aligned to N elements)
 //   store_vector(p, x)
+//   store_columns        neighbouring columns of a row, those that exist
 //   aligned<n>(p)        p, which must be a multiple of n bytes
 //   has_vectors(ref)     host: every row of `ref` can be moved 16 bytes at a time
 #pragma once
@@ -72,6 +73,22 @@ bool has_vectors(const Ref<T, N>& r) {
              r.size[N - 1] % kVector == 0;
   for (int d = 0; d < N - 1; ++d) yes = yes && r.stride[d] % kVector == 0;
   return yes;
+}
+
+// Stores kCount neighbouring columns, those below `available`.
+template <int kCount, class Element, class A>
+HW_DEVICE HW_INLINE void store_columns(Element* to, int64_t stride, bool vectors, int available,
+                                       const A (&x)[kCount]) {
+  if (vectors && available >= kCount) {
+    Vec<Element, kCount> packed;
+    HW_UNROLL
+    for (int i = 0; i < kCount; ++i) packed.v[i] = Element(x[i]);
+    store_vector(to, packed);
+    return;
+  }
+  HW_UNROLL
+  for (int i = 0; i < kCount; ++i)
+    if (i < available) to[i * stride] = Element(x[i]);
 }
 
 }  // namespace hw

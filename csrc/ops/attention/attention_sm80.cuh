@@ -46,7 +46,7 @@ void forward(const ForwardParams& f, const Source& source, const Kind& kind, int
   const typename Kernel::Params params{
       source, kind, f,       ScoreInputs<Element>(f), input_of<Element>(f.v), o, w,
       units,  plan, partials};
-  launch<Kernel>({plan.tasks, plan.spans, 1}, sizeof(typename Kernel::Smem), context, params);
+  launch<Kernel>({plan.row_blocks, plan.spans, 1}, sizeof(typename Kernel::Smem), context, params);
   if (plan.spans == 1) return;
   using Merge = MergeKernel<Element, Kind, Source>;
   const typename Merge::Params merge{source, f, o, w, partials, plan.spans, units};

@@ -128,23 +128,6 @@ HW_DEVICE HW_INLINE void load_values(Acc* tile, Acc* extra, const OperandRows<El
   }
 }
 
-// Stores kCount neighbouring columns, those below `available`.
-template <int kCount, class Element, class Acc>
-HW_DEVICE HW_INLINE void store_columns(Element* to, int64_t stride, bool vectors, int available,
-                                       const Acc (&x)[kCount]) {
-  if (vectors && available >= kCount) {
-    Vec<Element, kCount> packed;
-    HW_UNROLL
-    for (int i = 0; i < kCount; ++i) packed.v[i] = Element(x[i]);
-    store_vector(to, packed);
-    return;
-  }
-  HW_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    if (i < available) to[i * stride] = Element(x[i]);
-  }
-}
-
 // ---- Features -----------------------------------------------------------------------------------
 
 // The columns whose product is feature f of a tile; `ones` stands for the constant 1.

@@ -3,7 +3,7 @@
 // f16.
 //
 //   _sm80_layout.h      what it takes, how it is cut
-//   _source.h           sequences of the engine, tokens of slots, places of results
+//   _source.h           sequences of the engine, tokens of slots, where results are
 //   _slots.cuh          indices; sums over slots and over spans
 //   softmax/sm80/*.cuh, of which the kernels are
 //
@@ -80,9 +80,9 @@ struct Backward {
 
   bool by_span() const { return s.keys_listed && !s.by_slot; }
 
-  Output<float> sums(float* data, int64_t places, int64_t width) const {
+  Output<float> sums(float* data, int64_t rows, int64_t width) const {
     if (!data) return {};
-    return {array_of_rows(data, s.batch, places, s.heads, width), true};
+    return {array_of_rows(data, s.batch, rows, s.heads, width), true};
   }
   // Gradients of what `source` gives.
   template <softmax::ScoreKind Kind, softmax::KeySource Source>
@@ -175,22 +175,22 @@ void backward(const BackwardParams& b, const Call& call) {
                                           b.rest, s.by_slot ? row_numbers(at.delta, s) : b.delta);
   gradients<Element, kDim>({context, b, s, at, inputs, softmax::adds_up_bias(b)});
 
-  const auto places = [&](float* data, int64_t count, int64_t width) {
+  const auto rows_of = [&](float* data, int64_t count, int64_t width) {
     return array_of_rows(data, s.batch, count, s.heads, width);
   };
   if (s.by_slot) {
     const int64_t row_slots = s.groups * s.row_slots;
-    sum_slots<Element>(at.rows, places(at.d_q, row_slots, s.dim), b.d_q, context);
+    sum_slots<Element>(at.rows, rows_of(at.d_q, row_slots, s.dim), b.d_q, context);
     sum_temperatures(at.rows, at.d_row_temperature, b.d_row_temperature, row_slots, context);
     const int64_t slots = s.groups * s.key_slots;
-    sum_slots<Element>(at.keys, places(at.d_k, slots, s.dim), b.d_k, context);
-    if (b.d_v) sum_slots<Element>(at.keys, places(at.d_v, slots, s.value_dim), b.d_v, context);
+    sum_slots<Element>(at.keys, rows_of(at.d_k, slots, s.dim), b.d_k, context);
+    if (b.d_v) sum_slots<Element>(at.keys, rows_of(at.d_v, slots, s.value_dim), b.d_v, context);
   } else if (s.keys_listed) {
     const RegionGrid& grid = b.keys.grid;
     const int64_t slots = at.regions.spans * s.key_region_size;
-    sum_spans<Element>(at.regions, grid, places(at.d_k, slots, s.dim), b.d_k, context);
+    sum_spans<Element>(at.regions, grid, rows_of(at.d_k, slots, s.dim), b.d_k, context);
     if (b.d_v)
-      sum_spans<Element>(at.regions, grid, places(at.d_v, slots, s.value_dim), b.d_v, context);
+      sum_spans<Element>(at.regions, grid, rows_of(at.d_v, slots, s.value_dim), b.d_v, context);
   }
 }
 

@@ -102,22 +102,6 @@ HW_DEVICE HW_INLINE bool load_slice(Accum<Element>* buffer, const OperandRows<El
   return some;
 }
 
-// Stores kCount neighbouring columns, those below `available`.
-template <int kCount, class Element, class A>
-HW_DEVICE HW_INLINE void store_columns(Element* to, int64_t stride, bool vectors, int available,
-                                       const A (&x)[kCount]) {
-  if (vectors && available >= kCount) {
-    Vec<Element, kCount> packed;
-    HW_UNROLL
-    for (int i = 0; i < kCount; ++i) packed.v[i] = Element(x[i]);
-    store_vector(to, packed);
-    return;
-  }
-  HW_UNROLL
-  for (int i = 0; i < kCount; ++i)
-    if (i < available) to[i * stride] = Element(x[i]);
-}
-
 // ---- Products -----------------------------------------------------------------------------------
 
 template <class A, int kOwn>

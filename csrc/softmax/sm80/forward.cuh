@@ -99,7 +99,7 @@ struct ForwardKernel {
                        [2];  // rows g, g + 8 of each strip; over this lane's columns, but max
     Values w;                // before the division
     If<kPlain, References> references;
-    If<!kGathers, Sight> sight;
+    If<!kGathers, VisibleTiles> visible;
     If<!kGathers, Stream> keys, values;
     If<!kGathers && !kPlain, NumberStream<3, kKeys, 1, kKeys, kThreads>> numbers;
 
@@ -107,11 +107,12 @@ struct ForwardKernel {
         : p(params), smem(s), item(s.item), first(s.first) {
       warp_row = dev::warp() * kStrips * 16;
       Scores::each_row([&](int strip, int half) { sums[strip][half].clear(); });
-      const int64_t task = dev::block_index_x() / p.plan.blocks, heads = p.f.query_heads();
+      const int64_t group = dev::block_index_x() / p.plan.blocks_of_head, heads = p.f.query_heads();
       if (dev::thread_index() == 0) {
-        smem.item = p.source.work_item(p.f, task / heads, static_cast<int>(task % heads));
+        smem.item = p.source.work_item(p.f, group / heads, static_cast<int>(group % heads));
         // The last rows see most keys: they come first.
-        smem.first = (p.plan.blocks - 1 - dev::block_index_x() % p.plan.blocks) * kRows;
+        smem.first =
+            (p.plan.blocks_of_head - 1 - dev::block_index_x() % p.plan.blocks_of_head) * kRows;
       }
       dev::sync_block();
       if constexpr (kGathers) {
@@ -128,7 +129,7 @@ struct ForwardKernel {
 
     // Of the block's first row, in Partials.
     HW_DEVICE HW_INLINE int64_t index() const {
-      return dev::block_index_x() / p.plan.blocks * p.f.max_q + first;
+      return dev::block_index_x() / p.plan.blocks_of_head * p.f.max_q + first;
     }
 
     // Tiles [begin, end) of the block's span.
@@ -234,7 +235,7 @@ struct ForwardKernel {
         walk_stages(
             begin, end, [&](int tile) { prefetch_gathered(tile); }, [&](int tile) { step(tile); });
       } else {
-        sight = sight_of<false, kKeys>(item.mask, first + warp_row, 16 * kStrips);
+        visible = visible_tiles<false, kKeys>(item.mask, first + warp_row, 16 * kStrips);
         keys = Stream(key_rows(p.in.k, p.source, item, keys_of(begin)));
         if (kPlain || p.f.v) values = Stream(key_rows(p.v, p.source, item, keys_of(begin)));
         if constexpr (!kPlain)
@@ -257,7 +258,7 @@ struct ForwardKernel {
         operands.row_token = smem.tokens.own.at + warp_row, operands.key_token = keys.at;
         operands.row_parts = smem.tokens.own.parts + warp_row / 16, operands.key_parts = keys.parts;
       } else {
-        operands.seen = sight.sees(tile), operands.whole = sight.whole(tile);
+        operands.seen = visible.sees(tile), operands.whole = visible.whole(tile);
       }
       if constexpr (!kPlain) {
         operands.tau = smem.tau + warp_row;

@@ -63,17 +63,17 @@ struct SequenceCut {
 inline constexpr int kSharedLimit = 99 * 1024;
 
 // Few blocks of rows (decoding): the keys are cut into spans, whose partial results are merged.
-inline constexpr int64_t kFewTasks = 64, kMinSpan = 128;
+inline constexpr int64_t kFewRowBlocks = 64, kMinSpan = 128;
 inline constexpr int64_t kBlocksAtOnce = 2;  // of a multiprocessor
 
 // Blocks run in rounds of as many as the device holds, and the last round may be almost empty. The
-// fewest spans that keep nearly as much of the device busy as any number of them; very few tasks
+// fewest spans that keep nearly as much of the device busy as any number of them; very few blocks
 // fill one round almost.
-inline int64_t spans_of(int64_t tasks, int64_t at_once, int64_t most) {
+inline int64_t spans_of(int64_t row_blocks, int64_t at_once, int64_t most) {
   constexpr int64_t kSome = 8;
-  if (tasks * kSome <= at_once) return min_of(at_once / tasks, most);
+  if (row_blocks * kSome <= at_once) return min_of(at_once / row_blocks, most);
   const auto use = [&](int64_t spans) {
-    const int64_t blocks = tasks * spans;
+    const int64_t blocks = row_blocks * spans;
     return static_cast<double>(blocks) / static_cast<double>(round_up(blocks, at_once));
   };
   double best = 0;
@@ -84,19 +84,19 @@ inline int64_t spans_of(int64_t tasks, int64_t at_once, int64_t most) {
 }
 
 struct Plan {
-  int64_t blocks = 0;           // of rows, per head of a sequence
-  int64_t tasks = 0;            // blocks of all heads
+  int64_t blocks_of_head = 0;   // of rows, per head of a sequence
+  int64_t row_blocks = 0;       // of all heads
   int64_t spans = 1, span = 0;  // keys of a span, a multiple of every tile
 };
 
 inline Plan plan_of(const ForwardParams& f, int64_t sequences, int rows, int64_t multiprocessors) {
   Plan p;
   const int64_t at_once = kBlocksAtOnce * max_of<int64_t>(multiprocessors, 1);
-  p.blocks = ceil_div<int64_t>(f.max_q, rows);
-  p.tasks = p.blocks * f.query_heads() * sequences;
-  const bool few = p.tasks <= kFewTasks || p.blocks == 1;
-  if (p.tasks > 0 && few && p.tasks < at_once)
-    p.spans = max_of<int64_t>(1, spans_of(p.tasks, at_once, ceil_div(f.max_k, kMinSpan)));
+  p.blocks_of_head = ceil_div<int64_t>(f.max_q, rows);
+  p.row_blocks = p.blocks_of_head * f.query_heads() * sequences;
+  const bool few = p.row_blocks <= kFewRowBlocks || p.blocks_of_head == 1;
+  if (p.row_blocks > 0 && few && p.row_blocks < at_once)
+    p.spans = max_of<int64_t>(1, spans_of(p.row_blocks, at_once, ceil_div(f.max_k, kMinSpan)));
   p.span = round_up(ceil_div(max_of<int64_t>(f.max_k, 1), p.spans), kMinSpan);
   p.spans = ceil_div(max_of<int64_t>(f.max_k, 1), p.span);
   return p;

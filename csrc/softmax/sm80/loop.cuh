@@ -87,7 +87,7 @@ struct Loop {
     int64_t first;  // own slot of the block
     int64_t sequence;
     int owner;  // of keys
-    If<!kGathers, Sight[kWarps]> sight;
+    If<!kGathers, VisibleTiles[kWarps]> visible;
     If<kGathers, GatheredTiles<kOwn, kOther>> tokens;
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
@@ -290,8 +290,8 @@ struct Loop {
 
   HW_DEVICE HW_INLINE void start_streams(int tile) {
     if (dev::lane() == 0)
-      smem.sight[dev::warp()] =
-          sight_of<kKeysAsRows, kOther>(item.mask, first + warp_row(), 16 * kStrips);
+      smem.visible[dev::warp()] =
+          visible_tiles<kKeysAsRows, kOther>(item.mask, first + warp_row(), 16 * kStrips);
     const int64_t at = others_at(tile);
     first_units = decltype(first_units)(other_rows(first_others(), at));
     if (second_others().ref) second_units = decltype(second_units)(other_rows(second_others(), at));
@@ -390,8 +390,8 @@ struct Loop {
       at.row_parts = kKeysAsRows ? other.parts : part;
       at.key_parts = kKeysAsRows ? part : other.parts;
     } else {
-      const Sight sight = smem.sight[dev::warp()];
-      at.seen = sight.sees(tile), at.whole = sight.whole(tile);
+      const VisibleTiles visible = smem.visible[dev::warp()];
+      at.seen = visible.sees(tile), at.whole = visible.whole(tile);
     }
     if constexpr (kKeysAsRows) {
       point_to(at, stage.numbers, 0, smem.numbers, warp_row());

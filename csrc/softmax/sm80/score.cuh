@@ -20,7 +20,7 @@
 #include "softmax/sm80/gather.cuh"
 #include "softmax/sm80/in_order.cuh"
 #include "softmax/sm80/layout.h"
-#include "softmax/sm80/sight.h"
+#include "softmax/sm80/visible_tiles.h"
 
 #include "core/gpu/streams.cuh"
 #include "core/gpu/tile.cuh"
@@ -70,7 +70,8 @@ struct ScoreInputs {
 // First slots of the queries and keys of a fragment, and numbers in shared memory from these on, of
 // which those are read that the call has. Of sources that gather, tokens and extents besides.
 struct TileOperands {
-  bool seen = true, whole = false;  // Sight of the tile; where tokens are gathered, extents tell
+  bool seen = true,
+       whole = false;  // VisibleTiles of the tile; where tokens are gathered, extents tell
   int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key

@@ -14,7 +14,7 @@ namespace hw::softmax::sm80 {
 
 // Of tiles of kOther keys (kKeysAsRows: of queries), those that some of a warp's lines meets, and
 // among them those that all of its lines meet entirely. Nobody looks at lines that are not there.
-struct alignas(16) Sight {
+struct alignas(16) VisibleTiles {
   int begin = 0, end = 0, whole_begin = 0, whole_end = 0;
 
   HW_DEVICE HW_INLINE bool sees(int tile) const { return tile >= begin && tile < end; }
@@ -22,7 +22,7 @@ struct alignas(16) Sight {
 };
 
 template <bool kKeysAsRows, int kOther>
-HW_DEVICE HW_INLINE Sight sight_of(const Mask& m, int64_t first, int lines) {
+HW_DEVICE HW_INLINE VisibleTiles visible_tiles(const Mask& m, int64_t first, int lines) {
   const Range own{first, min_of(first + lines, kKeysAsRows ? m.keys : m.rows)};
   if (own.empty()) return {};
   const auto met = [&](int64_t line) {
