@@ -167,6 +167,22 @@ inline void finish_past_caches() {
 #endif
 }
 
+// f(i) for the vectors of n elements that begin at i; returns how many elements those are. Two a
+// step: of a plain copy, one a step, compilers make a call that takes as long as a short row.
+template <class A, class F>
+HW_INLINE int64_t each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
+    f(i);
+    f(i + kLanes<A>);
+  }
+  if (i + kLanes<A> <= n) {
+    f(i);
+    i += kLanes<A>;
+  }
+  return i;
+}
+
 // Words of a vector of float, and the halves of such words.
 using Words [[gnu::vector_size(kVectorBytes)]] = uint32_t;
 using Halves [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
@@ -191,17 +207,9 @@ template <class T, class A>
 inline void widen(A* __restrict dst, const T* __restrict src, int64_t n) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, A>)
-    for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load(src + i));
-  if constexpr (std::is_same_v<T, bf16>) {
-    for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
-      store(dst + i, load_bf16(src + i));
-      store(dst + i + kLanes<A>, load_bf16(src + i + kLanes<A>));
-    }
-    if (i + kLanes<A> <= n) {
-      store(dst + i, load_bf16(src + i));
-      i += kLanes<A>;
-    }
-  }
+    i = each_vector<A>(n, [&](int64_t at) { store(dst + at, load(src + at)); });
+  if constexpr (std::is_same_v<T, bf16>)
+    i = each_vector<A>(n, [&](int64_t at) { store(dst + at, load_bf16(src + at)); });
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, f16>)
     for (; i + 8 <= n; i += 8)
@@ -224,7 +232,7 @@ template <class T, class A>
 inline void narrow(T* __restrict dst, const A* __restrict src, int64_t n) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, A>)
-    for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load(src + i));
+    i = each_vector<A>(n, [&](int64_t at) { store(dst + at, load(src + at)); });
   if constexpr (std::is_same_v<T, bf16>)
     for (; i + kLanes<A> <= n; i += kLanes<A>) store_bf16(dst + i, load(src + i));
 #if defined(__F16C__)
