@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ def roofs(device: str) -> dict[str, Any]:
 def describe(device: str) -> dict[str, Any]:
     """Processor, memory, device, library versions and threads, for the head of a result file."""
     facts: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": peak.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -95,13 +94,3 @@ def describe(device: str) -> dict[str, Any]:
         facts["capability"] = f"{properties.major}.{properties.minor}"
         facts["cuda"] = torch.version.cuda
     return facts
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"

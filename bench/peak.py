@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def _compiled() -> Path:
     """The library, compiled unless it is there for the same sources, compiler and processor."""
     compiler = os.environ.get("CXX", "c++")
     headers = sorted((ROOT / "csrc" / "core").rglob("*.h"))
-    key = hashlib.sha256(" ".join((compiler, *FLAGS, _processor())).encode())
+    key = hashlib.sha256(" ".join((compiler, *FLAGS, _instructions())).encode())
     for file in (SOURCE, *headers):
         key.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"headworks-peak-{os.getuid()}"
@@ -132,7 +133,18 @@ def _compiled() -> Path:
     return library
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _instructions() -> str:
     if sys.platform != "linux":
         return sys.platform
     text = Path("/proc/cpuinfo").read_text()

@@ -113,6 +113,15 @@ HW_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep > 1) transpose_square<T, kStep / 2>(rows);
 }
 
+// Of a square of vectors: lane i of the result is sum(rows[i]), to the bit.
+template <class T>
+HW_INLINE Vec<T> sums(Vec<T> (&rows)[kLanes<T>]) {
+  transpose_square<T>(rows);
+  Vec<T> total{};
+  HW_UNROLL for (int i = 0; i < kLanes<T>; ++i) total += rows[i];
+  return total;
+}
+
 // Of a square of vectors: lane i of the result combines all lanes of rows[i]. Each round halves the
 // number of rows.
 template <class T, int kStep = kLanes<T> / 2, class Combine>
@@ -158,12 +167,49 @@ inline void finish_past_caches() {
 #endif
 }
 
+// f(i) for the vectors of n elements that begin at i; returns how many elements those are. Two a
+// step: of a plain copy, one a step, compilers make a call that takes as long as a short row.
+template <class A, class F>
+HW_INLINE int64_t each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
+    f(i);
+    f(i + kLanes<A>);
+  }
+  if (i + kLanes<A> <= n) {
+    f(i);
+    i += kLanes<A>;
+  }
+  return i;
+}
+
+// Words of a vector of float, and the halves of such words.
+using Words [[gnu::vector_size(kVectorBytes)]] = uint32_t;
+using Halves [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
+
+// Of kLanes<float> elements in a row. By name, since compilers make two halves of the conversion.
+HW_INLINE Vec<float> load_bf16(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+  Halves half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, Words) << 16);
+#endif
+}
+
 // dst[0..n) = src[0..n), widened to the accumulation type.
 template <class T, class A>
 inline void widen(A* __restrict dst, const T* __restrict src, int64_t n) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, A>)
-    for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load(src + i));
+    i = each_vector<A>(n, [&](int64_t at) { store(dst + at, load(src + at)); });
+  if constexpr (std::is_same_v<T, bf16>)
+    i = each_vector<A>(n, [&](int64_t at) { store(dst + at, load_bf16(src + at)); });
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, f16>)
     for (; i + 8 <= n; i += 8)
@@ -175,12 +221,9 @@ inline void widen(A* __restrict dst, const T* __restrict src, int64_t n) {
 
 // Rounded to bf16 as bf16(x) does, in whole vectors.
 inline void store_bf16(bf16* p, Vec<float> x) {
-  using Word [[gnu::vector_size(kVectorBytes)]] = uint32_t;
-  using Half [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
-  Word u;
-  std::memcpy(&u, &x, sizeof u);
-  const Word nan = (u >> 16) | 0x40u, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const Half half = __builtin_convertvector(x == x ? rounded : nan, Half);
+  const Words u = (Words)x;
+  const Words nan = (u >> 16) | 0x40u, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Halves half = __builtin_convertvector(x == x ? rounded : nan, Halves);
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -189,7 +232,7 @@ template <class T, class A>
 inline void narrow(T* __restrict dst, const A* __restrict src, int64_t n) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, A>)
-    for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load(src + i));
+    i = each_vector<A>(n, [&](int64_t at) { store(dst + at, load(src + at)); });
   if constexpr (std::is_same_v<T, bf16>)
     for (; i + kLanes<A> <= n; i += kLanes<A>) store_bf16(dst + i, load(src + i));
 #if defined(__F16C__)

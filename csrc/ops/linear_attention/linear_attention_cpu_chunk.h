@@ -167,24 +167,30 @@ HW_NOINLINE void expand(const FeatureSizes<A>& s, const Coefficients<A>& c, cons
   }
 }
 
-// The chain through expand: dx[a, i] = sum_f dphi[f, i] d phi_f / d x_a       dxt [D, ld]
+// The chain through expand: dx[a, i] = sum_f d[f, i] d phi_f / d x_a, d = dphi + z extra
+// z [F], extra [ld]       dxt [D, ld]
 template <class A>
 HW_NOINLINE void contract(const FeatureSizes<A>& s, const Coefficients<A>& c,
                           const A* __restrict xt, int n, const A* __restrict dphi,
-                          A* __restrict dxt) {
+                          const A* __restrict z, const A* __restrict extra, A* __restrict dxt) {
   const int columns = round_up(n, kLanes<A>);
   const bool quadratic = s.map == FeatureMap::taylor2;
   for (int i = 0; i < columns; i += kLanes<A>) {
-    const A* from = dphi + i + (quadratic ? s.ld : 0);
-    for (int a = 0; a < s.d; ++a, from += s.ld) store(dxt + a * s.ld + i, c.linear * load(from));
+    int f = quadratic ? 1 : 0;
+    const Vec<A> of_row = load(extra + i);
+    const auto next = [&] {
+      const Vec<A> d = fma(splat(z[f]), of_row, load(dphi + f * s.ld + i));
+      ++f;
+      return d;
+    };
+    for (int a = 0; a < s.d; ++a) store(dxt + a * s.ld + i, c.linear * next());
     if (!quadratic) continue;
     for (int a = 0; a < s.d; ++a) {
       const Vec<A> x_a = load(xt + a * s.ld + i), cross = c.cross * x_a;
-      Vec<A> d_a = load(dxt + a * s.ld + i) + 2 * c.square * x_a * load(from), d_cross{};
-      from += s.ld;
-      for (int b = a + 1; b < s.d; ++b, from += s.ld) {
+      Vec<A> d_a = load(dxt + a * s.ld + i) + 2 * c.square * x_a * next(), d_cross{};
+      for (int b = a + 1; b < s.d; ++b) {
         A* d_b = dxt + b * s.ld + i;
-        const Vec<A> d_phi = load(from);
+        const Vec<A> d_phi = next();
         d_cross = fma(load(xt + b * s.ld + i), d_phi, d_cross);
         store(d_b, fma(cross, d_phi, load(d_b)));
       }
@@ -194,15 +200,19 @@ HW_NOINLINE void contract(const FeatureSizes<A>& s, const Coefficients<A>& c,
   }
 }
 
-// out[f] += sum_{i < n} phi[f, i] extra[i]
+// out[f] += sum_{i < n} phi[f, i] extra[i]        out [F], and room for a whole vector
 template <class A>
 HW_NOINLINE void add_rows(const FeatureSizes<A>& s, const A* phi, const A* extra, int n, A* out) {
-  const int columns = round_up(n, kLanes<A>);
-  for (int f = 0; f < s.features; ++f) {
-    Vec<A> total{};
-    for (int i = 0; i < columns; i += kLanes<A>)
-      total = fma(load(phi + f * s.ld + i), load(extra + i), total);
-    out[f] += sum<A>(total);
+  constexpr int kSide = kLanes<A>;
+  const int columns = round_up(n, kSide);
+  for (int f = 0; f < s.features; f += kSide) {
+    Vec<A> totals[kSide];
+    HW_UNROLL for (int r = 0; r < kSide; ++r) {
+      totals[r] = Vec<A>{};
+      for (int i = 0; i < columns && f + r < s.features; i += kSide)
+        totals[r] = fma(load(phi + (f + r) * s.ld + i), load(extra + i), totals[r]);
+    }
+    store(out + f, load(out + f) + sums<A>(totals));
   }
 }
 

@@ -156,8 +156,8 @@ class Scan {
       if (pass_.grad) clear_columns(dx_state_, s_.dp, n, 0, s_.dp);
       for (int i = 0; i < s_.ld; ++i) denominator_[i] = 0;
     } else {
-      expand(s_, a.c, a.xt, n, phi_);
       if (pass_.apply) {
+        expand(s_, a.c, a.xt, n, phi_);
         multiply<false>(n, s_.dvp, s_.features, transposed(phi_, s_.ld), state.kv, s_.dvp, out_,
                         s_.dvp);
         if (!pass_.reverse)
@@ -167,9 +167,7 @@ class Scan {
       if (pass_.grad) {
         multiply<false>(s_.features, columns, s_.dv, row_major(state.kv, s_.dvp), a.valuet, s_.ld,
                         dphi_, s_.ld);
-        multiply<true>(s_.features, columns, 1, row_major(state.z, 1), a.extra, s_.ld, dphi_,
-                       s_.ld);
-        contract(s_, a.c, a.xt, n, dphi_, dxt_);
+        contract(s_, a.c, a.xt, n, dphi_, state.z, a.extra, dxt_);
         transpose(dxt_, s_.ld, s_.d, n, dx_state_, s_.dp);
       }
     }
@@ -186,9 +184,7 @@ class Scan {
     if (pass_.grad) {
       multiply<false>(rows, columns, s_.dv, row_major(a.value + r0 * s_.dvp, s_.dvp),
                       b.valuet + seen.begin, s_.ld, d_weight_, s_.ld);
-      multiply<true>(rows, columns, 1, row_major(a.extra + r0, 1), b.extra + seen.begin, s_.ld,
-                     d_weight_, s_.ld);
-      scores_to_gradients(rows, columns);
+      scores_to_gradients(rows, columns, a.extra + r0, b.extra + seen.begin);
       mask(visible, r0, r1, seen, d_weight_, s_.ld);
       multiply<true>(rows, s_.dp, count, row_major(d_weight_, s_.ld), b.x + seen.begin * s_.dp,
                      s_.dp, dx_ + r0 * s_.dp, s_.dp);
@@ -212,13 +208,15 @@ class Scan {
       }
   }
 
-  // d_weight: dw -> scale * dw * w'(s), with s from the raw products in weight_
-  HW_NOINLINE void scores_to_gradients(int rows, int columns) {
+  // d_weight: <value_a, value_b> -> scale * dw * w'(s), dw = <value_a, value_b> + extra_a extra_b,
+  // with s from the raw products in weight_
+  HW_NOINLINE void scores_to_gradients(int rows, int columns, const A* extra_a, const A* extra_b) {
     const bool quadratic = s_.map == FeatureMap::taylor2;
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < columns; j += kLanes<A>) {
         A* at = d_weight_ + r * s_.ld + j;
-        const Vec<A> score = s_.scale * load(weight_ + r * s_.ld + j), d = s_.scale * load(at);
+        const Vec<A> d_w = fma(splat(extra_a[r]), load(extra_b + j), load(at));
+        const Vec<A> score = s_.scale * load(weight_ + r * s_.ld + j), d = s_.scale * d_w;
         store(at, quadratic ? d * (A(1) + score) : d);
       }
   }

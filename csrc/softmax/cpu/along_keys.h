@@ -36,9 +36,9 @@ class AlongKeys {
     return std::is_same_v<T, A> && plain && (rows <= kSide / 2 || keys <= kKeys);
   }
 
-  // Whether keys that are gathered are read in vectors where they lie.
+  // Whether keys that are gathered are best read where they lie: in vectors, or widened from there.
   static bool reads_anywhere(const Ref<const T, 4>& x) {
-    return std::is_same_v<T, A> && (!x || (x.stride[3] == 1 && x.size[3] % kSide == 0));
+    return !x || (x.stride[3] == 1 && (!std::is_same_v<T, A> || x.size[3] % kSide == 0));
   }
 
   // `values`: batch entries that share the scores.

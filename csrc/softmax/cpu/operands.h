@@ -144,28 +144,15 @@ Ref<T, 2> rows_of_head(const Ref<T, 4>& x, int64_t batch, int head) {
   return {x.at(batch, 0, head), {x.size[1], x.size[3]}, {x.stride[1], x.stride[3]}};
 }
 
-// n elements, or where `from` is null as many zeros.
+// n elements.
 template <class T>
 void copy_row(T* to, const T* from, int64_t n, int64_t stride) {
-  if (from == nullptr) {
-    std::fill_n(to, n, T{});
-    return;
-  }
   if constexpr (std::is_same_v<T, Accum<T>>)
     widen(to, from, n, stride);
   else if (stride == 1)
     std::copy_n(from, n, to);
   else
     for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
-}
-
-// The same into the accumulation type.
-template <class A, class T>
-void widen_row(A* to, const T* from, int64_t n, int64_t stride) {
-  if (from == nullptr)
-    std::fill_n(to, n, A(0));
-  else
-    widen(to, from, n, stride);
 }
 
 #if defined(__AVX512BF16__)
@@ -198,9 +185,10 @@ struct Rows {
     return gathered != nullptr ? gathered[i] : x.at(batch, first + i, head);
   }
 
-  // f(i, row) for all of them. Of gathered rows the next are prefetched.
-  template <class F>
-  HW_INLINE void each(F f) const {
+  // f(i, row) for all of them, zero(i) for rows of zeros. Of gathered rows the next are
+  // prefetched.
+  template <class F, class Zero>
+  HW_INLINE void each(F f, Zero zero) const {
     if (gathered == nullptr) {
       const T* row = this->row(0);
       for (int i = 0; i < n; ++i) f(i, row + i * x.stride[1]);
@@ -209,7 +197,10 @@ struct Rows {
     for (int i = 0; i < n; ++i) {
       if (i + kRowsAhead < n && gathered[i + kRowsAhead] != nullptr && x.stride[3] == 1)
         prefetch(gathered[i + kRowsAhead], width() * static_cast<int64_t>(sizeof(T)));
-      f(i, gathered[i]);
+      if (gathered[i] == nullptr)
+        zero(i);
+      else
+        f(i, gathered[i]);
     }
   }
 };
@@ -274,16 +265,17 @@ HW_NOINLINE Operand<Multiplied<T>> over_width(const Rows<T>& rows) {
     T* buffer = reinterpret_cast<T*>(rows.buffer);
     const int padded = round_up(width, 2);
     if (rows.made) return {rows.buffer, padded / 2, 1};
-    rows.each([&](int i, const T* row) { copy_row(buffer + i * padded, row, width, x.stride[3]); });
+    rows.each([&](int i, const T* row) { copy_row(buffer + i * padded, row, width, x.stride[3]); },
+              [&](int i) { std::fill_n(buffer + i * padded, width, T{}); });
     clear_columns(buffer, padded, rows.n, width, padded);
     return {rows.buffer, padded / 2, 1};
   } else {
     if constexpr (std::is_same_v<T, E>)
       if (rows.gathered == nullptr) return {rows.row(0), x.stride[1], x.stride[3]};
     if (!rows.made)
-      rows.each([&](int i, const T* row) {
-        widen_row(rows.buffer + i * width, row, width, x.stride[3]);
-      });
+      rows.each(
+          [&](int i, const T* row) { widen(rows.buffer + i * width, row, width, x.stride[3]); },
+          [&](int i) { std::fill_n(rows.buffer + i * width, width, E(0)); });
     return {rows.buffer, width, 1};
   }
 }
@@ -297,7 +289,8 @@ HW_NOINLINE Panel<Accum<T>> vector_rows(const Rows<T>& rows, Accum<T>* buffer) {
   if constexpr (std::is_same_v<T, A>)
     if (rows.gathered == nullptr && stride == 1 && width == padded)
       return {rows.row(0), rows.x.stride[1]};
-  rows.each([&](int i, const T* row) { widen_row(buffer + i * padded, row, width, stride); });
+  rows.each([&](int i, const T* row) { widen(buffer + i * padded, row, width, stride); },
+            [&](int i) { std::fill_n(buffer + i * padded, width, A(0)); });
   clear_columns(buffer, padded, rows.n, width, padded);
   return {buffer, padded};
 }
