@@ -260,8 +260,8 @@ struct KeyGradKernel {
   }
 };
 
-// d_k and d_v of plain scores. Two warps have the same keys and hold the sums of twice as many as one
-// that sums both could: each operand of a product is read for twice as many rows. In every tile
+// d_k and d_v of plain scores. Two warps have the same keys and hold the sums of twice as many as
+// one that sums both could: each operand of a product is read for twice as many rows. In every tile
 //
 //   the warp of d_v   p = exp(s - L), handed to the other        d_v += p^T d_w
 //   the warp of d_k   dp; given p, ds = p (dp - delta)           d_k += ds^T q
