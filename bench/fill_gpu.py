@@ -2,6 +2,7 @@
 """Writes a GPU day into bench/results/<gpu>.json and the tables of bench/GPU.md.
 
     python -m bench.fill_gpu RESULTS           the folder that ci/gpu.sh filled
+    python -m bench.fill_gpu FILE              the tables alone, from a file that this wrote
     python -m bench.fill_gpu --pending         the tables as they are before any day
     python -m bench.fill_gpu RESULTS --root COPY
 
@@ -39,6 +40,7 @@ class Kernel:
     backend: str
     specs: tuple[str, ...]
     case: tuple[str, str] | None = None  # suite and case
+    changed: bool = False  # since the last day: what was found there is of an earlier form
 
 
 ATTENTION = ("attention", "attention_lse", "attention_transpose")
@@ -57,10 +59,11 @@ KERNELS = (
     Kernel("attention", "simt gradients of queries, keys, bias", "simt", ATTENTION),
     Kernel("attention", "simt columns, weights of pairs", "simt",
            ("column_stats", "attention_probs")),
+    Kernel("attention", "simt inner products of rows", "simt", (), changed=True),
     Kernel("attention", "sm80 forward, merge", "sm80", ATTENTION,
            ("attention", f"forward {DENSE}")),
     Kernel("attention", "sm80 gradients of queries, keys, bias", "sm80", ATTENTION,
-           ("attention", f"train {DENSE}")),
+           ("attention", f"train {DENSE}"), changed=True),
     Kernel("attention", "sm80 columns", "sm80", ("column_stats",)),
     Kernel("select_topk", "simt selection", "simt", ("select_topk",),
            ("select_topk", "512 of 8192")),
@@ -122,14 +125,19 @@ def _run(data: Data | None) -> str:
 def _kernels(data: Data | None) -> str:
     rows = [("operator", "kernel", "compiled", "emulated", "run on", "tuned", "figure")]
     for kernel in KERNELS:
-        cells = (_ran(kernel, data), PENDING, _figure(kernel, data))
+        found = (_ran(kernel, data), PENDING, _figure(kernel, data))
+        cells = found if not kernel.changed or data is None else tuple(map(_of_earlier, found))
         rows.append((kernel.operator, kernel.name, "yes", "yes", *cells))
     return _table(rows)
 
 
+def _of_earlier(text: str) -> str:
+    return text if text in ("", PENDING) else f"{PENDING} (in an earlier form: {text})"
+
+
 def _ran(kernel: Kernel, data: Data | None) -> str:
     """How many of the tests of the kernel's operators passed on its backend."""
-    if data is None:
+    if data is None or not kernel.specs:
         return PENDING
     passed = total = 0
     for row in data["day"]["tests"]:
@@ -253,7 +261,10 @@ def main() -> int:
         parser.error("give either RESULTS or --pending")
     page = arguments.root / PAGE
     try:
-        data = read(arguments.results) if arguments.results else None
+        written = arguments.results is not None and arguments.results.is_file()
+        data = None
+        if arguments.results is not None:
+            data = json.loads(arguments.results.read_text()) if written else read(arguments.results)
         if data and data["dry_run"] and arguments.root.resolve() == ROOT:
             raise ValueError(
                 f"fill_gpu: {arguments.results} is of a dry run, which measured no GPU; "
@@ -263,7 +274,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    if data:
+    if data and not written:
         file = arguments.root / "bench" / "results" / f"{slug(data['machine'])}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(data, indent=1) + "\n")

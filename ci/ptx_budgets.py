@@ -76,7 +76,8 @@ BUDGETS = (
     Budget(SOFT + "(RowsKernel<|QueryGradKernel<|KeyGradKernel<.*, 1>)", 128, 256, 2),
     Budget(SOFT + "KeyGradKernel<", 255, 256, 1),
     Budget(ROUTING + "SumKernel<", 64, 256, 4),
-    Budget(ROUTING + "(Delta|Spans)Kernel", 64, 256, 4),
+    Budget(SOFT + "RowDotKernel<", 64, 256, 4),
+    Budget(ROUTING + "SpansKernel", 64, 256, 4),
     Budget(r"hw::CsrKernel<", 64, 512, 2),
 )
 
