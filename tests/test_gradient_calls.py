@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import headworks as hw
@@ -107,3 +108,52 @@ def test_a_cotangent_that_is_not_what_it_looks_like(name):
     made = gradients(call, tensors(), lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype))
     assert_all_same([None if x is None else x.abs() for x in made],
                     [None if x is None else x.abs() for x in want])  # fmt: skip
+
+
+# Options whose gradients are made of operations of torch besides.
+MORE = CALLS | {
+    "attention, gate": (lambda q, k, v, gate: hw.attention(q, k, v, head_gate=gate), "attention"),
+    "attention, mix": (
+        lambda q, k, v, gate: hw.attention(q, k, v, identity_mix=gate[0, 0]), "attention",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MORE)
+def test_a_tensor_of_two_tensors(name, dtype):
+    """A subclass, whose parts go their own ways."""
+    call, _ = MORE[name]
+    a = [x.detach().to(dtype) for x in tensors()]
+    b = [x.flip(1) for x in a]
+    both = [TwoTensor(x, y).requires_grad_() for x, y in zip(a, b, strict=True)]
+    o = call(*both)
+    d_o = TwoTensor(*(randn(*o.shape, seed=seed).to(o.dtype) for seed in (7, 8)))
+    made = torch.autograd.grad(o, both, d_o, allow_unused=True)
+    for part in ("a", "b"):
+        given = [getattr(x, part).detach().requires_grad_() for x in both]
+        want = torch.autograd.grad(call(*given), given, getattr(d_o, part), allow_unused=True)
+        assert_all_same([None if x is None else getattr(x, part) for x in made], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MORE)
+def test_cotangents_in_a_batch(name, dtype):
+    call, _ = MORE[name]
+    given = [x.detach().to(dtype).requires_grad_() for x in tensors()]
+    o = call(*given)
+    d_o = randn(3, *o.shape, seed=7).to(o.dtype)
+    made = torch.autograd.grad(
+        o, given, d_o, allow_unused=True, is_grads_batched=True, retain_graph=True
+    )
+    rows = [torch.autograd.grad(o, given, x, allow_unused=True, retain_graph=True) for x in d_o]
+    want = [None if x[0] is None else torch.stack(x) for x in zip(*rows, strict=True)]
+    assert_all_same(made, want)
+
+
+def test_calls_of_zeros_without_memory_come_again():
+    k = randn(1, 6, 2, 4, seed=1)
+    q = torch._efficientzerotensor(k.shape, dtype=k.dtype)
+    want = hw.attention_lse(torch.zeros_like(k), k)
+    for _ in range(4):
+        assert_same_bits(hw.attention_lse(q, k), want)

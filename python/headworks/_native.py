@@ -128,8 +128,8 @@ def is_direct(tensors: Sequence[Maybe]) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
-    for x in tensors:
-        if x is not None and x._is_zerotensor():  # a cotangent without memory
+    for x in tensors:  # torch.autograd.grad(is_grads_batched=True): no transform is active there
+        if x is not None and torch._C._functorch.is_legacy_batchedtensor(x):
             return False
     return _are_ordinary(tensors)
 
@@ -148,7 +148,7 @@ def _are_ordinary(tensors: Sequence[Maybe]) -> bool:
         return False
     ordinary = True
     for x in tensors:
-        if x is not None and (type(x) not in _ORDINARY or x.is_neg()):
+        if x is not None and (type(x) not in _ORDINARY or x.is_neg() or x._is_zerotensor()):
             ordinary = False
     return ordinary
 

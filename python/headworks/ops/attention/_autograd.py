@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import Saved, first_order
-from ..._native import ACCUMULATION, Maybe
+from ..._native import ACCUMULATION, Maybe, is_direct
 from . import _operators as operators
 from ._native import OP, Want, WantGrad
 from ._operators import NUMBERS
@@ -29,8 +29,8 @@ from ._score import TENSORS, Score
 
 def scaled(factor: Tensor, x: Tensor) -> Tensor:
     """factor_i x_i of x [B, S, H, D], the product in the wider dtype, in the dtype of x: in one
-    pass over memory, as torch.compile makes it by itself."""
-    if torch.compiler.is_compiling():
+    pass over memory, where nobody records it (torch.compile makes one by itself)."""
+    if not is_direct((factor, x)):
         return (factor[..., None] * x).to(x.dtype)
     made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.mul(factor[..., None], x, out=made)
