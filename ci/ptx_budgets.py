@@ -59,14 +59,14 @@ BUDGETS = (
     Budget(LIST80 + "QueryGradKernel" + TO_64 + NARROW, 168, 32, 7, 23 * KIB, TENSOR),
     Budget(LIST80 + "(QueryGrad|KeyGrad)Kernel" + NARROW, 255, 32, 5, 30 * KIB, TENSOR),
     Budget(SOFT80 + "ForwardKernel" + TO_128 + PLAIN, 255, 128, 2, 66 * KIB, TENSOR),
-    Budget(SOFT80 + "ForwardKernel" + TO_128 + FULL, 224, 256, 1, 68 * KIB, TENSOR),
+    Budget(SOFT80 + "ForwardKernel" + TO_128 + FULL, 255, 128, 2, 68 * KIB, TENSOR),
     Budget(SOFT80 + "ForwardKernel<", 255, 128, 1, 99 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_64 + PLAIN + DENSE, 255, 128, 2, 68 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_64, 168, 128, 3, 52 * KIB, TENSOR),
     # two strips of 128 columns: a block of 99 KB, of which sm_90 holds two
     Budget(SOFT80 + "QueryGradKernel" + TO_128 + PLAIN + DENSE, 255, 128, 1, 99 * KIB, TENSOR),
     Budget(SOFT80 + "QueryGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
-    Budget(SOFT80 + "SplitKeyGradKernel" + TO_128, 240, 128, 2, 75 * KIB, TENSOR),
+    Budget(SOFT80 + "PairedKeyGradKernel" + TO_128, 240, 128, 2, 75 * KIB, TENSOR),
     Budget(SOFT80 + "KeyGradKernel" + TO_128, 255, 128, 2, 68 * KIB, TENSOR),
     Budget(SOFT80 + "ColumnsKernel" + TO_128, 255, 128, 2, 52 * KIB, TENSOR),
     Budget(SOFT80 + "(QueryGrad|KeyGrad|Columns)Kernel<", 255, 128, 1, 99 * KIB, TENSOR),
@@ -119,8 +119,8 @@ WORK = (
     Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 64," + PLAIN + DENSE, 4.2, 0.38, 0, BACKWARD),
     Work(SOFT80 + r"QueryGradKernel<hw::b?f16, 128," + PLAIN + DENSE, 3.4, 0.46, 0, BACKWARD),
     # of the warps of d_v or of d_k; 0.29 and 0.38 are matrix loads, the rest numbers and weights
-    Work(SOFT80 + r"SplitKeyGradKernel<hw::b?f16, 64,", 4.5, 0.54, 0, BACKWARD),
-    Work(SOFT80 + r"SplitKeyGradKernel<hw::b?f16, 128,", 3.7, 0.53, 0, BACKWARD),
+    Work(SOFT80 + r"PairedKeyGradKernel<hw::b?f16, 64,", 4.5, 0.54, 0, BACKWARD),
+    Work(SOFT80 + r"PairedKeyGradKernel<hw::b?f16, 128,", 3.7, 0.53, 0, BACKWARD),
     Work(SOFT80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, 256," + PLAIN + DENSE, 5.4, 0.93),
     # other scores, and columns
     Work(SOFT80 + r"(Forward|QueryGrad)Kernel<hw::b?f16, (64|128|256)," + FULL + DENSE, 10.2, 1.12),

@@ -71,26 +71,6 @@ concept KeySource =
       { s.keys_in_order() } -> std::same_as<bool>;
     };
 
-// Where the results of a slot are on the axis S, and its position; negative: nowhere, none.
-struct SlotResult {
-  int64_t at, position;
-};
-
-// Of a slot of rows, or of keys, that exists; `token`: its own, of sources that gather.
-template <bool kKeys, KeySource Source>
-HW_HOST_DEVICE HW_INLINE SlotResult slot_result(const Source& s, const typename Source::WorkItem& w,
-                                                int64_t slot, int token) {
-  if constexpr (Source::kGathers) {
-    const int n = static_cast<int>(slot);
-    if constexpr (kKeys)
-      return {s.key_result(w, n, token), token < 0 ? token : s.key_position(w, n, token)};
-    else
-      return {s.row_result(w, n, token), token < 0 ? token : s.row_position(w, n, token)};
-  } else {
-    return {kKeys ? s.key_result(w, slot, slot) : s.row_result(w, slot, slot), slot};
-  }
-}
-
 // Rows and keys of a sequence, in their order.
 struct DenseSource {
   static constexpr bool kGathers = false, kInOrder = true;

@@ -11,7 +11,8 @@
 //
 // Compile-time choices: the dtype, the width that D and Dv are padded to, and the three axes of a
 // loop: the source of rows and keys, the kind of score, the cut. Plain scores, scale > 0 times
-// products under a mask, save the registers of the others and half of the instructions per score.
+// products under a mask, save the registers of the others and half of the instructions per score;
+// gates, mixtures and w of a row are run-time flags of both, as they come behind the loop.
 // All options of scores that are not plain are run-time flags, the same for all threads, looked at
 // once per tile.
 #pragma once
@@ -24,8 +25,6 @@
 #include "core/host/workspace.h"
 
 namespace hw::softmax::sm80 {
-
-inline bool has_epilogue(const ForwardParams& f) { return f.w || f.head_gate || f.identity_mix; }
 
 inline Units units_of(bool plain, const ScoreParams& p) {
   if (!plain) return {};
@@ -62,8 +61,8 @@ void forward_of_sequences(const ForwardParams& f, const Call& call) {
 
 template <class Element, int kDim>
 void forward(const ForwardParams& f, const Call& call) {
-  is_plain(f) && !has_epilogue(f) ? forward_of_sequences<Element, kDim, PlainScore>(f, call)
-                                  : forward_of_sequences<Element, kDim, FullScore>(f, call);
+  is_plain(f) ? forward_of_sequences<Element, kDim, PlainScore>(f, call)
+              : forward_of_sequences<Element, kDim, FullScore>(f, call);
 }
 
 // ---- Passes that know the row statistics --------------------------------------------------------
@@ -117,8 +116,8 @@ void backward_of_sequences(const BackwardParams& b, const Context& context) {
       0};
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, Kind, Source, Cut>>(queries, p, b.max_q, context);
-  if constexpr (Cut::Loop::shares(kDim, Kind::kPlain)) {
-    using Split = SplitKeyGradKernel<Element, kDim, Kind, Source, Cut>;
+  if constexpr (Cut::Loop::has_teams(kDim, Kind::kPlain)) {
+    using Split = PairedKeyGradKernel<Element, kDim, Kind, Source, Cut>;
     launch_blocks<Split>(keys, p, b.max_k, context);
   } else if constexpr (kDim <= 128) {
     using Both = KeyGradKernel<Element, kDim, Kind, true, true, Source, Cut>;

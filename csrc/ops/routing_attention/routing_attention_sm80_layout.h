@@ -27,9 +27,10 @@ inline constexpr int kNarrow = 16, kMedium = 64, kWide = 128;
 template <int kOwn, int kDim>
 struct ForwardTiles {
   static constexpr int kRows = kOwn;
-  static constexpr int kKeys = kOwn == kNarrow ? (kDim <= 64 ? 32 : 16) : (kDim <= 64 ? 64 : 32);
-  static constexpr int strips(bool) { return kOwn == kWide ? 2 : 1; }
-  static constexpr int warps(bool) { return kRows / (16 * strips(true)); }
+  static constexpr int keys(bool) {
+    return kOwn == kNarrow ? (kDim <= 64 ? 32 : 16) : (kDim <= 64 ? 64 : 32);
+  }
+  static constexpr int kStrips = kOwn == kWide ? 2 : 1, kWarps = kRows / (16 * kStrips);
   static constexpr int blocks(bool plain) {
     return kOwn == kNarrow ? 16 : kOwn == kWide ? 2 : plain && kDim <= 32 ? 4 : 3;
   }
@@ -42,7 +43,7 @@ struct LoopTiles {
     if (kOwn == kNarrow) return dim <= 64 ? 32 : 16;
     return softmax::sm80::LoopTiles::others(dim, plain);
   }
-  static constexpr bool shares(int, bool) { return false; }
+  static constexpr bool has_teams(int, bool) { return false; }
   static constexpr int strips_of_queries(int, bool) { return 1; }
 };
 

@@ -4,8 +4,8 @@
 //   QueryGradKernel   a block: queries of a head, walks keys (loop R2)       d_q, d_tau, own d_b
 //   KeyGradKernel     a block: keys, walks the queries of the heads          d_k, d_v, d_beta,
 //                     that share them (loop C)                               d_gamma
-//   SplitKeyGradKernel  the same of plain scores: of two warps with the      d_k, d_v
-//                     same keys one makes p and sums d_v, the other dp, d_k
+//   PairedKeyGradKernel  the same of plain scores up to width 128: of two      d_k, d_v
+//                     warps with the same keys one sums d_v, the other d_k
 //   BiasGradKernel    a block: a tile of a bias that is broadcast, walks     d_b
 //                     all that share it
 //
@@ -260,28 +260,28 @@ struct KeyGradKernel {
   }
 };
 
-// d_k and d_v of plain scores. Two warps have the same keys and hold the sums of twice as many as
-// one that sums both could: each operand of a product is read for twice as many rows. In every tile
+// d_k and d_v of plain scores. Two warps, a team, have the same keys: of these they hold the sums of
+// more than a warp that sums both could, so that an operand is read for more rows. In every tile
 //
 //   the warp of d_v   p = exp(s - L), handed to the other        d_v += p^T d_w
 //   the warp of d_k   dp; given p, ds = p (dp - delta)           d_k += ds^T q
 //
 // which are the same two products of other operands.
 template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
-struct SplitKeyGradKernel {
+struct PairedKeyGradKernel {
   using L = Loop<Element, kDim, Kind, true, true, Source, Cut>;
   using Scores = typename L::Scores;
   using Values = typename L::Values;
   using Params = GradientParams<Element, Kind, Source>;
   static constexpr int kThreads = L::kThreads, kMinBlocks = 2;
-  static constexpr int kTeam = 2 * dev::kWarp;  // threads that have the same keys
-  static_assert(L::kSharers == 2 && Kind::kPlain && !Source::kGathers);
+  static constexpr int kTeamThreads = 2 * dev::kWarp;
+  static_assert(L::kTeam == 2 && Kind::kPlain && !Source::kGathers);
 
   // p of a team's keys and a tile's queries: the four elements that each lane has of 16 x 8.
   using Weights = Vec<float, 4>[Scores::kStrips][Scores::kTiles][dev::kWarp];
   struct Smem {
     typename L::Smem loop;
-    Weights weights[kThreads / kTeam];
+    Weights weights[kThreads / kTeamThreads];
   };
   static_assert(sizeof(Smem) <= kSharedLimit, "shared memory of every architecture from sm_80 on");
 
@@ -294,7 +294,7 @@ struct SplitKeyGradKernel {
     const bool walked = walk_heads(
         loop, p,
         [&](const auto& stage, const auto& score) {
-          step(p, loop, smem, stage, score, values, sums);
+          step(p.inputs.unit, smem, stage, score, values, sums);
         },
         [] {});
     if (!walked || (values && !p.b.d_v)) return;
@@ -304,9 +304,8 @@ struct SplitKeyGradKernel {
 
  private:
   template <class Stage, class Score>
-  HW_DEVICE HW_INLINE static void step(const Params& p, const L& loop, Smem& smem,
-                                       const Stage& stage, const Score& score, bool values,
-                                       Values& sums) {
+  HW_DEVICE HW_INLINE static void step(float unit, Smem& smem, const Stage& stage,
+                                       const Score& score, bool values, Values& sums) {
     const int team = dev::warp() / 2;
     Weights& weights = smem.weights[team];
     Scores x;  // p, or ds
@@ -315,11 +314,11 @@ struct SplitKeyGradKernel {
                            values ? stage.first : stage.second);
     if (values) {
       score.hide(x);
-      score.weigh(x, p.inputs.unit);
+      score.weigh(x, unit);
       hand_over(x, weights);
-      dev::sync_group(1 + team, kTeam);
+      dev::sync_group(1 + team, kTeamThreads);
     } else {
-      dev::sync_group(1 + team, kTeam);
+      dev::sync_group(1 + team, kTeamThreads);
       score.differentiate_given(
           x, [&](int s, int j) { return load_vector<4>(weights[s][j][dev::lane()].v); });
     }

@@ -46,9 +46,9 @@ struct Partials {
   }
 };
 
-// Writes what becomes of rows. Plain: softmaxes, o and the row statistic only; kMixes: o may differ
-// from w.
-template <class Element, ScoreKind Kind, bool kMixes, bool kOwnValues>
+// Writes what becomes of rows. Plain: softmaxes without read-outs; kOwnValues: rows have values of
+// their own, which identity_mix takes.
+template <class Element, ScoreKind Kind, bool kOwnValues>
 struct Finish {
   static constexpr bool kPlain = Kind::kPlain;
   const ForwardParams& f;
@@ -81,14 +81,12 @@ struct Finish {
   HW_DEVICE HW_INLINE void write(const SlotResult& row, int first, float (&x)[kTiles][2]) const {
     const int64_t batch = item.at.batch, number = item.at.q_begin + row.position;
     const bool exists = row.at >= 0;
-    if constexpr (kMixes) {
-      if (f.w) store_pairs(row_of(w, row.at), exists, first, w, x);
-      if (kOwnValues && f.identity_mix && exists) mix(number, first, x);
-      if (f.head_gate && exists) {
-        const float g = f.head_gate.template as<const float>()(batch, number, item.head);
-        HW_UNROLL
-        for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
-      }
+    if (f.w) store_pairs(row_of(w, row.at), exists, first, w, x);
+    if (kOwnValues && f.identity_mix && exists) mix(number, first, x);
+    if (f.head_gate && exists) {
+      const float g = f.head_gate.template as<const float>()(batch, number, item.head);
+      HW_UNROLL
+      for (int j = 0; j < kTiles; ++j) x[j][0] *= g, x[j][1] *= g;
     }
     store_pairs(row_of(o, row.at), exists, first, o, x);
   }
@@ -175,8 +173,7 @@ struct MergeKernel {
       part.move_to(top, p.units);
       whole.add(part);
     }
-    const Finish<Element, Kind, !kPlain || kGathers, !kGathers> finish{p.f, p.o, p.w, item,
-                                                                       p.units};
+    const Finish<Element, Kind, !kGathers> finish{p.f, p.o, p.w, item, p.units};
     const float factor = finish.finalize(row, whole, dev::lane() == 0);
     const int columns = static_cast<int>(p.partials.columns);
     for (int column = 2 * dev::lane(); column < columns; column += 2 * dev::kWarp) {

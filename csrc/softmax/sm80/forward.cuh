@@ -25,9 +25,9 @@ struct ForwardKernel {
   using Tiles = typename Cut::template Forward<kDim>;
   using WorkItem = typename Source::WorkItem;
   static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
-  static constexpr int kWarps = Tiles::warps(kPlain), kThreads = kWarps * dev::kWarp;
-  static constexpr int kStrips = Tiles::strips(kPlain), kRows = Tiles::kRows;
-  static constexpr int kKeys = Tiles::kKeys;
+  static constexpr int kWarps = Tiles::kWarps, kThreads = kWarps * dev::kWarp;
+  static constexpr int kStrips = Tiles::kStrips, kRows = Tiles::kRows;
+  static constexpr int kKeys = Tiles::keys(kPlain);
   static constexpr int kMinBlocks = Tiles::blocks(kPlain);
   using Scores = Fragment<kStrips, kKeys / 8>;
   using Score = ScoreTile<Element, Kind, false, kStrips, kKeys / 8, Source>;
@@ -156,7 +156,6 @@ struct ForwardKernel {
 
     // Whether nobody can see what the loop would find. Same for all warps.
     HW_DEVICE HW_INLINE bool dead() const {
-      if constexpr (kPlain) return false;
       const ForwardParams& f = p.f;
       if (!f.skip_dead) return false;
       const int64_t b = item.at.batch;
@@ -206,7 +205,7 @@ struct ForwardKernel {
       const auto key = keys_of(tile);
       if constexpr (kGathers) {
         load_tile<kThreads>(s.k, key_rows(p.in.k, p.source, item, key));
-        if (kPlain || p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, p.source, item, key));
+        if (p.f.v) load_tile<kThreads>(s.v, key_rows(p.v, p.source, item, key));
         if constexpr (!kPlain) {
           key_numbers<kKeys, kThreads>(s.numbers.of[0], p.f.key_bias, p.source, item, key);
           key_numbers<kKeys, kThreads>(s.numbers.of[1], p.f.key_gain, p.source, item, key);
@@ -216,7 +215,7 @@ struct ForwardKernel {
         const int count = static_cast<int>(min_of<int64_t>(item.at.k_count - key, kKeys));
         load_next<kThreads>(s.k, keys, p.in.k, count,
                             [&] { return key_rows(p.in.k, p.source, item, key); });
-        if (kPlain || p.f.v)
+        if (p.f.v)
           load_next<kThreads>(s.v, values, p.v, count,
                               [&] { return key_rows(p.v, p.source, item, key); });
         if constexpr (!kPlain) numbers.load(s.numbers.of[0], count);
@@ -237,7 +236,7 @@ struct ForwardKernel {
       } else {
         visible = visible_tiles<false, kKeys>(item.mask, first + warp_row, 16 * kStrips);
         keys = Stream(key_rows(p.in.k, p.source, item, keys_of(begin)));
-        if (kPlain || p.f.v) values = Stream(key_rows(p.v, p.source, item, keys_of(begin)));
+        if (p.f.v) values = Stream(key_rows(p.v, p.source, item, keys_of(begin)));
         if constexpr (!kPlain)
           numbers.start([&](int n) {
             const Ref<const void, 3>& x = n == 0   ? p.f.key_bias
@@ -274,7 +273,7 @@ struct ForwardKernel {
       score.add_terms(s);
       score.hide(s);
       const bool some = score.soft() ? exponentiate(s, stage) : activate(s);
-      if (some && (kPlain || p.f.v)) multiply_columns<Element>(w, pack<Element>(s), stage.v);
+      if (some && p.f.v) multiply_columns<Element>(w, pack<Element>(s), stage.v);
     }
 
     // e^(s - M) in place of s; sums and w move to the new maximum.
@@ -282,29 +281,41 @@ struct ForwardKernel {
       if constexpr (kPlain) {
         exponentiate_plain(s);
       } else {
+        Maxima top;
+        if (find_maxima(s, p.f.p_max ? 0.0f : kSlack, top))
+          Scores::each_row([&](int strip, int half) {
+            w.scale_row(strip, half, sums[strip][half].move_to(top.of[strip][half], p.units));
+          });
         Scores::each_row([&](int strip, int half) {
-          RowSums<float>& r = sums[strip][half];
-          w.scale_row(strip, half, r.move_to(s.row_max(strip, half, r.max), p.units));
-          exponentials(s.at[strip], half, r, stage);
+          exponentials(s.at[strip], half, sums[strip][half], stage);
         });
       }
       return true;
     }
 
-    // The maximum of a row moves only when it has grown by more than kSlack, to base 2: until then
-    // weights exceed 1, by at most e^kSlack, which all types hold, and nothing has to be rescaled.
-    HW_DEVICE HW_INLINE void exponentiate_plain(Scores& s) {
-      constexpr float kSlack = 8;
-      float top[kStrips][2];
+    // What sums and w of a row are relative to. It moves to the maximum only when that has grown by
+    // more than kSlack, to base 2: until then weights exceed 1, by at most 2^kSlack, which all types
+    // hold, and nothing has to be rescaled. Only p_max needs the maximum itself.
+    static constexpr float kSlack = 8;
+    struct Maxima {
+      float of[kStrips][2];
+    };
+    // The next ones, given s; false if those of the warp's rows stay where they are.
+    HW_DEVICE HW_INLINE bool find_maxima(const Scores& s, float slack, Maxima& top) const {
       bool moves = false;
       Scores::each_row([&](int strip, int half) {
         const float before = sums[strip][half].max;
         const float found = s.row_max(strip, half, -kInfinity);
-        const bool grown = (found - before) * p.units.unit > kSlack;
-        top[strip][half] = grown ? found : before;
+        const bool grown = (found - before) * p.units.unit > slack;
+        top.of[strip][half] = grown ? found : before;
         moves |= grown;
       });
-      if (dev::any(moves)) move_to(top);
+      return dev::any(moves);
+    }
+
+    HW_DEVICE HW_INLINE void exponentiate_plain(Scores& s) {
+      Maxima top;
+      if (find_maxima(s, kSlack, top)) move_to(top);
       if (references.large) subtract_large(s);
       Scores::each_row([&](int strip, int half) {
         RowSums<float>& r = sums[strip][half];
@@ -325,11 +336,11 @@ struct ForwardKernel {
         return references.kept[strip][half];
     }
 
-    HW_DEVICE HW_INLINE void move_to(const float (&top)[kStrips][2]) {
+    HW_DEVICE HW_INLINE void move_to(const Maxima& top) {
       bool large = false;
       Scores::each_row([&](int strip, int half) {
         RowSums<float>& r = sums[strip][half];
-        const float to = top[strip][half], reference = to * p.units.unit, before = r.max;
+        const float to = top.of[strip][half], reference = to * p.units.unit, before = r.max;
         float factor = r.move_to(to, p.units);
         if (before != -kInfinity && before != to) {
           const float more = References::rest(to, p.units.unit);
@@ -383,8 +394,7 @@ struct ForwardKernel {
 
     // Outputs of the rows, or their partial results.
     HW_DEVICE HW_INLINE void finish() {
-      const Finish<Element, Kind, !kPlain || kGathers, !kGathers> finish{p.f, p.o, p.w, item,
-                                                                         p.units};
+      const Finish<Element, Kind, !kGathers> finish{p.f, p.o, p.w, item, p.units};
       Scores::each_row([&](int strip, int half) {
         const int line = warp_row + Scores::row(strip, 2 * half);
         RowSums<float> r = sums[strip][half];
@@ -403,9 +413,9 @@ struct ForwardKernel {
           if (inside) keep(strip, half, index() + line, r, times);
           return;
         }
-        const SlotResult row = inside ? result_of(line) : SlotResult{kNoToken, 0};
+        const SlotResult row = inside ? result_of(line) : SlotResult::none();
         const float factor = row.at < 0 ? 0.0f : finish.finalize(row, r, dev::lane() % 4 == 0);
-        if (!kPlain && !p.f.v) return;
+        if (!p.f.v) return;
         float x[Values::kTiles][2];
         w.copy_row(x, strip, half, factor * times);
         finish.write(row, Values::column(0, 0), x);

@@ -17,19 +17,19 @@ inline bool has_plain_scores(const ScoreParams& p) {
          !p.key_gain && !p.row_temperature;
 }
 
-// Whether a forward pass makes outputs of such scores and row statistics, and no read-outs.
+// Whether a forward pass of such scores makes outputs and row statistics, and no read-outs.
 inline bool is_plain(const ForwardParams& f) {
-  return has_plain_scores(f) && f.v && !f.entropy && !f.p_max && !f.sq_norm && !f.mass;
+  return has_plain_scores(f) && !f.entropy && !f.p_max && !f.sq_norm && !f.mass;
 }
 
 // Tiles of the forward kernel of a compiled width. Two strips of 16 rows per warp read a tile of
-// keys half as often as one; scores that are not plain need the registers of the second.
+// keys half as often as one; scores that are not plain leave registers for narrow tiles only.
 template <int kDim>
 struct ForwardTiles {
-  static constexpr int kRows = kDim <= 128 ? 128 : 64, kKeys = kDim <= 64 ? 64 : 32;
-  static constexpr int strips(bool plain) { return plain && kDim <= 128 ? 2 : 1; }
-  static constexpr int warps(bool plain) { return kRows / (16 * strips(plain)); }
-  static constexpr int blocks(bool plain) { return kDim <= 128 && plain ? 2 : 1; }
+  static constexpr int kRows = kDim <= 128 ? 128 : 64;
+  static constexpr int keys(bool plain) { return plain && kDim <= 64 ? 64 : 32; }
+  static constexpr int kStrips = kDim <= 128 ? 2 : 1, kWarps = kRows / (16 * kStrips);
+  static constexpr int blocks(bool) { return kStrips; }
 };
 
 // Tiles of the loop of the other passes: own rows of a block, other rows of a tile. Two tensors of
@@ -44,12 +44,12 @@ struct LoopTiles {
   // Strips of 16 rows of a warp: the more, the less often tiles are read. Registers hold one sum of
   // two strips of 128 columns, or of three of 64 beside what else a warp needs. Of d_k and d_v a
   // warp has one: two warps share their keys.
-  static constexpr bool shares(int dim, bool plain) { return plain && dim <= 128; }
+  static constexpr bool has_teams(int dim, bool plain) { return plain && dim <= 128; }
   static constexpr int strips_of_queries(int dim, bool plain) {
     return plain && dim <= 128 ? 2 : 1;
   }
-  static constexpr int strips_of_shared_keys(int dim) { return dim <= 64 ? 3 : 2; }
-  static constexpr int kOthersOfShared = 32;
+  static constexpr int strips_of_teams(int dim) { return dim <= 64 ? 3 : 2; }
+  static constexpr int kOthersOfTeams = 32;
 };
 
 // How work on the slots of a sequence in its order is cut. Other sources may have a cut of their

@@ -38,23 +38,23 @@ struct Loop {
   using WorkItem = typename Source::WorkItem;
   static constexpr bool kKeysAsRows = kKeysAsRows_, kOwnSecond = kOwnSecond_;
   static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
-  // Warps that share own rows: see SplitKeyGradKernel.
-  static constexpr int kSharers = kKeysAsRows && kOwnSecond && Tiles::shares(kDim, kPlain) ? 2 : 1;
+  // Warps of a team, which have the same rows: see PairedKeyGradKernel.
+  static constexpr int kTeam = kKeysAsRows && kOwnSecond && Tiles::has_teams(kDim, kPlain) ? 2 : 1;
   static constexpr int strips() {
-    if constexpr (kSharers == 2)
-      return Tiles::strips_of_shared_keys(kDim);
+    if constexpr (kTeam == 2)
+      return Tiles::strips_of_teams(kDim);
     else
       return kOwnSecond && !kKeysAsRows ? Tiles::strips_of_queries(kDim, kPlain) : 1;
   }
   static constexpr int others_of_tile() {
-    if constexpr (kSharers == 2)
-      return Tiles::kOthersOfShared;
+    if constexpr (kTeam == 2)
+      return Tiles::kOthersOfTeams;
     else
       return Tiles::others(kDim, kPlain);
   }
   static constexpr int kStrips = strips();
   static constexpr int kWarps = Tiles::kWarps, kThreads = kWarps * dev::kWarp;
-  static constexpr int kOwn = 16 * kStrips * kWarps / kSharers, kOther = others_of_tile();
+  static constexpr int kOwn = 16 * kStrips * kWarps / kTeam, kOther = others_of_tile();
   static constexpr int kQueries = kKeysAsRows ? kOther : kOwn, kKeys = kKeysAsRows ? kOwn : kOther;
   using Scores = Fragment<kStrips, kOther / 8>;
   using Score = ScoreTile<Element, Kind, kKeysAsRows, kStrips, kOther / 8, Source>;
@@ -139,7 +139,7 @@ struct Loop {
   }
 
   // Own row of this warp, in the block.
-  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() / kSharers * 16 * kStrips; }
+  HW_DEVICE HW_INLINE static int warp_row() { return dev::warp() / kTeam * 16 * kStrips; }
 
   HW_DEVICE HW_INLINE Range own() const {
     const int64_t slots = kKeysAsRows ? source.keys(item) : source.rows(item);
@@ -204,7 +204,7 @@ struct Loop {
 
   HW_DEVICE HW_INLINE SlotResult own_result(int half, int strip = 0) const {
     const int64_t slot = own_row(half, strip);
-    if (slot >= own().end) return {kNoToken, kNoToken};
+    if (slot >= own().end) return SlotResult::none();
     int token = 0;
     if constexpr (kGathers) token = smem.tokens.own.at[slot - first];
     return slot_result<kKeysAsRows>(source, item, slot, token);

@@ -50,6 +50,28 @@ HW_DEVICE HW_INLINE Fast sign_of(Fast x) { return hw::sign_of(x.v); }
 HW_DEVICE HW_INLINE Fast positive_of(Fast x) { return hw::positive_of(x.v); }
 HW_DEVICE HW_INLINE Fast step_of(Fast x) { return hw::step_of(x.v); }
 
+// Where the results of a slot are on the axis S, and its position; negative: nowhere, none.
+struct SlotResult {
+  int64_t at, position;
+
+  HW_DEVICE HW_INLINE static SlotResult none() { return {kNoToken, kNoToken}; }
+};
+
+// Of a slot of rows, or of keys, that exists; `token`: its own, of sources that gather.
+template <bool kKeys, KeySource Source>
+HW_DEVICE HW_INLINE SlotResult slot_result(const Source& s, const typename Source::WorkItem& w,
+                                           int64_t slot, int token) {
+  if constexpr (Source::kGathers) {
+    const int n = static_cast<int>(slot);
+    if constexpr (kKeys)
+      return {s.key_result(w, n, token), token < 0 ? token : s.key_position(w, n, token)};
+    else
+      return {s.row_result(w, n, token), token < 0 ? token : s.row_position(w, n, token)};
+  } else {
+    return {kKeys ? s.key_result(w, slot, slot) : s.row_result(w, slot, slot), slot};
+  }
+}
+
 // ---- Scores -------------------------------------------------------------------------------------
 
 // What every kernel has of the scores besides ScoreParams.
@@ -70,8 +92,8 @@ struct ScoreInputs {
 // First slots of the queries and keys of a fragment, and numbers in shared memory from these on, of
 // which those are read that the call has. Of sources that gather, tokens and extents besides.
 struct TileOperands {
-  bool seen = true,
-       whole = false;  // VisibleTiles of the tile; where tokens are gathered, extents tell
+  // VisibleTiles of the tile; where tokens are gathered, extents tell.
+  bool seen = true, whole = false;
   int64_t row = 0, key = 0;
   const float* tau = nullptr;                            // per query
   const float *key_bias = nullptr, *key_gain = nullptr;  // per key
