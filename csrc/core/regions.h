@@ -48,9 +48,9 @@ struct RegionGrid {
   template <class Int>
   HW_HOST_DEVICE HW_INLINE Int token_in(Int region, Int t, Int absent) const {
     if (same()) return region;
-    const Int regions = static_cast<Int>(columns), w = static_cast<Int>(width);
-    const Int y = region / regions * static_cast<Int>(height) + t / w;
-    const Int x = region % regions * w + t % w, image = static_cast<Int>(columns_of_image);
+    const Int side = static_cast<Int>(columns), w = static_cast<Int>(width);
+    const Int y = region / side * static_cast<Int>(height) + t / w;
+    const Int x = region % side * w + t % w, image = static_cast<Int>(columns_of_image);
     return y < static_cast<Int>(rows_of_image) && x < image ? y * image + x : absent;
   }
 

@@ -200,7 +200,7 @@ HW_NOINLINE void contract(const FeatureSizes<A>& s, const Coefficients<A>& c,
   }
 }
 
-// out[f] += sum_{i < n} phi[f, i] extra[i]        out [F], and room for a whole vector
+// out[f] += sum_{i < n} phi[f, i] extra[i]        out [F], of whole vectors
 template <class A>
 HW_NOINLINE void add_rows(const FeatureSizes<A>& s, const A* phi, const A* extra, int n, A* out) {
   constexpr int kSide = kLanes<A>;

@@ -36,8 +36,8 @@ class RowDot {
     A *x = scratch.take<A>(width), *y = scratch.take<A>(width);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t head = 0; head < y_.size[2]; ++head)
-        dot_(batch, head, i) = inner_product(row(x_, batch, i, head, x), row(y_, batch, i, head, y),
-                                             static_cast<int>(width));
+        dot_(batch, head, i) =
+            inner_product(row(x_, batch, i, head, x), row(y_, batch, i, head, y), width);
   }
 
   // A row [D] in the accumulation type: where it is, or widened into a buffer.

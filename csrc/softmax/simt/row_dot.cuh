@@ -54,6 +54,7 @@ struct RowDotKernel {
     const int64_t columns = p.y.size[3], lane = dev::lane() % kLanes;
     A sum = 0;
     if (p.vectors) {
+      HW_UNROLL_BY(2)
       for (int64_t c = lane * kVector; c < columns; c += kLanes * kVector) {
         const auto left = load_vector<kVector>(x + c), right = load_vector<kVector>(y + c);
         HW_UNROLL
@@ -61,6 +62,7 @@ struct RowDotKernel {
           sum += static_cast<A>(left.v[n]) * static_cast<A>(right.v[n]);
       }
     } else {
+      HW_UNROLL_BY(2)
       for (int64_t c = lane; c < columns; c += kLanes)
         sum += static_cast<A>(x[c * p.x.stride[3]]) * static_cast<A>(y[c * p.y.stride[3]]);
     }
