@@ -260,8 +260,8 @@ struct KeyGradKernel {
   }
 };
 
-// d_k and d_v of plain scores. Two warps, a team, have the same keys: of these they hold the sums of
-// more than a warp that sums both could, so that an operand is read for more rows. In every tile
+// d_k and d_v of plain scores. Two warps, a team, have the same keys, and more of them than a warp
+// that holds both sums could have: an operand is read for more rows. In every tile
 //
 //   the warp of d_v   p = exp(s - L), handed to the other        d_v += p^T d_w
 //   the warp of d_k   dp; given p, ds = p (dp - delta)           d_k += ds^T q

@@ -294,8 +294,8 @@ struct ForwardKernel {
     }
 
     // What sums and w of a row are relative to. It moves to the maximum only when that has grown by
-    // more than kSlack, to base 2: until then weights exceed 1, by at most 2^kSlack, which all types
-    // hold, and nothing has to be rescaled. Only p_max needs the maximum itself.
+    // more than kSlack, to base 2: until then weights exceed 1, by at most 2^kSlack, which all
+    // types hold, and nothing has to be rescaled. Only p_max needs the maximum itself.
     static constexpr float kSlack = 8;
     struct Maxima {
       float of[kStrips][2];
