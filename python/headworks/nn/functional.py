@@ -6,7 +6,8 @@ Composed from elementary torch operations these cost more time on a CPU than the
 around them: every elementary operation reads and writes a full [tokens, channels] tensor, and the
 backward of a split or a slice writes another one full of zeros. Written as one node, each keeps
 only its inputs and writes its gradient once. The formulas themselves, `_..._formula`, serve where
-that does not matter: in a graph that is compiled, which fuses them, and for second derivatives.
+that does not matter: in a graph that is compiled, which fuses them, for second derivatives, and for
+tensors that are not what they look like (subclasses, batched cotangents).
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._native import is_direct
+
 _silu_backward = torch.ops.aten.silu_backward
 
 
 def _differentiable(ctx: Any, formula: Callable[..., Tensor], *inputs: Any, dy: Tensor) -> Any:
-    """The gradients of the formula's inputs as functions of them, for create_graph=True."""
+    """The gradients of the formula's inputs as functions of them, for create_graph=True and where a
+    tensor is not ordinary."""
     with torch.enable_grad():
         y = formula(*inputs)
         wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=True) if wants]
@@ -53,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # With n = x r:  dw = sum dy n,  dx = r (dy w - n mean_c(dy w n)).
         x, weight, r = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_direct((x, dy)):
             return _differentiable(ctx, _rms_formula, x, weight, ctx.eps, dy=dy)
         n = x.to(r.dtype) * r
         dy_n = dy * n
@@ -65,7 +69,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., C], weight [C]."""
-    if torch.compiler.is_compiling():
+    if not is_direct((x, weight)):
         return _rms_formula(x, weight, eps)
     if x.device.type == "cpu":
         return _RMSNorm.apply(x, weight, eps)
@@ -90,7 +94,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_direct((x, dy)):
             return _differentiable(ctx, _swiglu_formula, x, dy=dy)
         a, b = x.chunk(2, -1)
         dx = torch.empty_like(x)
@@ -102,7 +106,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """a * silu(b) for x = [a | b]. x [..., 2 C] -> [..., C]."""
-    return _swiglu_formula(x) if torch.compiler.is_compiling() else _SwiGLU.apply(x)
+    return _SwiGLU.apply(x) if is_direct((x,)) else _swiglu_formula(x)
 
 
 def short_conv(x: Tensor, weight: Tensor, history: Tensor | None = None) -> Tensor:
@@ -153,7 +157,7 @@ class _GatedShortConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, conv = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_direct((x, dy)):
             return _differentiable(ctx, _gated_conv_formula, x, weight, bias, dy=dy)
         width, tokens = weight.shape[-1], x.shape[1]
         a, b = x.chunk(2, -1)
@@ -175,6 +179,6 @@ class _GatedShortConv(torch.autograd.Function):
 
 def gated_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(conv(a) + bias) * b for x = [a | b]. x [B, S, 2 C], weight [C, 1, K] -> [B, S, C]."""
-    if torch.compiler.is_compiling():
+    if not is_direct((x, weight)):
         return _gated_conv_formula(x, weight, bias)
     return _GatedShortConv.apply(x, weight, bias)
