@@ -12,7 +12,8 @@ from headworks.ops.attention import _native as native
 from headworks.ops.attention._operators import row_dot
 
 BACKENDS = ("cpu", "emulate:simt", "emulate:sm80")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALVES)
 
 # How rows lie in memory, of [2, 75, 3, width]: more than a block of a kernel, a task of the CPU.
 LAYOUTS = {
@@ -29,8 +30,10 @@ def rows(width: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(2, 75, 3, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for b in BACKENDS for d in DTYPES if d in HALVES or b != "emulate:sm80"],
+)
 @pytest.mark.parametrize("width", [1, 7, 8, 64, 72, 130])
 def test_products_of_rows(width, backend, dtype):
     y = rows(width, dtype, 1)

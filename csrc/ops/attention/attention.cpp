@@ -93,6 +93,10 @@ int width(const P& p, const Call&, Backend b) {
   return b == Backend::sm80 ? static_cast<int>(max_of(p.q.size[3], (p.*values).size[3])) : 0;
 }
 
+int width_of_rows(const RowDotParams& p, const Call&, Backend b) {
+  return b == Backend::sm80 ? static_cast<int>(p.x.size[3]) : 0;
+}
+
 int64_t forward_workspace(const ForwardParams& p, const Call& call, Backend b) {
   if (b == Backend::sm80) return sm80::workspace_bytes(p, call.context.multiprocessors);
   return simt::workspace_bytes(p, call);
@@ -110,7 +114,7 @@ constexpr Questions<ColumnsParams> kColumns{.complete = &complete<ColumnsParams>
                                             .dim = &width<ColumnsParams, &ColumnsParams::x>};
 constexpr Questions<ProbsParams> kProbs{.complete = &complete<ProbsParams>,
                                         .check = &check_probs_call};
-constexpr Questions<RowDotParams> kRowDot{.check = &check_row_dot_call};
+constexpr Questions<RowDotParams> kRowDot{.check = &check_row_dot_call, .dim = &width_of_rows};
 
 constexpr Function kFunctions[] = {
     function<kForwardList, kForward>("forward"), function<kBackwardList, kBackward>("backward"),

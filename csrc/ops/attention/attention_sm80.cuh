@@ -17,6 +17,7 @@
 // once per tile.
 #pragma once
 
+#include "softmax/simt/row_dot.cuh"
 #include "softmax/sm80/backward.cuh"
 #include "softmax/sm80/columns.cuh"
 #include "softmax/sm80/forward.cuh"
@@ -173,6 +174,9 @@ struct Sm80 {
   }
   static void columns(const softmax::ColumnsParams& p, const Call& call) {
     softmax::sm80::columns<Element, kDim>(p, call);
+  }
+  static void row_dot(const softmax::RowDotParams& p, const Call& call) {
+    softmax::simt::row_dot<Element>(p, call);
   }
 };
 

@@ -12,6 +12,7 @@
 #include "core/gpu/device.cuh"
 #include "core/gpu/launch.h"
 #include "core/gpu/vector.h"
+#include "core/math.h"
 
 namespace hw::softmax::simt {
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import _library
 from ..._functions import Maybe, NativeFunction, record
-from ..._native import ACCUMULATION, NativeCall, described, without_products
+from ..._native import ACCUMULATION, NativeCall, described
 from ..._repeated import Ready
 from ._bounds import longest_of
 from ._checks import SOFTMAXES, check_index_values
@@ -320,7 +320,7 @@ def row_dot(x: Tensor, y: Tensor, backend: str) -> Tensor:
     dot = row_dot_output(x)
     if not x.numel():
         return dot.zero_()
-    ROW_DOT.run(without_products(backend), (x, y), (dot,))
+    ROW_DOT.run(backend, (x, y), (dot,))
     return dot
 
 
