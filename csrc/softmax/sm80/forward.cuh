@@ -282,7 +282,7 @@ struct ForwardKernel {
         exponentiate_plain(s);
       } else {
         Maxima top;
-        if (find_maxima(s, kGathers || p.f.p_max ? 0.0f : kSlack, top))
+        if (find_maxima(s, 0.0f, top))
           Scores::each_row([&](int strip, int half) {
             w.scale_row(strip, half, sums[strip][half].move_to(top.of[strip][half], p.units));
           });
@@ -293,10 +293,9 @@ struct ForwardKernel {
       return true;
     }
 
-    // What sums and w of a row are relative to. It moves to the maximum only when that has grown by
-    // more than kSlack, to base 2: until then weights exceed 1, by at most 2^kSlack, which all
-    // types hold, and nothing has to be rescaled. p_max needs the maximum itself; lists are of few
-    // tiles, in which there is little to save.
+    // What sums and w of a row are relative to. Of plain scores it moves to the maximum only when
+    // that has grown by more than kSlack, to base 2: until then weights exceed 1, by at most
+    // 2^kSlack, which all types hold, and nothing has to be rescaled. p_max needs the maximum.
     static constexpr float kSlack = 8;
     struct Maxima {
       float of[kStrips][2];
