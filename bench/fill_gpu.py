@@ -250,6 +250,16 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
+def _given(results: Path) -> Data:
+    """From a folder of a day, or from a file that was written of one."""
+    if not results.is_file():
+        return read(results)
+    data: Data = json.loads(results.read_text())
+    if "day" not in data:
+        raise ValueError(f"fill_gpu: {results} is not of a GPU day; give a file that this wrote")
+    return data
+
+
 def main() -> int:
     """Fills; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.fill_gpu", description=__doc__)
@@ -261,10 +271,7 @@ def main() -> int:
         parser.error("give either RESULTS or --pending")
     page = arguments.root / PAGE
     try:
-        written = arguments.results is not None and arguments.results.is_file()
-        data = None
-        if arguments.results is not None:
-            data = json.loads(arguments.results.read_text()) if written else read(arguments.results)
+        data = _given(arguments.results) if arguments.results else None
         if data and data["dry_run"] and arguments.root.resolve() == ROOT:
             raise ValueError(
                 f"fill_gpu: {arguments.results} is of a dry run, which measured no GPU; "
@@ -274,7 +281,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    if data and not written:
+    if data and not arguments.results.is_file():
         file = arguments.root / "bench" / "results" / f"{slug(data['machine'])}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(data, indent=1) + "\n")
