@@ -83,7 +83,7 @@ def is_recorded() -> bool:
 
 def is_readable(x: Tensor) -> bool:
     """Whether the values of a tensor can be looked at: a plain one that nobody records or wraps."""
-    if is_recorded() or type(x) is not Tensor or x.is_neg() or x._is_zerotensor():
+    if torch.compiler.is_compiling() or not _are_ordinary((x,)):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
