@@ -346,7 +346,7 @@ HW_DEVICE HW_INLINE Packed<kStrips, kTiles / 2> pack(const Fragment<kStrips, kTi
 template <class T>
 struct MatrixLoads {
   const void* first;
-  int distance = 0;  // bytes from there to the tile that is loaded, of the same kind: see of()
+  int distance = 0;  // bytes from there to the tile that is loaded: see moved()
 
   HW_DEVICE static HW_INLINE MatrixLoads left(const T& tile, int row) {
     const int lane = dev::lane();
@@ -361,10 +361,10 @@ struct MatrixLoads {
     to.shift += down * T::kUnits * 16 + distance;
     return to;
   }
-  // The same place of another tile: where both are at fixed places, they share the address.
-  HW_DEVICE HW_INLINE MatrixLoads of(const T& other, const T& than) const {
-    return {first, distance + static_cast<int>(reinterpret_cast<const char*>(&other) -
-                                               reinterpret_cast<const char*>(&than))};
+  // The same place of another tile. Members of one struct then share a register for the address.
+  HW_DEVICE HW_INLINE MatrixLoads moved(const T& from, const T& to) const {
+    return {first, distance + static_cast<int>(reinterpret_cast<const char*>(&to) -
+                                               reinterpret_cast<const char*>(&from))};
   }
   HW_DEVICE HW_INLINE void load(uint32_t regs[4], int down, int step) const {
     dev::load_matrix_x4(regs, first, offset(down, step));

@@ -3,8 +3,8 @@
 //
 //   dot_bhi = <x_bth, y_bih>        t = token(b, h, i), the row of x that belongs to row i of y
 //
-// D of softmax/params.h where x is d_w and y is w. Kernels of memory: eight lanes have a row and
-// read it 16 bytes at a time.
+// D of softmax/params.h where x is d_w and y is w. Memory is the bound: eight lanes have a row and
+// read it 16 bytes at a time where rows allow it.
 #pragma once
 
 #include "softmax/params.h"

@@ -194,7 +194,7 @@ struct Loop {
     dp.clear();
     const auto own = MatrixLoads<Tile<Element, kOwn, kDim>>::left(smem.first_own, warp_row());
     const auto other = MatrixLoads<Tile<Element, kOther, kDim>>::right(stage.second, 0);
-    multiply_rows<Element>(dp, own.of(smem.second_own, smem.first_own), other);
+    multiply_rows<Element>(dp, own.moved(smem.first_own, smem.second_own), other);
   }
 
   // Own slot of the lane in either half of a strip.
