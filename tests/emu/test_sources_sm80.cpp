@@ -66,9 +66,9 @@ struct Sm80Loops {
           false,
           0};
       using Queries = QueryGradKernel<Element, width, Kind, Source, SequenceCut>;
-      using Keys = KeyGradKernel<Element, width, Kind, true, true, Source, SequenceCut>;
       launch_blocks<Queries>(kBatch * kHeads, p, b.max_q, context());
-      launch_blocks<Keys>(kBatch * kKeyHeads, p, b.max_k, context());
+      launch_key_gradients<Element, width, Kind, Source, SequenceCut>(kBatch * kKeyHeads, p,
+                                                                      b.max_k, context());
     });
   }
 };

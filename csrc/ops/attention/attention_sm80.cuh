@@ -88,6 +88,24 @@ void launch_blocks(int64_t groups, typename Kernel::Params params, int64_t rows,
   launch<Kernel>({groups * params.blocks, 1, 1}, sizeof(typename Kernel::Smem), context, params);
 }
 
+// d_k and d_v, by the kernels that sums of this width fit.
+template <class Element, int kDim, ScoreKind Kind, KeySource Source, class Cut>
+void launch_key_gradients(int64_t groups, const GradientParams<Element, Kind, Source>& p,
+                          int64_t keys, const Context& context) {
+  if constexpr (Loop<Element, kDim, Kind, true, true, Source, Cut>::kTeam == 2) {
+    using Paired = PairedKeyGradKernel<Element, kDim, Kind, Source, Cut>;
+    launch_blocks<Paired>(groups, p, keys, context);
+  } else if constexpr (kDim <= 128) {
+    using Both = KeyGradKernel<Element, kDim, Kind, true, true, Source, Cut>;
+    launch_blocks<Both>(groups, p, keys, context);
+  } else {
+    using Keys = KeyGradKernel<Element, kDim, Kind, true, false, Source, Cut>;
+    using Values = KeyGradKernel<Element, kDim, Kind, false, true, Source, Cut>;
+    launch_blocks<Keys>(groups, p, keys, context);
+    if (p.b.d_v) launch_blocks<Values>(groups, p, keys, context);
+  }
+}
+
 // d_bias where it is broadcast.
 template <class Element, int kDim>
 void launch_bias(const BackwardParams& b, const LoopInputs<Element>& inputs,
@@ -117,18 +135,7 @@ void backward_of_sequences(const BackwardParams& b, const Context& context) {
       0};
   const int64_t queries = b.sequences() * b.query_heads(), keys = b.sequences() * b.key_heads();
   launch_blocks<QueryGradKernel<Element, kDim, Kind, Source, Cut>>(queries, p, b.max_q, context);
-  if constexpr (Cut::Loop::has_teams(kDim, Kind::kPlain)) {
-    using Split = PairedKeyGradKernel<Element, kDim, Kind, Source, Cut>;
-    launch_blocks<Split>(keys, p, b.max_k, context);
-  } else if constexpr (kDim <= 128) {
-    using Both = KeyGradKernel<Element, kDim, Kind, true, true, Source, Cut>;
-    launch_blocks<Both>(keys, p, b.max_k, context);
-  } else {
-    using Keys = KeyGradKernel<Element, kDim, Kind, true, false, Source, Cut>;
-    using Values = KeyGradKernel<Element, kDim, Kind, false, true, Source, Cut>;
-    launch_blocks<Keys>(keys, p, b.max_k, context);
-    if (b.d_v) launch_blocks<Values>(keys, p, b.max_k, context);
-  }
+  launch_key_gradients<Element, kDim, Kind, Source, Cut>(keys, p, b.max_k, context);
   if constexpr (!Kind::kPlain) {
     if (p.shared_bias) launch_bias<Element, kDim>(b, p.inputs, context);
   }

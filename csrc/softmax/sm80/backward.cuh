@@ -176,6 +176,7 @@ struct KeyGradKernel {
   static constexpr bool kPlain = Kind::kPlain;
   static constexpr int kThreads = L::kThreads;
   static constexpr int kMinBlocks = (kDim <= 128 ? 2 : 1) * 128 / kThreads;
+  static_assert(L::kTeam == 1, "a warp has its keys for itself");
 
   // What a warp sums up over its keys.
   struct Sums {
@@ -275,7 +276,7 @@ struct PairedKeyGradKernel {
   using Params = GradientParams<Element, Kind, Source>;
   static constexpr int kThreads = L::kThreads, kMinBlocks = 2;
   static constexpr int kTeamThreads = 2 * dev::kWarp;
-  static_assert(L::kTeam == 2 && Kind::kPlain && !Source::kGathers);
+  static_assert(L::kTeam == 2 && Kind::kPlain);
 
   // p of a team's keys and a tile's queries: the four elements that each lane has of 16 x 8.
   using Weights = Vec<float, 4>[Scores::kStrips][Scores::kTiles][dev::kWarp];

@@ -39,7 +39,9 @@ struct Loop {
   static constexpr bool kKeysAsRows = kKeysAsRows_, kOwnSecond = kOwnSecond_;
   static constexpr bool kPlain = Kind::kPlain, kGathers = Source::kGathers;
   // Warps of a team, which have the same rows: see PairedKeyGradKernel.
-  static constexpr int kTeam = kKeysAsRows && kOwnSecond && Tiles::has_teams(kDim, kPlain) ? 2 : 1;
+  static constexpr bool kTeams =
+      kKeysAsRows && kOwnSecond && !kGathers && Tiles::has_teams(kDim, kPlain);
+  static constexpr int kTeam = kTeams ? 2 : 1;
   static constexpr int strips() {
     if constexpr (kTeam == 2)
       return Tiles::strips_of_teams(kDim);
