@@ -272,7 +272,10 @@ class Sandbox:
         return subprocess.run(
             [sys.executable, "-c", CHECK, fault.operator, fault.backend, fault.dtype],
             cwd=ROOT / "tests", text=True, timeout=600, check=False,
-            env=os.environ | {"HEADWORKS_LIBRARY_DIR": str(self.build / "lib")},
+            env=os.environ | {
+                "HEADWORKS_LIBRARY_DIR": str(self.build / "lib"),
+                "PYTHONPATH": str(ROOT / "python"),
+            },
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
