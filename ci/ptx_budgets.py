@@ -27,12 +27,12 @@ class Budget:
     needs: tuple[str, ...] = ()
 
 
-OPERATORS80 = ("attention", "linear_attention", "routing_attention")
+OPERATORS80 = ("attention", "linear_attention", "routing_attention", "window_attention")
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING = "hw::routing_attention::"
-LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, over lists
+LIST80 = r"(?=.*::ListCut<)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
 DENSE = ".*Dense"

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention inside the windows of an image: the loops of csrc/softmax over windows.
+//
+// An image of Y x X tokens is cut into windows of wy x wx (RegionGrid, core/regions.h); those of
+// the last row and column end with the image. Token i attends to the tokens j of its window:
+//
+//   s_ij = scale <q_i, k_j> + t[h, bin(i, j)]     bin(i, j) = |dy| wx + |dx|      t: bias table
+//   p_ij = exp(s_ij - L_i)      o_i = sum_j p_ij v_j
+//
+// with (dy, dx) the way from i to j, so that a window needs no positions but those inside it.
+// Scores, weights and row statistics are those of softmax/params.h; the table becomes the bias of
+// the engine, [N, N] for the N = wy wx slots of a window, which all windows share. Backward
+//
+//   d_t[h, b] = sum over batch entries, windows and pairs with bin(i, j) = b of ds_ij
+//
+// in two steps, without atomics: parts of the windows add up their ds_ij [N, N] in order, then a
+// bin adds up its pairs, part after part.
+//
+// Symbols beside those of softmax/params.h: S = Y X tokens, W windows of an image, N slots of one.
+#pragma once
+
+#include "softmax/params.h"
+
+#include "core/math.h"
+#include "core/regions.h"
+
+namespace hw::window_attention {
+
+struct Windows {
+  RegionGrid grid;                // of windows
+  Ref<const void, 2> bias_table;  // [Hq, N]  element type, or absent
+};
+
+// The element of the table for slots i and j of a window `width` wide.
+template <class Int>
+HW_HOST_DEVICE HW_INLINE Int bin(Int i, Int j, Int width) {
+  const Int dy = i / width - j / width, dx = i % width - j % width;
+  return (dy < 0 ? -dy : dy) * width + (dx < 0 ? -dx : dx);
+}
+
+// "window_attention.forward": o, and row with its rest where wanted.
+struct ForwardParams : softmax::ForwardParams, Windows {};
+
+// "window_attention.backward"
+struct BackwardParams : softmax::BackwardParams, Windows {
+  Ref<void, 2> d_bias_table;  // [Hq, N]  out, acc; absent: not wanted
+};
+
+// Parts of the windows of a call, each with sums of its own over [Hq, N, N]: as many as keep a
+// device busy, of tiles of 64 x 64. From shapes alone: sums are the same on any device.
+inline int64_t bias_parts(int64_t windows, int64_t heads, int64_t slots) {
+  constexpr int64_t kTiles = 512, kSide = 64;
+  const int64_t side = ceil_div(slots, kSide);
+  const int64_t wanted = ceil_div(kTiles, max_of<int64_t>(heads * side * side, 1));
+  return max_of<int64_t>(min_of(windows, wanted), 1);
+}
+
+}  // namespace hw::window_attention
