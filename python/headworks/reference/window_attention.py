@@ -24,31 +24,29 @@ def window_attention(
     scale: float,
 ) -> Tensor:
     """o [B, Y, X, Hq, Dv]"""
-    strips = []
-    for strip in _cut(1, window[0], q, k, v):
-        parts = [_one_window(*x, window[1], bias_table, scale) for x in _cut(2, window[1], *strip)]
-        strips.append(torch.cat(parts, 2))
-    return torch.cat(strips, 1)
 
+    def strip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        windows = zip(*(torch.split(x, window[1], 2) for x in (q, k, v)), strict=True)
+        parts = [_one_window(a, b, c, window[1], bias_table, scale) for a, b, c in windows]
+        return torch.cat(parts, 2)
 
-def _cut(axis: int, size: int, *images: Tensor) -> list[tuple[Tensor, ...]]:
-    """The images in pieces of up to `size` along an axis; an image without length is one piece."""
-    return list(zip(*(x.split(size, axis) for x in images), strict=True))
+    strips = zip(*(torch.split(x, window[0], 1) for x in (q, k, v)), strict=True)
+    return torch.cat([strip(*s) for s in strips], 1)
 
 
 def _one_window(
     q: Tensor, k: Tensor, v: Tensor, width: int, table: Tensor | None, scale: float
 ) -> Tensor:
     """Of images that are one window."""
-    image, bias = q.shape[1:3], None
+    bias = None
     if table is not None:
-        bias = table[:, distances(*image, width, q.device).flatten(0, 1).flatten(1)]
-    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
-    return attention(q, k, v, bias=bias, scale=scale)[0].unflatten(1, image)
+        bias = table[:, distances(q.shape[1], q.shape[2], width, q.device)]
+    o, _ = attention(*(x.flatten(1, 2) for x in (q, k, v)), bias=bias, scale=scale)
+    return o.view(*q.shape[:4], v.shape[4])
 
 
 def distances(height: int, width: int, columns: int, device: torch.device) -> Tensor:
-    """|dy| columns + |dx| between the tokens of an image: [height, width, height, width]."""
-    y, x = (torch.arange(n, device=device) for n in (height, width))
-    dy, dx = (y[:, None] - y).abs(), (x[:, None] - x).abs()
-    return dy[:, None, :, None] * columns + dx[None, :, None, :]
+    """|dy| columns + |dx| between the S tokens of an image: [S, S]."""
+    token = torch.arange(height * width, device=device)
+    y, x = token // max(width, 1), token % max(width, 1)
+    return (y[:, None] - y).abs() * columns + (x[:, None] - x).abs()

@@ -119,8 +119,9 @@ def _checked(op: str, function: NativeFunction, arguments: tuple[Any, ...]) -> t
 
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, geometry, rest = _checked("window_attention_fwd", FORWARD, arguments)
-    return fixed_arity(forward(*inputs, geometry, *rest), inputs[0])
+    op = "window_attention_fwd"
+    (q, k, table, v), geometry, (want_row, backend) = _checked(op, FORWARD, arguments)
+    return fixed_arity(forward(q, k, table, v, geometry, want_row, backend), q)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:

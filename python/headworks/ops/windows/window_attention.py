@@ -99,15 +99,15 @@ def window_attention(
     if bias_table is None or table is bias_table:  # the kept call takes it as it is
         _repeated.offer(key, _ready, q, k, table, v, sides, scale, backend)
     geometry = _geometry(q, sides, scale)
-    o = _attend(*_flat(q, k), table, *_flat(v), geometry, backend)
-    return o.unflatten(1, q.shape[1:3])
+    o = _attend(*_flat(q, k, v), table, geometry, backend)
+    return o.view(*q.shape[:4], v.shape[4])
 
 
 _repeated: Repeated[Callable[..., Tensor]] = Repeated(_OP)
 
 
 def _attend(
-    q: Tensor, k: Tensor, table: Maybe, v: Tensor, geometry: Geometry, backend: str
+    q: Tensor, k: Tensor, v: Tensor, table: Maybe, geometry: Geometry, backend: str
 ) -> Tensor:
     """o [B, S, Hq, Dv]"""
     way = route(_OP, (q, k, table, v))
@@ -123,21 +123,21 @@ def _ready(
     backend: str,
 ) -> Callable[..., Tensor] | None:  # fmt: skip
     """A call that has passed its checks, for others like it; None for an empty image."""
-    image = q.shape[1:3]
+    sizes = (*q.shape[:4], v.shape[4])
     flat_q, flat_k, flat_v = _flat(q, k, v)
     call = native.ready(flat_q, flat_k, table, flat_v, _geometry(q, window, scale), backend)
     if call is None:
         return None
 
     def ready(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
-        return call(*_flat(q, k, v), *table).unflatten(1, image)
+        return call(*_flat(q, k, v), *table).view(sizes)
 
     return ready
 
 
-def _flat(*images: Tensor) -> tuple[Tensor, ...]:
+def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[B, Y, X, H, D] as [B, S, H, D]: copied only where rows of pixels have gaps between them."""
-    return tuple(x.flatten(1, 2) for x in images)
+    return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
 
 def _geometry(q: Tensor, window: tuple[int, int], scale: float) -> Geometry:
@@ -197,8 +197,9 @@ _differentiable: Callable[..., Tensor] = _WindowAttention.apply
 
 def _native_call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> NativeCall:
     q, k, v, table, window, scale, backend = _checked(q, k, v, **options)
+    flat_q, flat_k, flat_v = _flat(q, k, v)
     geometry = _geometry(q, window, scale)
-    return native.forward_call(*_flat(q, k), table, *_flat(v), geometry, backend)
+    return native.forward_call(flat_q, flat_k, table, flat_v, geometry, backend)
 
 
 NATIVE_CALLS[window_attention] = _native_call
