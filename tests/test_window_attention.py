@@ -187,9 +187,9 @@ CASES = [
     Refused(ValueError, "bias_table", "[2, 12]", bias_table=TABLE[:2]),
     Refused(ValueError, "bias_table", "[4, 3, 4]", bias_table=TABLE.view(4, 3, 4)),
     Refused(TypeError, "bias_table", "int64", bias_table=TABLE.long()),
-    Refused(TypeError, "bias_table", "3", bias_table=3),
+    Refused(TypeError, "bias_table", "int", bias_table=3),
     Refused(RuntimeError, "bias_table", "meta", bias_table=TABLE.to("meta")),
-    Refused(TypeError, "scale", "big", scale="big"),
+    Refused(TypeError, "scale", "str", scale="big"),
     Refused(ValueError, "scale", "inf", scale=float("inf")),
     Refused(ValueError, "backend", "'gpu'", backend="gpu"),
     Refused(RuntimeError, "device", "cpu", backend="simt"),
@@ -208,7 +208,7 @@ OPERATOR_CASES = [
     ("columns", r"windows is 1 windows of 3 x 4 side by side", {"columns": 1}),
     ("width", "windows is", {"width": 0}),
     ("image", "sizes is an image of 5 x 8", {"image_height": 5}),
-    ("table", "bias_table is 12 columns, expected 6", {"height": 2, "width": 3, "columns": 3}),
+    ("table", "bias_table is 12 columns; expected 6", {"height": 2, "width": 3, "columns": 3}),
 ]
 
 

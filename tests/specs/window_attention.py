@@ -27,7 +27,7 @@ def case(
 ):  # fmt: skip
     """`spread`: of the scores, in numbers that every dtype has."""
     sizes = {"B": B, "Y": Y, "X": X, "Hq": Hq or H, "H": H, "D": D, "Dv": Dv, "window": window,
-             "table": table, "spread": spread}  # fmt: skip
+             "table": table, "shared": table, "spread": spread}  # fmt: skip
     options = {"window": window} | ({} if scale is None else {"scale": scale})
     sides = window if isinstance(window, tuple) else (window, window)
     words = [f"{Y}x{X}", f"W{sides[0]}x{sides[1]}", f"D{D}:{Dv}", f"B{B}", f"H{Hq or H}:{H}"]

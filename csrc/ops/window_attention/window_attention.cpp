@@ -16,7 +16,7 @@ constexpr const char* kName = "window_attention";
 
 constexpr auto kInputs = arguments(in("q", &softmax::ScoreParams::q, "B S Hq D"),
                                    in("k", &softmax::ScoreParams::k, "B S H D"),
-                                   in("bias_table", &Windows::bias_table, "Hq N").optional());
+                                   in("bias_table", &Windows::bias_table, "Hq M").optional());
 constexpr auto kNumbers =
     arguments(number("scale", &softmax::ScoreParams::scale),
               integer("columns", [](Windows& w) -> auto& { return w.grid.columns; }),
@@ -40,17 +40,25 @@ constexpr auto kBackwardList = call_list<BackwardParams>(
               out("d_q", &BackwardParams::d_q, "B S Hq D"),
               out("d_k", &BackwardParams::d_k, "B S H D"),
               out("d_v", &BackwardParams::d_v, "B S H Dv"),
-              out("d_bias_table", &BackwardParams::d_bias_table, "Hq N").wide().optional()),
+              out("d_bias_table", &BackwardParams::d_bias_table, "Hq M").wide().optional()),
     kNumbers);
 
-// The engine's sequences are windows, whose masks hide nothing.
+// The engine's sequences are windows, whose masks hide nothing. Windows that do not fit the call are
+// left to the checks.
 template <class P>
 void complete(P& p, const Call&) {
+  RegionGrid& g = p.grid;
+  const bool fits = g.within(p.q.size[1]);
+  p.bins = fits ? g.size() : 0, p.table_width = g.width;
+  if (fits) {
+    g.height = min_of(g.height, max_of<int64_t>(g.rows_of_image, 1));
+    g.width = min_of(g.width, max_of<int64_t>(g.columns_of_image, 1));
+  }
   p.softcap = 0;
   p.causal = false, p.left = p.right = -1;
   p.activation = softmax::Activation::softmax, p.normalizer = softmax::Normalizer::none;
   p.gain_begin = p.gain_end = 0;
-  p.max_q = p.max_k = p.grid.size();
+  p.max_q = p.max_k = fits ? g.size() : 0;
   if constexpr (requires { p.skip_dead; }) p.skip_dead = false;
 }
 
@@ -65,9 +73,9 @@ void check_windows(const P& p, const Call& call) {
   check(g.columns == ceil_div(max_of<int64_t>(g.columns_of_image, 1), g.width), ErrorKind::value,
         "window_attention: ", g.columns, " windows side by side, expected ",
         ceil_div(max_of<int64_t>(g.columns_of_image, 1), g.width));
-  check(!p.bias_table || p.bias_table.size[1] == g.size(), ErrorKind::value,
+  check(!p.bias_table || p.bias_table.size[1] == p.bins, ErrorKind::value,
         "window_attention: bias_table has ", p.bias_table.size[1], " columns, expected the ",
-        g.size(), " of windows of ", g.height, " x ", g.width);
+        p.bins, " distances in a window");
 }
 
 void check_backward(const BackwardParams& p, const Call& call) {

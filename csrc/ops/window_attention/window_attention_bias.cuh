@@ -4,9 +4,9 @@
 //   ExpandKernel   bias[h, i, j] = t[h, bin(i, j)]                  a thread: an element
 //   FoldKernel     d_t[h, b] = sum over parts and pairs of bin b    a warp: a bin
 //
-// Pairs of the bin (a, c), a rows and c columns apart, are found from their upper left corner: it
-// goes (wy - a) (wx - c) ways, and from each there are up to four pairs, i and j exchanged and
-// mirrored.
+// Pairs of the bin (a, c), a rows and c columns apart, are found from their upper left corner: there
+// are (wy - a) (wx - c) of it, and at each up to four pairs, i and j exchanged and mirrored; none
+// where the window is smaller than the table's.
 #pragma once
 
 #include "ops/window_attention/window_attention_simt_layout.h"
@@ -20,9 +20,9 @@ template <class Element>
 struct ExpandKernel {
   static constexpr int kThreads = 256;
   struct Params {
-    Ref<const Element, 2> table;  // [Hq, N]
+    Ref<const Element, 2> table;  // [Hq, M]
     Element* bias;                // [Hq, N, N]
-    int slots, width;
+    int slots, width, table_width;
     int64_t count;
   };
 
@@ -31,7 +31,7 @@ struct ExpandKernel {
     if (n >= p.count) return;
     const int64_t row = n / p.slots, head = row / p.slots;
     const int i = static_cast<int>(row % p.slots), j = static_cast<int>(n % p.slots);
-    p.bias[n] = p.table(head, bin(i, j, p.width));
+    p.bias[n] = p.table(head, bin(i, j, p.width, p.table_width));
   }
 };
 
@@ -47,14 +47,16 @@ struct FoldKernel {
 
   HW_DEVICE static void main(const Params& p) {
     const int64_t at = static_cast<int64_t>(dev::block_index_x()) * kWarps + dev::warp();
-    if (at >= p.bins) return;
+    const int64_t heads = p.d_table.size[0], bins = p.d_table.size[1], head = at / bins;
+    if (head >= heads) return;
+    const int64_t b = at % bins, a_of_table = b / p.table_width, c_of_table = b % p.table_width;
+    const int a = static_cast<int>(min_of<int64_t>(a_of_table, p.height));
+    const int c = static_cast<int>(min_of<int64_t>(c_of_table, p.width));
     const int slots = p.height * p.width;
-    const int64_t head = at / slots;
-    const int b = static_cast<int>(at % slots), a = b / p.width, c = b % p.width;
     const int columns = p.width - c, corners = (p.height - a) * columns;
     A sum = 0;
     for (int64_t part = 0; part < p.parts; ++part) {
-      const A* of = p.d_bias + (part * (p.bins / slots) + head) * slots * slots;
+      const A* of = p.d_bias + (part * heads + head) * slots * slots;
       for (int n = dev::lane(); n < corners; n += dev::kWarp) {
         const int first = n / columns * p.width + n % columns;
         const int down = a * p.width;
@@ -80,8 +82,12 @@ void expand_table(const Params& p, Element* bias, const Context& context) {
   if (!p.bias_table) return;
   const int64_t slots = p.grid.size(), count = p.bias_table.size[0] * slots * slots;
   using Kernel = ExpandKernel<Element>;
-  const typename Kernel::Params of{p.bias_table.template as<const Element>(), bias,
-                                   static_cast<int>(slots), static_cast<int>(p.grid.width), count};
+  const typename Kernel::Params of{p.bias_table.template as<const Element>(),
+                                   bias,
+                                   static_cast<int>(slots),
+                                   static_cast<int>(p.grid.width),
+                                   static_cast<int>(p.table_width),
+                                   count};
   launch<Kernel>({ceil_div<int64_t>(count, Kernel::kThreads), 1, 1}, 0, context, of);
 }
 
@@ -89,14 +95,14 @@ void expand_table(const Params& p, Element* bias, const Context& context) {
 template <class A>
 void fold_table(const BackwardParams& p, const A* d_bias, const Context& context) {
   using Kernel = FoldKernel<A>;
-  const WindowSizes s = sizes_of(p);
   const typename Kernel::Params of{d_bias,
                                    p.d_bias_table.as<A>(),
                                    static_cast<int>(p.grid.height),
                                    static_cast<int>(p.grid.width),
-                                   s.parts,
-                                   s.heads * s.slots};
-  launch<Kernel>({ceil_div<int64_t>(of.bins, Kernel::kWarps), 1, 1}, 0, context, of);
+                                   static_cast<int>(p.table_width),
+                                   sizes_of(p).parts};
+  launch<Kernel>({ceil_div<int64_t>(p.query_heads() * p.bins, Kernel::kWarps), 1, 1}, 0, context,
+                 of);
 }
 
 // What the engine's gradients go by: the bias in place of the table, and parts of its gradient.

@@ -86,15 +86,15 @@ class Backward {
 
  private:
   static constexpr int64_t bytes_of_sum() { return static_cast<int64_t>(sizeof(A)); }
-  int64_t table_size() const { return p_.query_heads() * p_.max_q; }
-  A* table_of(int64_t part, int64_t head) const {  // [N]
-    return reinterpret_cast<A*>(tables_.data()) + part * table_size() + head * p_.max_q;
+  int64_t table_size() const { return p_.query_heads() * p_.bins; }
+  A* table_of(int64_t part, int64_t head) const {  // [M]
+    return reinterpret_cast<A*>(tables_.data()) + part * table_size() + head * p_.bins;
   }
 
   // A part of the windows, shape by shape, for the query heads of a key head.
   void work(int64_t part, int key_head) {
     const Range all{windows_ * part / parts_, windows_ * (part + 1) / parts_};
-    if (p_.d_bias_table) std::fill_n(table_of(part, key_head * group_), group_ * p_.max_q, A(0));
+    if (p_.d_bias_table) std::fill_n(table_of(part, key_head * group_), group_ * p_.bins, A(0));
     for (int shape = 0; shape < Shapes<T>::kMost; ++shape) {
       int64_t n = shapes_.next(all.begin, shape);
       if (n >= all.end) continue;
@@ -173,7 +173,7 @@ class Backward {
   void add_tables() const {
     const Ref<A, 2> to = p_.d_bias_table.template as<A>();
     for (int64_t head = 0; head < p_.query_heads(); ++head)
-      for (int64_t b = 0; b < p_.max_q; ++b) {
+      for (int64_t b = 0; b < p_.bins; ++b) {
         A sum = 0;
         for (int64_t part = 0; part < parts_; ++part) sum += table_of(part, head)[b];
         to(head, b) = sum;
@@ -187,7 +187,7 @@ class Backward {
   const int64_t heads_, group_;  // key heads; query heads that share one
   const int64_t windows_, parts_;
   const int64_t padded_, padded_values_;
-  Buffer tables_;  // [parts, Hq, N]
+  Buffer tables_;  // [parts, Hq, M]
 };
 
 template <class T>

@@ -88,7 +88,11 @@ class Shapes {
 
   template <class Params>
   HW_NOINLINE explicit Shapes(const Params& p)
-      : grid_(p.grid), windows_(p.grid.count()), batch_(p.batch()), heads_(p.query_heads()) {
+      : grid_(p.grid),
+        table_width_(p.table_width),
+        windows_(p.grid.count()),
+        batch_(p.batch()),
+        heads_(p.query_heads()) {
     int64_t slots = 0, pairs = 0;
     for (int s = 0; s < kMost; ++s) {
       shapes_[s].height = s / 2 == 0 ? grid_.height : grid_.rows_of_image % grid_.height;
@@ -132,7 +136,7 @@ class Shapes {
       for (int64_t x = 0; x < width; ++x)
         for (int64_t of_y = 0; of_y < height; ++of_y)
           for (int64_t of_x = 0; of_x < width; ++of_x)
-            f(std::abs(of_y - y) * grid_.width + std::abs(of_x - x));
+            f(std::abs(of_y - y) * table_width_ + std::abs(of_x - x));
   }
 
  private:
@@ -149,7 +153,7 @@ class Shapes {
   }
 
   const RegionGrid grid_;
-  const int64_t windows_, batch_, heads_;
+  const int64_t table_width_, windows_, batch_, heads_;
   Shape shapes_[kMost];
   const T* bias_[kMost];
   Buffer offsets_, biases_;

@@ -112,7 +112,7 @@ def _checked(op: str, function: NativeFunction, arguments: tuple[Any, ...]) -> t
     require(op, "windows", windows, fits, f"as many as an image {image_width} wide has")
     image = f"an image of {rows} x {image_width}"
     require(op, "sizes", image, rows * image_width == sizes["S"], f"{sizes['S']} tokens")
-    bins = sizes.get("N", height * width)
+    bins = sizes.get("M", height * width)
     require(op, "bias_table", f"{bins} columns", bins == height * width, f"{height * width}")
     require(op, "v", "width 0", sizes["Dv"] > 0, "a width of at least 1")
     return inputs, geometry, rest
