@@ -39,10 +39,11 @@ template <class A>
 struct FoldKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * dev::kWarp;
   struct Params {
-    const A* d_bias;      // [P, Hq, N, N]
-    Ref<A, 2> d_table;    // [Hq, N]
-    int height, width;    // of a window
-    int64_t parts, bins;  // P, Hq N
+    const A* d_bias;    // [P, Hq, N, N]
+    Ref<A, 2> d_table;  // [Hq, M]
+    int height, width;  // of a window
+    int table_width;
+    int64_t parts;
   };
 
   HW_DEVICE static void main(const Params& p) {

@@ -17,6 +17,9 @@
 namespace hw::window_attention {
 namespace {
 
+// Tasks have as many windows, where there are enough, so that a table is made of the sums of several.
+constexpr int64_t kFewWindows = 8;
+
 template <class T>
 class Forward {
   using Pass = softmax::Forward<T, WindowSource>;
@@ -73,7 +76,7 @@ class Backward {
         heads_(p.key_heads()),
         group_(p.group()),
         windows_(p.batch() * shapes_.windows()),
-        parts_(bias_parts(windows_, p.query_heads(), p.max_q)),
+        parts_(std::max(std::min(windows_, kFewWindows), windows_ / kFewWindows)),
         padded_(round_up(p.dim(), kLanes<A>)),
         padded_values_(round_up(p.value_dim(), kLanes<A>)) {}
 
@@ -111,7 +114,8 @@ class Backward {
     }
   }
 
-  // The engine's parameters, with sums of the bias of a shape in `memory`: [group, n, n].
+  // The engine's parameters, with sums of the bias of a shape in `memory`: [group, n, n], transposed,
+  // as tiles of the engine are; a table has the same bin both ways.
   softmax::BackwardParams engine_params(int shape, int64_t slots, int key_head, Buffer& memory) {
     softmax::BackwardParams b = p_;
     b.bias = shapes_.bias(shape);
@@ -122,7 +126,7 @@ class Backward {
     std::fill_n(sums, group_ * square, A(0));
     b.d_bias = {sums - key_head * group_ * square,
                 {1, p_.query_heads(), slots, slots},
-                {0, square, slots, 1}};
+                {0, square, 1, slots}};
     return b;
   }
 

@@ -17,6 +17,15 @@
 
 namespace hw::window_attention {
 
+// Parts of the windows of a call, each with sums of its own over [Hq, N, N]: as many as keep a device
+// busy, of tiles of 64 x 64.
+inline int64_t bias_parts(int64_t windows, int64_t heads, int64_t slots) {
+  constexpr int64_t kTiles = 512, kSide = 64;
+  const int64_t side = ceil_div(slots, kSide);
+  const int64_t wanted = ceil_div(kTiles, max_of<int64_t>(heads * side * side, 1));
+  return max_of<int64_t>(min_of(windows, wanted), 1);
+}
+
 // Sizes of a call.
 struct WindowSizes {
   int64_t sequences, heads, slots, value_dim;  // B W, Hq, N, Dv
