@@ -146,6 +146,12 @@ def _bilevel(side: int, topk: int, heads: int, regions: int = 7) -> Callable[[Dr
     return make
 
 
+def _windows(draw: Draw) -> Made:
+    q, k, v = (draw(16, 14, 14, 4, d) for d in (16, 16, 32))
+    function = hw.window_attention
+    return (lambda q, k, v, t: function(q, k, v, window=7, bias_table=t)), (q, k, v, draw(4, 49))
+
+
 def _clusters(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = _qkv(draw, 4096)
     centroids = torch.nn.functional.normalize(draw(8, 16, 64).float(), dim=-1)
@@ -202,6 +208,7 @@ CASES = (
     Case("kmeans_routing_attention", "16 clusters, causal", _kmeans),
     Case("kmeans_update", "16 clusters", _kmeans_update, FORWARD),
     Case("moh_attention", "half of 32 heads, causal", _moh),
+    Case("window_attention", "14 x 14, window 7", _windows),
 )
 
 

@@ -45,6 +45,7 @@ class Kernel:
 
 ATTENTION = ("attention", "attention_lse", "attention_transpose")
 ROUTING = ("bilevel_routing_attention", "kmeans_routing_attention", "moh_attention")
+WINDOW = ("window_attention",)
 DENSE = "causal D 128 S 8192 bf16"
 KERNELS = (
     Kernel("linear_attention", "simt forward", "simt", ("linear_attention",)),
@@ -82,6 +83,11 @@ KERNELS = (
            ROUTING, ("bilevel_routing", "forward 28x28 topk 4"), changed=True),
     Kernel("routing_attention", "sm80 gradients of queries, keys (up to 16, more)", "sm80",
            ROUTING, ("bilevel_routing", "train 28x28 topk 4")),
+    Kernel("window_attention", "bias of a window, gradient of the table", "simt", WINDOW),
+    Kernel("window_attention", "simt forward", "simt", WINDOW),
+    Kernel("window_attention", "simt gradients of queries, keys, bias", "simt", WINDOW),
+    Kernel("window_attention", "sm80 forward", "sm80", WINDOW),
+    Kernel("window_attention", "sm80 gradients of queries, keys, bias", "sm80", WINDOW),
     Kernel("key_scan", "simt forward", "simt", ("key_scan",), ("key_scan", "forward S 4096 fp32")),
     Kernel("key_scan", "simt backward", "simt", ("key_scan",), ("key_scan", "train S 4096 fp32")),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from bench import (
     moh_attention,
     peers,
     select_topk,
+    window_attention,
 )
 from bench.suite import Case, Effort
 
@@ -41,6 +42,7 @@ def cases(device: str, tiny: bool) -> list[Named]:
         *(("bilevel_routing", case) for case in bilevel_routing.gpu_cases(device, tiny)),
         *(("kmeans_routing", case) for case in kmeans_routing.gpu_cases(device, tiny)),
         *(("moh_attention", case) for case in moh_attention.gpu_cases(device, tiny)),
+        *(("window_attention", case) for case in window_attention.gpu_cases(device, tiny)),
         *(("attention", case) for case in ([] if tiny else attention.gpu_options(device))),
         *(("select_topk", case) for case in select_topk.cases(device, tiny)),
         *(("key_scan", case) for case in key_scan.cases(device, True)[: 1 if tiny else None]),

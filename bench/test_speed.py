@@ -20,6 +20,7 @@ import torch
 
 from bench import linear_attention, peers, routing_peers
 from bench.parts import call_of
+from bench.window_peers import window_peers
 from headworks.cost import Cost, cost, operators
 from headworks.testing import Case, Spec
 from specs import SPECS
@@ -59,8 +60,8 @@ def contenders(spec: Spec, case: Case) -> dict[str, Contender]:
     elif spec.name == "attention" and _is_plain(case):
         theirs = peers.softmax_peers(DEVICE, causal=case.options["is_causal"])
     longest = linear_attention.LONGEST
-    if spec.name in ROUTING_PEERS:
-        theirs, longest = ROUTING_PEERS[spec.name](case), {}
+    if spec.name in LAYOUT_PEERS:
+        theirs, longest = LAYOUT_PEERS[spec.name](case), {}
     for name, function in theirs.items():
         if case.sizes.get("S", 0) <= longest.get(name, 1 << 30):
             functions[name] = _of_tensors(function)
@@ -133,12 +134,19 @@ def _kmeans_route_options(case: Case) -> dict[str, Any]:
     return {symbol: case.sizes[symbol] for symbol in ("B", "S", "H", "D", "K", "W")}
 
 
+def _window_options(case: Case) -> dict[str, Any]:
+    n = case.sizes
+    options = {symbol: n[symbol] for symbol in ("B", "Y", "X", "D", "Dv", "window")}
+    return options | {"H": n["Hq"], "Hkv": n["H"], "bias_table": n["table"]}
+
+
 COST_OPTIONS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "bilevel_route": _bilevel_options,
     "bilevel_routing_attention": lambda case: _bilevel_options(case) | {"Dv": case.sizes["Dv"]},
     "kmeans_route": _kmeans_route_options,
     "kmeans_routing_attention": _kmeans_options,
     "moh_attention": lambda case: _options(case) | {"active": 1 - case.sizes["gate"]},
+    "window_attention": _window_options,
 }
 
 
@@ -174,12 +182,13 @@ def _moh_peers(case: Case) -> routing_peers.Peers:
     return routing_peers.moh_peers(causal=case.options["is_causal"], compiled=True)
 
 
-ROUTING_PEERS: dict[str, Callable[[Case], routing_peers.Peers]] = {
+LAYOUT_PEERS: dict[str, Callable[[Case], routing_peers.Peers]] = {
     "bilevel_route": _bilevel_route_peers,
     "bilevel_routing_attention": _bilevel_peers,
     "kmeans_route": _kmeans_route_peers,
     "kmeans_routing_attention": _kmeans_peers,
     "moh_attention": _moh_peers,
+    "window_attention": lambda case: window_peers(case.options["window"], compiled=True),
 }
 
 PEERS = {

@@ -27,12 +27,12 @@ class Budget:
     needs: tuple[str, ...] = ()
 
 
-OPERATORS80 = ("attention", "linear_attention", "routing_attention")
+OPERATORS80 = ("attention", "linear_attention", "routing_attention", "window_attention")
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
-ROUTING = "hw::routing_attention::"
-LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, over lists
+ROUTING, WINDOW = "hw::routing_attention::", "hw::window_attention::"
+LIST80 = r"(?=.*::ListCut<)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
 DENSE = ".*Dense"
@@ -78,6 +78,8 @@ BUDGETS = (
     Budget(ROUTING + "SumKernel<", 64, 256, 4),
     Budget(SOFT + "RowDotKernel<", 64, 256, 4),
     Budget(ROUTING + "SpansKernel", 64, 256, 4),
+    Budget(WINDOW + "ExpandKernel<", 64, 256, 4),
+    Budget(WINDOW + "FoldKernel<", 64, 128, 8),
     Budget(r"hw::CsrKernel<", 64, 512, 2),
 )
 

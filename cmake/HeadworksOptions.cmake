@@ -79,7 +79,7 @@ set(HW_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
 set(HW_ISA_FLAGS_avx512bf16 ${HW_ISA_FLAGS_avx512} -mavx512bf16)
 # An instruction set that is worth it for some instances only, <operator>_<dtype>, or not for some
 # dtypes; the others fall back to a weaker one.
-set(HW_ISA_INSTANCES_avx512bf16 attention_bf16 routing_attention_bf16)
+set(HW_ISA_INSTANCES_avx512bf16 attention_bf16 routing_attention_bf16 window_attention_bf16)
 set(HW_ISA_WITHOUT_avx512 f64)
 set(HW_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

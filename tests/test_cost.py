@@ -169,6 +169,24 @@ def test_moh_attention_costs_its_share_of_attention():
     assert total.exponentials == cost("attention", **shape).exponentials * 3 // 4
 
 
+def test_window_attention():
+    shape = {"B": 2, "Y": 10, "X": 7, "H": 4, "Hkv": 2, "D": 16, "Dv": 24}
+    # windows of 4 rows: 4, 4 and 2; of 7 columns: one
+    pairs = 2 * 4 * (16 + 16 + 4) * 49
+    total = cost("window_attention", **shape, window=(4, 7))
+    moved = 4 * 2 * 70 * (4 + 2) * 40
+    assert total == Cost(2 * 40 * pairs, moved + 4 * 4 * 28, 1, pairs)
+    back = cost("window_attention", **shape, window=(4, 7), backward=True)
+    assert back.bytes == 2 * moved + 2 * 70 * 4 * 4 + 8 * 4 * 28
+    assert (back.flops, back.passes) == (2 * (3 * 16 + 2 * 24) * pairs, 2)
+    assert cost("window_attention", **shape, window=10, bias_table=False).bytes == moved
+    # one window over the image is attention
+    whole = cost("window_attention", **shape, window=12, bias_table=False)
+    assert whole == cost("attention", B=2, S=70, H=4, Hkv=2, D=16, Dv=24)
+    with pytest.raises(ValueError, match="height is -1"):
+        cost("window_attention", **shape, window=0)
+
+
 def test_kmeans_route():
     total = cost("kmeans_route", B=2, S=100, H=3, K=5, D=8, W=7, dtype="bf16")
     tokens, centroids, members = 2 * 100 * 3 * 8, 3 * 5 * 8, 2 * 3 * 5 * 7

@@ -25,6 +25,11 @@ def regions(q, k, v, _):
     return hw.bilevel_routing_attention(*images, num_regions=(1, 3), topk=2)[:, 0]
 
 
+def windows(q, k, v, gate):
+    images = [x.unflatten(1, (2, 3)) for x in (q, k, v)]
+    return hw.window_attention(*images, window=(2, 2), bias_table=gate[0, :4].T).flatten(1, 2)
+
+
 def transposed(q, k, v, gate):
     return hw.attention_transpose(q, k, v, key_bias=gate.transpose(1, 2))
 
@@ -45,6 +50,7 @@ CALLS = {
     "moh_attention": (hw.moh_attention, "routing_attention"),
     "kmeans_routing_attention": (clusters, "routing_attention"),
     "bilevel_routing_attention": (regions, "routing_attention"),
+    "window_attention": (windows, "window_attention"),
 }  # fmt: skip
 
 

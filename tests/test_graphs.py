@@ -56,6 +56,7 @@ TWICE = {
     "bilevel_routing_attention": lambda x: hw.bilevel_routing_attention(
         *[x.view(1, 3, 2, 2, 8)] * 3, num_regions=(1, 2), topk=1
     ),
+    "window_attention": lambda x: hw.window_attention(*[x.view(1, 3, 2, 2, 8)] * 3, window=2),
 }
 
 

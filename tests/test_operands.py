@@ -52,11 +52,15 @@ FREE = {
     "linear_attention_fwd": "q2 v3",
     "linear_attention_step": "q1",
     "key_scan_fwd": "v3",
+    "window_attention_fwd": "q2 v3",
     "kmeans_route": "x0 x1 centroids1",
     "bilevel_route": "q1 q2 q3 k1 k2 k3",
 }
 # A log-sum-exp that is given has no rest.
-BARE = {("attention_bwd", "row"), ("routing_attention_bwd", "row"), ("key_scan_bwd", "lse")}
+BARE = {
+    ("attention_bwd", "row"), ("routing_attention_bwd", "row"), ("key_scan_bwd", "lse"),
+    ("window_attention_bwd", "row"),
+}  # fmt: skip
 ALONE = ("select_topk", "moh_route")  # one tensor: there is nothing that it could not belong to
 
 

@@ -27,6 +27,7 @@ SELECT, ROUTE = "ops/select_topk/select_topk", "ops/kmeans_route/kmeans_route"
 LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
 SOFT = "softmax"
 ROUTING = "ops/routing_attention/routing_attention"
+WINDOW = "ops/window_attention/window_attention"
 KMEANS, BILEVEL = "kmeans_routing_attention", "bilevel_routing_attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
@@ -232,6 +233,27 @@ FAULTS = (
         "moh_attention"),
     simt("places_of_the_last", "ops/moh_route/moh_route_simt.cuh", "listed + rank.before",
          "rank.before + (listed > 0)", "moh_attention"),
+    cpu("shape_of_whole_windows", f"{WINDOW}_cpu_source.h",
+        "return 2 * int{below} + int{right};", "return 2 * int{below};", "window_attention"),
+    cpu("width_of_the_shape", f"{WINDOW}_cpu_source.h",
+        "std::abs(of_y - y) * table_width_", "std::abs(of_y - y) * width", "window_attention"),
+    cpu("table_of_one_part", f"{WINDOW}_cpu.cpp", "sum += table_of(part, head)[b];",
+        "sum = table_of(part, head)[b];", "window_attention"),
+    cpu("keys_of_the_window_before", f"{WINDOW}_cpu.cpp",
+        "std::fill_n(sums.d_k, slots * (padded_ + padded_values_), A(0));", "",
+        "window_attention"),
+    simt("window_of_another_entry", f"{WINDOW}_source.h", "static_cast<int>(n % windows)}",
+         "static_cast<int>(n / windows)}", "window_attention"),
+    simt("signed_distance", f"{WINDOW}.h", "(dx < 0 ? -dx : dx)", "(dx < 0 ? 0 : dx)",
+         "window_attention"),
+    simt("one_diagonal", f"{WINDOW}_bias.cuh", "if (a != 0 && c != 0)", "if (false)",
+         "window_attention"),
+    simt("sequences_of_others", f"{SOFT}/simt/backward.cuh",
+         "n < p.sequences; n += owners(b, 0, 1)", "n < p.sequences; n += 1", "window_attention"),
+    sm80("sequences_of_others", f"{SOFT}/sm80/backward.cuh",
+         "n < p.sequences; n += owners(b, 0, 1)", "n < p.sequences; n += 1", "window_attention"),
+    sm80("bias_of_one_head", f"{WINDOW}_bias.cuh", "p.table(head, bin(", "p.table(0, bin(",
+         "window_attention"),
     cpu("padding_in_means", "ops/bilevel_route/bilevel_route_cpu.cpp",
         "p_.part(first + c).count())", "p_.grid.size())", "bilevel_route"),
     simt("padding_in_means", "ops/bilevel_route/bilevel_route_simt.cuh",

@@ -41,6 +41,7 @@ CALLS = {
     "kmeans_route": (Q, randn(2, 3, 8, dtype=torch.float32)),
     "kmeans_routing_attention": (Q, K, V),
     "moh_attention": (Q, K, V, Q[..., 0]),
+    "window_attention": IMAGES,
 }
 NEEDED = {
     "attention_probs": {"keys": torch.tensor([0])},
@@ -48,6 +49,7 @@ NEEDED = {
     "bilevel_routing_attention": {"num_regions": (1, 2), "topk": 1},
     "kmeans_route": {"window": 2},
     "kmeans_routing_attention": {"q_index": INDEX},
+    "window_attention": {"window": 2},
 }
 
 

@@ -170,6 +170,22 @@ def test_a_mixture_that_comes_again(gate_dtype, monkeypatch):
     assert [call is not None for call in ready.values()] == [gate_dtype == torch.float64] * 2
 
 
+@pytest.mark.parametrize("table_dtype", [None, torch.float64, torch.float32])
+def test_windows_that_come_again(table_dtype, monkeypatch):
+    """A table that is cast has no short way."""
+    ready = ready_calls(monkeypatch, "windows.window_attention", "window_attention")
+    for seed in range(3):
+        q = randn(2, 5, 7, 4, 8, seed=seed)
+        k, v = (randn(2, 5, 7, 2, 8, seed=seed + 5 * i) for i in (1, 2))
+        table = None if table_dtype is None else randn(4, 12, seed=seed + 20).to(table_dtype)
+        for options in ({"window": (3, 4)}, {"window": (4, 3), "scale": 0.3}):
+            options["bias_table"] = table
+            made = hw.window_attention(q, k, v, **options)
+            want = hw.window_attention(q, k, v, backend="reference", **options)
+            torch.testing.assert_close(made, want, rtol=1e-12, atol=1e-12)
+    assert len(ready) == (0 if table_dtype is torch.float32 else 2) and None not in ready.values()
+
+
 @pytest.mark.parametrize("keys_given", [False, True])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3, "mask_self": True}])
 def test_clusters_that_come_again(keys_given, options, monkeypatch):
@@ -364,8 +380,18 @@ def test_calls_without_elements_have_no_short_way(monkeypatch):
         lambda q, k, v, **o: hw.kmeans_routing_attention(
             q, k, v, q_index=torch.arange(6).expand(1, 2, 2, 6), **o
         ),
+        lambda q, k, v, **o: hw.window_attention(*(x[:, None] for x in (q, k, v)), window=2, **o),
     ],
-    ids=["attention", "attention_lse", "linear_attention", "key_scan", "moh", "bilevel", "kmeans"],
+    ids=[
+        "attention",
+        "attention_lse",
+        "linear_attention",
+        "key_scan",
+        "moh",
+        "bilevel",
+        "kmeans",
+        "window",
+    ],
 )
 def test_calls_without_options_inside_transforms(op):
     """The reference composes with all of them; compiled backends say that they do not."""

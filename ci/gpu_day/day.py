@@ -26,6 +26,7 @@ SPECS = (
     "bilevel_routing_attention",
     "kmeans_routing_attention",
     "linear_attention",
+    "window_attention",
     "moh_attention",
     "attention_transpose",
     "column_stats",

@@ -64,9 +64,9 @@ ALONE = {
     "bilevel_route": Part.of("bilevel_route select_topk", "bilevel_route"),
     "moh_route": Part.of("moh_route routing_attention attention", "moh_attention", "f32"),
     "softmax": Part.of(
-        "attention routing_attention moh_route bilevel_route select_topk",
+        "attention routing_attention moh_route bilevel_route select_topk window_attention",
         "attention attention_lse attention_probs attention_transpose column_stats moh_attention "
-        "kmeans_routing_attention bilevel_routing_attention",
+        "kmeans_routing_attention bilevel_routing_attention window_attention",
         widest=True,
     ),
     "attention": Part.of(
@@ -78,6 +78,7 @@ ALONE = {
         "routing_attention attention moh_route bilevel_route select_topk",
         "moh_attention kmeans_routing_attention bilevel_routing_attention",
     ),
+    "window_attention": Part.of("window_attention attention", "window_attention", widest=True),
     "linear_attention": Part.of(
         "linear_attention", "linear_attention linear_attention_step", "f32 bf16 f16", widest=True
     ),

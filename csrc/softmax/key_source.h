@@ -19,6 +19,7 @@
 //                    token            position    result
 //   DenseSource      begin + slot     slot        begin + slot      a sequence in its order
 //   lists            of a list        token       token, or slot    ops/routing_attention
+//   windows          by arithmetic    slot        token             ops/window_attention
 //   pages            of a table       slot        slot              tests/emu/sources.cuh
 //
 // On CUDA a tile of slots is loaded by a stream of addresses, or where the source gathers by the

@@ -15,6 +15,7 @@ Functions
     bilevel_route, bilevel_routing_attention  regions choose regions (BiFormer)
     kmeans_route, kmeans_routing_attention,   attention within clusters (Routing Transformer)
     kmeans_update
+    window_attention                          inside the windows of an image, with a bias table
     moh_attention                             heads chosen for each token (mixture of heads)
     select_topk                               the k largest, deterministic, in order
     LinearState, KeyScanState                 what they keep of the tokens they have seen
@@ -44,6 +45,7 @@ from .ops.routing.bilevel_routing import bilevel_route, bilevel_routing_attentio
 from .ops.routing.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
 from .ops.routing.moh_attention import moh_attention
 from .ops.routing.select_topk import select_topk
+from .ops.windows.window_attention import window_attention
 
 from . import models, nn  # isort: skip
 
@@ -75,6 +77,7 @@ __all__ = [
     "moh_attention",
     "nn",
     "select_topk",
+    "window_attention",
 ]
 
 

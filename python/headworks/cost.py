@@ -10,60 +10,15 @@ elementwise maps are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from ._cost_base import Cost, check_sizes, element_size
+from ._cost_images import bilevel_attention, bilevel_route, window_attention
 from .ops.linear._linear_attention_checks import num_features
 
 __all__ = ["Cost", "cost", "operators"]
 
 CHUNK = 64  # tokens in a chunk of the scan: the square tile evaluated directly
-
-_SIZES = {
-    "float64": 8,
-    "fp64": 8,
-    "float32": 4,
-    "fp32": 4,
-    "bfloat16": 2,
-    "bf16": 2,
-    "float16": 2,
-    "fp16": 2,
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work and traffic of one call.
-
-    Attributes:
-        flops: multiplications and additions.
-        bytes: every input read once, every output written once.
-        passes: traversals of the sequence that the algorithm cannot avoid (FuseMax's count).
-        exponentials: of a softmax, one per pair in each pass that needs the weights.
-    """
-
-    flops: int
-    bytes: int
-    passes: int
-    exponentials: int = 0
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte; compare with the machine's ratio to see which roof binds."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    def seconds(self, flop_rate: float, bandwidth: float) -> float:
-        """The roofline: no faster than arithmetic at `flop_rate` and memory at `bandwidth`."""
-        return max(self.flops / flop_rate, self.bytes / bandwidth)
-
-    def __add__(self, other: Cost) -> Cost:
-        """Cost of one call after the other."""
-        return Cost(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.passes + other.passes,
-            self.exponentials + other.exponentials,
-        )
 
 
 def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
@@ -109,6 +64,9 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
 
     ``"bilevel_route"``, R and Rk regions: D (Sq H + Sk Hkv + 2 R Rk H) flops; q, k, graph; 1 pass.
 
+    ``"window_attention"``, windows of h x w tokens: attention over the pairs inside windows; its
+    table of h w biases per head is read, and its gradient written.
+
     Routed attention has the flops of attention over the P pairs that routing leaves, and its bytes
     with those of the lists or of the gate: ``"bilevel_routing_attention"``, n tokens in a region of
     k: P = Sq topk n; ``"kmeans_routing_attention"``: K W Wk, or K W (W + 1) / 2 if causal;
@@ -149,19 +107,6 @@ def operators() -> tuple[str, ...]:
     return tuple(_COSTS)
 
 
-def _element_size(dtype: Any) -> int:
-    name = str(dtype).removeprefix("torch.")
-    if name not in _SIZES:
-        raise ValueError(f"cost: dtype is {dtype!r}, expected one of {sorted(_SIZES)}")
-    return _SIZES[name]
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 0:
-            raise ValueError(f"cost: {name} is {value}, expected a size >= 0")
-
-
 def _linear_attention(
     *,
     S: int,
@@ -179,8 +124,8 @@ def _linear_attention(
 ) -> Cost:
     dv = D if Dv is None else Dv
     heads = H if Hkv is None else Hkv
-    _check_sizes(B=B, S=S, H=H, D=D, Dv=dv, Hkv=heads)
-    e = _element_size(dtype)
+    check_sizes(B=B, S=S, H=H, D=D, Dv=dv, Hkv=heads)
+    e = element_size(dtype)
     a = max(e, 4)
     f = num_features(feature_map, D)
     visible = S + 1 if is_causal else 2 * S  # twice the average number of keys of a row
@@ -217,8 +162,8 @@ def _linear_attention_step(
 ) -> Cost:
     dv = D if Dv is None else Dv
     heads = H if Hkv is None else Hkv
-    _check_sizes(B=B, H=H, D=D, Dv=dv, Hkv=heads)
-    e = _element_size(dtype)
+    check_sizes(B=B, H=H, D=D, Dv=dv, Hkv=heads)
+    e = element_size(dtype)
     a = max(e, 4)
     f = num_features(feature_map, D)
     flops = B * (H + heads) * 2 * f * dv
@@ -237,8 +182,8 @@ def _key_scan(
     output_final_state: bool = False,
     backward: bool = False,
 ) -> Cost:
-    _check_sizes(B=B, S=S, H=H, Dv=Dv)
-    e = _element_size(dtype)
+    check_sizes(B=B, S=S, H=H, Dv=Dv)
+    e = element_size(dtype)
     a = max(e, 4)
     rows = B * S * H
     states = (bool(initial_state) + bool(output_final_state)) * B * H * (Dv + 1) * a
@@ -280,8 +225,8 @@ def _attention(
 ) -> Cost:
     dv, keys = D if Dv is None else Dv, S if Sk is None else Sk
     heads = H if Hkv is None else Hkv
-    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
-    e = _element_size(dtype)
+    check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    e = element_size(dtype)
     pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
     moved = B * e * (S * H + keys * heads) * (D + dv)
     if backward:
@@ -307,8 +252,8 @@ def _columns(
     """Given the row statistics: sums of columns, or with `transpose` P^T x."""
     dv, keys = (D if Dv is None else Dv) if transpose else 0, S if Sk is None else Sk
     heads = H if Hkv is None else Hkv
-    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
-    e = _element_size(dtype)
+    check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    e = element_size(dtype)
     a = max(e, 4)
     pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
     out = e * (S + keys) * H * dv if transpose else a * keys * H
@@ -323,80 +268,8 @@ def _transpose(**shape: Any) -> Cost:
 
 
 def _select_topk(*, N: int, k: int, B: int = 1, dtype: Any = "float32") -> Cost:
-    _check_sizes(B=B, N=N, k=k)
-    return Cost(0, B * (_element_size(dtype) * N + 8 * k), 1)
-
-
-def _regions(image: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
-    """The number of regions of hw.bilevel_route, and the tokens in a whole one."""
-    for size, number in zip(image, wanted, strict=True):
-        if not 1 <= number <= size:
-            raise ValueError(f"cost: {wanted} regions of a {image[0]} x {image[1]} image")
-    (height, width) = (size // number for size, number in zip(image, wanted, strict=True))
-    return -(-image[0] // height) * -(-image[1] // width), height * width
-
-
-def _bilevel_route(
-    *,
-    Y: int,
-    X: int,
-    H: int,
-    D: int,
-    topk: int,
-    B: int = 1,
-    Yk: int | None = None,
-    Xk: int | None = None,
-    Hkv: int | None = None,
-    num_regions: tuple[int, int] = (7, 7),
-    kv_num_regions: tuple[int, int] | None = None,
-    per_head: bool = False,
-    dtype: Any = "float32",
-) -> Cost:
-    """Means of regions, D per token; their products, 2 D per head and pair of regions."""
-    other = (Y if Yk is None else Yk, X if Xk is None else Xk)
-    heads = H if Hkv is None else Hkv
-    _check_sizes(B=B, H=H, Hkv=heads, D=D, topk=topk)
-    own_regions, _ = _regions((Y, X), num_regions)
-    regions, _ = _regions(other, kv_num_regions or num_regions)
-    values = B * D * (Y * X * H + other[0] * other[1] * heads)  # of q and k
-    graph = B * (H if per_head else 1) * own_regions * topk
-    products = 2 * B * H * D * own_regions * regions
-    return Cost(values + products, _element_size(dtype) * values + 8 * graph, 1)
-
-
-def _bilevel_attention(
-    *,
-    Y: int,
-    X: int,
-    H: int,
-    D: int,
-    topk: int,
-    B: int = 1,
-    Yk: int | None = None,
-    Xk: int | None = None,
-    Dv: int | None = None,
-    Hkv: int | None = None,
-    num_regions: tuple[int, int] = (7, 7),
-    kv_num_regions: tuple[int, int] | None = None,
-    per_head: bool = False,
-    dtype: Any = "float32",
-    backward: bool = False,
-) -> Cost:
-    """P = Y X topk n, with n tokens in a whole region of k: a region that the image does not fill
-    counts as whole, all keys at most. The graph is read too."""
-    rows, other = Y * X, (Y if Yk is None else Yk, X if Xk is None else Xk)
-    dv, heads, keys = D if Dv is None else Dv, H if Hkv is None else Hkv, other[0] * other[1]
-    _check_sizes(B=B, H=H, Hkv=heads, D=D, Dv=dv, topk=topk)
-    own_regions, _ = _regions((Y, X), num_regions)
-    _, tokens = _regions(other, kv_num_regions or num_regions)
-    e = _element_size(dtype)
-    pairs = B * H * rows * min(topk * tokens, keys)
-    moved = B * e * (rows * H + keys * heads) * (D + dv)
-    graph = 8 * B * (H if per_head else 1) * own_regions * topk
-    if backward:
-        lse = B * rows * H * max(e, 4)
-        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + lse + graph, 2, pairs)
-    return Cost(2 * (D + dv) * pairs, moved + graph, 1, pairs)
+    check_sizes(B=B, N=N, k=k)
+    return Cost(0, B * (element_size(dtype) * N + 8 * k), 1)
 
 
 def _kmeans_attention(
@@ -420,8 +293,8 @@ def _kmeans_attention(
     o: a mean over clusters tells nothing of a single one. The mean adds K W Dv and is left out.
     """
     dv, keys, heads = D if Dv is None else Dv, S if Sk is None else Sk, H if Hkv is None else Hkv
-    _check_sizes(B=B, S=S, Sk=keys, K=K, W=W, Wk=Wk or 0, H=H, Hkv=heads, D=D, Dv=dv)
-    e = _element_size(dtype)
+    check_sizes(B=B, S=S, Sk=keys, K=K, W=W, Wk=Wk or 0, H=H, Hkv=heads, D=D, Dv=dv)
+    e = element_size(dtype)
     pairs = K * W * (W if Wk is None else Wk)
     if is_causal and Wk is None:
         pairs = K * W * (W + 1) // 2
@@ -454,10 +327,10 @@ def _moh_attention(
     """The share `active` of gates is not 0: of rows so gated q, do, o and lse are read. The gate is
     read, and o, dq and its own gradient are written, everywhere."""
     dv, keys, heads = D if Dv is None else Dv, S if Sk is None else Sk, H if Hkv is None else Hkv
-    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
     if not 0 <= active <= 1:
         raise ValueError(f"cost: active is {active}, expected a share from 0 to 1")
-    e = _element_size(dtype)
+    e = element_size(dtype)
     a = max(e, 4)
     rows = B * S * H
     chosen = round(active * rows)
@@ -473,8 +346,8 @@ def _moh_attention(
 def _kmeans_route(
     *, S: int, H: int, D: int, K: int, W: int, B: int = 1, dtype: Any = "float32"
 ) -> Cost:
-    _check_sizes(B=B, S=S, H=H, D=D, K=K, W=W)
-    e = _element_size(dtype)
+    check_sizes(B=B, S=S, H=H, D=D, K=K, W=W)
+    e = element_size(dtype)
     moved = e * B * S * H * D + max(e, 4) * H * K * D + 8 * B * H * K * W
     return Cost(2 * B * S * H * K * D, moved, 1)
 
@@ -482,8 +355,8 @@ def _kmeans_route(
 _COSTS: dict[str, Callable[..., Cost]] = {
     "attention": _attention,
     "attention_transpose": _transpose,
-    "bilevel_route": _bilevel_route,
-    "bilevel_routing_attention": _bilevel_attention,
+    "bilevel_route": bilevel_route,
+    "bilevel_routing_attention": bilevel_attention,
     "column_stats": _columns,
     "kmeans_route": _kmeans_route,
     "kmeans_routing_attention": _kmeans_attention,
@@ -491,5 +364,6 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,
     "moh_attention": _moh_attention,
+    "window_attention": window_attention,
     "select_topk": _select_topk,
 }

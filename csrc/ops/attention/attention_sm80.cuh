@@ -106,12 +106,12 @@ void launch_key_gradients(int64_t groups, const GradientParams<Element, Kind, So
   }
 }
 
-// d_bias where it is broadcast.
-template <class Element, int kDim>
-void launch_bias(const BackwardParams& b, const LoopInputs<Element>& inputs,
+// d_bias where it is broadcast, over these sequences too.
+template <class Element, int kDim, KeySource Source, class Cut>
+void launch_bias(GradientParams<Element, FullScore, Source> p, int64_t sequences,
                  const Context& context) {
-  using Bias = BiasGradKernel<Element, kDim>;
-  typename Bias::Params p{{}, {}, b, inputs, {}, {}, {}, {}, {}, {}, true, 0};
+  using Bias = BiasGradKernel<Element, kDim, Source, Cut>;
+  p.sequences = sequences;
   p.blocks = ceil_div<int64_t>(p.b.max_q, Bias::L::kOwn);
   launch<Bias>(Bias::grid(p), sizeof(typename Bias::Smem), context, p);
 }
@@ -137,7 +137,7 @@ void backward_of_sequences(const BackwardParams& b, const Context& context) {
   launch_blocks<QueryGradKernel<Element, kDim, Kind, Source, Cut>>(queries, p, b.max_q, context);
   launch_key_gradients<Element, kDim, Kind, Source, Cut>(keys, p, b.max_k, context);
   if constexpr (!Kind::kPlain) {
-    if (p.shared_bias) launch_bias<Element, kDim>(b, p.inputs, context);
+    if (p.shared_bias) launch_bias<Element, kDim, Source, Cut>(p, b.batch(), context);
   }
 }
 

@@ -143,7 +143,7 @@ void backward_all_keys(const BackwardParams& b, const Context& context) {
   softmax::simt::GradParams<Element, softmax::FullScore, softmax::DenseSource> dense{};
   dense.b = b;
   describe_tensors(dense);
-  run_bias_grad(dense, context);
+  run_bias_grad(dense, b.batch(), context);
 }
 
 template <class Element>

@@ -2,7 +2,7 @@
 // Attention of listed queries to listed keys on tensor cores (mma, ldmatrix, cp.async): bf16 and
 // f16.
 //
-//   _sm80_layout.h      what it takes, how it is cut
+//   _sm80_layout.h      workspace; softmax/sm80/list_cut.h how it is cut
 //   _source.h           sequences of the engine, tokens of slots, where results are
 //   _slots.cuh          indices; sums over slots and over spans
 //   softmax/sm80/*.cuh, of which the kernels are
@@ -41,7 +41,7 @@ void forward(const ForwardParams& p, const Call& call) {
   const ForwardWorkspace at = forward_workspace(arena, shape_of(p));
   softmax::ForwardParams f = p;
   if (p.by_slot) f.o = p.w, f.w = {};  // the engine's output is that of slots
-  const int rows = rows_of_block(p);
+  const int rows = rows_of_list_block(p);
   if (!is_plain(p))
     forward<Element, kDim, FullScore, kMedium>(p, f, context, arena);
   else if (rows == kNarrow)
@@ -144,9 +144,11 @@ void gradients(const Backward<Element>& x) {
     key_gradients<Element, kDim, FullScore, kMedium>(x);
     if (!x.shared_bias) return;
     // Rows that are not listed weigh nothing: their statistic is +inf.
-    softmax::BackwardParams all = x.b;
-    all.max_q = x.s.rows, all.max_k = x.s.keys;
-    softmax::sm80::launch_bias<Element, kDim>(all, x.inputs, x.context);
+    softmax::sm80::GradientParams<Element, FullScore, softmax::DenseSource> all{
+        {}, {}, x.b, x.inputs, {}, {}, {}, {}, {}, {}, true, 0};
+    all.b.max_q = x.s.rows, all.b.max_k = x.s.keys;
+    softmax::sm80::launch_bias<Element, kDim, softmax::DenseSource, softmax::sm80::SequenceCut>(
+        all, x.b.batch(), x.context);
     return;
   }
   x.s.row_slots <= kNarrow ? query_gradients<Element, kDim, PlainScore, kNarrow>(x)

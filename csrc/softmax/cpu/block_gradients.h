@@ -108,6 +108,17 @@ HW_NOINLINE void add_bias_gradient(const Ref<void, 4>& d_bias, const Block<Sourc
                                    const Range& keys, int first, int rows, const A* ds) {
   const Ref<A, 4> to = d_bias.as<A>();
   const bool in_order = block.source->keys_in_order();
+  if (in_order && Source::kInOrder && to.stride[2] == 1) {  // transposed, as the tile is
+    for (int64_t j = 0; j < keys.count(); ++j) {
+      A* column = to.at(block.batch(), block.head(), block.position(first), keys.begin + j);
+      const A* from = ds + j * kRows + first;
+      int i = 0;
+      for (; i + kLanes<A> <= rows; i += kLanes<A>)
+        store(column + i, load(column + i) + load(from + i));
+      for (; i < rows; ++i) column[i] += from[i];
+    }
+    return;
+  }
   for (int i = first; i < first + rows; ++i) {
     A* row = to.at(block.batch(), block.head(), block.position(i), in_order ? keys.begin : 0);
     for (int64_t j = 0; j < keys.count(); ++j) {

@@ -176,9 +176,10 @@ struct KeyGradKernel {
   }
 };
 
-// The gradient of a bias that is broadcast over batch, heads or keys. What is broadcast is summed,
-// in order, by the block that owns the tile. A bias has rows of its own (without, it is a
-// key_bias).
+// The gradient of a bias that is broadcast over sequences, heads or keys. What is broadcast is
+// summed, in order, by the block that owns the tile. A bias has rows of its own (without, it is a
+// key_bias). Where d_bias has fewer entries than there are sequences, entry e is that of the
+// sequences e, e + entries, ..
 template <class Element, ScoreKind Score, KeySource Source>
 struct BiasGradKernel {
   static_assert(Source::kInOrder, "sums of a bias are in its order");
@@ -187,7 +188,7 @@ struct BiasGradKernel {
   static constexpr int kThreads = simt::kThreads, kOwn = kVector<A>;
   using RowTile = ScoreTile<Element, Score, Source, kOwn, true>;
 
-  // Tiles, batch entries or heads that have results of their own.
+  // Tiles, entries or heads that have results of their own.
   HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t side) {
     return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], side);
   }
@@ -214,7 +215,7 @@ struct BiasGradKernel {
 
     typename RowTile::Micro sum;
     clear(sum);
-    for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1))
+    for (int64_t n = batch; n < p.sequences; n += owners(b, 0, 1))
       for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1))
         visit(p, n, static_cast<int>(h), first, key_tile, all_keys, sum);
     store(b, batch, head, first, key_tile * kSide<A>, all_keys, sum);
@@ -296,8 +297,10 @@ void run_key_grad(GradParams<Element, Score, Source> p, int64_t sequences, const
 }
 
 template <class Element, ScoreKind Score, KeySource Source>
-void run_bias_grad(const GradParams<Element, Score, Source>& p, const Context& context) {
+void run_bias_grad(GradParams<Element, Score, Source> p, int64_t sequences,
+                   const Context& context) {
   using A = Accum<Element>;
+  p.sequences = sequences;
   using Kernel = BiasGradKernel<Element, Score, Source>;
   launch<Kernel>(Kernel::grid(p.b), kBytes<A, Source, kVector<A>>, context, p);
 }
@@ -326,7 +329,7 @@ void backward(const BackwardParams& b, const Call& call) {
   describe_tensors(p);
   run_query_grad(p, p.b.sequences(), call.context);
   run_key_grad(p, p.b.sequences(), call.context);
-  if (p.shared_bias) run_bias_grad(p, call.context);
+  if (p.shared_bias) run_bias_grad(p, b.batch(), call.context);
 }
 
 }  // namespace hw::softmax::simt

@@ -18,7 +18,8 @@ struct GradParams {
   Score score;
   OperandRows<Element> q, k, v, d_w;
   bool d_q_vectors, d_k_vectors, d_v_vectors;
-  bool shared_bias;  // d_bias has a kernel of its own
+  bool shared_bias;   // d_bias has a kernel of its own
+  int64_t sequences;  // that it walks
   // Of sources that gather: d_q, or d_k and d_v, are of the accumulation type, to be added up.
   bool wide_rows, wide_keys;
   bool keys_per_query_head;     // d_k and d_v of each query head; else of key heads

@@ -30,8 +30,9 @@ struct GradientParams {
   // [B, results, Hq, D | Dv], of which the caller makes d_q, of d_k and d_v, which then are not
   // written; keys have results for each query head there. Of sources that gather.
   Output<float> d_q_sums, d_k_sums, d_v_sums;
-  bool shared_bias;  // d_bias has a kernel of its own
-  int64_t blocks;    // of own slots, per head of a sequence
+  bool shared_bias;       // d_bias has a kernel of its own
+  int64_t blocks;         // of own slots, per head of a sequence
+  int64_t sequences = 0;  // that the kernel of a shared bias walks
 
   HW_DEVICE HW_INLINE bool sums_queries() const { return Source::kGathers && d_q_sums.ref; }
   HW_DEVICE HW_INLINE bool sums_keys() const { return Source::kGathers && d_k_sums.ref; }
@@ -338,17 +339,20 @@ struct PairedKeyGradKernel {
   }
 };
 
-// The gradient of a bias that is broadcast over batch, heads or keys. The block that owns a tile of
-// it sums, in order, over what shares it; a bias has rows of its own (without, it is a key_bias).
-template <class Element, int kDim>
+// The gradient of a bias that is broadcast over sequences, heads or keys. The block that owns a tile
+// of it sums, in order, over what shares it; a bias has rows of its own (without, it is a key_bias).
+// Where d_bias has fewer entries than there are sequences, entry e is that of the sequences e, e +
+// entries, ..
+template <class Element, int kDim, KeySource Source, class Cut>
 struct BiasGradKernel {
-  using L = Loop<Element, kDim, FullScore, false, true, DenseSource, SequenceCut>;
+  static_assert(Source::kInOrder, "sums of a bias are in its order");
+  using L = Loop<Element, kDim, FullScore, false, true, Source, Cut>;
   using Scores = typename L::Scores;
-  using Params = GradientParams<Element, FullScore, DenseSource>;
+  using Params = GradientParams<Element, FullScore, Source>;
   using Smem = typename L::Smem;
   static constexpr int kThreads = L::kThreads;
 
-  // Batch entries, heads or tiles of keys that have results of their own.
+  // Entries, heads or tiles of keys that have results of their own.
   HW_HOST_DEVICE static int64_t owners(const BackwardParams& b, int d, int64_t edge) {
     return b.d_bias.stride[d] == 0 ? 1 : ceil_div(b.d_bias.size[d], edge);
   }
@@ -374,7 +378,7 @@ struct BiasGradKernel {
     Scores sum;
     sum.clear();
     HW_UNROLL_BY(1)
-    for (int64_t n = batch; n < b.batch(); n += owners(b, 0, 1)) {
+    for (int64_t n = batch; n < p.sequences; n += owners(b, 0, 1)) {
       HW_UNROLL_BY(1)
       for (int64_t h = head; h < b.query_heads(); h += owners(b, 1, 1)) {
         loop.go(n, static_cast<int>(h), first);

@@ -20,6 +20,7 @@ from ..._native import (
 )
 from ..._repeated import Repeated, detached
 from ...reference import bilevel_routing as reference
+from .._images import check_image_values, check_images
 from ..attention._checks import cast
 from ..attention.attention import Aux, AuxResult, check_flags
 from . import _native as native
@@ -29,8 +30,6 @@ from ._checks import (
     check_graph,
     check_graph_values,
     check_grid,
-    check_image_values,
-    check_images,
     require_count,
 )
 from ._grid import Grid
