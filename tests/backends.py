@@ -54,7 +54,8 @@ def every_case():
 
 
 def samples(dtypes=(torch.float32,), *, gradients=False, batched=False):
-    """(spec, case, backend, device, dtype) of sample cases on real hardware."""
+    """(spec, case, backend, device, dtype) of sample cases on real hardware. `batched`: those whose
+    tensors all have a row for each batch entry."""
     return list(_samples(dtypes, gradients, batched))
 
 
@@ -64,7 +65,8 @@ def _samples(dtypes, gradients, batched):
             continue
         for target in targets(spec, emulated=False):
             for case in spec.sample_cases if target[2] in dtypes else ():
-                if spec.limit(target[0], case) or (batched and case.sizes.get("lengths")):
+                apart = not (case.sizes.get("lengths") or case.sizes.get("shared"))
+                if spec.limit(target[0], case) or (batched and not apart):
                     continue
                 yield pytest.param(spec, case, *target, id=identify(spec, *target[::2], case))
 

@@ -55,4 +55,6 @@ OPERATORS = (
     Operator("kmeans_routing_attention", "routing.kmeans_routing", _KMEANS, _KMEANS),
     Operator("kmeans_update", "routing.kmeans_routing", _KMEANS, has_spec=False, has_cost=False),
     Operator("moh_attention", "routing.moh_attention", "moh_attention", "moh_attention"),
+    Operator("na2d_av", "windows.na2d_av", "contmix", "contmix"),
+    Operator("contmix", "windows.contmix", "contmix", "contmix"),
 )

@@ -10,60 +10,17 @@ elementwise maps are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from . import _cost_windows as windows
+from ._cost import Cost as Cost
+from ._cost import check_sizes as _check_sizes
+from ._cost import element_size as _element_size
 from .ops.linear._linear_attention_checks import num_features
 
 __all__ = ["Cost", "cost", "operators"]
 
 CHUNK = 64  # tokens in a chunk of the scan: the square tile evaluated directly
-
-_SIZES = {
-    "float64": 8,
-    "fp64": 8,
-    "float32": 4,
-    "fp32": 4,
-    "bfloat16": 2,
-    "bf16": 2,
-    "float16": 2,
-    "fp16": 2,
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work and traffic of one call.
-
-    Attributes:
-        flops: multiplications and additions.
-        bytes: every input read once, every output written once.
-        passes: traversals of the sequence that the algorithm cannot avoid (FuseMax's count).
-        exponentials: of a softmax, one per pair in each pass that needs the weights.
-    """
-
-    flops: int
-    bytes: int
-    passes: int
-    exponentials: int = 0
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte; compare with the machine's ratio to see which roof binds."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    def seconds(self, flop_rate: float, bandwidth: float) -> float:
-        """The roofline: no faster than arithmetic at `flop_rate` and memory at `bandwidth`."""
-        return max(self.flops / flop_rate, self.bytes / bandwidth)
-
-    def __add__(self, other: Cost) -> Cost:
-        """Cost of one call after the other."""
-        return Cost(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.passes + other.passes,
-            self.exponentials + other.exponentials,
-        )
 
 
 def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
@@ -117,6 +74,11 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     bytes of centroids per head, 8 W of indices per cluster; 1 pass. Similarities need not leave the
     chip; the prefix rule costs the same.
 
+    ``"na2d_av"``, T = Ky Kx weights, per token and head: 2 T D flops, e (T + 2 D) bytes; backward
+    4 T D, e (2 T + 3 D). ``"contmix"``, T = Sy Sx + Ky Kx weights made of A affinities, per token
+    and group: 2 A T + 2 T D flops, T exponentials, e (A + 4 D) bytes, and the map and the tables
+    once; backward 6 A T + 4 T D, T, e (2 A + 6 D) and twice those. 1 pass each.
+
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
@@ -147,19 +109,6 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
 def operators() -> tuple[str, ...]:
     """The operators that have a formula."""
     return tuple(_COSTS)
-
-
-def _element_size(dtype: Any) -> int:
-    name = str(dtype).removeprefix("torch.")
-    if name not in _SIZES:
-        raise ValueError(f"cost: dtype is {dtype!r}, expected one of {sorted(_SIZES)}")
-    return _SIZES[name]
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 0:
-            raise ValueError(f"cost: {name} is {value}, expected a size >= 0")
 
 
 def _linear_attention(
@@ -491,5 +440,7 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,
     "moh_attention": _moh_attention,
+    "na2d_av": windows.na2d_av,
+    "contmix": windows.contmix,
     "select_topk": _select_topk,
 }
