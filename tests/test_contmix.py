@@ -128,6 +128,19 @@ def test_channels_first_maps_need_no_copy():
     assert_same_bits(call({**tensors, "v": view}, case), call(tensors, case))
 
 
+def test_calls_that_come_again():
+    """With other numbers, and without what another call of these sizes has."""
+    results = {}
+    for seed in (0, 1, 0, 1):
+        for absent in ((), ("bias",), ("rpb",), ("small_rpb",), ("rpb", "bias")):
+            case = cases.case(**dict.fromkeys(absent, False))
+            o = call(cases.make(case, F32, seed=seed), case)
+            expected = results.setdefault((seed, absent), o)
+            assert_same_bits(o, expected, f"without {absent}, seed {seed}")
+            compare(o, call(cases.make(case, F64, seed=seed), case, "reference"), F32)
+    assert len({x.sum().item() for x in results.values()}) == len(results)
+
+
 @pytest.mark.no_comparison
 def test_only_the_inputs_are_kept():
     case, tensors = inputs(F32)

@@ -364,8 +364,28 @@ def test_calls_without_elements_have_no_short_way(monkeypatch):
         lambda q, k, v, **o: hw.kmeans_routing_attention(
             q, k, v, q_index=torch.arange(6).expand(1, 2, 2, 6), **o
         ),
+        lambda q, k, v, **o: hw.na2d_av(q[:, None, ..., :3], v[:, None], kernel_size=(1, 3), **o),
+        lambda q, k, v, **o: hw.contmix(
+            q[:, None, :, :1],
+            k[0, :4, 0],
+            None,
+            v[:, None],
+            kernel_size=(1, 3),
+            small_kernel_size=1,
+            **o,
+        ),
     ],
-    ids=["attention", "attention_lse", "linear_attention", "key_scan", "moh", "bilevel", "kmeans"],
+    ids=[
+        "attention",
+        "attention_lse",
+        "linear_attention",
+        "key_scan",
+        "moh",
+        "bilevel",
+        "kmeans",
+        "na2d_av",
+        "contmix",
+    ],
 )
 def test_calls_without_options_inside_transforms(op):
     """The reference composes with all of them; compiled backends say that they do not."""

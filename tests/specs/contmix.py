@@ -97,6 +97,10 @@ EMULATOR_CASES = (
     case(Y=5, X=6, K=5, S=3, G=2, A=70, D=6, B=2),
     case(Y=5, X=6, K=3, S=3, G=3, A=6, D=70, B=2, rpb=False),
     case(Y=5, X=5, K=3, S=3, G=1, A=6, D=6, B=1, spread=30.0),
+    # Parts of the backward pass: groups of a batch entry, batch entries; two slices of tokens.
+    case(Y=5, X=5, K=3, S=1, G=9, A=3, D=2, B=1),
+    case(Y=5, X=5, K=3, S=1, G=1, A=3, D=2, B=9),
+    case(Y=12, X=13, K=3, S=1, G=2, A=3, D=2, B=1),
     *(
         case(label="pairs", **choice)
         for choice in pairwise(

@@ -27,6 +27,11 @@ def require_kernel(op: str, name: str, size: object) -> Pair:
     return pair[0], pair[1]
 
 
+def as_option(size: object) -> object:
+    """A kernel size as the key of a call that comes again takes it."""
+    return tuple(size) if isinstance(size, list) else size
+
+
 def require_window_fits(op: str, name: str, kernel: Pair, v: Tensor) -> None:
     """An image with tokens is at least as large as its windows, each way."""
     for axis, k, size in zip("YX", kernel, v.shape[1:3], strict=True):

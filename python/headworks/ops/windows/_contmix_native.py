@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._functions import NativeFunction
+from ..._functions import Maybe, NativeFunction
 from ..._native import define, empties, fixed_arity
+from ..._repeated import Ready
 from .._operands import check_operands, require
 
 FORWARD = NativeFunction("contmix.forward")
@@ -32,6 +33,14 @@ def forward(*arguments: Any) -> Tensor:
     o = output(inputs[5])
     FORWARD.run(backend, inputs, (o,), kernels)
     return o
+
+
+def ready(operands: tuple[Maybe, ...], kernels: Kernels, backend: str) -> Ready:
+    """`forward` as a function of the operands that are there."""
+    v = operands[5]
+    assert v is not None
+    present = [x for x in operands if x is not None]
+    return Ready(FORWARD, backend, operands, (output(v),), kernels, present)
 
 
 def _check(op: str, sizes: dict[str, int], kernels: Any) -> None:

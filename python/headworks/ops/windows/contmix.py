@@ -31,9 +31,10 @@ from ..._native import (
     is_direct,
     route,
 )
+from ..._repeated import Ready, Repeated
 from ...reference import contmix as reference
 from . import _contmix_native as native
-from ._checks import Pair, require_kernel, require_window_fits
+from ._checks import Pair, as_option, require_kernel, require_window_fits
 
 _OP = "contmix"
 
@@ -117,6 +118,11 @@ def contmix(
         torch.Size([1, 14, 14, 16, 16])
     """
     given = affinity, weight, bias, small_rpb, rpb, v
+    present = tuple([x for x in given if x is not None])
+    options = bias is None, small_rpb is None, rpb is None, as_option(small_kernel_size)
+    key = _repeated.key(present, *options, as_option(kernel_size), backend)
+    if (ready := _repeated.get(key)) is not None:
+        return ready(*present)
     operands, kernels = _checked(given, small_kernel_size, kernel_size)
     backend = backend_for(_OP, backend, operands.v)
     if backend == "reference":
@@ -127,11 +133,15 @@ def contmix(
         return operands.v + operands.affinity.sum() * 0
     way = route(_OP, operands)
     if way == "direct":
+        _repeated.offer(key, native.ready, operands, kernels, backend)
         return native.forward(*operands, *kernels, backend)
     if way == "operator":
         o: Tensor = torch.ops.headworks.contmix_fwd(*operands, *kernels, backend)
         return o
     return _differentiable(*apart(*operands, kernels, backend))
+
+
+_repeated: Repeated[Ready] = Repeated(_OP)
 
 
 def _checked(

@@ -36,7 +36,7 @@ from ..._native import (
 from ..._repeated import Ready, Repeated
 from ...reference import na2d_av as reference
 from .._operands import check_operands, require
-from ._checks import Pair, require_kernel, require_window_fits
+from ._checks import Pair, as_option, require_kernel, require_window_fits
 
 _OP = "na2d_av"
 
@@ -84,7 +84,7 @@ def na2d_av(w: Tensor, v: Tensor, *, kernel_size: int | Pair, backend: str = "au
         >>> hw.na2d_av(w, torch.randn(1, 28, 28, 4, 32), kernel_size=7).shape
         torch.Size([1, 28, 28, 4, 32])
     """
-    key = _repeated.key((w, v), _option(kernel_size), backend)
+    key = _repeated.key((w, v), as_option(kernel_size), backend)
     if (ready := _repeated.get(key)) is not None:
         return ready(w, v)
     w, v, kernel = _checked(w, v, kernel_size)
@@ -105,11 +105,6 @@ def na2d_av(w: Tensor, v: Tensor, *, kernel_size: int | Pair, backend: str = "au
 
 
 _repeated: Repeated[Ready] = Repeated(_OP)
-
-
-def _option(kernel_size: object) -> object:
-    """The option as a key takes it."""
-    return tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size
 
 
 def _checked(w: Tensor, v: Tensor, kernel_size: object) -> tuple[Tensor, Tensor, Pair]:
