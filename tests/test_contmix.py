@@ -165,6 +165,20 @@ def test_gradients_in_parts(backend):
             compare(x, y, F32, floor=8.0, name=f"d_{name}")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_gradient_alone(backend):
+    """What the others need is left out."""
+    case, tensors = inputs(F32)
+    d_o = randn(*tensors["v"].shape, seed=7, dtype=F32)
+
+    def gradients(*names):
+        given = {n: x.detach().requires_grad_(n in names) for n, x in tensors.items()}
+        return torch.autograd.grad(call(given, case, backend), [given[n] for n in names], d_o)
+
+    for name, x in zip(tensors, gradients(*tensors), strict=True):
+        assert_same_bits(gradients(name)[0], x, f"d_{name} alone")
+
+
 @pytest.mark.parametrize("sizes", [{"rpb": False}, {"bias": False, "K": (1, 5), "Y": 1, "S": 1}])
 def test_gradcheck(sizes):
     case, tensors = inputs(**{"Y": 5, "X": 5, "K": 5, "S": 3, "G": 2, "A": 2, "D": 2, "B": 1,

@@ -107,6 +107,18 @@ def test_border_keys_are_seen_by_more_queries(backend):
     compare(d_v.flatten(), torch.tensor([3, 4, 5, 6, 9, 6, 5, 4, 3]).double(), F64)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_gradient_alone(backend):
+    w, v = (t.requires_grad_() for t in inputs(dtype=F32))
+    o = hw.na2d_av(w, v, kernel_size=3, backend=backend)
+    every = torch.autograd.grad(o.sum(), (w, v))
+    for n in range(2):
+        given = [w.detach(), v.detach()]
+        given[n].requires_grad_()
+        o = hw.na2d_av(*given, kernel_size=3, backend=backend)
+        assert_same_bits(*torch.autograd.grad(o.sum(), given[n]), every[n])
+
+
 def test_one_hot_weights_shift_the_image():
     v = randn(1, 9, 9, 1, 4, dtype=F32)
     w = torch.zeros(1, 9, 9, 1, 9)

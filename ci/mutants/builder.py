@@ -113,7 +113,7 @@ FAILED = re.compile(r"csrc/([\w./]+):(\d+):\d+: (?:fatal )?error")
 def sources(only: str = "") -> list[str]:
     """Files under csrc/ that are changed; `only`: those whose path begins with it."""
     every = [f"core/{name}" for name in CORE]
-    for folder in ("ops", "softmax"):
+    for folder in ("ops", "softmax", "neighborhood"):
         found = sorted((ROOT / "csrc" / folder).rglob("*"))
         every += [str(p.relative_to(ROOT / "csrc")) for p in found if p.suffix in SUFFIXES]
     only = only.removeprefix("csrc/")
@@ -121,7 +121,7 @@ def sources(only: str = "") -> list[str]:
 
 
 def part_of(file: str) -> str:
-    """The operator that a file under csrc/ belongs to, or "softmax", or "core"."""
+    """The operator that a file under csrc/ belongs to, or the folder of an engine, or "core"."""
     folder, name, *_ = file.split("/")
     return name if folder == "ops" else folder
 

@@ -101,6 +101,8 @@ EMULATOR_CASES = (
     case(Y=5, X=5, K=3, S=1, G=9, A=3, D=2, B=1),
     case(Y=5, X=5, K=3, S=1, G=1, A=3, D=2, B=9),
     case(Y=12, X=13, K=3, S=1, G=2, A=3, D=2, B=1),
+    # Weights of which fewer than 16 tokens fit into shared memory.
+    case(Y=1, X=611, K=(1, 609), S=1, G=1, A=1, D=1, B=1, rpb=False),
     *(
         case(label="pairs", **choice)
         for choice in pairwise(

@@ -42,7 +42,6 @@ class Backward {
   template <class T>
   Ref<T, 5> of(const Ref<T, 5>& image, const Part& part, int half = 0) const {
     Ref<T, 5> r = image;
-    if (!r) return r;
     r.data +=
         part.first_batch * r.stride[0] + (half * p_.groups() + part.first_group) * r.stride[3];
     r.size[0] = part.batch, r.size[3] = part.groups;

@@ -38,10 +38,11 @@ struct ForwardKernel {
 
 template <class Element>
 void forward(const ForwardParams& p, const Call& call) {
+  using Kernel = ForwardKernel<Element>;
   const WeightInputs<Element> in(p);
-  launch<ForwardKernel<Element>>(
-      {in.blocks(), 1, 1}, in.bytes(), call.context,
-      {in, p.v.as<const Element>(), p.o.as<Element>(), neighborhood::simt::lanes_of(p.width())});
+  const typename Kernel::Params params{in, p.v.as<const Element>(), p.o.as<Element>(),
+                                       neighborhood::simt::lanes_of(p.width())};
+  launch<Kernel>({in.blocks(), 1, 1}, in.bytes(), call.context, params);
 }
 
 }  // namespace hw::contmix::simt
