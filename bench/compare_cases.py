@@ -182,6 +182,17 @@ def _moh(draw: Draw) -> Made:
     return (lambda q, k, v, g: hw.moh_attention(q, k, v, g, is_causal=True)), (q, k, v, gate)
 
 
+def _na2d_av(draw: Draw) -> Made:
+    w, v = draw(2, 28, 28, 8, 49), draw(2, 28, 28, 8, 32)
+    return (lambda w, v: hw.na2d_av(w, v, kernel_size=7)), (w, v)
+
+
+def _contmix(draw: Draw) -> Made:
+    given = draw(2, 28, 28, 8, 49), draw(194, 49), draw(194), draw(2, 28, 28, 16, 16)
+    sizes = {"kernel_size": 13, "small_kernel_size": 5}
+    return (lambda a, w, b, v: hw.contmix(a, w, b, v, **sizes)), given
+
+
 CASES = (
     Case("linear_attention", "causal", _linear()),
     Case("linear_attention", "full", _linear(is_causal=False)),
@@ -209,6 +220,8 @@ CASES = (
     Case("kmeans_update", "16 clusters", _kmeans_update, FORWARD),
     Case("moh_attention", "half of 32 heads, causal", _moh),
     Case("window_attention", "14 x 14, window 7", _windows),
+    Case("na2d_av", "28 x 28, K 7", _na2d_av),
+    Case("contmix", "28 x 28, K 13", _contmix),
 )
 
 

@@ -11,6 +11,7 @@ import torch
 from bench import (
     attention,
     bilevel_routing,
+    contmix,
     key_scan,
     kmeans_routing,
     linear_attention,
@@ -46,6 +47,7 @@ def cases(device: str, tiny: bool) -> list[Named]:
         *(("attention", case) for case in ([] if tiny else attention.gpu_options(device))),
         *(("select_topk", case) for case in select_topk.cases(device, tiny)),
         *(("key_scan", case) for case in key_scan.cases(device, True)[: 1 if tiny else None]),
+        *(("contmix", case) for case in contmix.gpu_cases(device, tiny)),
     ]
 
 

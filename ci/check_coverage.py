@@ -5,7 +5,7 @@ preset `coverage` that has run them (ci/coverage.sh does all of it).
 
     ci/check_coverage.py build/coverage       says what is never reached; 1 if that is unexplained
 
-Over csrc/ops, csrc/softmax and csrc/core, kernels and the host code around them:
+Over csrc/ops, csrc/softmax, csrc/neighborhood and csrc/core, kernels and the host code around them:
 
     line        never runs, in any instance of its template
     barrier     a line with a barrier or a wait that never runs, in an instance that otherwise does,
@@ -46,7 +46,8 @@ def counts(name: str) -> bool:
     folder, _, file = name.removeprefix("csrc/").partition("/")
     if folder == "core":
         return file in CORE
-    return folder in ("ops", "softmax") and not ("_cpu" in file or file.startswith("cpu/"))
+    of_cpu = "_cpu" in file or file.startswith("cpu/")
+    return folder in ("ops", "softmax", "neighborhood") and not of_cpu
 
 
 @dataclass(frozen=True, order=True)

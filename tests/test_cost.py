@@ -211,6 +211,19 @@ def test_empty_shapes_cost_nothing():
     assert cost("linear_attention", S=0, H=8, D=16).intensity == 0.0
 
 
+def test_windows():
+    shape = {"B": 2, "Y": 5, "X": 6, "H": 3, "D": 7, "kernel_size": (1, 3)}
+    assert cost("na2d_av", **shape) == Cost(180 * 42, 180 * 4 * 17, 1)
+    assert cost("na2d_av", **shape, backward=True) == Cost(180 * 84, 180 * 4 * 27, 1)
+    del shape["H"]
+    shape |= {"G": 3, "A": 4, "small_kernel_size": 1, "dtype": "bf16"}
+    once = 4 * 5 + 3 * (5 + 1)
+    assert cost("contmix", **shape) == Cost(180 * 4 * 22, 2 * (180 * 32 + once), 1, 180 * 4)
+    assert cost("contmix", **shape, backward=True) == Cost(
+        180 * 4 * 52, 2 * (180 * 50 + 2 * once), 1, 180 * 4
+    )
+
+
 def test_a_function_names_its_operator():
     assert hw.cost(hw.key_scan, S=5, H=3, Dv=7) == cost("key_scan", S=5, H=3, Dv=7)
 

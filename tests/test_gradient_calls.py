@@ -34,6 +34,18 @@ def transposed(q, k, v, gate):
     return hw.attention_transpose(q, k, v, key_bias=gate.transpose(1, 2))
 
 
+def mixed(q, k, v, _):
+    w = torch.cat((q, k, v), -1)[..., :3]  # [1, 6, 2, 3]
+    return hw.na2d_av(w[:, None], v[:, None], kernel_size=(1, 3))[:, 0]
+
+
+def contmixed(q, k, v, _):
+    weight = torch.ones(4, 4, dtype=q.dtype).tril()
+    return hw.contmix(
+        q[:, None, :, :1], weight, None, v[:, None], kernel_size=(1, 3), small_kernel_size=1
+    )[:, 0]  # fmt: skip
+
+
 # By name: the call of q, k, v [1, 6, 2, 4] and a gate [1, 6, 2], and its operators.
 CALLS = {
     "attention": (lambda q, k, v, _: hw.attention(q, k, v), "attention"),
@@ -51,6 +63,8 @@ CALLS = {
     "kmeans_routing_attention": (clusters, "routing_attention"),
     "bilevel_routing_attention": (regions, "routing_attention"),
     "window_attention": (windows, "window_attention"),
+    "na2d_av": (mixed, "na2d_av"),
+    "contmix": (contmixed, "contmix"),
 }  # fmt: skip
 
 

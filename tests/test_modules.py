@@ -49,6 +49,7 @@ MODULES = {
     "MixtureOfHeads": lambda **o: nn.MixtureOfHeads(
         WIDTH, 4, shared_heads=2, routed_heads=1, qkv_bias=True, **o
     ),
+    "ContMix": lambda **o: nn.ContMix(WIDTH, 7, 3, 2, ls_init_value=0.5, **o),
     "GatedMLP": lambda **o: base.GatedMLP(WIDTH, 48, **o),
     "Block": lambda **o: base.Block(BASED, nn.GatedShortConv(WIDTH, **o), **o),
     "SoftmaxAttention": lambda **o: softmax.SoftmaxAttention(WIDTH, 4, 4, **o),
@@ -77,7 +78,7 @@ def example(name):
         return torch.randint(61, (2, 16))
     if name == "BiFormer":
         return torch.randn(2, 3, 64, 64)
-    if name == "BiFormerBlock" or name.endswith("NCHW"):
+    if name in ("BiFormerBlock", "ContMix") or name.endswith("NCHW"):
         return torch.randn(2, WIDTH, 4, 4)
     if name in ("BiLevelRoutingAttention", "LePEAttention"):
         return torch.randn(2, 4, 4, WIDTH)

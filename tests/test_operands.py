@@ -53,6 +53,8 @@ FREE = {
     "linear_attention_step": "q1",
     "key_scan_fwd": "v3",
     "window_attention_fwd": "q2 v3",
+    "na2d_av_fwd": "v4",
+    "contmix_fwd": "v4",
     "kmeans_route": "x0 x1 centroids1",
     "bilevel_route": "q1 q2 q3 k1 k2 k3",
 }
@@ -107,6 +109,7 @@ NUMBERS = {
     "key_image_height": (0, 10**6),
     "q_rows": (0, 10**6),
     "k_height": (0, 10**6),
+    **dict.fromkeys(("kernel_y", "kernel_x", "small_y", "small_x"), (-1, 0, 2, 10**6 + 1)),
 }
 
 

@@ -28,6 +28,7 @@ LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
 SOFT = "softmax"
 ROUTING = "ops/routing_attention/routing_attention"
 WINDOW = "ops/window_attention/window_attention"
+WINDOWS, MIX, AV = "neighborhood", "contmix", "na2d_av"
 KMEANS, BILEVEL = "kmeans_routing_attention", "bilevel_routing_attention"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
@@ -260,6 +261,41 @@ FAULTS = (
          "static_cast<A>(part.count())", "static_cast<A>(f.grid.size())", "bilevel_route"),
     simt("sides_exchanged", "ops/bilevel_route/bilevel_route_simt.cuh",
          "smem.q[i][c] * smem.k[j][c]", "smem.q[j][c] * smem.k[i][c]", "bilevel_route"),
+    cpu("last_query_forgotten", f"{WINDOWS}/window.h", "j >= size - kernel ? size",
+        "j > size - kernel ? size", AV),
+    cpu("rows_and_columns_exchanged", f"{WINDOWS}/cpu/rows.h",
+        "t / w.x.kernel * row + t % w.x.kernel * pitch",
+        "t % w.x.kernel * row + t / w.x.kernel * pitch", AV),
+    cpu("tap_of_another_query", f"{WINDOWS}/cpu/rows.h", "x - l.start[q]]", "x - l.start[x]]", AV),
+    cpu("wrong_sign", f"ops/{MIX}/contmix_cpu_scores.h", "(hw::load(dp + at + t) - d)",
+        "(hw::load(dp + at + t) + d)", MIX),
+    cpu("table_of_one_row", f"ops/{MIX}/contmix_cpu_scores.h",
+        "sums + (w.y.first_offset(y) + a) *", "sums + (w.y.first_offset(0) + a) *", MIX),
+    cpu("sums_of_one_part", f"ops/{MIX}/contmix_cpu.cpp", "part < parts_; ++part",
+        "part < 1; ++part", MIX),
+    simt("row_of_the_window_forgotten", f"{WINDOWS}/simt/tokens.cuh",
+         "const Element* key = from + a * v.stride[1];", "const Element* key = from;", AV),
+    simt("half_of_the_lanes", f"{WINDOWS}/simt/tokens.cuh", "int mask = p.lanes / 2;",
+         "int mask = p.lanes / 4;", AV),
+    simt("tap_of_another_query", f"{WINDOWS}/simt/tokens.cuh", "tap - line.start(x))",
+         "tap - line.start(k.x))", AV),
+    simt("missing_barrier", f"ops/{MIX}/contmix_simt_weights.cuh",
+         "multiply(t);\n        dev::sync_block();", "multiply(t);", MIX),
+    simt("weights_of_the_small_window", f"ops/{MIX}/contmix_simt_forward.cuh",
+         "(m == 0 ? 0 : tile.small())", "0 * m", MIX),
+    simt("token_of_the_first_row", f"ops/{MIX}/contmix_simt_gradients.cuh",
+         "p.p(tile.b, tile.y(i), tile.x(i), tile.group,",
+         "p.p(tile.b, tile.y(0), tile.x(i), tile.group,", MIX),
+    simt("wrong_sign", f"ops/{MIX}/contmix_simt_gradients.cuh", "p[t] * (ds[t] - sum)",
+         "p[t] * (ds[t] + sum)", MIX),
+    simt("map_of_the_first_key", f"ops/{MIX}/contmix_simt_gradients.cuh",
+         "static_cast<A>(p.weight(t, c))", "static_cast<A>(p.weight(0, c))", MIX),
+    simt("sums_begun_again", f"ops/{MIX}/contmix_simt_gradients.cuh",
+         "to = p.first ? sum[i] : to + sum[i];", "to = sum[i];", MIX),
+    simt("window_off_by_one", f"ops/{MIX}/contmix_simt_gradients.cuh", "i < line.kernel)",
+         "i < line.kernel - 1)", MIX),
+    simt("sums_of_one_slice", f"ops/{MIX}/contmix_simt_gradients.cuh", "term < p.terms;",
+         "term < 1;", MIX),
 )  # fmt: skip
 
 

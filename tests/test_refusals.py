@@ -42,6 +42,8 @@ CALLS = {
     "kmeans_routing_attention": (Q, K, V),
     "moh_attention": (Q, K, V, Q[..., 0]),
     "window_attention": IMAGES,
+    "na2d_av": (randn(1, 3, 2, 2, 3, dtype=torch.float32), IMAGES[2]),
+    "contmix": (IMAGES[0][..., :1, :], randn(4, 8, dtype=torch.float32), None, IMAGES[2]),
 }
 NEEDED = {
     "attention_probs": {"keys": torch.tensor([0])},
@@ -50,6 +52,8 @@ NEEDED = {
     "kmeans_route": {"window": 2},
     "kmeans_routing_attention": {"q_index": INDEX},
     "window_attention": {"window": 2},
+    "na2d_av": {"kernel_size": (3, 1)},
+    "contmix": {"kernel_size": (3, 1), "small_kernel_size": 1},
 }
 
 

@@ -381,6 +381,16 @@ def test_calls_without_elements_have_no_short_way(monkeypatch):
             q, k, v, q_index=torch.arange(6).expand(1, 2, 2, 6), **o
         ),
         lambda q, k, v, **o: hw.window_attention(*(x[:, None] for x in (q, k, v)), window=2, **o),
+        lambda q, k, v, **o: hw.na2d_av(q[:, None, ..., :3], v[:, None], kernel_size=(1, 3), **o),
+        lambda q, k, v, **o: hw.contmix(
+            q[:, None, :, :1],
+            k[0, :4, 0],
+            None,
+            v[:, None],
+            kernel_size=(1, 3),
+            small_kernel_size=1,
+            **o,
+        ),
     ],
     ids=[
         "attention",
@@ -391,6 +401,8 @@ def test_calls_without_elements_have_no_short_way(monkeypatch):
         "bilevel",
         "kmeans",
         "window",
+        "na2d_av",
+        "contmix",
     ],
 )
 def test_calls_without_options_inside_transforms(op):

@@ -37,6 +37,8 @@ SPECS = (
     "select_topk",
     "bilevel_route",
     "kmeans_route",
+    "na2d_av",
+    "contmix",
 )
 STAGES = ("samples", "correctness", "sanitizers", "benchmarks", "profiles")
 TOOLS = ("memcheck", "racecheck")

@@ -18,6 +18,7 @@ Functions
     window_attention                          inside the windows of an image, with a bias table
     moh_attention                             heads chosen for each token (mixture of heads)
     select_topk                               the k largest, deterministic, in order
+    na2d_av, contmix                          windows of given weights, of weights made (OverLoCK)
     LinearState, KeyScanState                 what they keep of the tokens they have seen
 Modules
     nn, models                                layers and small language models made of them
@@ -45,6 +46,8 @@ from .ops.routing.bilevel_routing import bilevel_route, bilevel_routing_attentio
 from .ops.routing.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
 from .ops.routing.moh_attention import moh_attention
 from .ops.routing.select_topk import select_topk
+from .ops.windows.contmix import contmix
+from .ops.windows.na2d_av import na2d_av
 from .ops.windows.window_attention import window_attention
 
 from . import models, nn  # isort: skip
@@ -64,6 +67,7 @@ __all__ = [
     "bilevel_routing_attention",
     "build_info",
     "column_stats",
+    "contmix",
     "cost",
     "explain",
     "key_scan",
@@ -75,6 +79,7 @@ __all__ = [
     "merge_attention",
     "models",
     "moh_attention",
+    "na2d_av",
     "nn",
     "select_topk",
     "window_attention",

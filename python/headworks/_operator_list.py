@@ -57,4 +57,6 @@ OPERATORS = (
     Operator("kmeans_update", "routing.kmeans_routing", _KMEANS, has_spec=False, has_cost=False),
     Operator("moh_attention", "routing.moh_attention", "moh_attention", "moh_attention"),
     Operator("window_attention", "windows.window_attention", _WINDOW, _WINDOW),
+    Operator("na2d_av", "windows.na2d_av", "contmix", "contmix"),
+    Operator("contmix", "windows.contmix", "contmix", "contmix"),
 )

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._cost_base import Cost, check_sizes, element_size
-from ._cost_images import bilevel_attention, bilevel_route, window_attention
+from . import _cost_windows as windows
+from ._cost import Cost as Cost
+from ._cost import check_sizes as _check_sizes
+from ._cost import element_size as _element_size
 from .ops.linear._linear_attention_checks import num_features
 
 __all__ = ["Cost", "cost", "operators"]
@@ -75,6 +77,11 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     bytes of centroids per head, 8 W of indices per cluster; 1 pass. Similarities need not leave the
     chip; the prefix rule costs the same.
 
+    ``"na2d_av"``, T = Ky Kx weights, per token and head: 2 T D flops, e (T + 2 D) bytes; backward
+    4 T D, e (2 T + 3 D). ``"contmix"``, T = Sy Sx + Ky Kx weights made of A affinities, per token
+    and group: 2 A T + 2 T D flops, T exponentials, e (A + 4 D) bytes, and the map and the tables
+    once; backward 6 A T + 4 T D, T, e (2 A + 6 D) and twice those. 1 pass each.
+
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
@@ -124,8 +131,8 @@ def _linear_attention(
 ) -> Cost:
     dv = D if Dv is None else Dv
     heads = H if Hkv is None else Hkv
-    check_sizes(B=B, S=S, H=H, D=D, Dv=dv, Hkv=heads)
-    e = element_size(dtype)
+    _check_sizes(B=B, S=S, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
     a = max(e, 4)
     f = num_features(feature_map, D)
     visible = S + 1 if is_causal else 2 * S  # twice the average number of keys of a row
@@ -162,8 +169,8 @@ def _linear_attention_step(
 ) -> Cost:
     dv = D if Dv is None else Dv
     heads = H if Hkv is None else Hkv
-    check_sizes(B=B, H=H, D=D, Dv=dv, Hkv=heads)
-    e = element_size(dtype)
+    _check_sizes(B=B, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
     a = max(e, 4)
     f = num_features(feature_map, D)
     flops = B * (H + heads) * 2 * f * dv
@@ -182,8 +189,8 @@ def _key_scan(
     output_final_state: bool = False,
     backward: bool = False,
 ) -> Cost:
-    check_sizes(B=B, S=S, H=H, Dv=Dv)
-    e = element_size(dtype)
+    _check_sizes(B=B, S=S, H=H, Dv=Dv)
+    e = _element_size(dtype)
     a = max(e, 4)
     rows = B * S * H
     states = (bool(initial_state) + bool(output_final_state)) * B * H * (Dv + 1) * a
@@ -225,8 +232,8 @@ def _attention(
 ) -> Cost:
     dv, keys = D if Dv is None else Dv, S if Sk is None else Sk
     heads = H if Hkv is None else Hkv
-    check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
-    e = element_size(dtype)
+    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
     pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
     moved = B * e * (S * H + keys * heads) * (D + dv)
     if backward:
@@ -252,8 +259,8 @@ def _columns(
     """Given the row statistics: sums of columns, or with `transpose` P^T x."""
     dv, keys = (D if Dv is None else Dv) if transpose else 0, S if Sk is None else Sk
     heads = H if Hkv is None else Hkv
-    check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
-    e = element_size(dtype)
+    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    e = _element_size(dtype)
     a = max(e, 4)
     pairs = B * H * _visible_pairs(S, keys, is_causal, window_size)
     out = e * (S + keys) * H * dv if transpose else a * keys * H
@@ -268,8 +275,80 @@ def _transpose(**shape: Any) -> Cost:
 
 
 def _select_topk(*, N: int, k: int, B: int = 1, dtype: Any = "float32") -> Cost:
-    check_sizes(B=B, N=N, k=k)
-    return Cost(0, B * (element_size(dtype) * N + 8 * k), 1)
+    _check_sizes(B=B, N=N, k=k)
+    return Cost(0, B * (_element_size(dtype) * N + 8 * k), 1)
+
+
+def _regions(image: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """The number of regions of hw.bilevel_route, and the tokens in a whole one."""
+    for size, number in zip(image, wanted, strict=True):
+        if not 1 <= number <= size:
+            raise ValueError(f"cost: {wanted} regions of a {image[0]} x {image[1]} image")
+    (height, width) = (size // number for size, number in zip(image, wanted, strict=True))
+    return -(-image[0] // height) * -(-image[1] // width), height * width
+
+
+def _bilevel_route(
+    *,
+    Y: int,
+    X: int,
+    H: int,
+    D: int,
+    topk: int,
+    B: int = 1,
+    Yk: int | None = None,
+    Xk: int | None = None,
+    Hkv: int | None = None,
+    num_regions: tuple[int, int] = (7, 7),
+    kv_num_regions: tuple[int, int] | None = None,
+    per_head: bool = False,
+    dtype: Any = "float32",
+) -> Cost:
+    """Means of regions, D per token; their products, 2 D per head and pair of regions."""
+    other = (Y if Yk is None else Yk, X if Xk is None else Xk)
+    heads = H if Hkv is None else Hkv
+    _check_sizes(B=B, H=H, Hkv=heads, D=D, topk=topk)
+    own_regions, _ = _regions((Y, X), num_regions)
+    regions, _ = _regions(other, kv_num_regions or num_regions)
+    values = B * D * (Y * X * H + other[0] * other[1] * heads)  # of q and k
+    graph = B * (H if per_head else 1) * own_regions * topk
+    products = 2 * B * H * D * own_regions * regions
+    return Cost(values + products, _element_size(dtype) * values + 8 * graph, 1)
+
+
+def _bilevel_attention(
+    *,
+    Y: int,
+    X: int,
+    H: int,
+    D: int,
+    topk: int,
+    B: int = 1,
+    Yk: int | None = None,
+    Xk: int | None = None,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    num_regions: tuple[int, int] = (7, 7),
+    kv_num_regions: tuple[int, int] | None = None,
+    per_head: bool = False,
+    dtype: Any = "float32",
+    backward: bool = False,
+) -> Cost:
+    """P = Y X topk n, with n tokens in a whole region of k: a region that the image does not fill
+    counts as whole, all keys at most. The graph is read too."""
+    rows, other = Y * X, (Y if Yk is None else Yk, X if Xk is None else Xk)
+    dv, heads, keys = D if Dv is None else Dv, H if Hkv is None else Hkv, other[0] * other[1]
+    _check_sizes(B=B, H=H, Hkv=heads, D=D, Dv=dv, topk=topk)
+    own_regions, _ = _regions((Y, X), num_regions)
+    _, tokens = _regions(other, kv_num_regions or num_regions)
+    e = _element_size(dtype)
+    pairs = B * H * rows * min(topk * tokens, keys)
+    moved = B * e * (rows * H + keys * heads) * (D + dv)
+    graph = 8 * B * (H if per_head else 1) * own_regions * topk
+    if backward:
+        lse = B * rows * H * max(e, 4)
+        return Cost(2 * (3 * D + 2 * dv) * pairs, 2 * moved + lse + graph, 2, pairs)
+    return Cost(2 * (D + dv) * pairs, moved + graph, 1, pairs)
 
 
 def _kmeans_attention(
@@ -293,8 +372,8 @@ def _kmeans_attention(
     o: a mean over clusters tells nothing of a single one. The mean adds K W Dv and is left out.
     """
     dv, keys, heads = D if Dv is None else Dv, S if Sk is None else Sk, H if Hkv is None else Hkv
-    check_sizes(B=B, S=S, Sk=keys, K=K, W=W, Wk=Wk or 0, H=H, Hkv=heads, D=D, Dv=dv)
-    e = element_size(dtype)
+    _check_sizes(B=B, S=S, Sk=keys, K=K, W=W, Wk=Wk or 0, H=H, Hkv=heads, D=D, Dv=dv)
+    e = _element_size(dtype)
     pairs = K * W * (W if Wk is None else Wk)
     if is_causal and Wk is None:
         pairs = K * W * (W + 1) // 2
@@ -327,10 +406,10 @@ def _moh_attention(
     """The share `active` of gates is not 0: of rows so gated q, do, o and lse are read. The gate is
     read, and o, dq and its own gradient are written, everywhere."""
     dv, keys, heads = D if Dv is None else Dv, S if Sk is None else Sk, H if Hkv is None else Hkv
-    check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
+    _check_sizes(B=B, S=S, Sk=keys, H=H, D=D, Dv=dv, Hkv=heads)
     if not 0 <= active <= 1:
         raise ValueError(f"cost: active is {active}, expected a share from 0 to 1")
-    e = element_size(dtype)
+    e = _element_size(dtype)
     a = max(e, 4)
     rows = B * S * H
     chosen = round(active * rows)
@@ -346,8 +425,8 @@ def _moh_attention(
 def _kmeans_route(
     *, S: int, H: int, D: int, K: int, W: int, B: int = 1, dtype: Any = "float32"
 ) -> Cost:
-    check_sizes(B=B, S=S, H=H, D=D, K=K, W=W)
-    e = element_size(dtype)
+    _check_sizes(B=B, S=S, H=H, D=D, K=K, W=W)
+    e = _element_size(dtype)
     moved = e * B * S * H * D + max(e, 4) * H * K * D + 8 * B * H * K * W
     return Cost(2 * B * S * H * K * D, moved, 1)
 
@@ -355,8 +434,8 @@ def _kmeans_route(
 _COSTS: dict[str, Callable[..., Cost]] = {
     "attention": _attention,
     "attention_transpose": _transpose,
-    "bilevel_route": bilevel_route,
-    "bilevel_routing_attention": bilevel_attention,
+    "bilevel_route": _bilevel_route,
+    "bilevel_routing_attention": _bilevel_attention,
     "column_stats": _columns,
     "kmeans_route": _kmeans_route,
     "kmeans_routing_attention": _kmeans_attention,
@@ -364,6 +443,8 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "linear_attention_step": _linear_attention_step,
     "key_scan": _key_scan,
     "moh_attention": _moh_attention,
-    "window_attention": window_attention,
+    "na2d_av": windows.na2d_av,
+    "contmix": windows.contmix,
+    "window_attention": windows.window_attention,
     "select_topk": _select_topk,
 }

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on the windows of images."""
+"""Operators over windows of an image."""

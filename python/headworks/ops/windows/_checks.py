@@ -1,72 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation that the operators on windows share. Nothing is allocated here."""
+"""Validation that the operators over neighbourhoods share. Nothing is allocated here."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..._errors import describe, fail, require_dense, require_same_device
+from ..._errors import describe, fail
 
-Window = int | tuple[int, int]
+Pair = tuple[int, int]
 
-
-def check_window(op: str, window: object) -> tuple[int, int]:
-    """(height, width)"""
-    sides = (window, window) if _is_integer(window) else window
-    if (
-        not isinstance(sides, (tuple, list))
-        or len(sides) != 2
-        or not all(_is_integer(n) for n in sides)
-    ):
-        got = describe(window) if isinstance(window, Tensor) else repr(window)
-        fail(
-            TypeError,
-            op,
-            "window",
-            got,
-            "an integer, or (height, width)",
-            "Windows of 7 x 7 tokens are window=7.",
-        )
-    height, width = sides
-    if height < 1 or width < 1:
-        fail(
-            ValueError,
-            op,
-            "window",
-            tuple(sides),
-            "sizes of at least 1",
-            "A window has tokens; it may be larger than the image.",
-        )
-    return height, width
+_REMEDY = "Pass one odd number, or a pair of them: (1, K) is a neighbourhood along the rows."
 
 
-def check_bias_table(op: str, table: object, window: tuple[int, int], q: Tensor) -> Tensor:
-    """[Hq, height width] in the dtype of q."""
-    height, width = window
-    if not isinstance(table, Tensor) or not table.is_floating_point():
-        fail(
-            TypeError,
-            op,
-            "bias_table",
-            describe(table),
-            "a tensor [H, height * width] of floating-point numbers",
-            "Its columns are the distances |dy| * width + |dx| inside a window.",
-        )
-    require_dense(op, "bias_table", table)
-    expected = (q.shape[3], height * width)
-    if table.shape != expected:
-        fail(
-            ValueError,
-            op,
-            "bias_table",
-            f"of shape {list(table.shape)}",
-            f"{list(expected)}: heads of q, distances in a window of {height} x {width}",
-            "A table of another window belongs to other distances; interpolate or train it anew.",
-        )
-    require_same_device(op, "q", q, bias_table=table)
-    return table if table.dtype is q.dtype else table.to(q.dtype)
+def require_kernel(op: str, name: str, size: object) -> Pair:
+    """(Ky, Kx): odd numbers, one for both or a pair."""
+    pair = (size, size) if isinstance(size, (int, torch.SymInt)) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        got = describe(size) if isinstance(size, Tensor) else repr(size)
+        fail(TypeError, op, name, got, "an odd integer or a pair of them", _REMEDY)
+    for k in pair:
+        if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
+            fail(TypeError, op, name, repr(size), "an odd integer or a pair of them", _REMEDY)
+        if k < 1 or k % 2 == 0:
+            fail(ValueError, op, name, size, "odd numbers of at least 1", _REMEDY)
+    return pair[0], pair[1]
 
 
-def _is_integer(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+def as_option(size: object) -> object:
+    """A kernel size as the key of a call that comes again takes it."""
+    return tuple(size) if isinstance(size, list) else size
+
+
+def require_window_fits(op: str, name: str, kernel: Pair, v: Tensor) -> None:
+    """An image with tokens is at least as large as its windows, each way."""
+    for axis, k, size in zip("YX", kernel, v.shape[1:3], strict=True):
+        if size and size < k:
+            fail(
+                ValueError,
+                op,
+                name,
+                f"{k} along {axis}, where v has {size} tokens",
+                f"at most the image, {list(v.shape[1:3])}",
+                "Use a smaller window, or enlarge the image and average its result back, as "
+                "hw.nn.ContMix does.",
+            )

@@ -19,7 +19,7 @@ from .._images import IMAGE, check_image_values, check_images
 from ..attention._checks import cast
 from ..attention._operators import row_dot
 from . import _window_attention_native as native
-from ._checks import Window, check_bias_table, check_window
+from ._window_attention_checks import Window, check_bias_table, check_window
 from ._window_attention_native import Geometry
 
 _OP = "window_attention"

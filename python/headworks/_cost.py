@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of a call, and what the formulas of all operators share (headworks/cost.py)."""
+"""What the formulas of headworks.cost share: the result, sizes of elements, checks."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Cost:
 
 
 def element_size(dtype: Any) -> int:
+    """Bytes of an element, of a dtype or its name."""
     name = str(dtype).removeprefix("torch.")
     if name not in _SIZES:
         raise ValueError(f"cost: dtype is {dtype!r}, expected one of {sorted(_SIZES)}")
@@ -61,6 +62,7 @@ def element_size(dtype: Any) -> int:
 
 
 def check_sizes(**sizes: int) -> None:
+    """Raises for a negative size."""
     for name, value in sizes.items():
         if value < 0:
             raise ValueError(f"cost: {name} is {value}, expected a size >= 0")
