@@ -16,6 +16,7 @@ Functions
     kmeans_route, kmeans_routing_attention,   attention within clusters (Routing Transformer)
     kmeans_update
     moh_attention                             heads chosen for each token (mixture of heads)
+    cascaded_group_attention, CascadeWeights  heads of a window one after another (EfficientViT)
     select_topk                               the k largest, deterministic, in order
     LinearState, KeyScanState                 what they keep of the tokens they have seen
 Modules
@@ -44,12 +45,15 @@ from .ops.routing.bilevel_routing import bilevel_route, bilevel_routing_attentio
 from .ops.routing.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
 from .ops.routing.moh_attention import moh_attention
 from .ops.routing.select_topk import select_topk
+from .ops.windows._cascade_weights import CascadeWeights
+from .ops.windows.cascaded_group_attention import cascaded_group_attention
 
 from . import models, nn  # isort: skip
 
 __all__ = [
     "Aux",
     "AuxResult",
+    "CascadeWeights",
     "Cost",
     "Explanation",
     "KeyScanState",
@@ -61,6 +65,7 @@ __all__ = [
     "bilevel_route",
     "bilevel_routing_attention",
     "build_info",
+    "cascaded_group_attention",
     "column_stats",
     "cost",
     "explain",

@@ -30,6 +30,7 @@ class Operator(NamedTuple):
 
 
 _LINEAR, _BILEVEL, _KMEANS = "linear_attention", "bilevel_routing", "kmeans_routing"
+_CASCADE = "cascaded_group_attention"
 
 # In the order in which tables and test reports name them.
 OPERATORS = (
@@ -55,4 +56,5 @@ OPERATORS = (
     Operator("kmeans_routing_attention", "routing.kmeans_routing", _KMEANS, _KMEANS),
     Operator("kmeans_update", "routing.kmeans_routing", _KMEANS, has_spec=False, has_cost=False),
     Operator("moh_attention", "routing.moh_attention", "moh_attention", "moh_attention"),
+    Operator("cascaded_group_attention", "windows.cascaded_group_attention", _CASCADE, "cascaded"),
 )

@@ -10,60 +10,17 @@ elementwise maps are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from ._cost_parts import Cost
+from ._cost_parts import check_sizes as _check_sizes
+from ._cost_parts import element_size as _element_size
+from ._cost_windows import cascaded_group_attention as _cascaded_group_attention
 from .ops.linear._linear_attention_checks import num_features
 
 __all__ = ["Cost", "cost", "operators"]
 
 CHUNK = 64  # tokens in a chunk of the scan: the square tile evaluated directly
-
-_SIZES = {
-    "float64": 8,
-    "fp64": 8,
-    "float32": 4,
-    "fp32": 4,
-    "bfloat16": 2,
-    "bf16": 2,
-    "float16": 2,
-    "fp16": 2,
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work and traffic of one call.
-
-    Attributes:
-        flops: multiplications and additions.
-        bytes: every input read once, every output written once.
-        passes: traversals of the sequence that the algorithm cannot avoid (FuseMax's count).
-        exponentials: of a softmax, one per pair in each pass that needs the weights.
-    """
-
-    flops: int
-    bytes: int
-    passes: int
-    exponentials: int = 0
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte; compare with the machine's ratio to see which roof binds."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    def seconds(self, flop_rate: float, bandwidth: float) -> float:
-        """The roofline: no faster than arithmetic at `flop_rate` and memory at `bandwidth`."""
-        return max(self.flops / flop_rate, self.bytes / bandwidth)
-
-    def __add__(self, other: Cost) -> Cost:
-        """Cost of one call after the other."""
-        return Cost(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.passes + other.passes,
-            self.exponentials + other.exponentials,
-        )
 
 
 def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
@@ -117,6 +74,10 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     bytes of centroids per head, 8 W of indices per cluster; 1 pass. Similarities need not leave the
     chip; the prefix rule costs the same.
 
+    ``"cascaded_group_attention"``, per token of a window (filled ones too) of N, with M taps of its
+    convolution per head: 2 H (d (2 K + d) + M K + N (K + d)) + 2 C^2 flops, H N exponentials; bytes
+    of x, y and the weights; 1 pass.
+
     Args:
         op: the operator's name, or the public function itself.
         shape: ``B, S, H, D, Dv, Hkv, dtype, feature_map, is_causal, initial_state,
@@ -147,19 +108,6 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
 def operators() -> tuple[str, ...]:
     """The operators that have a formula."""
     return tuple(_COSTS)
-
-
-def _element_size(dtype: Any) -> int:
-    name = str(dtype).removeprefix("torch.")
-    if name not in _SIZES:
-        raise ValueError(f"cost: dtype is {dtype!r}, expected one of {sorted(_SIZES)}")
-    return _SIZES[name]
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 0:
-            raise ValueError(f"cost: {name} is {value}, expected a size >= 0")
 
 
 def _linear_attention(
@@ -484,6 +432,7 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "attention_transpose": _transpose,
     "bilevel_route": _bilevel_route,
     "bilevel_routing_attention": _bilevel_attention,
+    "cascaded_group_attention": _cascaded_group_attention,
     "column_stats": _columns,
     "kmeans_route": _kmeans_route,
     "kmeans_routing_attention": _kmeans_attention,

@@ -6,11 +6,12 @@ sequence [B, S, d_model],
 ``step(x_t, state)`` for x_t [B, d_model], which updates the state in place, and
 ``init_state(batch_size)``. Feeding a sequence in pieces through the state equals feeding it whole.
 
-KMeansRoutingAttention takes a sequence whole, then single steps. Two layers have a parallel form
-alone: BiLevelRoutingAttention, of images, and MixtureOfHeads.
+KMeansRoutingAttention takes a sequence whole, then single steps. Three layers have a parallel form
+alone: BiLevelRoutingAttention and CascadedGroupAttention, of images, and MixtureOfHeads.
 """
 
 from .bilevel_routing import BiLevelRoutingAttention
+from .cascaded_group_attention import CascadedGroupAttention
 from .kmeans_routing import KMeansRoutingAttention, RoutingState
 from .linear_attention import BasedLinearAttention
 from .mixture_of_heads import MixtureOfHeads
@@ -21,6 +22,7 @@ from .sliding_window import SlidingWindowAttention, WindowState
 __all__ = [
     "BasedLinearAttention",
     "BiLevelRoutingAttention",
+    "CascadedGroupAttention",
     "GatedShortConv",
     "KMeansRoutingAttention",
     "MixtureOfHeads",
