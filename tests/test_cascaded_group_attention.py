@@ -4,6 +4,7 @@ needs timm in test_timm.py."""
 
 from __future__ import annotations
 
+import doctest
 import itertools
 
 import pytest
@@ -239,6 +240,14 @@ def test_half_precision_and_export():
     assert_same_bits(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
     half = layer.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16 and (half - y).norm() < 0.05 * y.norm()
+
+
+@pytest.mark.no_comparison
+def test_examples_of_docstrings():
+    for thing in (Layer, hw.CascadeWeights.of_heads):
+        names = {"torch": torch, "CascadedGroupAttention": Layer}
+        example = doctest.DocTestParser().get_doctest(thing.__doc__, names, "", None, None)
+        assert example.examples and not doctest.DocTestRunner().run(example).failed
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

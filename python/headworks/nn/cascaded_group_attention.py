@@ -181,6 +181,14 @@ class CascadedGroupAttention(Layer):
             self.register_buffer(f"folded_{name}", x.detach())
         self.is_fused = True
 
+    def set_input_size(self, resolution: int) -> None:
+        """What models of timm call in `set_input_size`; the windows stay as they are."""
+        side = self.resolution
+        raise RuntimeError(
+            f"{_NAME}: the input size of a model whose attention was replaced is fixed (windows of "
+            f"{side} x {side}, asked for {resolution}); restore() it, set the size, optimize again"
+        )
+
     @classmethod
     def from_timm(cls, module: nn.Module, *, backend: str = "auto") -> CascadedGroupAttention:
         """Of timm's ``CascadedGroupAttention`` or ``LocalWindowAttention``, with its weights.
