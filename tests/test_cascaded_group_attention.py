@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import headworks as hw
+from backends import native_info
 from headworks.nn import cascaded_group_attention as layers
 from headworks.testing import assert_same_bits, compare
 from identities import Refused, allocates_nothing, randn
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.operator
 
 F64, F32 = torch.float64, torch.float32
 Layer = hw.nn.CascadedGroupAttention
-BACKENDS = ["cpu"]
+BACKENDS = ["cpu"] + (["emulate:simt"] if native_info().get("emulator") else [])
 
 
 def inputs(dtype=F64, **sizes):

@@ -96,7 +96,7 @@ def test_export(spec, strict):
                 assert_same_bits(x, y)
 
 
-AUTOCAST = ("q", "k", "v", "s", "x", "bias")
+AUTOCAST = ("q", "k", "v", "s", "x", "bias", *hw.CascadeWeights._fields)
 
 
 @pytest.mark.parametrize("half", HALF, ids=identify)

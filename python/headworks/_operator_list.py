@@ -56,5 +56,5 @@ OPERATORS = (
     Operator("kmeans_routing_attention", "routing.kmeans_routing", _KMEANS, _KMEANS),
     Operator("kmeans_update", "routing.kmeans_routing", _KMEANS, has_spec=False, has_cost=False),
     Operator("moh_attention", "routing.moh_attention", "moh_attention", "moh_attention"),
-    Operator("cascaded_group_attention", "windows.cascaded_group_attention", _CASCADE, "cascaded"),
+    Operator("cascaded_group_attention", "windows.cascaded_group_attention", _CASCADE, _CASCADE),
 )

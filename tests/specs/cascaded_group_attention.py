@@ -110,6 +110,8 @@ EMULATOR_CASES = (
     case(Y=9, X=9, window=9, B=1, H=2, d=24, K=16),
     case(Y=5, X=5, window=4, B=1, H=2, d=8, K=8, spread=30.0),
     case(B=0, H=1, d=8),
+    # More than a block may have in shared memory: blocks that take several windows each.
+    case(Y=15, X=42, window=14, B=3, H=1, d=64, K=16, kernels=(3,)),
     *(
         case(**choice)
         for choice in pairwise(
@@ -145,6 +147,6 @@ SPEC = Spec(
         case(Y=15, X=10, B=3, H=3, d=24, K=16, kernels=(7, 5, 3)),
         case(Y=4, X=4, window=None, B=2, H=2, d=48, kernels=(5,)),
     ),
-    dtypes={"cpu": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
     operators=operators,
 )

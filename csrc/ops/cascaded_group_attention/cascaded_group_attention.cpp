@@ -2,6 +2,8 @@
 // Cascaded group attention, host side: the list of its function and its checks.
 #include "ops/cascaded_group_attention/cascaded_group_attention.h"
 
+#include "ops/cascaded_group_attention/cascaded_group_attention_simt_layout.h"
+
 #include "core/host/registry.h"
 
 namespace hw::cascaded_group_attention {
@@ -35,9 +37,15 @@ void check_forward(const P& p, const Call&) {
   check_narrow(kName, "the number of channels", p.channels());
   check_narrow(kName, "the number of columns of qkv_weight", p.projected());
   check_narrow(kName, "the number of tokens of a window", p.tokens());
+  check_narrow(kName, "the number of elements of a window",
+               p.tokens() * (p.channels() + p.projected()));
 }
 
-constexpr Questions<P> kForward{.check = &check_forward};
+int64_t forward_workspace(const P& p, const Call& call, Backend) {
+  return simt::workspace_bytes(p, call);
+}
+
+constexpr Questions<P> kForward{.check = &check_forward, .workspace = &forward_workspace};
 
 constexpr Function kFunctions[] = {function<kForwardList, kForward>("forward")};
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,7 +99,10 @@ class CascadeWeights(NamedTuple):
     @property
     def window(self) -> int:
         """R, the side of the windows that the table is of."""
-        return math.isqrt(self.bias_table.shape[-1])
+        side = 0
+        while side * side < self.bias_table.shape[-1]:  # as torch.compile can follow it
+            side += 1
+        return side if side * side == self.bias_table.shape[-1] else side - 1
 
 
 def _require_odd(name: str, x: Tensor, side: int) -> None:

@@ -44,6 +44,13 @@ def cases(device: str, quick: bool) -> list[Case]:
     return made
 
 
+def gpu_cases(device: str, tiny: bool) -> list[Case]:
+    """Modules, large batches and single images."""
+    if tiny:
+        return [_module_case(device, "M0 stage 1", 1, True)]
+    return [_module_case(device, name, b, False) for name in STAGES for b in (BATCH, 1)]
+
+
 def targets(results: Mapping[str, Result], device: str) -> list[Target]:
     """The thresholds of the design, set for a CPU."""
     if device != "cpu":
