@@ -8,6 +8,7 @@ headworks.integrations.timm.optimize.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -119,7 +120,7 @@ def _layers(stage: str) -> tuple[nn.Module, hw.nn.CascadedGroupAttention]:
     )  # fmt: skip
     randomized(layer)
     if not has_timm():
-        return _OfTorch(layer), layer
+        return _OfTorch(copy.deepcopy(layer)), layer
     from timm.models.efficientvit_msra import LocalWindowAttention
 
     peer = LocalWindowAttention(

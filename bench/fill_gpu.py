@@ -84,6 +84,7 @@ KERNELS = (
            ROUTING, ("bilevel_routing", "train 28x28 topk 4")),
     Kernel("cascaded_group_attention", "simt windows", "simt", ("cascaded_group_attention",),
            ("cascaded_group_attention", "M0 stage 1 B 64")),
+    Kernel("cascaded_group_attention", "sm80 windows", "sm80", ("cascaded_group_attention",)),
     Kernel("key_scan", "simt forward", "simt", ("key_scan",), ("key_scan", "forward S 4096 fp32")),
     Kernel("key_scan", "simt backward", "simt", ("key_scan",), ("key_scan", "train S 4096 fp32")),
 )  # fmt: skip

@@ -5,7 +5,9 @@ needs timm in test_timm.py."""
 from __future__ import annotations
 
 import doctest
+import importlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,6 +243,21 @@ def test_half_precision_and_export():
     assert_same_bits(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
     half = layer.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16 and (half - y).norm() < 0.05 * y.norm()
+
+
+def test_contenders_of_the_suite_compute_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    suite = importlib.import_module("bench.cascaded_group_attention")
+    monkeypatch.setattr(suite, "has_timm", lambda: False)
+    monkeypatch.setattr(suite, "BATCH", 2)
+    cases = suite.cases("cpu", True)
+    assert len(cases) == 2 and suite.gpu_cases("cpu", True)
+    for case in cases:
+        results = {name: call() for name, call in case.contenders().items()}
+        assert len(results) == 4
+        for y in results.values():
+            compare(y, results["eager"].double(), F32)
+    assert [t.verdict for t in suite.targets({}, "cpu")] == ["not measured"] * 5
 
 
 @pytest.mark.no_comparison

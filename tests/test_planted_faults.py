@@ -28,6 +28,8 @@ LINEAR, SCAN = "ops/linear_attention/linear_attention", "ops/key_scan/key_scan"
 SOFT = "softmax"
 ROUTING = "ops/routing_attention/routing_attention"
 KMEANS, BILEVEL = "kmeans_routing_attention", "bilevel_routing_attention"
+CASCADE = "cascaded_group_attention"
+WINDOW = f"ops/{CASCADE}/{CASCADE}"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
 # Compares the small cases of an operator on a backend in both orders of asynchronous copies.
@@ -238,6 +240,33 @@ FAULTS = (
          "static_cast<A>(part.count())", "static_cast<A>(f.grid.size())", "bilevel_route"),
     simt("sides_exchanged", "ops/bilevel_route/bilevel_route_simt.cuh",
          "smem.q[i][c] * smem.k[j][c]", "smem.q[j][c] * smem.k[i][c]", "bilevel_route"),
+    cpu("group_not_added", f"{WINDOW}_cpu_window.h", "store(f + c, value + load(x + c))",
+        "store(f + c, value)", CASCADE),
+    cpu("taps_off_by_one", f"{WINDOW}_cpu_window.h", "std::max(-reach, -y)",
+        "std::max(1 - reach, -y)", CASCADE),
+    cpu("bias_not_mirrored", f"{WINDOW}_cpu_weights.h", "middle[dx] = middle[-dx] = value;",
+        "middle[dx] = value;", CASCADE),
+    cpu("padding_repeats", f"{WINDOW}_cpu.cpp", "inside ? token(s, y, x, copy) : zeros_.data()",
+        "token(s, inside ? y : 0, inside ? x : 0, copy)", CASCADE),
+    simt("missing_barrier", f"{WINDOW}_simt.cuh",
+         "convolve(p, w, head);\n        dev::sync_block();", "convolve(p, w, head);", CASCADE),
+    simt("group_not_added", f"{WINDOW}_simt.cuh", "o + x(p, w, i, (head + 1) * w.group + c)", "o",
+         CASCADE),
+    simt("distance_without_sign", f"{WINDOW}_simt.cuh", "(dy < 0 ? -dy : dy)", "(dy < 0 ? 0 : dy)",
+         CASCADE),
+    sm80("missing_wait", f"{WINDOW}_sm80.cuh",
+         "dev::copy_async_wait<0>();\n      dev::sync_block();\n      project(",
+         "dev::sync_block();\n      project(", CASCADE),
+    sm80("missing_barrier", f"{WINDOW}_sm80.cuh",
+         "convolve(p, smem, head);\n      dev::sync_block();", "convolve(p, smem, head);", CASCADE),
+    sm80("weights_too_early", f"{WINDOW}_sm80.cuh",
+         "project(p, smem, head);\n      dev::sync_block();", "project(p, smem, head);", CASCADE),
+    sm80("windows_see_each_other", f"{WINDOW}_sm80.cuh", "key.window == row.window ?",
+         "key.window >= 0 ?", CASCADE),
+    sm80("group_not_added", f"{WINDOW}_sm80.cuh", "a += static_cast<float>(own[at * x.stride[3]]);",
+         "", CASCADE),
+    simt("padding_not_zero", f"{WINDOW}_simt.cuh", "return A(0);\n    return static_cast<A>(",
+         "return A(1);\n    return static_cast<A>(", CASCADE),
 )  # fmt: skip
 
 

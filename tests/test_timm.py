@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -294,6 +295,19 @@ def test_refusals():
         model(torch.zeros(1, 3, 224, 224))
     with pytest.raises(TypeError, match="not folded"):
         hw.cascaded_group_attention(torch.zeros(1, 7, 7, 64), module)
+
+
+def test_contenders_of_the_suite_compute_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    suite = importlib.import_module("bench.cascaded_group_attention")
+    monkeypatch.setattr(suite, "BATCH", 2)
+    monkeypatch.setattr(suite, "MODEL_BATCH", 1)
+    cases = suite.cases("cpu", True)
+    assert [case.name for case in cases][-1] == "model m0"
+    for case in cases:
+        results = {name: call() for name, call in case.contenders().items()}
+        for y in results.values():
+            close(y, results["eager"])
 
 
 @pytest.mark.no_comparison

@@ -8,7 +8,7 @@ import torch
 import headworks as hw
 from headworks.ops.windows import _cascaded_group_attention_native as native
 from headworks.ops.windows import cascaded_group_attention as module
-from headworks.testing import EVERY_DTYPE, Case, Spec
+from headworks.testing import EVERY_DTYPE, HALF, Case, Spec
 
 from .pairs import pairwise
 
@@ -72,6 +72,19 @@ def operators(tensors, case):
     return [(native.operator, (x, *weights, *window, "auto"))]
 
 
+def limit(backend, case):
+    """What the tensor-core kernel does not take."""
+    n = case.sizes
+    if not backend.endswith("sm80") or n["B"] * n["Y"] * n["X"] == 0:
+        return ""
+    window = case.options["window"]
+    whole = window is None or (n["Y"] <= window and n["X"] <= window)
+    tokens = n["Y"] * n["X"] if whole else window**2
+    if n["K"] != 16:
+        return f"K = 16 only, not {n['K']}"
+    return f"up to 64 tokens, not {tokens}" if tokens > 64 else ""
+
+
 # (H, d, kernels) of the models' stages: M0 to M5.
 STAGES = (
     *((4, d, (5, 5, 5, 5)) for d in (16, 32, 48)),
@@ -102,14 +115,26 @@ CASES = (
 )
 
 EMULATOR_CASES = (
-    case(Y=8, X=9, window=7, B=1, H=3, d=8, K=4, kernels=(5, 3, 7)),
+    case(Y=8, X=9, window=7, B=1, H=3, d=8, kernels=(5, 3, 7)),
     case(Y=4, X=4, window=None, B=2, H=2, d=16, kernels=(3, 5)),
     case(Y=7, X=5, window=4, B=2, H=2, d=12, K=16, kernels=(3,)),
+    case(Y=8, X=9, window=7, B=1, H=3, d=8, K=4, kernels=(5, 3, 7)),
     case(Y=1, X=1, window=None, B=1, H=1, d=1, K=1, kernels=(1,)),
     case(Y=3, X=5, window=None, B=1, H=2, d=20, K=8, R=7),
     case(Y=9, X=9, window=9, B=1, H=2, d=24, K=16),
     case(Y=5, X=5, window=4, B=1, H=2, d=8, K=8, spread=30.0),
     case(B=0, H=1, d=8),
+    # Tensor cores: every width, and several windows a block, the last block in part.
+    *(
+        case(Y=y, X=x, window=w, B=3, H=2, d=d, kernels=k)
+        for (y, x, w), d, k in (
+            ((7, 7, 7), 64, (5, 7)),
+            ((4, 4, None), 96, (3, 5)),
+            ((8, 8, None), 112, (3,)),
+            ((5, 7, 3), 40, (5, 3)),
+            ((2, 3, None), 8, (3,)),
+        )
+    ),
     # More than a block may have in shared memory: blocks that take several windows each.
     case(Y=15, X=42, window=14, B=3, H=1, d=64, K=16, kernels=(3,)),
     *(
@@ -147,6 +172,7 @@ SPEC = Spec(
         case(Y=15, X=10, B=3, H=3, d=24, K=16, kernels=(7, 5, 3)),
         case(Y=4, X=4, window=None, B=2, H=2, d=48, kernels=(5,)),
     ),
-    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE},
+    dtypes={"cpu": EVERY_DTYPE, "simt": EVERY_DTYPE, "sm80": HALF},
     operators=operators,
+    limit=limit,
 )

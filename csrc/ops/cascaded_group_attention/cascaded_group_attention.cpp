@@ -3,6 +3,7 @@
 #include "ops/cascaded_group_attention/cascaded_group_attention.h"
 
 #include "ops/cascaded_group_attention/cascaded_group_attention_simt_layout.h"
+#include "ops/cascaded_group_attention/cascaded_group_attention_sm80_layout.h"
 
 #include "core/host/registry.h"
 
@@ -41,11 +42,22 @@ void check_forward(const P& p, const Call&) {
                p.tokens() * (p.channels() + p.projected()));
 }
 
-int64_t forward_workspace(const P& p, const Call& call, Backend) {
-  return simt::workspace_bytes(p, call);
+std::string why_not(const P& p, const Call& call, Backend backend) {
+  return backend == Backend::sm80 ? sm80::why_not(p, call) : std::string();
 }
 
-constexpr Questions<P> kForward{.check = &check_forward, .workspace = &forward_workspace};
+int forward_dim(const P& p, const Call&, Backend backend) {
+  return backend == Backend::sm80 ? static_cast<int>(p.group()) : 0;
+}
+
+int64_t forward_workspace(const P& p, const Call& call, Backend backend) {
+  return backend == Backend::simt ? simt::workspace_bytes(p, call) : 0;
+}
+
+constexpr Questions<P> kForward{.check = &check_forward,
+                                .why_not = &why_not,
+                                .dim = &forward_dim,
+                                .workspace = &forward_workspace};
 
 constexpr Function kFunctions[] = {function<kForwardList, kForward>("forward")};
 

@@ -2,8 +2,9 @@
 // Cascaded group attention on CUDA without tensor cores: every dtype, sm_75 and later.
 //
 // A block has a window and runs the whole cascade of it: a thread has a column of a projection and
-// four tokens, a warp the scores of a query, a lane a key of them, then a column of o. x is read and
-// y written once, everything between is the block's own (cascaded_group_attention_simt_layout.h).
+// four tokens, a warp the scores of a query, a lane a key of them, then a column of o. x is read
+// and y written once, everything between is the block's own, see
+// cascaded_group_attention_simt_layout.h.
 #pragma once
 
 #include <cmath>
@@ -43,7 +44,6 @@ struct WindowKernel {
     Window w = window_of(p);
     for (int64_t i = dev::block_index_x(); i < p.f.windows(); i += dev::grid_size_x()) {
       w.place = p.f.place(i);
-      dev::sync_block();  // what the last window left has been read
       for (int at = dev::thread_index(); at < w.tokens * w.group; at += kThreads)
         w.f[at] = x(p, w, at / w.group, at % w.group);
       for (int head = 0; head < static_cast<int>(p.f.heads()); ++head) {

@@ -53,8 +53,8 @@ struct Plan {
 
 inline Plan make_plan(const ForwardParams& p, const Call& call) {
   Plan plan{.layout = make_layout(p), .bytes = 0, .in_shared = false, .blocks = p.windows()};
-  plan.bytes = plan.layout.size * (call.element == DType::f64 ? 8 : 4);
-  plan.in_shared = plan.bytes <= cuda_device(call.context.device_index).shared_bytes_per_block;
+  plan.bytes = plan.layout.size * max_of<int64_t>(dtype_size(call.element), sizeof(float));
+  plan.in_shared = plan.bytes <= cuda_device(call.tensors[0].device_index).shared_bytes_per_block;
   const int64_t at_once = int64_t{kBlocksAtOnce} * max_of(call.context.multiprocessors, 1);
   if (!plan.in_shared) plan.blocks = min_of(plan.blocks, at_once);
   return plan;

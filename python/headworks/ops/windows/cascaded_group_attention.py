@@ -48,7 +48,8 @@ def cascaded_group_attention(
             with zeros, below and on the right; such tokens enter the projection and are keys, not
             masked, as the released models have it. None, or an image no larger than a window: the
             whole image is one window.
-        backend: "auto", "reference", "cpu", "simt" or "emulate:simt"; see hw.explain.
+        backend: "auto", "reference", or a compiled one by name; see hw.explain. Tensor cores take
+            K = 16 and windows of up to 64 tokens.
 
     Returns:
         y [B, Y, X, C] in the dtype of x.
