@@ -193,6 +193,13 @@ def _contmix(draw: Draw) -> Made:
     return (lambda a, w, b, v: hw.contmix(a, w, b, v, **sizes)), given
 
 
+def _cascade(draw: Draw) -> Made:
+    """Stage 1 of EfficientViT M0."""
+    layer = hw.nn.CascadedGroupAttention(64, 16, 4, resolution=7)
+    weights = layer.eval().folded().to(draw.dtype)
+    return (lambda x: hw.cascaded_group_attention(x, weights, window=7)), (draw(16, 14, 14, 64),)
+
+
 CASES = (
     Case("linear_attention", "causal", _linear()),
     Case("linear_attention", "full", _linear(is_causal=False)),
@@ -212,6 +219,7 @@ CASES = (
     Case("key_scan", "4096 tokens", _key_scan),
     Case("select_topk", "512 of 8192", _select_topk, FORWARD),
     Case("bilevel_route", "28 x 28", _bilevel_route, FORWARD),
+    Case("cascaded_group_attention", "M0 stage 1", _cascade, FORWARD),
     Case("bilevel_routing_attention", "56 x 56, topk 1", _bilevel(56, 1, 2)),
     Case("bilevel_routing_attention", "28 x 28, topk 4", _bilevel(28, 4, 4)),
     Case("bilevel_routing_attention", "14 x 14, topk 16", _bilevel(14, 16, 8)),

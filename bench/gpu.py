@@ -11,6 +11,7 @@ import torch
 from bench import (
     attention,
     bilevel_routing,
+    cascaded_group_attention,
     contmix,
     key_scan,
     kmeans_routing,
@@ -46,6 +47,10 @@ def cases(device: str, tiny: bool) -> list[Named]:
         *(("window_attention", case) for case in window_attention.gpu_cases(device, tiny)),
         *(("attention", case) for case in ([] if tiny else attention.gpu_options(device))),
         *(("select_topk", case) for case in select_topk.cases(device, tiny)),
+        *(
+            ("cascaded_group_attention", case)
+            for case in cascaded_group_attention.gpu_cases(device, tiny)
+        ),
         *(("key_scan", case) for case in key_scan.cases(device, True)[: 1 if tiny else None]),
         *(("contmix", case) for case in contmix.gpu_cases(device, tiny)),
     ]

@@ -27,11 +27,15 @@ class Budget:
     needs: tuple[str, ...] = ()
 
 
-OPERATORS80 = ("attention", "linear_attention", "routing_attention", "window_attention")
+OPERATORS80 = (
+    "attention", "cascaded_group_attention", "linear_attention", "routing_attention",
+    "window_attention",
+)  # fmt: skip
 TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING, WINDOW = "hw::routing_attention::", "hw::window_attention::"
+CASCADE = "hw::cascaded_group_attention::"
 LIST80 = r"(?=.*::ListCut<)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
@@ -81,6 +85,11 @@ BUDGETS = (
     Budget(WINDOW + "ExpandKernel<", 64, 256, 4),
     Budget(WINDOW + "FoldKernel<", 64, 128, 8),
     Budget(r"hw::CsrKernel<", 64, 512, 2),
+    # shared memory with one head's tile of relu; the others' are behind it
+    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, (32|64)>", 192, 128, 2, 55 * KIB, TENSOR),
+    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 96>", 224, 128, 2, 75 * KIB, TENSOR),
+    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 128>", 255, 128, 1, 102 * KIB, TENSOR),
+    Budget(CASCADE + "simt::WindowKernel<", 128, 256, 2),
 )
 
 

@@ -57,6 +57,7 @@ FREE = {
     "contmix_fwd": "v4",
     "kmeans_route": "x0 x1 centroids1",
     "bilevel_route": "q1 q2 q3 k1 k2 k3",
+    "cascaded_group_attention": "x0 x1 x2",
 }
 # A log-sum-exp that is given has no rest.
 BARE = {

@@ -30,6 +30,8 @@ ROUTING = "ops/routing_attention/routing_attention"
 WINDOW = "ops/window_attention/window_attention"
 WINDOWS, MIX, AV = "neighborhood", "contmix", "na2d_av"
 KMEANS, BILEVEL = "kmeans_routing_attention", "bilevel_routing_attention"
+CASCADE = "cascaded_group_attention"
+FILES = f"ops/{CASCADE}/{CASCADE}"
 WRONG = 3  # exit code of CHECK when a comparison failed
 
 # Compares the small cases of an operator on a backend in both orders of asynchronous copies.
@@ -296,6 +298,33 @@ FAULTS = (
          "i < line.kernel - 1)", MIX),
     simt("sums_of_one_slice", f"ops/{MIX}/contmix_simt_gradients.cuh", "term < p.terms;",
          "term < 1;", MIX),
+    cpu("group_not_added", f"{FILES}_cpu_window.h", "store(f + c, value + load(x + c))",
+        "store(f + c, value)", CASCADE),
+    cpu("taps_off_by_one", f"{FILES}_cpu_window.h", "std::max(-reach, -y)",
+        "std::max(1 - reach, -y)", CASCADE),
+    cpu("bias_not_mirrored", f"{FILES}_cpu_weights.h", "middle[dx] = middle[-dx] = value;",
+        "middle[dx] = value;", CASCADE),
+    cpu("padding_repeats", f"{FILES}_cpu.cpp", "inside ? token(s, y, x, copy) : zeros_.data()",
+        "token(s, inside ? y : 0, inside ? x : 0, copy)", CASCADE),
+    simt("missing_barrier", f"{FILES}_simt.cuh",
+         "convolve(p, w, head);\n        dev::sync_block();", "convolve(p, w, head);", CASCADE),
+    simt("group_not_added", f"{FILES}_simt.cuh", "o + x(p, w, i, (head + 1) * w.group + c)", "o",
+         CASCADE),
+    simt("distance_without_sign", f"{FILES}_simt.cuh", "(dy < 0 ? -dy : dy)", "(dy < 0 ? 0 : dy)",
+         CASCADE),
+    sm80("missing_wait", f"{FILES}_sm80.cuh",
+         "dev::copy_async_wait<0>();\n      dev::sync_block();\n      project(",
+         "dev::sync_block();\n      project(", CASCADE),
+    sm80("missing_barrier", f"{FILES}_sm80.cuh",
+         "convolve(p, smem, head);\n      dev::sync_block();", "convolve(p, smem, head);", CASCADE),
+    sm80("weights_too_early", f"{FILES}_sm80.cuh",
+         "project(p, smem, head);\n      dev::sync_block();", "project(p, smem, head);", CASCADE),
+    sm80("windows_see_each_other", f"{FILES}_sm80.cuh", "key.window == row.window ?",
+         "key.window >= 0 ?", CASCADE),
+    sm80("group_not_added", f"{FILES}_sm80.cuh", "a += static_cast<float>(own[at * x.stride[3]]);",
+         "", CASCADE),
+    simt("padding_not_zero", f"{FILES}_simt.cuh", "return A(0);\n    return static_cast<A>(",
+         "return A(1);\n    return static_cast<A>(", CASCADE),
 )  # fmt: skip
 
 

@@ -44,7 +44,13 @@ CALLS = {
     "window_attention": IMAGES,
     "na2d_av": (randn(1, 3, 2, 2, 3, dtype=torch.float32), IMAGES[2]),
     "contmix": (IMAGES[0][..., :1, :], randn(4, 8, dtype=torch.float32), None, IMAGES[2]),
-}
+    "cascaded_group_attention": (IMAGES[0][:, :, :, 0], hw.CascadeWeights.of_heads(
+        [(Q.flatten()[:56].view(14, 4), Q.flatten()[:14])] * 2,
+        [(Q.flatten()[:45].view(5, 1, 3, 3), Q.flatten()[:5])] * 2,
+        Q.flatten()[:18].view(2, 9),
+        (Q.flatten()[:64].view(8, 8), Q.flatten()[:8]),
+    )),
+}  # fmt: skip
 NEEDED = {
     "attention_probs": {"keys": torch.tensor([0])},
     "bilevel_route": {"num_regions": (1, 2), "topk": 1},
@@ -105,7 +111,8 @@ def foreign(x):
 
 # What the specs index or copy before the call; below by hand.
 PREPARED = {("linear_attention_step", "kv"), ("linear_attention_step", "z"),
-            ("kmeans_route", "centroids")}  # fmt: skip
+            ("kmeans_route", "centroids"),
+            *(("cascaded_group_attention", n) for n in hw.CascadeWeights._fields)}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

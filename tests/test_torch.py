@@ -96,7 +96,8 @@ def test_export(spec, strict):
                 assert_same_bits(x, y)
 
 
-AUTOCAST = ("q", "k", "v", "s", "x", "bias", "w", "affinity", "weight", "rpb", "small_rpb")
+AUTOCAST = ("q", "k", "v", "s", "x", "bias", "w", "affinity", "weight", "rpb", "small_rpb",
+            *hw.CascadeWeights._fields)  # fmt: skip
 
 
 @pytest.mark.parametrize("half", HALF, ids=identify)

@@ -34,6 +34,7 @@ SPECS = (
     "attention_probs",
     "linear_attention_step",
     "key_scan",
+    "cascaded_group_attention",
     "select_topk",
     "bilevel_route",
     "kmeans_route",

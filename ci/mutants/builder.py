@@ -62,6 +62,7 @@ ALONE = {
     "key_scan": Part.of("key_scan", "key_scan"),
     "kmeans_route": Part.of("kmeans_route select_topk", "kmeans_route"),
     "bilevel_route": Part.of("bilevel_route select_topk", "bilevel_route"),
+    "cascaded_group_attention": Part.of("cascaded_group_attention", "cascaded_group_attention"),
     "moh_route": Part.of("moh_route routing_attention attention", "moh_attention", "f32"),
     "softmax": Part.of(
         "attention routing_attention moh_route bilevel_route select_topk window_attention",

@@ -17,6 +17,7 @@ Functions
     kmeans_update
     window_attention                          inside the windows of an image, with a bias table
     moh_attention                             heads chosen for each token (mixture of heads)
+    cascaded_group_attention, CascadeWeights  heads of a window one after another (EfficientViT)
     select_topk                               the k largest, deterministic, in order
     na2d_av, contmix                          windows of given weights, of weights made (OverLoCK)
     LinearState, KeyScanState                 what they keep of the tokens they have seen
@@ -46,6 +47,8 @@ from .ops.routing.bilevel_routing import bilevel_route, bilevel_routing_attentio
 from .ops.routing.kmeans_routing import kmeans_route, kmeans_routing_attention, kmeans_update
 from .ops.routing.moh_attention import moh_attention
 from .ops.routing.select_topk import select_topk
+from .ops.windows._cascade_weights import CascadeWeights
+from .ops.windows.cascaded_group_attention import cascaded_group_attention
 from .ops.windows.contmix import contmix
 from .ops.windows.na2d_av import na2d_av
 from .ops.windows.window_attention import window_attention
@@ -55,6 +58,7 @@ from . import models, nn  # isort: skip
 __all__ = [
     "Aux",
     "AuxResult",
+    "CascadeWeights",
     "Cost",
     "Explanation",
     "KeyScanState",
@@ -66,6 +70,7 @@ __all__ = [
     "bilevel_route",
     "bilevel_routing_attention",
     "build_info",
+    "cascaded_group_attention",
     "column_stats",
     "contmix",
     "cost",

@@ -70,6 +70,12 @@ def without_products(backend: str) -> str:
     return f"{family}{separator}simt" if name in ("sm80", "sm90") else backend
 
 
+def _fx_traces() -> bool:
+    """Whether torch.fx traces: a flag of its module, from torch 2.14 on one of the thread."""
+    of_thread = getattr(symbolic_trace, "_get_is_fx_tracing", None)
+    return bool(symbolic_trace._is_fx_tracing_flag if of_thread is None else of_thread())
+
+
 def is_recorded() -> bool:
     """Whether operations are recorded or replaced: torch.compile, torch.jit.trace, make_fx, modes.
     Values are not looked at then: whoever runs the graph has others."""
@@ -77,7 +83,7 @@ def is_recorded() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or symbolic_trace._is_fx_tracing_flag
+        or _fx_traces()
     )
 
 
@@ -142,7 +148,7 @@ def _are_ordinary(tensors: Sequence[Maybe]) -> bool:
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or symbolic_trace._is_fx_tracing_flag
+        or _fx_traces()
         or tensors[0].is_meta  # type: ignore[union-attr]
     ):
         return False

@@ -31,6 +31,7 @@ class Operator(NamedTuple):
 
 _LINEAR, _BILEVEL, _KMEANS = "linear_attention", "bilevel_routing", "kmeans_routing"
 _WINDOW = "window_attention"
+_CASCADE = "cascaded_group_attention"
 
 # In the order in which tables and test reports name them.
 OPERATORS = (
@@ -59,4 +60,5 @@ OPERATORS = (
     Operator("window_attention", "windows.window_attention", _WINDOW, _WINDOW),
     Operator("na2d_av", "windows.na2d_av", "contmix", "contmix"),
     Operator("contmix", "windows.contmix", "contmix", "contmix"),
+    Operator("cascaded_group_attention", "windows.cascaded_group_attention", _CASCADE, _CASCADE),
 )

@@ -81,6 +81,9 @@ def cost(op: str | Callable[..., Any], **shape: Any) -> Cost:
     4 T D, e (2 T + 3 D). ``"contmix"``, T = Sy Sx + Ky Kx weights made of A affinities, per token
     and group: 2 A T + 2 T D flops, T exponentials, e (A + 4 D) bytes, and the map and the tables
     once; backward 6 A T + 4 T D, T, e (2 A + 6 D) and twice those. 1 pass each.
+    ``"cascaded_group_attention"``, per token of a window (filled ones too) of N, with M taps of its
+    convolution per head: 2 H (d (2 K + d) + M K + N (K + d)) + 2 C^2 flops, H N exponentials; bytes
+    of x, y and the weights; 1 pass.
 
     Args:
         op: the operator's name, or the public function itself.
@@ -436,6 +439,7 @@ _COSTS: dict[str, Callable[..., Cost]] = {
     "attention_transpose": _transpose,
     "bilevel_route": _bilevel_route,
     "bilevel_routing_attention": _bilevel_attention,
+    "cascaded_group_attention": windows.cascaded_group_attention,
     "column_stats": _columns,
     "kmeans_route": _kmeans_route,
     "kmeans_routing_attention": _kmeans_attention,

@@ -7,10 +7,11 @@ sequence [B, S, d_model],
 ``init_state(batch_size)``. Feeding a sequence in pieces through the state equals feeding it whole.
 
 KMeansRoutingAttention takes a sequence whole, then single steps. Three layers have a parallel form
-alone: BiLevelRoutingAttention and ContMix, of images, and MixtureOfHeads.
+alone: BiLevelRoutingAttention, CascadedGroupAttention and ContMix, of images, and MixtureOfHeads.
 """
 
 from .bilevel_routing import BiLevelRoutingAttention
+from .cascaded_group_attention import CascadedGroupAttention
 from .contmix import ContMix
 from .kmeans_routing import KMeansRoutingAttention, RoutingState
 from .linear_attention import BasedLinearAttention
@@ -22,6 +23,7 @@ from .sliding_window import SlidingWindowAttention, WindowState
 __all__ = [
     "BasedLinearAttention",
     "BiLevelRoutingAttention",
+    "CascadedGroupAttention",
     "ContMix",
     "GatedShortConv",
     "KMeansRoutingAttention",
