@@ -43,8 +43,8 @@ constexpr auto kBackwardList = call_list<BackwardParams>(
               out("d_bias_table", &BackwardParams::d_bias_table, "Hq M").wide().optional()),
     kNumbers);
 
-// The engine's sequences are windows, whose masks hide nothing. Windows that do not fit the call are
-// left to the checks.
+// The engine's sequences are windows, whose masks hide nothing. Windows that do not fit the call
+// are left to the checks.
 template <class P>
 void complete(P& p, const Call&) {
   RegionGrid& g = p.grid;

@@ -17,8 +17,8 @@
 // bin adds up its pairs, part after part.
 //
 // Symbols beside those of softmax/params.h: S = Y X tokens, W windows of an image, N slots of one,
-// M bins of a table. A window that exceeds the image is one of the image's size, whose table has the
-// distances of the larger one: M = ty tx >= N.
+// M bins of a table. A window that exceeds the image is one of the image's size, whose table has
+// the distances of the larger one: M = ty tx >= N.
 #pragma once
 
 #include "softmax/params.h"

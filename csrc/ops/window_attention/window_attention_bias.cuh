@@ -4,9 +4,9 @@
 //   ExpandKernel   bias[h, i, j] = t[h, bin(i, j)]                  a thread: an element
 //   FoldKernel     d_t[h, b] = sum over parts and pairs of bin b    a warp: a bin
 //
-// Pairs of the bin (a, c), a rows and c columns apart, are found from their upper left corner: there
-// are (wy - a) (wx - c) of it, and at each up to four pairs, i and j exchanged and mirrored; none
-// where the window is smaller than the table's.
+// Pairs of the bin (a, c), a rows and c columns apart, are found from their upper left corner:
+// there are (wy - a) (wx - c) of it, and at each up to four pairs, i and j exchanged and mirrored;
+// none where the window is smaller than the table's.
 #pragma once
 
 #include "ops/window_attention/window_attention_simt_layout.h"

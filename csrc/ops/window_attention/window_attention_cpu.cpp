@@ -17,7 +17,7 @@
 namespace hw::window_attention {
 namespace {
 
-// Tasks have as many windows, where there are enough, so that a table is made of the sums of several.
+// Of a task, where there are enough: a table is made of the sums of several windows.
 constexpr int64_t kFewWindows = 8;
 
 template <class T>
@@ -114,8 +114,8 @@ class Backward {
     }
   }
 
-  // The engine's parameters, with sums of the bias of a shape in `memory`: [group, n, n], transposed,
-  // as tiles of the engine are; a table has the same bin both ways.
+  // The engine's parameters, with sums of the bias of a shape in `memory`: [group, n, n],
+  // transposed, as tiles of the engine are; a table has the same bin both ways.
   softmax::BackwardParams engine_params(int shape, int64_t slots, int key_head, Buffer& memory) {
     softmax::BackwardParams b = p_;
     b.bias = shapes_.bias(shape);

@@ -2,7 +2,7 @@
 // The key source of the engine on the CPU (softmax/cpu/sorted_source.h): windows of an image.
 //
 // A window that the image ends in is a smaller window: its slots are the tokens that there are, row
-// by row, in their order. Windows have up to four shapes, whole or cut below, at the right, or both;
+// by row, in their order. Windows have up to four shapes, whole, cut below, at the right, or both;
 // what a slot is follows from lists of each shape, without a division, and each shape has a bias of
 // its own, [Hq, n, n] of the n slots of a shape.
 #pragma once

@@ -2,8 +2,8 @@
 // Attention inside the windows of an image on CUDA: workspace. From shapes only, and no device
 // code: the host side asks `workspace_bytes`. Both CUDA backends use it.
 //
-//   forward    the bias of a window [Hq, N, N], where there is a table; behind it partial results of
-//              spans of keys, which are of the backend
+//   forward    the bias of a window [Hq, N, N], where there is a table; behind it partial results
+//              of spans of keys, which are of the backend
 //   backward   the bias; parts of its gradient [P, Hq, N, N], where it is wanted
 #pragma once
 
@@ -17,8 +17,8 @@
 
 namespace hw::window_attention {
 
-// Parts of the windows of a call, each with sums of its own over [Hq, N, N]: as many as keep a device
-// busy, of tiles of 64 x 64.
+// Parts of the windows of a call, each with sums of its own over [Hq, N, N]: as many as keep a
+// device busy, of tiles of 64 x 64.
 inline int64_t bias_parts(int64_t windows, int64_t heads, int64_t slots) {
   constexpr int64_t kTiles = 512, kSide = 64;
   const int64_t side = ceil_div(slots, kSide);

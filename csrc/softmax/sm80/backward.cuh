@@ -339,10 +339,10 @@ struct PairedKeyGradKernel {
   }
 };
 
-// The gradient of a bias that is broadcast over sequences, heads or keys. The block that owns a tile
-// of it sums, in order, over what shares it; a bias has rows of its own (without, it is a key_bias).
-// Where d_bias has fewer entries than there are sequences, entry e is that of the sequences e, e +
-// entries, ..
+// The gradient of a bias that is broadcast over sequences, heads or keys. The block that owns a
+// tile of it sums, in order, over what shares it; a bias has rows of its own (without, it is a
+// key_bias). Where d_bias has fewer entries than there are sequences, entry e is that of the
+// sequences e, e + entries, ..
 template <class Element, int kDim, KeySource Source, class Cut>
 struct BiasGradKernel {
   static_assert(Source::kInOrder, "sums of a bias are in its order");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on tensor cores: the cut of work on short lists of slots, of regions, clusters, windows.
-// No device code here.
+// Attention on tensor cores: the cut of work on short lists of slots, of regions, clusters or
+// windows. No device code here.
 #pragma once
 
 #include "softmax/sm80/layout.h"
