@@ -14,17 +14,12 @@ namespace hw::cascaded_group_attention::sm80 {
 inline constexpr int kRows = 64;        // tokens of a block
 inline constexpr int kKeyDim = 16;      // K
 inline constexpr int kOutColumns = 64;  // of the last projection at a time
-inline constexpr int64_t kDims[] = {32, 64, 96, 128};
 
 // Windows of a block: as many whole ones as its rows hold.
 inline int64_t windows_of_block(const ForwardParams& p) { return kRows / p.tokens(); }
 
-// d as an instance has it; 0: none.
-inline int64_t width(const ForwardParams& p) {
-  for (const int64_t dim : kDims)
-    if (p.group() <= dim) return dim;
-  return 0;
-}
+// d as an instance has it.
+inline int64_t width(const ForwardParams& p) { return round_up<int64_t>(p.group(), 32); }
 
 // At most: members of WindowKernel::Smem in their order, then a tile of relu a head.
 inline int64_t shared_bytes(int64_t dim, int64_t heads) {
@@ -41,9 +36,9 @@ inline std::string why_not(const ForwardParams& p, const Call& call) {
   if (p.tokens() > kRows)
     return concat("the tensor-core kernel has windows of up to ", kRows, " tokens, not ",
                   p.tokens());
-  const int64_t bytes = shared_bytes(max_of<int64_t>(width(p), 1), p.heads());
+  const int64_t bytes = shared_bytes(width(p), p.heads());
   const int64_t most = cuda_device(call.tensors[0].device_index).shared_bytes_per_block;
-  if (width(p) > 0 && bytes > most)
+  if (bytes > most)
     return concat("the tensor-core kernel needs ", bytes, " bytes of shared memory a block, ",
                   "the device has ", most);
   return {};
