@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._errors import describe, fail
 from ..ops.windows._cascade_weights import CascadeWeights
 from ..ops.windows.cascaded_group_attention import cascaded_group_attention
+from ..ops.windows.window_attention import window_attention
 from ._layer import Layer
 from ._types import Device, DType
 
@@ -42,7 +43,8 @@ class CascadedGroupAttention(Layer):
 
     Three ways to compute, by what the call needs:
 
-    * training, or a gradient wanted: layers of torch with attention between them;
+    * training, or a gradient wanted: layers of torch with :func:`headworks.window_attention`
+      between them;
     * evaluation without gradient: one fused pass a window, batch norms folded in every call;
     * after :meth:`fuse`: the same, folded once and for all.
 
@@ -53,7 +55,8 @@ class CascadedGroupAttention(Layer):
         resolution: R, side of a window.
         kernels: side of the convolution of each head, odd numbers; as many as heads, or more.
         layout: of the input and the output, "NCHW" or "NHWC".
-        backend: of the fused pass, as in :func:`headworks.cascaded_group_attention`.
+        backend: of the fused pass and of attention, as in
+            :func:`headworks.cascaded_group_attention`.
 
     Example:
         >>> layer = CascadedGroupAttention(64, key_dim=16, num_heads=4, resolution=7)
@@ -156,7 +159,10 @@ class CascadedGroupAttention(Layer):
             q, k, v = self.qkvs[i](f).split([self.key_dim, self.key_dim, group], dim=1)
             heads = (t.permute(0, 2, 3, 1)[:, :, :, None] for t in (self.dws[i](q), k, v))
             o = window_attention(
-                *heads, window=self.resolution, bias_table=self.attention_biases[i : i + 1]
+                *heads,
+                window=self.resolution,
+                bias_table=self.attention_biases[i : i + 1],
+                backend=self.backend,
             )  # [M, R, R, 1, d]
             outputs.append(o[:, :, :, 0].permute(0, 3, 1, 2))
         return self.proj(torch.cat(outputs, dim=1))
@@ -247,40 +253,6 @@ class CascadedGroupAttention(Layer):
             f"resolution={self.resolution}, kernels={self.kernels}, layout={self.layout}"
             + (", fused" if self.is_fused else "")
         )
-
-
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    bias_table: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """q, k [B, Y, X, H, D], v [B, Y, X, H, Dv] -> [B, Y, X, H, Dv]; Y and X are multiples of R.
-
-    Softmax attention within windows of R x R tokens, R = `window`; bias_table [H, R * R] is by
-    |dy| R + |dx|.
-    """
-
-    def cut(x: Tensor) -> Tensor:  # [B, nY, nX, H, N, D]
-        x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
-
-    s = (q.shape[-1] ** -0.5 if scale is None else scale) * cut(q) @ cut(k).transpose(-1, -2)
-    if bias_table is not None:
-        s = s + bias_table[:, _pair_index(window, q.device)]
-    o = (s.softmax(-1) @ cut(v)).unflatten(4, (window, window))  # [B, nY, nX, H, R, R, Dv]
-    return o.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
-
-
-def _pair_index(side: int, device: torch.device) -> Tensor:
-    """[N, N]: |dy| R + |dx| of two tokens of a window."""
-    at = torch.arange(side, device=device)
-    apart = (at[:, None] - at).abs()
-    index = apart[:, None, :, None] * side + apart[:, None]  # [R, R, R, R]
-    return index.flatten(2).flatten(0, 1)
 
 
 def conv_norm(
