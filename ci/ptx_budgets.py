@@ -32,6 +32,7 @@ TENSOR = ("mma", "ldmatrix", "cp.async")
 SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING = "hw::routing_attention::"
+NEAR, MIX = "hw::neighborhood::simt::", "hw::contmix::simt::"
 LIST80 = r"(?=.*routing_attention::sm80::)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
@@ -79,6 +80,10 @@ BUDGETS = (
     Budget(SOFT + "RowDotKernel<", 64, 256, 4),
     Budget(ROUTING + "SpansKernel", 64, 256, 4),
     Budget(r"hw::CsrKernel<", 64, 512, 2),
+    Budget(NEAR, 104, 128, 4),
+    Budget(MIX + "(Forward|Store)Kernel<", 136, 128, 3),
+    Budget(MIX + "MapKernel<", 120, 256, 2, 17 * KIB),
+    Budget(MIX, 96, 128, 5),
 )
 
 
