@@ -36,6 +36,7 @@ SM80 = "hw::linear_attention::sm80::"
 SOFT80, SOFT = "hw::softmax::sm80::", "hw::softmax::simt::"
 ROUTING, WINDOW = "hw::routing_attention::", "hw::window_attention::"
 CASCADE = "hw::cascaded_group_attention::"
+NEAR, MIX = "hw::neighborhood::simt::", "hw::contmix::simt::"
 LIST80 = r"(?=.*::ListCut<)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
@@ -90,6 +91,10 @@ BUDGETS = (
     Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 96>", 224, 128, 2, 75 * KIB, TENSOR),
     Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 128>", 255, 128, 1, 102 * KIB, TENSOR),
     Budget(CASCADE + "simt::WindowKernel<", 128, 256, 2),
+    Budget(NEAR, 104, 128, 4),
+    Budget(MIX + "(Forward|Store)Kernel<", 136, 128, 3),
+    Budget(MIX + "MapKernel<", 120, 256, 2, 17 * KIB),
+    Budget(MIX, 96, 128, 5),
 )
 
 
