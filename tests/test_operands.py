@@ -104,6 +104,8 @@ NUMBERS = {
     "key_image_height": (0, 10**6),
     "q_rows": (0, 10**6),
     "k_height": (0, 10**6),
+    "window_height": (-1, 0, 10**6),
+    "window_width": (-1, 0, 10**6),
 }
 
 

@@ -155,7 +155,7 @@ class CascadedGroupAttention(Layer):
             f = outputs[-1] + own if outputs else own
             q, k, v = self.qkvs[i](f).split([self.key_dim, self.key_dim, group], dim=1)
             heads = (t.permute(0, 2, 3, 1)[:, :, :, None] for t in (self.dws[i](q), k, v))
-            o = window_attention(
+            o = _window_attention(
                 *heads, window=self.resolution, bias_table=self.attention_biases[i : i + 1]
             )  # [M, R, R, 1, d]
             outputs.append(o[:, :, :, 0].permute(0, 3, 1, 2))
@@ -249,7 +249,7 @@ class CascadedGroupAttention(Layer):
         )
 
 
-def window_attention(
+def _window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
