@@ -113,13 +113,11 @@ def test_result_lies_in_memory_as_the_image_does():
 
 
 def test_huge_scores():
-    x, weights = inputs(F32, B=2, Y=4, X=4, window=None, d=8)
+    x, weights = inputs(B=2, Y=4, X=4, window=None, d=8)
     loud = weights._replace(conv_weight=1e4 * weights.conv_weight)
     y = hw.cascaded_group_attention(x, loud)
-    oracle = hw.cascaded_group_attention(x.double(), loud.to(torch.float64), backend="reference")
-    assert y.isfinite().all()
-    # Weights are 0 or 1 but for near ties, which are rare.
-    assert ((y - oracle).abs().amax(-1) < 1e-3).float().mean() > 0.7
+    compare(y, hw.cascaded_group_attention(x, loud, backend="reference"), F32)
+    assert hw.cascaded_group_attention(x.float(), loud.to(F32)).isfinite().all()
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, *EMULATED_HALF])
