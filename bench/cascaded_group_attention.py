@@ -170,7 +170,8 @@ def _model_case(device: str, name: str, quick: bool) -> Case:
 
         from headworks.integrations import timm as hw_timm
 
-        models = [randomized(timm.create_model(f"efficientvit_{name}")) for _ in range(2)]
+        model = randomized(timm.create_model(f"efficientvit_{name}"))
+        models = [model, copy.deepcopy(model)]
         x = torch.randn(MODEL_BATCH, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1))
         hw_timm.optimize(models[1])
         made = _contenders(*(m.to(device) for m in models), x.to(device), compiled=not quick)

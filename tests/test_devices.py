@@ -70,6 +70,19 @@ def test_linear_attention_on_99_kilobytes(value_dim, configure):
 
 
 @pytest.mark.no_comparison
+def test_tensor_cores_decline_wide_cascades_on_99_kilobytes(configure):
+    """Tiles of two heads of 112 channels take more; simt has a workspace."""
+    spec = next(s for s in SPECS if s.name == "cascaded_group_attention")
+    case = next(c for c in spec.emulator_cases if c.sizes["d"] == 112)
+    tensors = spec.make(case, torch.bfloat16)
+    spec.run(tensors, case, "emulate:sm80")
+    configure(capability=86, shared_bytes=99 * 1024)
+    with pytest.raises(NotImplementedError, match=r"needs \d+ bytes .* a block, the device has"):
+        spec.run(tensors, case, "emulate:sm80")
+    assert spec.run(tensors, case, "emulate:simt")["y"].isfinite().all()
+
+
+@pytest.mark.no_comparison
 @pytest.mark.parametrize("scale, loss", [(1e-8, "o"), (1e8, "o"), (0.0, "kv"), (0.0, "z")])
 def test_scales_that_tensor_cores_decline(scale, loss, configure):
     """Of linear attention's gradients: what is divided by the scale must not leave fp32."""

@@ -111,6 +111,8 @@ NUMBERS = {
     "q_rows": (0, 10**6),
     "k_height": (0, 10**6),
     **dict.fromkeys(("kernel_y", "kernel_x", "small_y", "small_x"), (-1, 0, 2, 10**6 + 1)),
+    "window_height": (-1, 0, 10**6),
+    "window_width": (-1, 0, 10**6),
 }
 
 

@@ -36,7 +36,7 @@ struct WindowKernel {
 
   struct Params {
     ForwardParams f;
-    int side, windows;              // R; of a block
+    int side, stride;               // R; rows of a window
     bool aligned_qkv, aligned_out;  // weights, for copies of 16 bytes
   };
 
@@ -105,14 +105,14 @@ struct WindowKernel {
 
  private:
   HW_DEVICE HW_INLINE static int64_t first_window(const Params& p) {
-    return int64_t{dev::block_index_x()} * p.windows;
+    return int64_t{dev::block_index_x()} * (kRows / p.stride);
   }
 
   HW_DEVICE static void place_rows(const Params& p, Smem& smem) {
     const int r = dev::thread_index(), tokens = static_cast<int>(p.f.tokens());
     if (r >= kRows) return;
-    const int window = r / tokens, token = r % tokens, width = static_cast<int>(p.f.width);
-    const bool exists = window < p.windows && first_window(p) + window < p.f.windows();
+    const int window = r / p.stride, token = r % p.stride, width = static_cast<int>(p.f.width);
+    const bool exists = token < tokens && first_window(p) + window < p.f.windows();
     smem.rows[r] = {exists ? window : -1, token / width, token % width};
   }
 
@@ -212,7 +212,8 @@ struct WindowKernel {
     each_pair(v, [&](int row, int column, float a, float b) {
       if (column < group) a += static_cast<float>(bias(2 * kKeyDim + column));
       if (column + 1 < group) b += static_cast<float>(bias(2 * kKeyDim + column + 1));
-      put(smem.v, row, column, a, b);
+      const bool exists = smem.rows[row].window >= 0;  // else a weight of 0 must meet no infinity
+      put(smem.v, row, column, exists ? a : 0.0f, exists ? b : 0.0f);
     });
   }
 
@@ -256,7 +257,7 @@ struct WindowKernel {
     }
     Values o;
     o.clear();
-    multiply_columns(o, pack<Element>(s), smem.v);
+    multiply_values(p, o, pack<Element>(s), smem);
     o.scale_row(0, 0, inverse[0]), o.scale_row(0, 1, inverse[1]);
     hand_over(p, smem, head, o);
   }
@@ -271,6 +272,25 @@ struct WindowKernel {
       loads.load(k, 8 * j, 0);
       dev::mma_16x8x16<Element>(s.at[0][j], q, k);
       dev::mma_16x8x16<Element>(s.at[0][j + 1], q, k + 2);
+    }
+  }
+
+  // o += p v of the keys of the warp's window.
+  HW_DEVICE HW_INLINE static void multiply_values(const Params& p, Values& o,
+                                                  const Packed<1, kRows / 16>& weights,
+                                                  const Smem& smem) {
+    const int own = dev::warp() * 16 / p.stride;
+    const auto loads = MatrixLoads<Group>::left(smem.v, 0);
+    HW_UNROLL
+    for (int step = 0; step < kRows / 16; ++step) {
+      if (step * 16 / p.stride != own) continue;
+      HW_UNROLL
+      for (int j = 0; j < Values::kTiles; j += 2) {
+        uint32_t v[4];
+        loads.load_transposed(v, 16 * step, j / 2);
+        dev::mma_16x8x16<Element>(o.at[0][j], weights.at[0][step], v);
+        dev::mma_16x8x16<Element>(o.at[0][j + 1], weights.at[0][step], v + 2);
+      }
     }
   }
 
@@ -338,10 +358,10 @@ bool has_units(const Ref<const Element, N>& x) {
 template <class Element, int kDim>
 void forward(const ForwardParams& f, const Call& call) {
   using Kernel = WindowKernel<Element, kDim>;
-  const int64_t windows = windows_of_block(f);
-  launch<Kernel>({ceil_div(f.windows(), windows), 1, 1},
+  const int64_t stride = rows_of_window(f);
+  launch<Kernel>({ceil_div(f.windows(), kRows / stride), 1, 1},
                  static_cast<int>(shared_bytes(kDim, f.heads())), call.context,
-                 {f, static_cast<int>(f.side()), static_cast<int>(windows),
+                 {f, static_cast<int>(f.side()), static_cast<int>(stride),
                   has_units(f.qkv_weight.template as<const Element>()),
                   has_units(f.out_weight.template as<const Element>())});
 }

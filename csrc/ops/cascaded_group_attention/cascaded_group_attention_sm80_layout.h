@@ -15,8 +15,11 @@ inline constexpr int kRows = 64;        // tokens of a block
 inline constexpr int kKeyDim = 16;      // K
 inline constexpr int kOutColumns = 64;  // of the last projection at a time
 
-// Windows of a block: as many whole ones as its rows hold.
-inline int64_t windows_of_block(const ForwardParams& p) { return kRows / p.tokens(); }
+// Rows of a window, whole warps, so that no product of a warp meets two windows: what is not finite
+// in one would reach the other, also times 0.
+inline int64_t rows_of_window(const ForwardParams& p) {
+  return p.tokens() <= 16 ? 16 : p.tokens() <= 32 ? 32 : kRows;
+}
 
 // d as an instance has it.
 inline int64_t width(const ForwardParams& p) { return round_up<int64_t>(p.group(), 32); }
