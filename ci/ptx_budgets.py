@@ -93,7 +93,7 @@ BUDGETS = (
     Budget(CASCADE + "simt::WindowKernel<", 128, 256, 2),
     Budget(NEAR, 104, 128, 4),
     Budget(MIX + "(Forward|Store)Kernel<", 136, 128, 3),
-    Budget(MIX + "MapKernel<", 120, 256, 2, 17 * KIB),
+    Budget(MIX + "MapKernel<", 120, 256, 2),
     Budget(MIX, 96, 128, 5),
 )
 
