@@ -34,7 +34,7 @@ def windowed(
 ) -> Tensor:
     """o, with attend(q, k, v, bias) of sequences [B, S, H, D]."""
     height, width = (min(window, n) for n in q.shape[1:3])
-    bias = table[:, distances(height, width, window)]
+    bias = table[:, distances(height, width, window, table.device)]
     o = attend(*(_cut(x, height, width) for x in (q, k, v)), bias)
     rows, columns = q.shape[1] // height, q.shape[2] // width
     o = o.reshape(q.shape[0], rows, columns, height, width, *o.shape[2:])
@@ -42,9 +42,9 @@ def windowed(
 
 
 @functools.lru_cache
-def distances(height: int, width: int, window: int) -> Tensor:
+def distances(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """The table's column for every pair of tokens of a window: [N, N]."""
-    token = torch.arange(height * width)
+    token = torch.arange(height * width, device=device)
     y, x = token // width, token % width
     return (y[:, None] - y).abs() * window + (x[:, None] - x).abs()
 

@@ -183,7 +183,7 @@ def test_window_attention():
     # one window over the image is attention
     whole = cost("window_attention", **shape, window=12, bias_table=False)
     assert whole == cost("attention", B=2, S=70, H=4, Hkv=2, D=16, Dv=24)
-    with pytest.raises(ValueError, match="height is -1"):
+    with pytest.raises(ValueError, match="window is 0"):
         cost("window_attention", **shape, window=0)
 
 

@@ -178,12 +178,16 @@ def test_windows_that_come_again(table_dtype, monkeypatch):
         q = randn(2, 5, 7, 4, 8, seed=seed)
         k, v = (randn(2, 5, 7, 2, 8, seed=seed + 5 * i) for i in (1, 2))
         table = None if table_dtype is None else randn(4, 12, seed=seed + 20).to(table_dtype)
-        for options in ({"window": (3, 4)}, {"window": (4, 3), "scale": 0.3}):
+        for options in (
+            {"window": (3, 4)},
+            {"window": (3, 4), "scale": 0.3},
+            {"window": (4, 3), "scale": 0.3},
+        ):
             options["bias_table"] = table
             made = hw.window_attention(q, k, v, **options)
             want = hw.window_attention(q, k, v, backend="reference", **options)
             torch.testing.assert_close(made, want, rtol=1e-12, atol=1e-12)
-    assert len(ready) == (0 if table_dtype is torch.float32 else 2) and None not in ready.values()
+    assert len(ready) == (0 if table_dtype is torch.float32 else 3) and None not in ready.values()
 
 
 @pytest.mark.parametrize("keys_given", [False, True])

@@ -121,8 +121,8 @@ def test_the_table_is_of_distances():
                 compare(p[y, x], want, F64)
 
 
-def test_the_gradient_of_the_table_is_the_same_however_many_windows_there_are():
-    """The bits of the sum depend on shapes alone, not on threads."""
+def test_the_gradient_of_the_table_is_the_same_however_many_threads_there_are():
+    """The bits of the sum depend on shapes alone."""
     q, k, v = (x.float() for x in inputs(21, 25, h=4, d=16, dv=16, b=3))
     table = randn(4, 49, dtype=F32, seed=3).requires_grad_()
     threads = torch.get_num_threads()
@@ -136,6 +136,23 @@ def test_the_gradient_of_the_table_is_the_same_however_many_windows_there_are():
         torch.set_num_threads(threads)
     assert_same_bits(made[0], made[1])
     assert_same_bits(made[0], made[2])
+
+
+@pytest.mark.parametrize("dtype", (F32, torch.bfloat16), ids=str)
+def test_batch_neighbours_change_no_bit_beside_a_table(dtype):
+    q, k, v = (x.to(dtype) for x in inputs(9, 10, h=4, hk=2, d=16, dv=16, b=3))
+    table = randn(4, 20, dtype=dtype, seed=3)
+
+    def call(*images):
+        given = [x.detach().requires_grad_() for x in images[:3]]
+        o = hw.window_attention(*given, window=(4, 5), bias_table=table)
+        return o.detach(), *torch.autograd.grad(o, given, images[3])
+
+    d_o = randn(*q.shape, dtype=dtype, seed=4)
+    every = call(q, k, v, d_o)
+    for b in range(3):
+        for x, y in zip(call(*(x[b : b + 1] for x in (q, k, v, d_o))), every, strict=True):
+            assert_same_bits(x, y[b : b + 1].contiguous())
 
 
 def test_a_table_of_another_dtype_is_rounded():
@@ -177,8 +194,9 @@ CASES = [
     Refused(TypeError, "k", "float64", k=K.double()),
     Refused(TypeError, "q", "int64", q=Q.long(), k=K.long(), v=V.long()),
     Refused(RuntimeError, "k", "meta", k=K.to("meta")),
-    Refused(ValueError, "window", "(0, 4)", "at least 1", window=(0, 4)),
+    Refused(ValueError, "window", "(0, 4)", "from 1 to 32767", window=(0, 4)),
     Refused(ValueError, "window", "(-7, -7)", window=-7),
+    Refused(ValueError, "window", "32768", window=(4, 2**15)),
     Refused(TypeError, "window", "(3, 4, 5)", window=(3, 4, 5)),
     Refused(TypeError, "window", "3.0", window=(3.0, 4)),
     Refused(TypeError, "window", "None", window=None),

@@ -87,7 +87,9 @@ def window_attention(
     and r tokens over, n w^2 + r^2 pairs of places along it."""
     height, width = (window, window) if isinstance(window, int) else window
     dv, heads = D if Dv is None else Dv, H if Hkv is None else Hkv
-    check_sizes(B=B, Y=Y, X=X, H=H, Hkv=heads, D=D, Dv=dv, height=height - 1, width=width - 1)
+    check_sizes(B=B, Y=Y, X=X, H=H, Hkv=heads, D=D, Dv=dv)
+    if height < 1 or width < 1:
+        raise ValueError(f"cost: window is {window}, expected sizes >= 1")
     e = element_size(dtype)
     a = max(e, 4)
     along = [n // w * w * w + (n % w) ** 2 for n, w in ((Y, height), (X, width))]

@@ -117,6 +117,8 @@ EMULATOR_CASES = (
     ),
     *(case(Y=y, X=9, window=(y, 9), H=1, D=100, Dv=8, table=False) for y in (2, 8, 16)),
     case(B=0, H=1, D=8, Dv=8),
+    # More windows than parts of the gradient of the table.
+    case(Y=12, X=13, window=(1, 2), H=3, Hq=9, D=8, Dv=8),
     *(
         case(B=3, Dv=8, label="pairs", **choice)
         for choice in pairwise(

@@ -56,8 +56,12 @@ constexpr auto kBackwardList = call_list<BackwardParams>(
 template <class P>
 void complete(P& p, const Call&) {
   softmax::complete_scores(p);
-  p.max_q = p.rows.slots();
-  p.max_k = p.keys ? p.keys.slots() : p.k.size[1];
+  // Regions that do not fit the call are left to the checks.
+  const auto slots = [](const Lists& l, int64_t tokens) {
+    return l.grid.within(tokens) ? l.slots() : 0;
+  };
+  p.max_q = slots(p.rows, p.q.size[1]);
+  p.max_k = p.keys ? slots(p.keys, p.k.size[1]) : p.k.size[1];
 }
 
 void check_lists(const char* which, const Lists& l, int64_t tokens) {

@@ -106,17 +106,4 @@ void fold_table(const BackwardParams& p, const A* d_bias, const Context& context
                  of);
 }
 
-// What the engine's gradients go by: the bias in place of the table, and parts of its gradient.
-template <class Element, class A>
-softmax::BackwardParams engine_params(const BackwardParams& p,
-                                      const BackwardWorkspace<Element, A>& at) {
-  softmax::BackwardParams e = engine_params(p, at.bias);
-  const WindowSizes s = sizes_of(p);
-  const int64_t square = s.slots * s.slots;
-  if (at.d_bias)
-    e.d_bias = {
-        at.d_bias, {s.parts, s.heads, s.slots, s.slots}, {s.heads * square, square, s.slots, 1}};
-  return e;
-}
-
 }  // namespace hw::window_attention

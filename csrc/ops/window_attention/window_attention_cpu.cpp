@@ -17,7 +17,7 @@
 namespace hw::window_attention {
 namespace {
 
-// Of a task, where there are enough: a table is made of the sums of several windows.
+// Windows of a part, where there are enough: making a table of sums costs as much as making them.
 constexpr int64_t kFewWindows = 8;
 
 template <class T>

@@ -75,6 +75,19 @@ BackwardWorkspace<Element, A> backward_workspace(Arena& arena, const WindowSizes
   return {bias, s.d_bias ? arena.take<A>(sums) : nullptr};
 }
 
+// What the engine's gradients go by: the bias in place of the table, and parts of its gradient.
+template <class Element, class A>
+softmax::BackwardParams engine_params(const BackwardParams& p,
+                                      const BackwardWorkspace<Element, A>& at) {
+  softmax::BackwardParams e = engine_params(p, at.bias);
+  const WindowSizes s = sizes_of(p);
+  const int64_t square = s.slots * s.slots;
+  if (at.d_bias)
+    e.d_bias = {
+        at.d_bias, {s.parts, s.heads, s.slots, s.slots}, {s.heads * square, square, s.slots, 1}};
+  return e;
+}
+
 // f(element, number of the accumulation type), of the call's dtype. 16-bit elements are counted as
 // numbers of two bytes.
 template <class F>

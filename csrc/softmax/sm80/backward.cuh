@@ -390,7 +390,9 @@ struct BiasGradKernel {
           loop.products(c, stage);
           loop.second_products(dp, stage);
           differentiate(score, p.inputs.unit, c, dp, y);
-          Scores::each([&](int s, int j, int i) { sum.at[s][j][i] += dp.at[s][j][i]; });
+          Scores::each([&](int s, int j, int i) {
+            if (exists(score, s, j, i)) sum.at[s][j][i] += dp.at[s][j][i];
+          });
         });
       }
     }
@@ -398,6 +400,15 @@ struct BiasGradKernel {
   }
 
  private:
+  // A slot without token gives no number to the sums, whatever its row statistic makes of a score.
+  template <class Score>
+  HW_DEVICE HW_INLINE static bool exists(const Score& score, int s, int j, int i) {
+    if constexpr (Source::kGathers)
+      return score.row_position(Scores::row(s, i)) >= 0 &&
+             score.key_position(Scores::column(j, i)) >= 0;
+    else
+      return true;
+  }
   HW_DEVICE HW_INLINE static void store(const BackwardParams& b, const L& loop, int64_t batch,
                                         int64_t head, int64_t key, bool all_keys,
                                         const Scores& sum) {

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..._errors import describe, fail, require_dense, require_same_device
 
 Window = int | tuple[int, int]
+MOST = 2**15 - 1  # tokens along a side; a window of them has fewer than 2**31
 
 
 def check_window(op: str, window: object) -> tuple[int, int]:
@@ -29,13 +30,13 @@ def check_window(op: str, window: object) -> tuple[int, int]:
             "Windows of 7 x 7 tokens are window=7.",
         )
     height, width = sides
-    if height < 1 or width < 1:
+    if not (1 <= height <= MOST and 1 <= width <= MOST):
         fail(
             ValueError,
             op,
             "window",
             tuple(sides),
-            "sizes of at least 1",
+            f"sizes from 1 to {MOST}",
             "A window has tokens; it may be larger than the image.",
         )
     return height, width
@@ -50,7 +51,7 @@ def check_bias_table(op: str, table: object, window: tuple[int, int], q: Tensor)
             op,
             "bias_table",
             describe(table),
-            "a tensor [H, height * width] of floating-point numbers",
+            "a tensor [Hq, height * width] of floating-point numbers",
             "Its columns are the distances |dy| * width + |dx| inside a window.",
         )
     require_dense(op, "bias_table", table)
