@@ -88,8 +88,8 @@ BUDGETS = (
     Budget(r"hw::CsrKernel<", 64, 512, 2),
     # shared memory with one head's tile of relu; the others' are behind it
     Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, (32|64)>", 192, 128, 2, 55 * KIB, TENSOR),
-    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 96>", 224, 128, 2, 75 * KIB, TENSOR),
-    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 128>", 255, 128, 1, 102 * KIB, TENSOR),
+    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 96>", 192, 128, 2, 75 * KIB, TENSOR),
+    Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, 128>", 232, 128, 1, 102 * KIB, TENSOR),
     Budget(CASCADE + "simt::WindowKernel<", 128, 256, 2),
     Budget(NEAR, 104, 128, 4),
     Budget(MIX + "(Forward|Store)Kernel<", 136, 128, 3),

@@ -28,10 +28,12 @@ template <class Element, int kDim>
 struct WindowKernel {
   static constexpr int kWarps = kRows / 16, kThreads = kWarps * dev::kWarp;
   static constexpr float kLog2e = 1.4426950408889634f;
-  using Group = Tile<Element, kRows, kDim>;      // [tokens, d]
-  using Keys = Tile<Element, kRows, 32>;         // [tokens, K]
-  using Scores = Fragment<1, kRows / 8>;         // [16, tokens]
-  using Values = Fragment<1, kDim / 8>;          // [16, d]
+  using Group = Tile<Element, kRows, kDim>;  // [tokens, d]
+  using Keys = Tile<Element, kRows, 32>;     // [tokens, K]
+  using Scores = Fragment<1, kRows / 8>;     // [16, tokens]
+  // v and o are made kPart columns at a time, which registers hold beside the other operand.
+  static constexpr int kPart = kDim > 64 ? kDim / 2 : kDim;
+  using Values = Fragment<1, kPart / 8>;         // [16, kPart]
   using Columns = Fragment<1, kOutColumns / 8>;  // [16, columns of y]
 
   struct Params {
@@ -206,15 +208,19 @@ struct WindowKernel {
       else
         put(smem.k, row, column - kKeyDim, a, b);
     });
-    Values v;
-    v.clear();
-    multiply_columns(v, f, smem.weights.head.v);
-    each_pair(v, [&](int row, int column, float a, float b) {
-      if (column < group) a += static_cast<float>(bias(2 * kKeyDim + column));
-      if (column + 1 < group) b += static_cast<float>(bias(2 * kKeyDim + column + 1));
-      const bool exists = smem.rows[row].window >= 0;  // else a weight of 0 must meet no infinity
-      put(smem.v, row, column, exists ? a : 0.0f, exists ? b : 0.0f);
-    });
+    HW_UNROLL_BY(1)
+    for (int first = 0; first < kDim; first += kPart) {
+      Values v;
+      v.clear();
+      multiply_columns(v, f, smem.weights.head.v, first / 8);
+      each_pair(v, [&](int row, int column, float a, float b) {
+        column += first;
+        if (column < group) a += static_cast<float>(bias(2 * kKeyDim + column));
+        if (column + 1 < group) b += static_cast<float>(bias(2 * kKeyDim + column + 1));
+        const bool exists = smem.rows[row].window >= 0;  // else a weight of 0 must meet no infinity
+        put(smem.v, row, column, exists ? a : 0.0f, exists ? b : 0.0f);
+      });
+    }
   }
 
   HW_DEVICE static void convolve(const Params& p, Smem& smem, int head) {
@@ -255,11 +261,15 @@ struct WindowKernel {
       }
       inverse[half] = 1.0f / s.row_sum(0, half);
     }
-    Values o;
-    o.clear();
-    multiply_values(p, o, pack<Element>(s), smem);
-    o.scale_row(0, 0, inverse[0]), o.scale_row(0, 1, inverse[1]);
-    hand_over(p, smem, head, o);
+    const Packed<1, kRows / 16> weights = pack<Element>(s);
+    HW_UNROLL_BY(1)
+    for (int first = 0; first < kDim; first += kPart) {
+      Values o;
+      o.clear();
+      multiply_values(p, o, weights, smem, first);
+      o.scale_row(0, 0, inverse[0]), o.scale_row(0, 1, inverse[1]);
+      hand_over(p, smem, head, o, first);
+    }
   }
 
   HW_DEVICE HW_INLINE static void multiply_keys(Scores& s, const Smem& smem) {
@@ -275,10 +285,10 @@ struct WindowKernel {
     }
   }
 
-  // o += p v of the keys of the warp's window.
+  // o += p v of the keys of the warp's window, columns of v from `first` on.
   HW_DEVICE HW_INLINE static void multiply_values(const Params& p, Values& o,
                                                   const Packed<1, kRows / 16>& weights,
-                                                  const Smem& smem) {
+                                                  const Smem& smem, int first) {
     const int own = dev::warp() * 16 / p.stride;
     const auto loads = MatrixLoads<Group>::left(smem.v, 0);
     HW_UNROLL
@@ -287,7 +297,7 @@ struct WindowKernel {
       HW_UNROLL
       for (int j = 0; j < Values::kTiles; j += 2) {
         uint32_t v[4];
-        loads.load_transposed(v, 16 * step, j / 2);
+        loads.load_transposed(v, 16 * step, first / 16 + j / 2);
         dev::mma_16x8x16<Element>(o.at[0][j], weights.at[0][step], v);
         dev::mma_16x8x16<Element>(o.at[0][j + 1], weights.at[0][step], v + 2);
       }
@@ -310,8 +320,9 @@ struct WindowKernel {
     });
   }
 
-  // o of the warp's rows: its positive part to relu, with the next group to f.
-  HW_DEVICE static void hand_over(const Params& p, Smem& smem, int head, Values& o) {
+  // o of the warp's rows, columns from `first` on: its positive part to relu, with the next group
+  // to f.
+  HW_DEVICE static void hand_over(const Params& p, Smem& smem, int head, Values& o, int first) {
     const auto x = p.f.x.template as<const Element>();
     const int group = static_cast<int>(p.f.group());
     const bool more = head + 1 < static_cast<int>(p.f.heads());
@@ -322,6 +333,7 @@ struct WindowKernel {
       from[half] = more ? token(p, row, x) : nullptr;
     }
     each_pair(o, [&](int row, int column, float a, float b) {
+      column += first;
       put(smem.relu[head], row, column, a < 0.0f ? 0.0f : a, b < 0.0f ? 0.0f : b);  // NaN stays
       if (!more) return;
       const Element* own = row % 16 < 8 ? from[0] : from[1];
