@@ -190,21 +190,6 @@ def test_layer_trains():
     compare(call(x, *layer.parameters()).detach(), call(x, *layer.parameters()).detach(), F64)
 
 
-def test_window_attention_of_the_layer():
-    """The core of the training pass against the formula, pair by pair."""
-    q, k = randn(2, 1, 4, 6, 2, 3)
-    v, table = randn(1, 4, 6, 2, 5, seed=1), randn(2, 4, seed=2)
-    o = layers._window_attention(q, k, v, window=2, bias_table=table)
-    for y, x, h in itertools.product(range(4), range(6), range(2)):
-        keys = [(y // 2 * 2 + i, x // 2 * 2 + j) for i in range(2) for j in range(2)]
-        s = torch.stack([
-            3**-0.5 * q[0, y, x, h] @ k[0, a, b, h] + table[h, abs(a - y) * 2 + abs(b - x)]
-            for a, b in keys
-        ])  # fmt: skip
-        want = s.softmax(0) @ torch.stack([v[0, a, b, h] for a, b in keys])
-        compare(o[0, y, x, h], want, F64)
-
-
 @pytest.mark.no_comparison
 def test_layer_refuses():
     for options, words in (

@@ -49,6 +49,9 @@ MODULES = {
     "MixtureOfHeads": lambda **o: nn.MixtureOfHeads(
         WIDTH, 4, shared_heads=2, routed_heads=1, qkv_bias=True, **o
     ),
+    "CascadedGroupAttention": lambda **o: nn.CascadedGroupAttention(
+        WIDTH, 8, 2, resolution=3, kernels=(3, 5), **o
+    ),
     "ContMix": lambda **o: nn.ContMix(WIDTH, 7, 3, 2, ls_init_value=0.5, **o),
     "GatedMLP": lambda **o: base.GatedMLP(WIDTH, 48, **o),
     "Block": lambda **o: base.Block(BASED, nn.GatedShortConv(WIDTH, **o), **o),
@@ -78,7 +81,7 @@ def example(name):
         return torch.randint(61, (2, 16))
     if name == "BiFormer":
         return torch.randn(2, 3, 64, 64)
-    if name in ("BiFormerBlock", "ContMix") or name.endswith("NCHW"):
+    if name in ("BiFormerBlock", "CascadedGroupAttention", "ContMix") or name.endswith("NCHW"):
         return torch.randn(2, WIDTH, 4, 4)
     if name in ("BiLevelRoutingAttention", "LePEAttention"):
         return torch.randn(2, 4, 4, WIDTH)

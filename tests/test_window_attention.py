@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_is_the_usual_way_of_whole_windows(window):
     made, wanted = (torch.autograd.grad(x, given, d_o) for x in (o, want))
     for actual, expected in zip(made, wanted, strict=True):
         compare(actual, expected, F64)
+
+
+@pytest.mark.usefixtures("on_both")
+def test_is_the_formula_pair_by_pair():
+    q, k = randn(2, 1, 4, 6, 2, 3)
+    v, table = randn(1, 4, 6, 2, 5, seed=1), randn(2, 4, seed=2)
+    o = attend(q, k, v, window=2, bias_table=table)
+    for y, x, h in itertools.product(range(4), range(6), range(2)):
+        keys = [(y // 2 * 2 + i, x // 2 * 2 + j) for i in range(2) for j in range(2)]
+        s = torch.stack([
+            3**-0.5 * q[0, y, x, h] @ k[0, a, b, h] + table[h, abs(a - y) * 2 + abs(b - x)]
+            for a, b in keys
+        ])  # fmt: skip
+        want = s.softmax(0) @ torch.stack([v[0, a, b, h] for a, b in keys])
+        compare(o[0, y, x, h], want, F64)
 
 
 @pytest.mark.parametrize("sizes", ((9, 11), (4, 3), (1, 1)), ids=str)
