@@ -84,7 +84,7 @@ BUDGETS = (
     Budget(SOFT + "RowDotKernel<", 64, 256, 4),
     Budget(ROUTING + "SpansKernel", 64, 256, 4),
     Budget(WINDOW + "ExpandKernel<", 64, 256, 4),
-    Budget(WINDOW + "FoldKernel<", 64, 128, 8),
+    Budget(WINDOW + "FoldKernel<", 72, 128, 7),
     Budget(r"hw::CsrKernel<", 64, 512, 2),
     # shared memory with one head's tile of relu; the others' are behind it
     Budget(CASCADE + "sm80::WindowKernel<hw::b?f16, (32|64)>", 192, 128, 2, 55 * KIB, TENSOR),
@@ -128,7 +128,7 @@ WORK = (
     Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128)," + PLAIN, 8.6, 1.12, 2),
     Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + PLAIN, 7.2, 1.03, 2),
     Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128)," + FULL, 18.0, 2.25, 2),
-    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + FULL, 12.7, 1.64, 2),
+    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + FULL, 13.3, 1.66, 2),
     # plain scores, rows and keys of a sequence
     Work(SOFT80 + r"ForwardKernel<hw::b?f16, 64," + PLAIN + DENSE, 5.1, 0.34, 0, FORWARD_64),
     Work(SOFT80 + r"ForwardKernel<hw::b?f16, 128," + PLAIN + DENSE, 4.1, 0.4, 0, FORWARD_128),

@@ -108,7 +108,7 @@ CASES = (
     # Widths that are no whole vectors.
     *(case(H=h, d=d, K=k) for h, d, k in ((3, 7, 16), (2, 20, 5), (1, 33, 1), (5, 1, 24))),
     case(H=1, d=8, K=8, kernels=(9,)),
-    case(spread=30.0),
+    case(spread=6.0),
     case(B=0),
     case(Y=0, X=5),
     case(B=5, Y=20, X=33),
