@@ -124,6 +124,7 @@ EMULATOR_CASES = (
     case(Y=9, X=9, window=9, B=1, H=2, d=24, K=16),
     case(Y=5, X=5, window=4, B=1, H=2, d=8, K=8, spread=30.0),
     case(B=0, H=1, d=8),
+    case(Y=5, X=5, window=5, B=1, H=1, d=8, kernels=(3,)),
     # Tensor cores: every width, and several windows a block, the last block in part.
     *(
         case(Y=y, X=x, window=w, B=3, H=2, d=d, kernels=k)

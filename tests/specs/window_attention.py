@@ -118,6 +118,9 @@ EMULATOR_CASES = (
     ),
     *(case(Y=y, X=9, window=(y, 9), H=1, D=100, Dv=8, table=False) for y in (2, 8, 16)),
     case(B=0, H=1, D=8, Dv=8),
+    # Of tensor cores: small windows of wide heads, middle ones of narrow heads, without a table.
+    case(Y=2, X=4, window=(2, 4), H=1, D=100, Dv=8, table=False),
+    case(Y=5, X=6, window=(5, 6), H=1, D=16, Dv=24, table=False),
     # More windows than parts of the gradient of the table.
     case(Y=12, X=13, window=(1, 2), H=3, Hq=9, D=8, Dv=8),
     *(
