@@ -12,6 +12,11 @@ from torch import Tensor
 from .._errors import describe, fail, require_dense, require_same_device
 
 
+def is_integer(n: object) -> bool:
+    """Whether it is a size: an integer of Python or of a graph, and no flag."""
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+
+
 def heads_match(hq: int, h: int) -> bool:
     return hq == h or (h > 0 and hq > 0 and hq % h == 0)
 

@@ -22,7 +22,7 @@ from ..._errors import (
     require_tensors,
 )
 from ..._native import ACCUMULATION, autocast, autocasts, is_recorded
-from .._checks import heads_match
+from .._checks import heads_match, is_integer
 
 # Numbers as in csrc/softmax/params.h.
 ACTIVATIONS = {"softmax": 0, "softmax1": 1, "sigmoid": 2, "relu": 3, "relu2": 4}
@@ -189,9 +189,9 @@ def check_window(op: str, is_causal: bool, window_size: object) -> tuple[int, in
         )
     left, right = window_size
     for name, n in (("left", left), ("right", right)):
-        if n is not None and (not _is_integer(n) or n < 0):
+        if n is not None and (not is_integer(n) or n < 0):
             fail(
-                ValueError if _is_integer(n) else TypeError,
+                ValueError if is_integer(n) else TypeError,
                 op,
                 f"window_size ({name})",
                 n,
@@ -248,7 +248,7 @@ def check_gain_rows(op: str, gain_rows: object, has_gain: bool, packed: bool) ->
     if (
         not isinstance(gain_rows, (tuple, list))
         or len(gain_rows) != 2
-        or not all(n is None or _is_integer(n) for n in gain_rows)
+        or not all(n is None or is_integer(n) for n in gain_rows)
     ):
         fail(
             TypeError,
@@ -349,7 +349,3 @@ def reject_unknown(op: str, unknown: dict[str, object]) -> NoReturn:
         "one of those in help(headworks.attention)",
         remedy or "Check its spelling.",
     )
-
-
-def _is_integer(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)

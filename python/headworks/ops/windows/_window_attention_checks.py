@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..._errors import describe, fail, require_dense, require_same_device
+from .._checks import is_integer
 
 Window = int | tuple[int, int]
 MOST = 2**15 - 1  # tokens along a side; a window of them has fewer than 2**31
@@ -14,11 +14,11 @@ MOST = 2**15 - 1  # tokens along a side; a window of them has fewer than 2**31
 
 def check_window(op: str, window: object) -> tuple[int, int]:
     """(height, width)"""
-    sides = (window, window) if _is_integer(window) else window
+    sides = (window, window) if is_integer(window) else window
     if (
         not isinstance(sides, (tuple, list))
         or len(sides) != 2
-        or not all(_is_integer(n) for n in sides)
+        or not all(is_integer(n) for n in sides)
     ):
         got = describe(window) if isinstance(window, Tensor) else repr(window)
         fail(
@@ -67,7 +67,3 @@ def check_bias_table(op: str, table: object, window: tuple[int, int], q: Tensor)
         )
     require_same_device(op, "q", q, bias_table=table)
     return table if table.dtype is q.dtype else table.to(q.dtype)
-
-
-def _is_integer(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
