@@ -41,6 +41,7 @@ LIST80 = r"(?=.*::ListCut<)" + SOFT80  # the kernels of attention, over lists
 TO_64, TO_128 = r"<hw::b?f16, (32|64),", r"<hw::b?f16, (32|64|96|128),"
 PLAIN, FULL = " [^,]*PlainScore", " [^,]*FullScore"  # of attention, or within a score of lists
 DENSE = ".*Dense"
+GRADIENTS = "(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128),"
 NARROW, MEDIUM, WIDE = (f".*ListCut<{n}>" for n in (16, 64, 128))
 
 BUDGETS = (
@@ -126,9 +127,10 @@ WORK = (
         LIST80 + r"(Forward|QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + NARROW, 12.1, 1.28, 2
     ),
     Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128)," + PLAIN, 8.6, 1.12, 2),
-    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + PLAIN, 7.2, 1.03, 2),
+    Work(LIST80 + GRADIENTS + PLAIN, 7.2, 1.03, 2),
     Work(LIST80 + r"ForwardKernel<hw::b?f16, (64|128)," + FULL, 18.0, 2.25, 2),
-    Work(LIST80 + r"(QueryGrad|KeyGrad)Kernel<hw::b?f16, (64|128)," + FULL, 13.3, 1.66, 2),
+    Work(LIST80 + GRADIENTS + FULL + ".*WindowSource", 13.3, 1.66, 2),
+    Work(LIST80 + GRADIENTS + FULL, 12.7, 1.64, 2),
     # plain scores, rows and keys of a sequence
     Work(SOFT80 + r"ForwardKernel<hw::b?f16, 64," + PLAIN + DENSE, 5.1, 0.34, 0, FORWARD_64),
     Work(SOFT80 + r"ForwardKernel<hw::b?f16, 128," + PLAIN + DENSE, 4.1, 0.4, 0, FORWARD_128),
